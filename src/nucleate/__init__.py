@@ -1,0 +1,44 @@
+"""nucleate builds, loads and launches large PyTorch models: each parameter is made once, where it will live."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nucleate.accelerators import Accelerator as Accelerator
+    from nucleate.deferred import deferred as deferred
+    from nucleate.materialize import materialize as materialize
+    from nucleate.precision import Precision as Precision
+    from nucleate.runtime import Runtime as Runtime
+    from nucleate.seed import RandomState as RandomState
+    from nucleate.seed import seed_everything as seed_everything
+    from nucleate.strategies import Strategy as Strategy
+
+__version__ = "0.1.0"
+
+# The public names, written once: name to the module that defines it. They are imported when first used, so that
+# `import nucleate` costs next to nothing.
+_PUBLIC = {
+    "Accelerator": "nucleate.accelerators",
+    "Precision": "nucleate.precision",
+    "RandomState": "nucleate.seed",
+    "Runtime": "nucleate.runtime",
+    "Strategy": "nucleate.strategies",
+    "deferred": "nucleate.deferred",
+    "materialize": "nucleate.materialize",
+    "seed_everything": "nucleate.seed",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'nucleate' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

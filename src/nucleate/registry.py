@@ -1,0 +1,139 @@
+"""Names to plugin classes: a literal table of built-ins, plus entry points of installed packages.
+
+Listing imports nothing. A class is imported when it is asked for. Which options a plugin has is its own
+business; a name stands for a plugin with its defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+
+from nucleate.errors import PluginConflictError, PluginLoadError, PluginNotFoundError
+from nucleate.plugin import Plugin
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The plugins of one kind.
+
+    Attributes:
+        kind: What messages call it, such as `"precision"`.
+        group: The entry point group that packages use, such as `"nucleate.precision"`.
+        base: `"module:Class"` of the kind's base class.
+        builtins: Name to `"module:Class"`.
+        known: Names that an optional package offers, to what installs it.
+    """
+
+    kind: str
+    group: str
+    base: str
+    builtins: Mapping[str, str]
+    known: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def _installed(self) -> dict[str, list[EntryPoint]]:
+        found: dict[str, list[EntryPoint]] = {}
+        for point in entry_points(group=self.group):
+            points = found.setdefault(point.name, [])
+            # An editable install may be listed twice; the same target offered twice is no conflict.
+            if all(point.value != other.value for other in points):
+                points.append(point)
+        return found
+
+    def names(self) -> list[str]:
+        """Return every name that can be asked for, sorted, without importing a plugin."""
+        return sorted({*self.builtins, *self._installed})
+
+    def get(self, name: str) -> type[Plugin]:
+        """Import and return the class registered under `name`.
+
+        Raises:
+            PluginNotFoundError: Nothing has that name; the message suggests close ones and what to install.
+            PluginConflictError: Two distributions offer the name, or one offers a built-in's name.
+            PluginLoadError: Importing the plugin failed, or it is not a plugin of this kind.
+        """
+        points = self._installed.get(name, [])
+        offers = [f"{_distribution(point)} ({point.value})" for point in points]
+        if name in self.builtins:
+            offers.insert(0, f"nucleate ({self.builtins[name]})")
+        if len(offers) > 1:
+            raise PluginConflictError(
+                f"{self.kind} {name!r} is offered by {' and by '.join(offers)}. Uninstall one of them."
+            )
+        if not offers:
+            raise PluginNotFoundError(self._not_found(name))
+        target = points[0].value if points else self.builtins[name]
+        try:
+            module, _, attribute = target.partition(":")
+            plugin = getattr(import_module(module), attribute)
+        except Exception as error:
+            raise PluginLoadError(
+                f"{self.kind} {name!r} from {offers[0]} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+        module, _, attribute = self.base.partition(":")
+        base = getattr(import_module(module), attribute)
+        if not (isinstance(plugin, type) and issubclass(plugin, base)):
+            raise PluginLoadError(
+                f"{self.kind} {name!r} from {offers[0]} is {plugin!r}, not a subclass of {self.base}."
+            )
+        return plugin
+
+    def create(self, name: str) -> Plugin:
+        """Build the plugin registered under `name` with its default options."""
+        return self.get(name).from_name(name)
+
+    def _not_found(self, name: str) -> str:
+        message = f"no {self.kind} plugin named {name!r}."
+        close = difflib.get_close_matches(name, [*self.names(), *self.known], n=3)
+        if close:
+            message += f" Did you mean {' or '.join(map(repr, close))}?"
+        message += f" Installed: {', '.join(self.names())}."
+        install = {self.known[hit] for hit in [name, *close] if hit in self.known and hit not in self.names()}
+        if install:
+            message += f" ({'; '.join(sorted(install))})"
+        return message
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "an unknown distribution"
+
+
+ACCELERATORS = Registry(
+    kind="accelerator",
+    group="nucleate.accelerators",
+    base="nucleate.accelerators.base:Accelerator",
+    builtins={
+        "cpu": "nucleate.accelerators.cpu:CPUAccelerator",
+        "cuda": "nucleate.accelerators.cuda:CUDAAccelerator",
+    },
+)
+
+PRECISIONS = Registry(
+    kind="precision",
+    group="nucleate.precision",
+    base="nucleate.precision.base:Precision",
+    builtins={
+        "32-true": "nucleate.precision.full:FullPrecision",
+        "64-true": "nucleate.precision.full:FullPrecision",
+        "bf16-true": "nucleate.precision.half:HalfPrecision",
+        "16-true": "nucleate.precision.half:HalfPrecision",
+        "bf16-mixed": "nucleate.precision.mixed:MixedPrecision",
+        "16-mixed": "nucleate.precision.mixed:MixedPrecision",
+    },
+)
+
+STRATEGIES = Registry(
+    kind="strategy",
+    group="nucleate.strategies",
+    base="nucleate.strategies.base:Strategy",
+    builtins={
+        "single_device": "nucleate.strategies.single_device:SingleDeviceStrategy",
+        "ddp": "nucleate.strategies.ddp:DDPStrategy",
+        "fsdp": "nucleate.strategies.fsdp:FSDPStrategy",
+    },
+)
