@@ -1,0 +1,379 @@
+"""The recorder: a dispatch mode under which constructors write the tape instead of memory.
+
+Every aten operation that reaches it either is recorded on meta tensors, or runs for real: operations on real
+tensors only, questions that Python asks about a value (`item`, `equal`), and writes of deferred values into
+real tensors. An operation that has no meta kernel, or whose result's shape depends on values, is run once for
+its geometry and recorded all the same. What Python sees of a deferred tensor is `impersonate.py`'s business.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nucleate.deferred.random_program import Position, default_generator
+from nucleate.deferred.replay import Replayer
+from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
+
+#: Real tensors up to this size are cloned when a deferred operation reads them; larger ones are watched.
+CLONE_LIMIT_BYTES = 1 << 20
+
+aten = torch.ops.aten
+
+# In-place operations that do not look at what was there (`self` is only written).
+_FILLS = {
+    aten.zero_, aten.fill_, aten.copy_, aten.normal_, aten.uniform_, aten.random_, aten.bernoulli_,
+    aten.exponential_, aten.log_normal_, aten.cauchy_, aten.geometric_,
+}  # fmt: skip
+_EMPTY = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.empty_permuted}
+# These change what a tensor points to, not a value: the geometry of the tensor that survives says it all.
+_RETARGET = {aten.set_, aten.resize_}
+# Their meta kernels are wrong about strides (torch 2.13), so they are run for their geometry.
+_WRONG_ON_META = {aten._linalg_svd}
+
+
+class _Traits:
+    """What a recorder needs to know of an operation, read from its schema once."""
+
+    __slots__ = ("device", "fills", "is_random", "mutated", "retargets", "uninitialized", "wrong_on_meta")
+
+    def __init__(self, func: torch._ops.OpOverload[Any, Any]) -> None:
+        packet = func.overloadpacket
+        arguments = func._schema.arguments
+        #: (position, name, is `out=`) of each argument that is written.
+        self.mutated = [
+            (index, argument.name, argument.is_out)
+            for index, argument in enumerate(arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        self.is_random = torch.Tag.nondeterministic_seeded in func.tags
+        self.fills = packet in _FILLS
+        self.uninitialized = packet in _EMPTY
+        self.retargets = packet in _RETARGET
+        self.wrong_on_meta = packet in _WRONG_ON_META
+        self.device = any(argument.name == "device" for argument in arguments)
+
+
+_traits = functools.cache(_Traits)
+
+
+class Recorder(TorchDispatchMode):
+    """Records what a constructor does to tensors of one device.
+
+    Args:
+        tape: Where steps go.
+        replayer: Answers questions about values; holds the random program.
+        device: The device that deferred tensors stand for.
+    """
+
+    def __init__(self, tape: Tape, replayer: Replayer, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = tape
+        self.replayer = replayer
+        self.device = device
+        #: Set while Python runs a call that names the meta device itself: then meta means meta.
+        self.meta_is_meant = False
+        self._watched: dict[int, Constant] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else the first dispatched operation imports torch._dynamo, which takes longer than most constructors.
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunction():
+            return self._dispatch(func, args, kwargs or {})
+
+    # -- routing -------------------------------------------------------------------------------------------
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        traits = _traits(func)
+        given = list(tensors((args, kwargs)))
+        deferred = [tensor for tensor in given if self.tape.number(tensor) is not None]
+        if not deferred:
+            if given and not traits.is_random:
+                if traits.device and self._asks_for_deferred(func, kwargs):
+                    return self._record(func, traits, args, kwargs)
+                self._unwatch_written(traits, args, kwargs)
+                return func(*args, **kwargs)
+            if given and traits.mutated:
+                return self._run_random(func, traits, args, kwargs)
+            if not given and not self._is_ours(traits, kwargs):
+                return self._run_random(func, traits, args, kwargs) if traits.is_random else func(*args, **kwargs)
+            if given and any(tensor.is_meta for tensor in given):
+                return func(*args, **kwargs)
+            return self._record(func, traits, args, kwargs)
+        if traits.retargets:
+            return func(*map_leaves(args, self._adopted), **kwargs)
+        written = _written(traits, args, kwargs)
+        if any(self.tape.number(tensor) is None for tensor in written):
+            # A deferred value goes into a real tensor: it has to be made now.
+            self._unwatch_written(traits, args, kwargs)
+            return func(*map_leaves(args, self._resolve), **map_leaves(kwargs, self._resolve))
+        if traits.device and (target := kwargs.get("device")) is not None and not self._is_own(target):
+            if target.type == "meta" and self.meta_is_meant:
+                return func(*args, **kwargs)
+            if target.type != "meta":
+                return func(*map_leaves(args, self._resolve), **map_leaves(kwargs, self._resolve))
+        return self._record(func, traits, args, kwargs)
+
+    def _is_own(self, device: torch.device) -> bool:
+        return device.type == self.device.type and device.index in (None, self.device.index)
+
+    def _is_ours(self, traits: _Traits, kwargs: dict[str, Any]) -> bool:
+        """Return whether a factory makes a deferred tensor."""
+        if not traits.device:
+            return False
+        device = kwargs.get("device")
+        if device is None:
+            return self.device.type == "cpu"
+        return not self.meta_is_meant if device.type == "meta" else self._is_own(device)
+
+    def _asks_for_deferred(self, func: Any, kwargs: dict[str, Any]) -> bool:
+        """Return whether an operation on real tensors is told to go where deferred tensors seem to be.
+
+        C++ code that reads the options of a deferred tensor sees meta, and means the device it stands for.
+        """
+        device = kwargs.get("device")
+        return device is not None and device.type == "meta" and not self.meta_is_meant
+
+    # -- recording -----------------------------------------------------------------------------------------
+
+    def _record(self, func: Any, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        written = _written(traits, args, kwargs)
+        written_refs = tuple(self.tape.ref(tensor) for tensor in written)
+        replay_args, replay_kwargs = map_leaves(args, self._capture), map_leaves(kwargs, self._capture)
+        if traits.device:
+            device = replay_kwargs.get("device")
+            if device is not None or not any(True for _ in tensors((args, kwargs))):
+                replay_kwargs["device"] = self.device
+            if "pin_memory" in kwargs:
+                replay_kwargs.pop("pin_memory")
+                kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+        position, generator = self._locate(traits, args, kwargs)
+        reads = self._reads(traits, args, kwargs)
+        step = Step(
+            index=len(self.tape.steps),
+            func=func,
+            args=replay_args,
+            kwargs=replay_kwargs,
+            outputs=(),
+            reads=reads,
+            written=written_refs,
+            creates=(),
+            overwrites=self._overwrites(traits, written_refs, reads),
+            default_dtype=torch.get_default_dtype(),
+            position=position,
+            uninitialized=traits.uninitialized,
+        )
+        result, state = self._geometry(func, traits, args, kwargs, step)
+        outputs = list(tensors(result))
+        if not outputs and not written:
+            return result
+        created = []
+        for output in outputs:
+            if output.is_meta and self.tape.number(output) is None:
+                created.append(self.tape.add_storage(output))
+        if created or written:
+            step.outputs = tuple(self.tape.ref(output) for output in outputs)
+            step.creates = tuple(created)
+            self.tape.add_step(step)
+            if position is not None:
+                assert generator is not None
+                self.replayer.random.follow(generator, position, step, state)
+        return result
+
+    def opaque(
+        self, func: Callable[..., Tensor], tensor: Tensor, args: tuple[Any, ...], generator: torch.Generator | None
+    ) -> Tensor:
+        """Record a Python function that fills `tensor` with numbers it cannot say beforehand how to draw.
+
+        Args:
+            func: Called as `func(tensor, *args, generator)` on a real tensor when replayed.
+            tensor: The deferred tensor that it overwrites.
+            args: Plain arguments.
+            generator: An explicit generator, or None for the default one.
+        """
+        ref = self.tape.ref(tensor)
+        source = generator if generator is not None else default_generator(self.device)
+        position = self.replayer.random.locate(source)
+        step = Step(
+            index=len(self.tape.steps),
+            func=func,
+            args=(ref, *args, generator),
+            kwargs={},
+            outputs=(ref,),
+            reads=() if ref.fills(self.tape.size_bytes(ref.storage)) else (ref.storage,),
+            written=(ref,),
+            creates=(),
+            overwrites=(ref.storage,) if ref.fills(self.tape.size_bytes(ref.storage)) else (),
+            default_dtype=torch.get_default_dtype(),
+            position=position,
+        )
+        self.tape.add_step(step)
+        self.replayer.random.follow(source, position, step)
+        # Autograd has to see a write: what it saved of the old value is stale.
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
+        return tensor
+
+    def adopt(self, real: Tensor, live: bool = False) -> Tensor:
+        """Return a deferred tensor with the value of a real one.
+
+        Args:
+            real: The tensor.
+            live: Let later writes to `real` be seen, as when NumPy shares its memory.
+        """
+        meta = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="meta")
+        self.link(meta, real, live, created=True)
+        return meta
+
+    def link(self, tensor: Tensor, real: Tensor, live: bool, created: bool = False) -> None:
+        """Record that `tensor` takes the value of `real`."""
+        if created:
+            self.tape.add_storage(tensor)
+        ref = self.tape.ref(tensor)
+        constant = Constant(real, None) if live else self._capture(real)
+        step = Step(
+            index=len(self.tape.steps),
+            func=aten.copy_.default,
+            args=(ref, constant),
+            kwargs={},
+            outputs=(ref,),
+            reads=(),
+            written=(ref,),
+            creates=(),
+            overwrites=(ref.storage,) if ref.fills(self.tape.size_bytes(ref.storage)) else (),
+            default_dtype=torch.get_default_dtype(),
+        )
+        self.tape.add_step(step)
+
+    def _geometry(
+        self, func: Any, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step
+    ) -> tuple[Any, Tensor | None]:
+        """Run the operation on meta; where that is impossible, run it for real and keep only the geometry."""
+        try:
+            if traits.wrong_on_meta:
+                raise NotImplementedError
+            return func(*map_leaves(args, _to_meta), **map_leaves(kwargs, _to_meta)), None
+        except Exception:
+            # No meta kernel, a value that is needed, or a plain mistake of the user's: the real run tells.
+            real_args, real_kwargs, result, state = self.replayer.execute_unrecorded(step)
+            originals = dict(zip(map(id, tensors((real_args, real_kwargs))), tensors((args, kwargs)), strict=True))
+
+            def counterpart(leaf: Any) -> Any:
+                return originals.get(id(leaf), _to_meta(leaf))
+
+            return map_leaves(result, counterpart), state
+
+    def _reads(self, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """Return the storages whose content matters: all arguments but those that are only written."""
+        blind = {position for position, name, is_out in traits.mutated if is_out or (traits.fills and name == "self")}
+        kept = [arg for index, arg in enumerate(args) if index not in blind]
+        outs = {name for _, name, is_out in traits.mutated if is_out}
+        kept.append({name: arg for name, arg in kwargs.items() if name not in outs})
+        numbers = (self.tape.number(tensor) for tensor in tensors(kept))
+        reads = dict.fromkeys(number for number in numbers if number is not None)
+        # A write to a part keeps the rest.
+        for tensor in _written(traits, args, kwargs):
+            ref = self.tape.ref(tensor)
+            if not ref.fills(self.tape.size_bytes(ref.storage)):
+                reads[ref.storage] = None
+        return tuple(reads)
+
+    def _overwrites(self, traits: _Traits, written: tuple[TensorRef, ...], reads: tuple[int, ...]) -> tuple[int, ...]:
+        if not (traits.fills or any(is_out for _, _, is_out in traits.mutated)):
+            return ()
+        return tuple(
+            ref.storage for ref in written if ref.storage not in reads and ref.fills(self.tape.size_bytes(ref.storage))
+        )
+
+    def _locate(
+        self, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Position | None, torch.Generator | None]:
+        if not traits.is_random:
+            return None, None
+        generator = self._generator(args, kwargs)
+        return self.replayer.random.locate(generator), generator
+
+    def _generator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator:
+        for leaf in (*args, *kwargs.values()):
+            if isinstance(leaf, torch.Generator):
+                return leaf
+        return default_generator(self.device)
+
+    # -- real tensors --------------------------------------------------------------------------------------
+
+    def _adopted(self, leaf: Any) -> Any:
+        return self.adopt(leaf) if isinstance(leaf, Tensor) and not leaf.is_meta else leaf
+
+    def _resolve(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and self.tape.number(leaf) is not None:
+            return self.replayer.value(leaf)
+        return leaf
+
+    def _capture(self, leaf: Any) -> Any:
+        """Turn an argument into what the tape keeps of it."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if self.tape.number(leaf) is not None:
+            return self.tape.ref(leaf)
+        if leaf.is_meta:
+            raise NotImplementedError(
+                f"a tensor of shape {tuple(leaf.shape)} on the meta device has no value that a deferred tensor could "
+                "take. Make it on the device of the model."
+            )
+        detached = leaf.detach()
+        if leaf.numel() * leaf.element_size() <= CLONE_LIMIT_BYTES:
+            return Constant(detached.clone(), 0)
+        constant = Constant(detached, detached._version)
+        self._watched[leaf.untyped_storage()._cdata] = constant
+        return constant
+
+    def _unwatch_written(self, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a real tensor is written, give the steps that read it a copy of what they saw."""
+        if not self._watched:
+            return
+        for tensor in _written(traits, args, kwargs):
+            constant = self._watched.pop(tensor.untyped_storage()._cdata, None) if not tensor.is_meta else None
+            if constant is not None:
+                constant.tensor = constant.tensor.clone()
+                constant.version = 0
+
+    def _run_random(self, func: Any, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a random operation on a real tensor now, from the generator's true state."""
+        self._unwatch_written(traits, args, kwargs)
+        written = _written(traits, args, kwargs)
+        generator = next((leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Generator)), None)
+        if generator is None:
+            device = written[0].device if written else kwargs.get("device") or torch.device("cpu")
+            if device.type == "meta":
+                return func(*args, **kwargs)
+            generator = default_generator(device)
+        program = self.replayer.random
+        position = program.locate(generator)
+        generator.set_state(program.state_at(position))
+        # The state behind it is a plain one: the next random step starts a new chain from it.
+        return func(*args, **kwargs)
+
+
+def _written(traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for position, name, _ in traits.mutated:
+        value = args[position] if position < len(args) else kwargs.get(name)
+        found.extend(tensors(value))
+    return found
+
+
+def _to_meta(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and not leaf.is_meta:
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+    if isinstance(leaf, torch.device):
+        return torch.device("meta")
+    return leaf

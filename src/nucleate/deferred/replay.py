@@ -1,0 +1,216 @@
+"""Replay: make the value of a storage from the steps that still matter to it, and from nothing else.
+
+`backward_slice` finds, for one storage, the steps that its value depends on; writes that a later full
+overwrite makes dead are left out, so that a parameter that was initialized twice costs one initialization.
+`Replayer` runs such a slice on a real device, each random step from its own generator state, and frees every
+intermediate as soon as nothing later in the slice needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from nucleate.deferred.draw import draw_plain_fill
+from nucleate.deferred.random_program import RandomProgram, default_generator
+from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
+from nucleate.errors import ReplayError
+
+
+def backward_slice(tape: Tape, storages: Sequence[int], end: int | None = None) -> list[Step]:
+    """Return the steps that the content of `storages` depends on, in the order they were recorded.
+
+    Args:
+        tape: The tape.
+        storages: Storages whose content is wanted.
+        end: Look at the tape as it was before the step with this index; by default the whole tape.
+    """
+    included: set[int] = set()
+    scanned: set[tuple[int, int]] = set()
+    wanted = [(storage, len(tape.steps) if end is None else end) for storage in storages]
+    while wanted:
+        storage, before = wanted.pop()
+        for index in reversed(tape.writers(storage)):
+            if index >= before:
+                continue
+            if (storage, index) in scanned:
+                break
+            scanned.add((storage, index))
+            step = tape.steps[index]
+            if index not in included:
+                included.add(index)
+                wanted.extend((read, index) for read in step.reads)
+            if storage in step.overwrites or storage in step.creates:
+                break
+    return [tape.steps[index] for index in sorted(included)]
+
+
+class Replayer:
+    """Runs slices of one tape.
+
+    Args:
+        tape: The tape.
+        device: The device that deferred tensors stand for while recording.
+    """
+
+    def __init__(self, tape: Tape, device: torch.device) -> None:
+        self.tape = tape
+        self.device = device
+        self.random = RandomProgram(self.advance)
+
+    def storage(
+        self, number: int, device: torch.device, scratch: torch.UntypedStorage | None = None
+    ) -> torch.UntypedStorage:
+        """Make the content of a storage of the tape. The generators are left as they were.
+
+        Args:
+            number: Which storage.
+            device: Where to make it.
+            scratch: Memory on `device`, large enough, that may be used for it instead of new memory.
+        """
+        with self._plain_torch():
+            return self._run(backward_slice(self.tape, [number]), [number], device, scratch)[number]
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """Return a real tensor with the value that a deferred tensor has now."""
+        with self._plain_torch():
+            ref = self.tape.ref(tensor)
+            steps = backward_slice(self.tape, [ref.storage])
+            return view(self._run(steps, [ref.storage], self.device)[ref.storage], ref)
+
+    def execute_unrecorded(self, step: Step) -> tuple[tuple[Any, ...], dict[str, Any], Any, Tensor | None]:
+        """Run a step that is not on the tape yet, on real values.
+
+        Returns:
+            Its real positional arguments, keyword arguments and result, and the generator's state behind it if it
+            is random.
+        """
+        with self._plain_torch():
+            needed = sorted({*step.reads, *step.writes})
+            env = self._run(backward_slice(self.tape, needed), needed, self.device)
+            args, kwargs = self._bind(step, env, self.device)
+            generator = None
+            if step.position is not None:
+                generator = self._generator(step, self.device)
+                generator.set_state(self.random.state_at(step.position))
+            result = step.func(*args, **kwargs)
+            return args, kwargs, result, None if generator is None else generator.get_state()
+
+    def advance(self, state: Tensor, step: Step) -> Tensor:
+        """Return the generator's state behind a random step by drawing what the step draws.
+
+        A plain fill draws into a little scratch memory (`draw.py`), any other step is run on its real inputs.
+        """
+        with self._plain_torch():
+            generator = self._generator(step, self.device)
+            generator.set_state(state)
+            if draw_plain_fill(step, generator):
+                return generator.get_state()
+            needed = sorted({*step.reads, *step.writes} - set(step.overwrites))
+            env = self._run(backward_slice(self.tape, needed, step.index), needed, self.device)
+            for storage in step.overwrites:
+                env[storage] = torch.UntypedStorage(self.tape.size_bytes(storage), device=self.device)
+            generator.set_state(state)
+            args, kwargs = self._bind(step, env, self.device)
+            step.func(*args, **kwargs)
+            return generator.get_state()
+
+    def _run(
+        self,
+        steps: list[Step],
+        wanted: Sequence[int],
+        device: torch.device,
+        scratch: torch.UntypedStorage | None = None,
+    ) -> dict[int, torch.UntypedStorage]:
+        last_use = {storage: step.index for step in steps for storage in (*step.reads, *step.writes, *step.creates)}
+        kept = set(wanted)
+        env: dict[int, torch.UntypedStorage] = {}
+        for step in steps:
+            for storage in step.overwrites:
+                if storage not in env and storage in kept and scratch is not None:
+                    env[storage] = scratch
+                elif storage not in env:
+                    env[storage] = torch.UntypedStorage(self.tape.size_bytes(storage), device=device)
+            self._execute(step, env, device)
+            for storage in (*step.reads, *step.writes, *step.creates):
+                if last_use[storage] == step.index and storage not in kept:
+                    env.pop(storage, None)
+        for storage in wanted:
+            # A zero-size storage needs no step to be whole.
+            if storage not in env and self.tape.size_bytes(storage) == 0:
+                env[storage] = torch.UntypedStorage(0, device=device)
+        return env
+
+    def _execute(self, step: Step, env: dict[int, torch.UntypedStorage], device: torch.device) -> None:
+        if step.position is not None:
+            self._generator(step, device).set_state(self.random.state_at(step.position))
+        args, kwargs = self._bind(step, env, device)
+        default_dtype = torch.get_default_dtype()
+        torch.set_default_dtype(step.default_dtype)
+        try:
+            result = step.func(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(default_dtype)
+        outputs = list(tensors(result))
+        for output, ref in zip(outputs, step.outputs, strict=True):
+            if ref.storage not in step.creates:
+                continue
+            if (output.dtype, tuple(output.shape)) != (ref.dtype, ref.size):
+                raise ReplayError(
+                    f"{step.func} made a {output.dtype} tensor of shape {tuple(output.shape)}, but was recorded as "
+                    f"{ref.dtype} of shape {ref.size}: its meta kernel is wrong in this torch build. Construct this "
+                    "part of the model with `empty_init=False`."
+                )
+            if output.stride() != ref.stride:
+                # A meta kernel that is wrong about strides: later steps count on the recorded ones.
+                output = torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype, device=device).copy_(output)
+            env[ref.storage] = output.untyped_storage()
+
+    def _bind(
+        self, step: Step, env: dict[int, torch.UntypedStorage], device: torch.device
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def real(leaf: Any) -> Any:
+            if isinstance(leaf, TensorRef):
+                return view(env[leaf.storage], leaf)
+            if isinstance(leaf, Constant):
+                return leaf.value()
+            # Recorded for the device that the tensors stand for; made on the one asked for.
+            return device if isinstance(leaf, torch.device) and leaf == self.device else leaf
+
+        return map_leaves(step.args, real), map_leaves(step.kwargs, real)
+
+    def _generator(self, step: Step, device: torch.device) -> torch.Generator:
+        explicit = next((arg for arg in (*step.args, *step.kwargs.values()) if isinstance(arg, torch.Generator)), None)
+        return explicit if explicit is not None else default_generator(device)
+
+    @contextmanager
+    def _plain_torch(self) -> Iterator[None]:
+        """Run aten as if nobody had changed torch's modes, and give every generator back as it was."""
+        generators = {id(g): g for g in self.random.generators(default_generator(self.device))}
+        states = {key: generator.get_state() for key, generator in generators.items()}
+        with ExitStack() as stack:
+            stack.enter_context(torch._C.DisableTorchFunction())
+            stack.enter_context(_disable_current_modes())
+            stack.enter_context(torch._C._DisableAutocast())
+            stack.enter_context(torch.no_grad())
+            try:
+                yield
+            finally:
+                for key, generator in generators.items():
+                    generator.set_state(states[key])
+
+
+def view(storage: torch.UntypedStorage, ref: TensorRef) -> Tensor:
+    """Return the tensor that `ref` describes on a real storage."""
+    tensor = torch.empty(0, dtype=ref.dtype, device=storage.device)
+    tensor.set_(storage, ref.offset, ref.size, ref.stride)
+    if ref.conj:
+        tensor = torch._conj(tensor)
+    if ref.neg:
+        tensor = torch._neg_view(tensor)
+    return tensor

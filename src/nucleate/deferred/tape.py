@@ -1,0 +1,216 @@
+"""The tape: which operations made and wrote which storages, as plain data.
+
+Deferred tensors are meta tensors, and what identifies a value is its *storage*. The tape keeps every storage
+that the constructor made alive (so that its address is never reused), numbers it, and lists the steps that
+read, wrote and created it. Views, `detach`, `.data`, `Parameter(...)` and ties need no step: the geometry of
+the tensor that survives says all. Recording is `record.py`'s job, running it again is `replay.py`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nucleate.deferred.random_program import Position
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A deferred tensor as a step saw it: a storage of the tape and a geometry on it.
+
+    Attributes:
+        storage: The storage's number on the tape.
+        dtype: The element type.
+        size: The shape.
+        stride: In elements.
+        offset: Of the first element, in elements.
+        conj: Whether the conjugate bit is set.
+        neg: Whether the negative bit is set.
+    """
+
+    storage: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    conj: bool
+    neg: bool
+
+    @property
+    def numel(self) -> int:
+        """How many elements there are."""
+        count = 1
+        for length in self.size:
+            count *= length
+        return count
+
+    def fills(self, size_bytes: int) -> bool:
+        """Return whether the elements are exactly the `size_bytes` bytes of the storage, each once."""
+        if self.offset != 0 or self.numel * self.dtype.itemsize != size_bytes:
+            return False
+        expected = 1
+        for stride, length in sorted((s, n) for n, s in zip(self.size, self.stride, strict=True) if n != 1):
+            if stride != expected:
+                return self.numel == 0
+            expected *= length
+        return True
+
+
+@dataclass(slots=True)
+class Constant:
+    """A real tensor that a step read.
+
+    Attributes:
+        tensor: The tensor, or a clone where cloning is cheap.
+        version: Its version counter when it was read, or None where later writes are meant to be seen.
+    """
+
+    tensor: Tensor
+    version: int | None
+
+    def value(self) -> Tensor:
+        """Return the tensor, refusing one that was written to since it was read."""
+        if self.version is not None and self.tensor._version != self.version:
+            from nucleate.errors import DeferredEditError
+
+            raise DeferredEditError(
+                f"a real tensor of shape {tuple(self.tensor.shape)} that the constructor copied into a deferred "
+                "parameter was edited in place after `init_module`. Edit a clone of it, or edit it inside the context."
+            )
+        return self.tensor
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """One recorded operation.
+
+    Attributes:
+        index: Its place on the tape.
+        func: The aten overload, or a Python function that is replayed whole (an opaque step).
+        args: Positional arguments, with `TensorRef` and `Constant` for tensors.
+        kwargs: Keyword arguments, likewise.
+        outputs: One entry per tensor it returned.
+        reads: Storages whose content it needs.
+        written: The tensors it changes in place.
+        creates: Storages that it makes.
+        overwrites: Storages of `written` whose old content it replaces entirely without looking at it.
+        default_dtype: torch's default dtype at that time.
+        position: For a random step, where in the random program it stands.
+        uninitialized: Whether what it creates is memory with nothing in it (`empty`).
+    """
+
+    index: int
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[TensorRef, ...]
+    reads: tuple[int, ...]
+    written: tuple[TensorRef, ...]
+    creates: tuple[int, ...]
+    overwrites: tuple[int, ...]
+    default_dtype: torch.dtype
+    position: Position | None = None
+    uninitialized: bool = False
+
+    @property
+    def writes(self) -> tuple[int, ...]:
+        """The storages that existed before and that it changes."""
+        return tuple(dict.fromkeys(ref.storage for ref in self.written))
+
+    def __str__(self) -> str:
+        return f"{self.index:5d} {self.func} reads={self.reads} writes={self.writes} creates={self.creates}"
+
+
+class Tape:
+    """The steps of one deferred construction and the storages they work on."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._numbers: dict[int, int] = {}
+        self._storages: list[torch.UntypedStorage] = []
+        self._writers: list[list[int]] = []
+
+    def number(self, tensor: Tensor) -> int | None:
+        """Return the number of the tensor's storage, or None if the tape does not know it."""
+        # Subclasses may answer for themselves (guarded ones say they are not meta, lazy ones raise): look behind them.
+        with torch._C.DisableTorchFunction():
+            return self._numbers.get(tensor.untyped_storage()._cdata) if tensor.is_meta else None
+
+    def add_storage(self, tensor: Tensor) -> int:
+        """Number the storage of a new meta tensor."""
+        storage = tensor.untyped_storage()
+        number = len(self._storages)
+        self._numbers[storage._cdata] = number
+        self._storages.append(storage)
+        self._writers.append([])
+        return number
+
+    def size_bytes(self, storage: int) -> int:
+        """Return how large the storage is now, in bytes."""
+        return self._storages[storage].nbytes()
+
+    def add_step(self, step: Step) -> None:
+        """Append a step."""
+        self.steps.append(step)
+        for storage in {*step.writes, *step.creates}:
+            self._writers[storage].append(step.index)
+
+    def writers(self, storage: int) -> list[int]:
+        """Return the indices of the steps that created or wrote the storage, ascending."""
+        return self._writers[storage]
+
+    def ref(self, tensor: Tensor) -> TensorRef:
+        """Describe a deferred tensor by storage and geometry."""
+        number = self.number(tensor)
+        assert number is not None, "not a deferred tensor of this tape"
+        with torch._C.DisableTorchFunction():
+            # `size()`, because a lazy parameter overrides `shape`.
+            size, stride, offset = tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset())
+            return TensorRef(number, tensor.dtype, size, stride, offset, tensor.is_conj(), tensor.is_neg())
+
+    def digest(self) -> str:
+        """Return a fingerprint that is equal on ranks that recorded the same construction."""
+        digest = hashlib.blake2b(digest_size=16)
+        for step in self.steps:
+            where = None if step.position is None else step.position.describe()
+            # A Python function's repr carries its address, which differs by process.
+            func = str(step.func) if isinstance(step.func, torch._ops.OpOverload) else step.func.__qualname__
+            digest.update(repr((func, _plain(step.args), _plain(step.kwargs), step.outputs, where)).encode())
+        return digest.hexdigest()
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in the arguments or results of an aten operation, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+
+
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Rebuild lists, tuples and dicts with every leaf passed through `change`."""
+    if isinstance(value, (list, tuple)):
+        items = [map_leaves(item, change) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {key: map_leaves(item, change) for key, item in value.items()}
+    return change(value)
+
+
+def _plain(value: Any) -> Any:
+    def describe(leaf: Any) -> Any:
+        if isinstance(leaf, Constant):
+            return ("constant", leaf.tensor.dtype, tuple(leaf.tensor.shape))
+        return type(leaf) if isinstance(leaf, torch.Generator) else leaf
+
+    return map_leaves(value, describe)
