@@ -1,0 +1,164 @@
+"""Execute a plan: the only place where memory for parameters is taken.
+
+One storage at a time is made and handed on: swapped into the tensor that stood for it, so that every reference
+to that tensor (ties, optimizers, lists) sees the value; or, where a strategy has sharded the parameter in the
+meantime, copied into the local shard and freed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nucleate.deferred.replay import view
+from nucleate.errors import UninitializedError, name_list
+from nucleate.materialize.plan import Holder, Plan, Target
+
+
+def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+    """Make everything that is deferred in `model` on `device`, in place. Real tensors are left as they are.
+
+    Args:
+        model: The model.
+        device: Where its values are made and stay.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UninitializedError: See `Plan.of`; the model is then unchanged.
+    """
+    plan = Plan.of(model)
+    plan.release()
+    execute(plan, model, torch.device(device))
+    return model
+
+
+def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: torch.device | None = None) -> None:
+    """Make what a released plan lists.
+
+    Between `Plan.of` and this call a strategy may have replaced parameters by DTensors on the meta device
+    (`fully_shard` does); these get the slice that this rank owns, everything else its whole value.
+
+    Args:
+        plan: The plan.
+        model: The model it was made for.
+        device: Where values are made.
+        shard_device: Where shards are kept; by default on `device`.
+
+    Raises:
+        UninitializedError: Something is still without a value afterwards, which is a fault of nucleate.
+    """
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    for module in recurrent:
+        # `swap_tensors` refuses tensors that somebody holds weakly (torch/nn/modules/rnn.py).
+        module._flat_weight_refs = []
+    _allocate_shards(model, shard_device or device)
+    scratch = _scratch(plan, device)
+    for group in plan.groups:
+        sharded = all(_shards(target) for target in group.targets)
+        storage = group.source.make(device, scratch if sharded else None)
+        for target in group.targets:
+            value = view(storage, target.ref)
+            shards = _shards(target)
+            if shards:
+                for shard in shards:
+                    _fill_shard(shard, value)
+            else:
+                _install(target, value)
+    del scratch
+    for module in recurrent:
+        module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
+        if device.type == "cuda":
+            module.flatten_parameters()
+    _verify(model)
+
+
+def _allocate_shards(model: nn.Module, device: torch.device) -> None:
+    from torch.distributed.tensor import DTensor
+
+    def allocate(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if isinstance(tensor, DTensor) and tensor.is_meta else tensor
+
+    if any(isinstance(p, DTensor) and p.is_meta for p in model.parameters()):
+        # Through `_apply`, so that FSDP takes notice of its new local tensors.
+        model._apply(allocate)
+
+
+def _scratch(plan: Plan, device: torch.device) -> torch.UntypedStorage | None:
+    """Return memory for the largest value of which only a shard is kept, so that it is taken and touched once."""
+    sizes = [group.source.size_bytes for group in plan.groups if all(_shards(target) for target in group.targets)]
+    return torch.UntypedStorage(max(sizes), device=device) if sizes else None
+
+
+def _shards(target: Target) -> list[Any]:
+    """Return the distinct DTensors that a strategy has put in the target's place."""
+    from torch.distributed.tensor import DTensor
+
+    found = {id(current): current for holder in target.holders if isinstance(current := _current(holder), DTensor)}
+    return list(found.values())
+
+
+def _current(holder: Holder) -> Any:
+    if holder.kind == "parameter":
+        return holder.module._parameters.get(holder.name)
+    return None
+
+
+def _fill_shard(shard: Any, value: Tensor) -> None:
+    """Copy this rank's part of a whole value into a DTensor's local tensor."""
+    local = shard.to_local()
+    for chunk in shard.__create_chunk_list__():
+        part = value
+        for dim, (offset, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            part = part.narrow(dim, offset, length)
+        with torch.no_grad():
+            local.copy_(part)
+
+
+def _install(target: Target, value: Tensor) -> None:
+    """Give the target's tensor its value and keep the object; where torch refuses that, replace the object."""
+    tensor = target.tensor
+    if isinstance(tensor, nn.Parameter):
+        real: Tensor = nn.Parameter(value, requires_grad=tensor.requires_grad)
+    else:
+        real = value.requires_grad_(tensor.requires_grad) if tensor.is_leaf else value
+    real.__class__ = target.cls
+    real.__dict__.update(tensor.__dict__)
+    try:
+        torch.utils.swap_tensors(tensor, real)
+    except RuntimeError:
+        # Somebody holds it weakly, or autograd does: the next best thing is to replace it wherever it is held.
+        for holder in target.holders:
+            _replace(holder, tensor, real)
+
+
+def _replace(holder: Holder, old: Tensor, new: Tensor) -> None:
+    if holder.kind == "parameter":
+        holder.module._parameters[holder.name] = new  # type: ignore[assignment]
+    elif holder.kind == "buffer":
+        holder.module._buffers[holder.name] = new
+    else:
+        value = holder.module.__dict__[holder.name]
+        holder.module.__dict__[holder.name] = _replaced(value, old, new)
+
+
+def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    if value is old:
+        return new
+    if type(value) in (list, tuple):
+        return type(value)(_replaced(item, old, new) for item in value)
+    if type(value) is dict:
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    return value
+
+
+def _verify(model: nn.Module) -> None:
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise UninitializedError(
+            f"{name_list(left)} have no value after materialization. This is a fault of nucleate: please report it."
+        )

@@ -1,0 +1,177 @@
+"""The plan: which deferred tensors a model holds and where the value of each comes from. Pure data, printable.
+
+Planning checks everything that can be checked before memory is taken; `execute.py` then only makes values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nucleate.deferred import Record, handle_of, held_tensors, release
+from nucleate.deferred.coverage import num_unwritten_bytes
+from nucleate.deferred.tape import TensorRef
+from nucleate.errors import UninitializedError, name_list
+from nucleate.materialize.source import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A place that holds a tensor: `getattr(module, name)`.
+
+    Attributes:
+        module: The module.
+        kind: `"parameter"`, `"buffer"` or `"attribute"`.
+        name: The attribute's name.
+        fqn: The name from the model's root.
+    """
+
+    module: nn.Module
+    kind: str
+    name: str
+    fqn: str
+
+
+@dataclass(slots=True)
+class Target:
+    """One deferred tensor: one object, held in one place or tied over several.
+
+    Attributes:
+        tensor: The tensor.
+        ref: Its storage on the tape and its geometry there.
+        cls: The class it has when it is not guarded.
+        holders: Where the model holds it.
+    """
+
+    tensor: Tensor
+    ref: TensorRef
+    cls: type[Tensor]
+    holders: list[Holder] = field(default_factory=list)
+
+    @property
+    def fqn(self) -> str:
+        """Its first name."""
+        return self.holders[0].fqn
+
+    @property
+    def size_bytes(self) -> int:
+        """How large its value is, in bytes."""
+        return self.ref.numel * self.ref.dtype.itemsize
+
+
+@dataclass(slots=True)
+class Group:
+    """The tensors of a model that share one storage, and what makes it.
+
+    Attributes:
+        source: Makes the storage.
+        targets: The tensors on it.
+    """
+
+    source: Recipe
+    targets: list[Target]
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is deferred in a model, in the order it is made.
+
+    Attributes:
+        groups: The storages to make.
+    """
+
+    groups: list[Group]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Plan:
+        """Find everything deferred in `model`.
+
+        Raises:
+            UninitializedError: A parameter or buffer is on the meta device without a recipe, or its recipe never
+                writes (all of) it, so that eager construction would leave heap memory there.
+        """
+        # Guarded tensors pretend to be on their device; the plan looks behind that.
+        with torch._C.DisableTorchFunctionSubclass():
+            plan = cls._find(model)
+        plan._refuse_unwritten()
+        return plan
+
+    @classmethod
+    def _find(cls, model: nn.Module) -> Plan:
+        targets: dict[int, Target] = {}
+        groups: dict[tuple[int, int], Group] = {}
+        foreign: list[str] = []
+        for prefix, module in model.named_modules():
+            for kind, name, tensor in held_tensors(module):
+                fqn = f"{prefix}.{name}" if prefix else name
+                handle = handle_of(tensor)
+                if handle is None:
+                    if tensor.is_meta and kind != "attribute":
+                        foreign.append(fqn)
+                    continue
+                target = targets.get(id(tensor))
+                if target is None:
+                    ref = handle.record.tape.ref(tensor)
+                    target = targets[id(tensor)] = Target(tensor, ref, handle.cls)
+                    group = groups.setdefault(
+                        (id(handle.record), ref.storage), Group(Recipe(handle.record, ref.storage), [])
+                    )
+                    group.targets.append(target)
+                target.holders.append(Holder(module, kind, name, fqn))
+        if foreign:
+            raise UninitializedError(
+                f"{len(foreign)} tensors are on the meta device and have no recipe: {name_list(foreign)}. They were "
+                'made outside `init_module`, or with `device="meta"`. Construct them inside `init_module`.'
+            )
+        return cls(sorted(groups.values(), key=lambda group: group.source.order))
+
+    @property
+    def targets(self) -> list[Target]:
+        """Every deferred tensor."""
+        return [target for group in self.groups for target in group.targets]
+
+    @property
+    def size_bytes(self) -> int:
+        """How much memory all values take together when nothing is sharded."""
+        return sum(group.source.size_bytes for group in self.groups)
+
+    @property
+    def records(self) -> list[Record]:
+        """The records of the constructions that it draws on."""
+        return list({id(group.source.record): group.source.record for group in self.groups}.values())
+
+    def release(self) -> None:
+        """Take the guards off, so that the tensors are plain meta tensors that a strategy can shard."""
+        for target in self.targets:
+            release(target.tensor)
+
+    def digest(self) -> str:
+        """Return a fingerprint that is equal on ranks that deferred the same model."""
+        names = [(target.fqn, target.ref) for target in self.targets]
+        tapes = [record.tape.digest() for record in self.records]
+        return hashlib.blake2b(repr((tapes, names)).encode(), digest_size=16).hexdigest()
+
+    def _refuse_unwritten(self) -> None:
+        unwritten = [
+            target.fqn
+            for group in self.groups
+            for target in group.targets
+            if num_unwritten_bytes(group.source.record.tape, group.source.storage)
+        ]
+        if unwritten:
+            raise UninitializedError(
+                f"nothing initializes {name_list(unwritten)}: the constructor made them with `torch.empty` or the like "
+                "and never wrote (all of) them, so they would hold whatever the memory held before. Initialize them "
+                "in the constructor."
+            )
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.targets)} deferred tensors, {self.size_bytes / 2**20:.1f} MiB"]
+        for target in self.targets:
+            names = " = ".join(holder.fqn for holder in target.holders)
+            dtype = str(target.ref.dtype).removeprefix("torch.")
+            lines.append(f"{names:60s} {dtype:9s} {target.ref.size!s:20s} {target.size_bytes:>14,d} B")
+        return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""Where the value of a tensor comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nucleate.deferred import Record
+
+
+class Source(Protocol):
+    """Makes the content of one storage."""
+
+    def make(self, device: torch.device, scratch: torch.UntypedStorage | None = None) -> torch.UntypedStorage:
+        """Return a storage on `device` with the content; it may use `scratch` instead of new memory."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """How large the storage is."""
+        ...
+
+    @property
+    def order(self) -> int:
+        """Sources of one model are cheapest to make in ascending order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A storage made by replaying how the constructor made it.
+
+    Attributes:
+        record: The record of the construction.
+        storage: The storage's number on the record's tape.
+    """
+
+    record: Record
+    storage: int
+
+    def make(self, device: torch.device, scratch: torch.UntypedStorage | None = None) -> torch.UntypedStorage:
+        """Replay the storage's recipe on `device`."""
+        return self.record.make(self.storage, device, scratch)
+
+    @property
+    def size_bytes(self) -> int:
+        """How large the storage is."""
+        return self.record.tape.size_bytes(self.storage)
+
+    @property
+    def order(self) -> int:
+        """The last step that wrote it: random steps then follow one another as in the constructor."""
+        return self.record.tape.writers(self.storage)[-1]
