@@ -1,0 +1,116 @@
+"""Do the ranks hold the same? Fingerprints instead of broadcasts.
+
+Replicas that every rank made by itself are equal if the recipes were followed; a fingerprint of a sample of each
+tensor shows whether they were. Real tensors that the user brought along may differ by rank, and are then taken
+from rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nucleate.cluster.communicator import Communicator
+from nucleate.errors import RankDisagreementError, name_list
+
+#: How many elements of a tensor a fingerprint looks at. Another seed or kernel changes nearly every element.
+SAMPLE_SIZE = 4096
+
+
+def verify_replicas(model: nn.Module, communicator: Communicator) -> None:
+    """Check that every tensor that ranks hold whole is equal on all ranks. DTensors are passed over.
+
+    Args:
+        model: A model without deferred tensors.
+        communicator: Of this process.
+
+    Raises:
+        RankDisagreementError: A parameter or buffer differs, named by FQN; on every rank.
+    """
+    if communicator.world_size == 1:
+        return
+    differing = _differing(_replicated(model), communicator)
+    if differing:
+        raise RankDisagreementError(
+            f"the ranks made different values for {name_list(differing)} from the same recipes. The ranks' CPUs, "
+            "thread counts or torch builds differ in a way that changes bits: use hosts of one kind, or set "
+            "ATEN_CPU_CAPABILITY and OMP_NUM_THREADS alike on all of them."
+        )
+
+
+def broadcast_real(model: nn.Module, communicator: Communicator) -> list[str]:
+    """Give every real parameter and buffer that differs between ranks the value it has on rank 0.
+
+    Args:
+        model: A model whose deferred tensors, if any, are on the meta device.
+        communicator: Of this process.
+
+    Returns:
+        The FQNs that differed.
+    """
+    if communicator.world_size == 1:
+        return []
+    named = dict(_replicated(model))
+    differing = _differing(named.items(), communicator)
+    for name in differing:
+        with torch.no_grad():
+            value = named[name].contiguous()
+            dist.broadcast(value.view(torch.uint8) if value.dim() else value.view(1).view(torch.uint8), src=0)
+            if value is not named[name]:
+                named[name].copy_(value)
+    return differing
+
+
+def verify_same_model(digest: str, communicator: Communicator) -> None:
+    """Check that every rank deferred the same model, before anything is made of it.
+
+    Args:
+        digest: This rank's fingerprint of what it recorded.
+        communicator: Of this process.
+
+    Raises:
+        RankDisagreementError: Ranks recorded different constructions; on every rank.
+    """
+    digests = communicator.gather_objects(digest)
+    others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if others:
+        raise RankDisagreementError(
+            f"rank {name_list(map(str, others))} constructed another model than rank 0: other operations, shapes or "
+            "seeds. Construct the same model on every rank: take nothing of it from the rank, the host or a "
+            "rank-dependent seed."
+        )
+
+
+def _replicated(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_meta and not hasattr(tensor, "device_mesh"):
+            yield name, tensor.detach()
+
+
+def _differing(named: Iterable[tuple[str, Tensor]], communicator: Communicator) -> list[str]:
+    marks = {name: _fingerprint(tensor) for name, tensor in named}
+    gathered = communicator.gather_objects(marks)
+    if any(other.keys() != marks.keys() for other in gathered):
+        everywhere = set(marks).intersection(*gathered)
+        names = sorted({name for other in gathered for name in other} - everywhere)
+        raise RankDisagreementError(
+            f"only some ranks have the tensors {name_list(names)}. Construct the same model on every rank."
+        )
+    return [name for name in marks if any(other[name] != gathered[0][name] for other in gathered)]
+
+
+def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
+    flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
+    step = max(1, flat.numel() // SAMPLE_SIZE)
+    sample = flat[::step].contiguous()
+    width = sample.element_size()
+    if sample.is_complex() or sample.is_quantized or width > 8:
+        words = sample.cpu().view(torch.uint8)
+    else:
+        words = sample.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
+    words = words.to(torch.int64)
+    places = torch.arange(1, words.numel() + 1, device=words.device)
+    return str(tensor.dtype), tuple(tensor.shape), int(words.sum()), int((words * places).sum())

@@ -1,0 +1,306 @@
+"""What the ranks say to one another: thin over torch.distributed, and right without it for a single process.
+
+This file decides what happens to values of every type and shape, and how a failure on one rank reaches the
+others. Who the ranks are is the environment's business, starting the group the process group's.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from nucleate.cluster.environment import Environment
+from nucleate.errors import ConfigurationError, RankDisagreementError, RankFailedError, UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+# What callers may ask for, and the name of torch.distributed's operation that does it.
+_OPS = {"mean": "SUM", "avg": "SUM", "sum": "SUM", "min": "MIN", "max": "MAX", "product": "PRODUCT"}
+
+# Numbers the `all_or_none` blocks of this process: ranks enter them in one order, so they count alike.
+_blocks = count()
+
+
+class Communicator:
+    """The collectives of one process. With one process each returns at once, in the same shape and type.
+
+    Every method must be called by every rank, in the same order.
+    """
+
+    def __init__(self, environment: Environment, device: torch.device) -> None:
+        """Remember who speaks and from where.
+
+        Args:
+            environment: Which process this is, of how many.
+            device: Where numbers become tensors, and where received accelerator tensors are put.
+        """
+        self.environment = environment
+        self.device = device
+
+    @property
+    def rank(self) -> int:
+        """This process among all."""
+        return self.environment.global_rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes there are."""
+        return self.environment.world_size
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Return rank `src`'s object on every rank.
+
+        Tensors inside dicts, lists, tuples and dataclasses arrive on this rank's device if they were on an
+        accelerator, else on the CPU; they carry no gradient history. Everything else is pickled.
+
+        Args:
+            obj: Any object that can be pickled; it matters on rank `src` only.
+            src: The rank that speaks.
+
+        Raises:
+            ConfigurationError: There is no rank `src`.
+            RankFailedError: Rank `src` could not send its object, such as one that cannot be pickled.
+        """
+        if not 0 <= src < self.world_size:
+            raise ConfigurationError(f"broadcast from rank {src}, but the ranks are 0 to {self.world_size - 1}.")
+        if self.world_size == 1:
+            return obj
+        tensors: list[Tensor] = []
+        skeleton: Any = None
+        with self.all_or_none("broadcast"):
+            if self.rank == src:
+                # Pickled here and not by torch, so that a failure comes before anybody waits for the message.
+                skeleton = pickle.dumps(apply_to_collection(obj, Tensor, lambda tensor: _Slot.put(tensor, tensors)))
+        message = [skeleton]
+        dist.broadcast_object_list(message, src=src)
+        if self.rank == src:
+            for tensor in tensors:
+                dist.broadcast(_as_bytes(tensor.to(self.device) if tensor.device.type != "cpu" else tensor), src=src)
+            return obj
+
+        def receive(slot: _Slot) -> Tensor:
+            tensor = torch.empty(slot.shape, dtype=slot.dtype, device=self.device if slot.on_accelerator else "cpu")
+            if tensor.numel() > 0:
+                dist.broadcast(_as_bytes(tensor), src=src)
+            return tensor
+
+        return cast(T, apply_to_collection(pickle.loads(message[0]), _Slot, receive))
+
+    def gather_objects(self, obj: T) -> list[T]:
+        """Return every rank's object, by rank. The objects are pickled."""
+        if self.world_size == 1:
+            return [obj]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, obj)
+        return gathered
+
+    def all_gather(self, data: Any, sync_grads: bool = False) -> Any:
+        """Return every rank's `data` stacked along a new leading axis.
+
+        Args:
+            data: A tensor, a number, or a collection of them; each becomes a tensor `(world_size, *shape)`.
+                Anything else in the collection stays as it is on this rank.
+            sync_grads: Let gradients flow back to the rank that each slice came from. Then every rank must
+                run backward.
+
+        Raises:
+            RankDisagreementError: The ranks' tensors differ in number, shape, dtype or kind of device.
+        """
+        leaves = _Leaves(self, data, "all_gather", sync_grads)
+
+        def gather(tensor: Tensor) -> Tensor:
+            if not sync_grads:
+                tensor = tensor.detach()
+            if self.world_size == 1:
+                return torch.stack([tensor])
+            return cast(Tensor, _AllGather.apply(tensor, self.world_size, self.rank))  # type: ignore[no-untyped-call]
+
+        return leaves.map(gather)
+
+    def all_reduce(self, data: Any, reduce_op: str = "mean") -> Any:
+        """Return the ranks' `data` combined, equal on every rank; `data` itself is not modified.
+
+        The result carries no gradient history. Integers keep every digit: sums and products of integers come
+        back as int64, as `torch.sum` does, and their mean in the default floating point dtype. Half
+        precision is summed in float32.
+
+        Args:
+            data: A tensor, a number, or a collection of them. Anything else in the collection stays as it is.
+            reduce_op: One of `"mean"` (also called `"avg"`), `"sum"`, `"min"`, `"max"`, `"product"`.
+
+        Raises:
+            ConfigurationError: `reduce_op` is not one of these.
+            RankDisagreementError: The ranks' tensors differ in number, shape, dtype or kind of device.
+        """
+        if reduce_op not in _OPS:
+            raise ConfigurationError(f"reduce_op is {reduce_op!r}; allowed are {', '.join(map(repr, _OPS))}.")
+        leaves = _Leaves(self, data, "all_reduce", False)
+        return leaves.map(lambda tensor: self._reduce(tensor.detach(), reduce_op))
+
+    def _reduce(self, tensor: Tensor, reduce_op: str) -> Tensor:
+        if tensor.is_complex():
+            if reduce_op not in ("mean", "avg", "sum"):
+                raise ConfigurationError(
+                    f"reduce_op {reduce_op!r} does not work on complex tensors; use 'sum' or 'mean'."
+                )
+            return torch.view_as_complex(self._reduce(torch.view_as_real(tensor), reduce_op))
+        extremum = reduce_op in ("min", "max")
+        floating = tensor.is_floating_point()
+        wide = torch.int64 if not floating else torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        # gloo knows neither float8 nor int16, and a sum in the narrow dtype would round or wrap around.
+        total = tensor.to(wide, copy=True, memory_format=torch.contiguous_format)
+        if self.world_size > 1:
+            dist.all_reduce(total, op=getattr(dist.ReduceOp, _OPS[reduce_op]))
+        if reduce_op in ("mean", "avg"):
+            total = total / self.world_size
+        return total.to(tensor.dtype) if floating or extremum else total
+
+    @contextmanager
+    def all_or_none(self, what: str) -> Iterator[None]:
+        """Surround work that every rank must finish, so that a rank's failure is an error on all of them.
+
+        The rank that fails raises its own error, at once; the others raise when they reach the end. The news
+        travels through the group's store, not by a collective, so it cannot cross one that is under way.
+
+        Args:
+            what: What is being done, for the message.
+
+        Raises:
+            RankFailedError: Another rank failed; the message carries its number and traceback.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        store = dist.distributed_c10d._get_default_store()
+        prefix = f"nucleate/all_or_none/{next(_blocks)}"
+        try:
+            yield
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            # `compare_set` lets the first failure win and returns who that was.
+            mine = f"{self.rank}\n{''.join(traceback.format_exception(error))}"
+            first = store.compare_set(f"{prefix}/failed", "", mine).decode()
+            store.set(f"{prefix}/done", "failed")
+            if first != mine and not isinstance(error, RankFailedError):
+                rank, _, description = first.partition("\n")
+                error.add_note(f"Rank {rank} failed first while all ranks did: {what}.\n{description}")
+            raise
+        if store.add(f"{prefix}/arrived", 1) == self.world_size:
+            store.set(f"{prefix}/done", "whole")
+        try:
+            outcome = store.get(f"{prefix}/done").decode()
+        except dist.DistError as error:
+            raise RankFailedError(f"{what}: not every rank came to the end before the timeout.") from error
+        if outcome == "failed":
+            rank, _, description = store.get(f"{prefix}/failed").decode().partition("\n")
+            raise RankFailedError(f"{what} failed on rank {rank}:\n{description}")
+
+
+class _Leaves:
+    """The tensors and numbers of a collection, after every rank has shown that its own look the same."""
+
+    def __init__(self, communicator: Communicator, data: Any, what: str, sync_grads: bool) -> None:
+        self.data = data
+        self.device = communicator.device
+        self._tensors: list[Tensor] = []
+        apply_to_collection(data, (Tensor, int, float), self._tensors_of)
+        if communicator.world_size > 1:
+            self._agree(communicator, what, sync_grads)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Any:
+        """Return the collection with `function` applied to each leaf, in the order that all ranks share."""
+        tensors = iter(self._tensors)
+        return apply_to_collection(self.data, (Tensor, int, float), lambda _: function(next(tensors)))
+
+    def _tensors_of(self, leaf: Any) -> None:
+        tensor = leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device=self.device)
+        # A sharded tensor stands for its whole value, not for the shard that this rank happens to hold.
+        self._tensors.append(tensor.full_tensor() if _is_dtensor(tensor) else tensor)
+
+    def _agree(self, communicator: Communicator, what: str, sync_grads: bool) -> None:
+        mine = [
+            f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device.type}"
+            + (" with gradient" if sync_grads and tensor.requires_grad else "")
+            for tensor in self._tensors
+        ]
+        all_ranks = communicator.gather_objects(mine)
+        for rank, theirs in enumerate(all_ranks):
+            if len(theirs) != len(all_ranks[0]):
+                raise RankDisagreementError(
+                    f"{what}: rank 0 brings {len(all_ranks[0])} tensors but rank {rank} brings {len(theirs)}. Every "
+                    "rank must bring the same collection."
+                )
+            for index, (first, other) in enumerate(zip(all_ranks[0], theirs, strict=True)):
+                if first != other:
+                    raise RankDisagreementError(
+                        f"{what}: tensor {index} is {first} on rank 0 but {other} on rank {rank}. Every rank must "
+                        "bring the same shapes and dtypes: pad what differs, or gather it as objects."
+                    )
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a tensor in a pickled collection; the tensor itself follows by a collective."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    on_accelerator: bool
+
+    @classmethod
+    def put(cls, tensor: Tensor, tensors: list[Tensor]) -> _Slot:
+        if _is_dtensor(tensor):
+            raise UsageError("a DTensor cannot be broadcast: it is spread over the ranks. Send `.full_tensor()`.")
+        if tensor.numel() > 0:
+            tensors.append(tensor.detach())
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device.type != "cpu")
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, world_size: int, rank: int) -> Tensor:
+        ctx.rank = rank
+        gathered = tensor.new_empty((world_size, *tensor.shape))
+        if tensor.numel() > 0:
+            dist.all_gather([_as_bytes(part) for part in gathered], _as_bytes(tensor))
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
+        if grad.numel() > 0:
+            dist.all_reduce(grad)
+        return grad[ctx.rank], None, None
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """View a tensor as flat bytes, which every backend can move whatever the dtype."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.contiguous().view(-1).view(torch.uint8)
+
+
+def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    if type(tensor) is Tensor:
+        return False
+    # Imported here: it is heavy, and a program without sharded tensors never needs it.
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)

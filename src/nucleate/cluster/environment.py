@@ -1,0 +1,89 @@
+"""Which process this is, of how many: the only place that reads the launcher's environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nucleate.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The place of this process among all.
+
+    Attributes:
+        launcher: Who started the processes: `"torchrun"`, or `"python"` for a single one.
+        world_size: How many processes there are.
+        global_rank: This process among all.
+        local_rank: This process among those of its node.
+        local_world_size: How many processes this node has.
+        node_rank: This node among all.
+        restart_count: How often the launcher has started this group of processes again after a failure.
+        agent_store: `"host:port"` of the store that the launcher's agent keeps for its workers, or `""`.
+    """
+
+    launcher: str = "python"
+    world_size: int = 1
+    global_rank: int = 0
+    local_rank: int = 0
+    local_world_size: int = 1
+    node_rank: int = 0
+    restart_count: int = 0
+    agent_store: str = ""
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes there are, if each has as many processes as this one."""
+        return max(1, self.world_size // self.local_world_size)
+
+    @classmethod
+    def detect(cls, variables: Mapping[str, str] | None = None) -> Environment:
+        """Read the environment: torchrun's variables where they are set, else a single process.
+
+        Args:
+            variables: Read these instead of `os.environ`.
+
+        Raises:
+            ConfigurationError: Only some of torchrun's variables are set, or one is not a number.
+        """
+        env = os.environ if variables is None else variables
+        required = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if "RANK" not in env or "WORLD_SIZE" not in env:
+            return cls()
+        missing = [name for name in required if name not in env]
+        if missing:
+            raise ConfigurationError(
+                f"RANK and WORLD_SIZE are set but {' and '.join(missing)} not, so the processes cannot find "
+                "each other. Start the script with torchrun, or unset RANK and WORLD_SIZE for a single process."
+            )
+        rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+        local_world_size = _number(env, "LOCAL_WORLD_SIZE", world_size)
+        return cls(
+            launcher="torchrun",
+            world_size=world_size,
+            global_rank=rank,
+            local_rank=_number(env, "LOCAL_RANK", rank % local_world_size),
+            local_world_size=local_world_size,
+            node_rank=_number(env, "GROUP_RANK", rank // local_world_size),
+            restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+            agent_store=(
+                f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+                if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                else ""
+            ),
+        )
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise ConfigurationError(
+            f"the environment variable {name} is {text!r}, which is not a number. torchrun sets it; unset it "
+            "if you did not mean to start several processes."
+        ) from None

@@ -1,0 +1,165 @@
+"""Seeds every random number generator at once, and saves and restores them.
+
+This file decides how one seed becomes many that do not meet (per epoch, rank, worker). What is drawn from
+them is up to the sampler, the loader's workers and the user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from nucleate.errors import CheckpointKeyError, ConfigurationError
+
+_MAX_SEED = 2**32 - 1  # What numpy takes.
+
+_seed: int | None = None
+_seeds_workers = False
+
+
+def seed_everything(seed: int, workers: bool = True) -> int:
+    """Seed Python's `random`, numpy if it is installed, and torch on every device.
+
+    Args:
+        seed: From 0 to 2**32 - 1.
+        workers: Also derive from it the seeds of data loader workers, a different one for each rank, worker
+            and epoch. Otherwise torch draws them.
+
+    Returns:
+        The seed.
+
+    Raises:
+        ConfigurationError: `seed` is out of range or not an integer.
+
+    >>> seed_everything(42)
+    42
+    """
+    global _seed, _seeds_workers
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MAX_SEED:
+        raise ConfigurationError(f"the seed is {seed!r}; it must be an integer from 0 to {_MAX_SEED}.")
+    _seed, _seeds_workers = seed, workers
+    random.seed(seed)
+    if (numpy := _numpy()) is not None:
+        numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed
+
+
+def last_seed() -> int | None:
+    """Return what `seed_everything` was last given, or None."""
+    return _seed
+
+
+def seeds_workers() -> bool:
+    """Return whether `seed_everything` was last asked to seed data loader workers too."""
+    return _seeds_workers
+
+
+def derive_seed(*parts: int) -> int:
+    """Return a 63-bit seed that follows from `parts`, and differs where any part does.
+
+    >>> derive_seed(1, 2) == derive_seed(1, 2) != derive_seed(2, 1)
+    True
+    """
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seed_worker(worker_id: int, rank: int, base: int) -> None:
+    """Seed the generators of a data loader's worker process; for `worker_init_fn`, which gives `worker_id`.
+
+    Args:
+        worker_id: The worker among those of its loader.
+        rank: The process that the worker works for.
+        base: The seed that the ranks have in common.
+    """
+    _seed_host(derive_seed(base, rank, worker_id))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's CPU generator inside, and restore what they were."""
+    before = _capture()
+    _seed_host(seed)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+class RandomState:
+    """The random number generators of every rank, to put into what `runtime.save` saves.
+
+    `state_dict` and `load_state_dict` must be called by every rank. The values are tensors, numbers, tuples
+    and strings, so that `torch.load(weights_only=True)` reads them.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `{"rank_0": ..., "rank_1": ...}`, the same on every rank."""
+        mine = _capture()
+        # The device's own generator; a process that never touched CUDA has nothing to say about it.
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            mine["cuda"] = torch.cuda.get_rng_state()
+        states = [mine]
+        if _is_distributed():
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, mine)
+            states = gathered
+        return {f"rank_{rank}": state for rank, state in enumerate(states)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the generators of this rank.
+
+        Raises:
+            CheckpointKeyError: The state was saved by fewer ranks.
+        """
+        key = f"rank_{torch.distributed.get_rank() if _is_distributed() else 0}"
+        if key not in state:
+            raise CheckpointKeyError(
+                f"there is no random state for {key}: it was saved by {len(state)} ranks. Resume on as many, or leave "
+                "the random state out and seed anew."
+            )
+        _restore(state[key])
+
+
+def _numpy() -> ModuleType | None:
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
+
+
+def _seed_host(seed: int) -> None:
+    random.seed(seed)
+    if (numpy := _numpy()) is not None:
+        numpy.random.seed(seed & _MAX_SEED)
+    torch.default_generator.manual_seed(seed)
+
+
+def _capture() -> dict[str, Any]:
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if (numpy := _numpy()) is not None:
+        name, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (str(name), torch.tensor(keys.tolist()), *rest)
+    return state
+
+
+def _restore(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if "numpy" in state and (numpy := _numpy()) is not None:
+        name, keys, *rest = state["numpy"]
+        numpy.random.set_state((name, keys.tolist(), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
