@@ -1,0 +1,47 @@
+"""The CPU: always there, shared by any number of processes, with gloo between them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar, final
+
+import torch
+from torch import nn
+
+from nucleate.accelerators.base import Accelerator
+from nucleate.accelerators.placement import place
+
+_DEVICE = torch.device("cpu")
+
+
+@final
+class CPUAccelerator(Accelerator):
+    """Run on the CPU."""
+
+    name = "cpu"
+    backend: ClassVar[str] = "gloo"
+
+    @classmethod
+    def is_available(cls) -> bool:
+        """Return True: there is always a CPU."""
+        return True
+
+    def count(self) -> int:
+        """Return how many cores this process may use. More processes than that are slow, not wrong."""
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
+
+    def select(self, local_rank: int) -> torch.device:
+        """Return the CPU, which all processes share."""
+        return _DEVICE
+
+    def module_init_context(self) -> AbstractContextManager[object]:
+        """Return the context in which factories place new tensors on the CPU."""
+        # A device context costs a call per torch function, so it is only entered where it changes something.
+        return nullcontext() if torch.get_default_device().type == "cpu" else _DEVICE
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        """Move what is real in `model` to the CPU, in place."""
+        return place(model, _DEVICE)

@@ -1,0 +1,103 @@
+"""Changes the dtype of what a precision may touch: parameters in place, inputs and outputs by copy.
+
+Only the four floating point dtypes that models compute in are cast. Integers, complex numbers and float8,
+which goes with a scale of its own, stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let factories make floating point tensors of `dtype`; restores what was, also after an error."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast floating point parameters to `dtype` in place; they stay the same objects, and keep their sharing.
+
+    Buffers are kept: rounding a table such as RoPE's `inv_freq` loses what no later cast brings back. The
+    exception is the running statistics of a normalization with weights, whose kernels refuse to mix dtypes
+    ("expected scalar type BFloat16 but found Float", torch 2.13 on CPU).
+
+    Args:
+        model: The module to cast, real or deferred.
+        dtype: One of the floating point dtypes.
+    """
+    sharing: dict[int, list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():  # Each object once, however often it is tied.
+        if parameter.dtype in FLOATING and parameter.dtype != dtype:
+            plain = type(parameter) is nn.Parameter and not parameter.is_sparse
+            sharing[parameter.untyped_storage()._cdata if plain else -id(parameter)].append(parameter)
+    for parameters in sharing.values():
+        if len(parameters) == 1 or len({parameter.dtype for parameter in parameters}) > 1:
+            for parameter in parameters:
+                _set(parameter, parameter.data.to(dtype))
+            continue
+        # Views of one storage: cast the storage once, and look at it as before.
+        data = parameters[0].data
+        whole = data.as_strided((data.untyped_storage().nbytes() // data.element_size(),), (1,), 0).to(dtype)
+        for parameter in parameters:
+            _set(parameter, whole.as_strided(parameter.size(), parameter.stride(), parameter.storage_offset()))
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.affine:
+            for name in ("running_mean", "running_var"):
+                statistic = getattr(module, name)
+                if statistic is not None and statistic.dtype != dtype:
+                    statistic.data = statistic.data.to(dtype)
+    return model
+
+
+def convert(data: Any, dtype: torch.dtype) -> Any:
+    """Cast the floating point tensors in a collection; what holds none to cast comes back as the same object.
+
+    A module may keep a list or dict that it was given and write into it, such as a cache, so collections are
+    only made anew where a tensor in them had to be cast.
+
+    Args:
+        data: A tensor, or dicts, lists, tuples and dataclasses of them, nested at will. Anything else is kept.
+        dtype: What to cast to.
+    """
+    if isinstance(data, Tensor):
+        return data.to(dtype) if data.dtype in FLOATING else data
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data) if field.init}
+        changes = {name: new for name, old in fields.items() if (new := convert(old, dtype)) is not old}
+        return dataclasses.replace(data, **changes) if changes else data
+    if isinstance(data, Mapping):
+        items = {key: convert(value, dtype) for key, value in data.items()}
+        if all(items[key] is value for key, value in data.items()):
+            return data
+        if isinstance(data, defaultdict):
+            return type(data)(data.default_factory, items)
+        return type(data)(items)  # type: ignore[call-arg]
+    if isinstance(data, (list, tuple)):
+        values = [convert(value, dtype) for value in data]
+        if all(new is old for new, old in zip(values, data, strict=True)):
+            return data
+        return type(data)(*values) if hasattr(data, "_fields") else type(data)(values)
+    return data
+
+
+def _set(parameter: nn.Parameter, data: Tensor) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    parameter.data = data
+    if gradient is not None:
+        parameter.grad = gradient.to(data.dtype)
