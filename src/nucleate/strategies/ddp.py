@@ -1,0 +1,96 @@
+"""Replicas: every process holds the whole model and exchanges gradients (torch's DistributedDataParallel)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from inspect import signature
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nucleate.cluster.agreement import verify_replicas
+from nucleate.cluster.communicator import Communicator
+from nucleate.deferred import handle_of
+from nucleate.materialize import materialize
+from nucleate.strategies.base import Strategy
+
+
+class DDPStrategy(Strategy):
+    """Trains replicas with `torch.nn.parallel.DistributedDataParallel`.
+
+    Each rank makes its replica from the recipes, so no broadcast is needed: that all replicas are equal is
+    verified instead. A model with real parameters is broadcast from rank 0, as DDP does.
+
+    Args:
+        find_unused_parameters: Look for parameters that a backward did not reach, after each forward.
+        static_graph: Promise that every iteration uses the same parameters.
+        gradient_as_bucket_view: Let gradients live in the buckets that are exchanged, which saves one copy of them.
+        bucket_cap_mb: How large a bucket is, in MiB; by default torch's choice.
+        sync_buffers: Broadcast rank 0's buffers before each forward.
+        timeout: How long a collective waits for the other ranks before it fails.
+    """
+
+    name = "ddp"
+    distributed = True
+
+    def __init__(
+        self,
+        *,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = True,
+        bucket_cap_mb: float | None = None,
+        sync_buffers: bool = True,
+        timeout: timedelta = timedelta(minutes=10),
+    ) -> None:
+        self.find_unused_parameters = find_unused_parameters
+        self.static_graph = static_graph
+        self.gradient_as_bucket_view = gradient_as_bucket_view
+        self.bucket_cap_mb = bucket_cap_mb
+        self.sync_buffers = sync_buffers
+        self.timeout = timeout
+
+    def module_init_context(self) -> AbstractContextManager[object]:
+        """Nothing is special about construction."""
+        return nullcontext()
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        """Make what is deferred, check that replicas are equal, and wrap the model in DDP.
+
+        A model without a parameter to train is returned as it is, because DDP refuses it.
+
+        Raises:
+            RankDisagreementError: Replicas made from the same recipes differ.
+        """
+        had_real = any(handle_of(p) is None for p in model.parameters())
+        materialize(model, self.device)
+        if not had_real:
+            verify_replicas(model, Communicator(self.environment, self.device))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=None if self.device.type == "cpu" else [self.device],
+            init_sync=had_real,
+            find_unused_parameters=self.find_unused_parameters,
+            static_graph=self.static_graph,
+            gradient_as_bucket_view=self.gradient_as_bucket_view,
+            bucket_cap_mb=self.bucket_cap_mb,
+            **self._buffer_arguments(),  # type: ignore[arg-type]
+        )
+
+    def _buffer_arguments(self) -> dict[str, bool]:
+        if self.sync_buffers:
+            return {}
+        # torch 2.13 renamed the argument and warns about the old name.
+        renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
+        return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+
+    def no_backward_sync(self, module: nn.Module) -> AbstractContextManager[object]:
+        """Accumulate gradients locally."""
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+    def guards_methods(self, module: nn.Module) -> bool:
+        """DDP prepares the exchange of gradients in its own forward; going around it loses them."""
+        return isinstance(module, DistributedDataParallel)

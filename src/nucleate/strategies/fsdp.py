@@ -1,0 +1,201 @@
+"""Shards: every process holds a part of each parameter and gathers a unit at a time (torch's FSDP2).
+
+Parameters are sharded while they are still deferred; each rank then makes its part. What may be configured are
+policies, passed as keywords; what FSDP2 cannot shard is refused by name before anything is changed.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from nucleate.cluster.agreement import broadcast_real, verify_replicas
+from nucleate.cluster.communicator import Communicator
+from nucleate.errors import ConfigurationError, name_list
+from nucleate.materialize import Plan, execute
+from nucleate.strategies.base import Strategy
+from nucleate.strategies.wrap_policy import WrapPolicy, find_units
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    from nucleate.plugin import Composition
+
+
+class FSDPStrategy(Strategy):
+    """Shards parameters, gradients and optimizer state with `torch.distributed.fsdp.fully_shard`.
+
+    Args:
+        wrap: What becomes a unit of its own: `"auto"` finds repeated blocks; or classes of modules; or a function of
+            a module's name and the module. Tied parameters always stay in one unit.
+        mixed_precision: FSDP's own policy for compute and reduce dtypes. Independent of `Runtime(precision=...)`,
+            whose `*-mixed` use autocast under every strategy. `output_dtype` applies to the root only.
+        cpu_offload: Keep shards in host memory while they are not used.
+        reshard_after_forward: Free gathered parameters after forward (saves memory) or keep them for backward (saves
+            communication); None lets FSDP choose, an integer reshards to a smaller group.
+        num_replicas: HSDP: keep this many replicas, each sharded over `world_size / num_replicas` ranks.
+        timeout: How long a collective waits for the other ranks before it fails.
+    """
+
+    name = "fsdp"
+    distributed = True
+    shards = True
+
+    def __init__(
+        self,
+        *,
+        wrap: WrapPolicy = "auto",
+        mixed_precision: MixedPrecisionPolicy | None = None,
+        cpu_offload: bool = False,
+        reshard_after_forward: bool | int | None = None,
+        num_replicas: int = 1,
+        timeout: timedelta = timedelta(minutes=10),
+    ) -> None:
+        if isinstance(wrap, str) and wrap != "auto":
+            raise ConfigurationError(f"wrap={wrap!r} is not a policy. Give 'auto', classes of modules, or a function.")
+        if isinstance(num_replicas, bool) or not isinstance(num_replicas, int) or num_replicas < 1:
+            raise ConfigurationError(f"num_replicas={num_replicas!r} must be an integer of at least 1.")
+        self.wrap = wrap
+        self.mixed_precision = mixed_precision
+        self.cpu_offload = cpu_offload
+        self.reshard_after_forward = reshard_after_forward
+        self.num_replicas = num_replicas
+        self.timeout = timeout
+        self._mesh: DeviceMesh | None = None
+
+    def check(self, composition: Composition) -> None:
+        """Refuse a number of replicas that does not divide the number of processes.
+
+        Raises:
+            ConfigurationError: It does not.
+        """
+        world_size = composition.environment.world_size
+        if world_size % self.num_replicas:
+            raise ConfigurationError(
+                f"num_replicas={self.num_replicas} does not divide the {world_size} processes. Choose a divisor of "
+                f"{world_size}, or start another number of processes."
+            )
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The device mesh: axis `shard`, behind axis `replicate` if there are replicas."""
+        if self._mesh is None:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            world_size = self.environment.world_size
+            if self.num_replicas == 1:
+                shape, names = (world_size,), ("shard",)
+            else:
+                shape, names = (self.num_replicas, world_size // self.num_replicas), ("replicate", "shard")  # type: ignore[assignment]
+            self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        return self._mesh
+
+    def module_init_context(self) -> AbstractContextManager[object]:
+        """Nothing is special about construction: what makes it cheap is that it is deferred."""
+        return nullcontext()
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        """Shard the model and make this rank's part of every parameter.
+
+        Raises:
+            ConfigurationError: A parameter cannot be sharded; nothing has been changed then.
+            UninitializedError: See `nucleate.materialize.Plan.of`.
+        """
+        import torch
+        from torch.distributed.fsdp import fully_shard
+
+        plan = Plan.of(model)
+        units = find_units(model, self.wrap)
+        _refuse_unshardable(model, units, plan)
+        communicator = Communicator(self.environment, self.device)
+        plan.release()
+        # Each rank cuts its shard from its own copy of a real parameter, so the copies have to be one model's.
+        broadcast_real(model, communicator)
+        attributes = {name: _attributes(p) for name, p in model.named_parameters(remove_duplicate=False)}
+        for _, unit in units:
+            fully_shard(unit, **self._arguments(root=False))
+        fully_shard(model, **self._arguments(root=True))
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            for key, value in attributes[name].items():
+                setattr(parameter, key, value)
+        execute(plan, model, self.device, torch.device("cpu") if self.cpu_offload else self.device)
+        verify_replicas(model, communicator)
+        return model
+
+    @contextmanager
+    def no_backward_sync(self, module: nn.Module) -> Iterator[None]:
+        """Accumulate gradients, which are kept whole on every rank meanwhile."""
+        module.set_requires_gradient_sync(False)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+    def mark_forward_method(self, module: nn.Module, name: str) -> None:
+        """Gather the root's parameters around the method, too."""
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(module, name)
+
+    def _arguments(self, root: bool) -> dict[str, Any]:
+        from dataclasses import replace
+
+        from torch.distributed.fsdp import CPUOffloadPolicy
+
+        arguments: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": self.reshard_after_forward}
+        if self.mixed_precision is not None:
+            # On a block it would hand a dtype to the next block that this one does not expect.
+            policy = self.mixed_precision
+            arguments["mp_policy"] = policy if root else replace(policy, output_dtype=None)
+        if self.cpu_offload:
+            arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type != "cpu")
+        return arguments
+
+
+def _attributes(parameter: nn.Parameter) -> dict[str, Any]:
+    """Return what users hang on a parameter; FSDP makes a new object without it."""
+    return {key: value for key, value in vars(parameter).items() if not key.startswith("_nucleate")}
+
+
+def _refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]], plan: Plan) -> None:
+    parameters = dict(model.named_parameters())
+    scalars = [name for name, p in parameters.items() if p.dim() == 0]
+    if scalars:
+        raise ConfigurationError(
+            f"FSDP cannot shard parameters without a dimension: {name_list(scalars)}. Give them the shape (1,)."
+        )
+    strided = [name for name, p in parameters.items() if not p.is_contiguous()]
+    if strided:
+        raise ConfigurationError(
+            f"FSDP cannot shard parameters that are not contiguous: {name_list(strided)}. Make them contiguous in the "
+            "constructor, or use strategy='ddp'."
+        )
+    owner = {id(p): name for name, unit in [("", model), *reversed(units)] for p in unit.parameters()}
+    dtypes: dict[str, dict[torch.dtype, str]] = {}
+    for name, parameter in parameters.items():
+        if parameter.is_floating_point():
+            dtypes.setdefault(owner[id(parameter)], {}).setdefault(parameter.dtype, name)
+    for unit_name, found in dtypes.items():
+        if len(found) > 1:
+            listed = ", ".join(f"{name} is {dtype}" for dtype, name in found.items())
+            raise ConfigurationError(
+                f"the parameters of one FSDP unit must have one dtype, but in {unit_name or 'the root'} {listed}. Cast "
+                "them alike, or name a module that holds only one dtype in `wrap`."
+            )
+    for group in plan.groups:
+        views = [t for t in group.targets if any(holder.kind == "parameter" for holder in t.holders)]
+        spans = sorted((t.ref.offset * t.ref.dtype.itemsize, t.size_bytes, t.fqn) for t in views)
+        for (start, size, first), (following, _, second) in pairwise(spans):
+            if start + size > following:
+                raise ConfigurationError(
+                    f"{first} and {second} are different parameters that share memory, which shards cannot. Tie them "
+                    "by assigning the same parameter, or use strategy='ddp'."
+                )

@@ -1,0 +1,42 @@
+"""One process, one device: the model as it is."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from nucleate.errors import ConfigurationError
+from nucleate.materialize import materialize
+from nucleate.strategies.base import Strategy
+
+if TYPE_CHECKING:
+    from nucleate.plugin import Composition
+
+
+class SingleDeviceStrategy(Strategy):
+    """Runs the model on the device of this one process."""
+
+    name = "single_device"
+
+    def check(self, composition: Composition) -> None:
+        """Refuse to run in several processes, which would each train a model of their own.
+
+        Raises:
+            ConfigurationError: There is more than one process.
+        """
+        world_size = composition.environment.world_size
+        if world_size > 1:
+            raise ConfigurationError(
+                f"strategy 'single_device' runs in one process, but {composition.environment.launcher} started "
+                f"{world_size}. Use strategy='ddp' or 'fsdp', or start the script with plain python."
+            )
+
+    def module_init_context(self) -> AbstractContextManager[object]:
+        """Nothing is special about construction."""
+        return nullcontext()
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        """Make what is deferred, on the device."""
+        return materialize(model, self.device)

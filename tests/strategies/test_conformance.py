@@ -1,0 +1,22 @@
+"""Every built-in strategy passes the suite that plugins inherit; on several ranks in tests/multi/conformance.py."""
+
+from nucleate.strategies.base import Strategy
+from nucleate.strategies.ddp import DDPStrategy
+from nucleate.strategies.fsdp import FSDPStrategy
+from nucleate.strategies.single_device import SingleDeviceStrategy
+from nucleate.testing import StrategySuite
+
+
+class TestSingleDevice(StrategySuite):
+    def make_strategy(self) -> Strategy:
+        return SingleDeviceStrategy()
+
+
+class TestDDP(StrategySuite):
+    def make_strategy(self) -> Strategy:
+        return DDPStrategy()
+
+
+class TestFSDP(StrategySuite):
+    def make_strategy(self) -> Strategy:
+        return FSDPStrategy()
