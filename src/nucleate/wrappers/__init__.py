@@ -1,0 +1,7 @@
+"""What `runtime.setup` returns: the user's own objects, with the plugins around forward, step and iteration."""
+
+from nucleate.wrappers.dataloader import DataLoaderWrapper
+from nucleate.wrappers.module import ModuleWrapper
+from nucleate.wrappers.optimizer import OptimizerWrapper
+
+__all__ = ["DataLoaderWrapper", "ModuleWrapper", "OptimizerWrapper"]

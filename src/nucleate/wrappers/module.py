@@ -1,0 +1,252 @@
+"""A model whose forward goes through precision and strategy, and which in all else is the user's model.
+
+This file decides what counts as forward, what a call that would go around the strategy is told, and where
+names are looked up. What happens in forward is up to the two plugins.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, final
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from nucleate.errors import UsageError
+from nucleate.precision.base import Precision
+from nucleate.strategies.base import Strategy
+
+# How many `backward_allowed` contexts are open. A plain number and not a context variable: on CUDA the hooks
+# run in autograd's own threads, which do not see the caller's context.
+_backward_allowed = 0
+
+
+@contextmanager
+def backward_allowed() -> Iterator[None]:
+    """Surround a backward pass whose loss was scaled; outside, backward through a scaling wrapper is refused."""
+    global _backward_allowed
+    _backward_allowed += 1
+    try:
+        yield
+    finally:
+        _backward_allowed -= 1
+
+
+@final
+class ModuleWrapper(nn.Module):
+    """Stands before the user's model: the same attributes, keys and methods, another forward.
+
+    Args:
+        forward_module: What the strategy's setup returned; its forward is called.
+        original: The user's model, which may be the same object.
+        precision: Converts inputs and outputs, and surrounds forward.
+        strategy: Says which methods must go through it.
+    """
+
+    def __init__(
+        self, forward_module: nn.Module, original: nn.Module, precision: Precision, strategy: Strategy
+    ) -> None:
+        super().__init__()
+        # In `__dict__`, not in `_modules`: keys must not get a prefix. The registries are the model's very own,
+        # so that whatever walks over modules without asking for methods sees the same tree.
+        self.__dict__.update(
+            _forward_module=forward_module,
+            _precision=precision,
+            _strategy=strategy,
+            _forward_methods=set(),
+            _forward_depth=0,
+            _parameters=original._parameters,
+            _buffers=original._buffers,
+            _modules=original._modules,
+            _non_persistent_buffers_set=original._non_persistent_buffers_set,
+            _original=original,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The user's model."""
+        original: nn.Module = self.__dict__["_original"]
+        return original
+
+    @property
+    def forward_module(self) -> nn.Module:
+        """What the strategy's setup returned."""
+        forward_module: nn.Module = self.__dict__["_forward_module"]
+        return forward_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward with precision and strategy."""
+        return self._run(self.forward_module, args, kwargs)
+
+    def mark_forward_method(self, method: str | MethodType) -> None:
+        """Let a method of the model go through precision and strategy as forward does.
+
+        Args:
+            method: Its name, or the method itself.
+
+        Raises:
+            UsageError: It is forward itself, or the model has no such method.
+        """
+        name = method if isinstance(method, str) else method.__name__
+        if name == "forward":
+            raise UsageError("forward is always a forward method; mark_forward_method is for other methods.")
+        if not inspect.ismethod(getattr(self.module, name, None)):
+            raise UsageError(f"mark_forward_method({name!r}): {type(self.module).__name__} has no method of that name.")
+        self._strategy.mark_forward_method(self.forward_module, name)
+        self._forward_methods.add(name)
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        precision: Precision = self._precision
+        args, kwargs = precision.convert_input((args, kwargs))
+        self.__dict__["_forward_depth"] += 1
+        try:
+            with precision.forward_context():
+                output = function(*args, **kwargs)
+        finally:
+            self.__dict__["_forward_depth"] -= 1
+        output = precision.convert_output(output)
+        if precision.scales_gradients and torch.is_grad_enabled():
+            apply_to_collection(output, Tensor, _refuse_plain_backward)
+        return output
+
+    def _run_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a marked method. A strategy that wraps the model is entered by its forward, like any other."""
+        original = self.module
+        if self.forward_module is original:
+            return self._run(getattr(original, name), args, kwargs)
+        own_forward = original.__dict__.get("forward")
+
+        def restore() -> None:
+            if own_forward is None:
+                original.__dict__.pop("forward", None)
+            else:
+                original.__dict__["forward"] = own_forward
+
+        def redirected(*args: Any, **kwargs: Any) -> Any:
+            restore()  # First of all: the method may call the real forward.
+            return getattr(original, name)(*args, **kwargs)
+
+        original.__dict__["forward"] = redirected
+        try:
+            return self._run(self.forward_module, args, kwargs)
+        finally:
+            restore()
+
+    def _run_guarded(self, method: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an unmarked method; should it call forward of the model or a part of it, refuse before that runs."""
+        name = f"{type(self.module).__name__}.{method.__name__}"
+        guarded: set[nn.Module] = set()
+
+        def refuse(module: nn.Module, _: Any) -> None:
+            # Without gradients there is nothing to exchange; inside the wrapper's forward the strategy is there.
+            if not torch.is_grad_enabled() or self._forward_depth > 0:
+                return
+            if not guarded:
+                guarded.update(self.module.modules())
+            if module in guarded:
+                raise UsageError(
+                    f"{name}() calls forward by itself, which goes around the strategy {self._strategy.name!r}: its "
+                    f"gradients would not be exchanged. Call model.mark_forward_method({method.__name__!r}) after "
+                    "setup, or call the method under torch.no_grad()."
+                )
+
+        handle = register_module_forward_pre_hook(refuse)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+        return self.module.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_original" in self.__dict__:  # nn.Module.__init__ sets it before there is a model.
+            self.module.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        if "_original" not in self.__dict__:  # While unpickling.
+            raise AttributeError(name)
+        if name in self.__dict__["_forward_methods"]:
+            method = getattr(self.module, name)
+            return functools.wraps(method)(lambda *args, **kwargs: self._run_method(name, args, kwargs))
+        value = getattr(self.module, name)
+        if (
+            inspect.ismethod(value)
+            and value.__self__ is self.module
+            and self._strategy.guards_methods(self.forward_module)
+        ):
+            return functools.wraps(value)(lambda *args, **kwargs: self._run_guarded(value, args, kwargs))
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_original" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            object.__delattr__(self, name)
+        else:
+            delattr(self.module, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.module)})  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleWrapper:
+        """Copy the model; the copy works with the same precision and strategy, as an average of weights should."""
+        clone = object.__new__(ModuleWrapper)
+        memo[id(self)] = clone
+        for plugin in (self._precision, self._strategy):
+            memo[id(plugin)] = plugin
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
+    def __repr__(self) -> str:
+        return f"ModuleWrapper({self.module!r})"
+
+
+def _refuse_plain_backward(tensor: Tensor) -> None:
+    # A leaf, such as a parameter that forward hands out, would keep the hook for good.
+    if tensor.requires_grad and not tensor.is_leaf:
+        tensor.register_hook(_check_backward)
+
+
+def _check_backward(_: Tensor) -> None:
+    if not _backward_allowed:
+        raise UsageError(
+            "loss.backward() was called, but the precision scales gradients and this loss is not scaled. Call "
+            "runtime.backward(loss). No gradient was changed."
+        )
+
+
+def _delegate(name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(nn.Module, name))
+    def method(self: ModuleWrapper, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self.module, name)(*args, **kwargs)
+        return self if result is self.module else result
+
+    return method
+
+
+# The model may have its own version of any of these, and as the first module of a tree it is itself to be named.
+for _name in (
+    # A parent loads its parts by `_load_from_state_dict`, and saves them by `state_dict`.
+    *("state_dict", "load_state_dict", "_load_from_state_dict"),
+    *("parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules"),
+    *("children", "named_children", "get_parameter", "get_buffer", "get_submodule", "set_submodule"),
+    *("register_parameter", "register_buffer", "register_module", "add_module"),
+    *("train", "eval", "requires_grad_", "zero_grad", "apply", "share_memory"),
+    *("to", "to_empty", "type", "cpu", "cuda", "float", "double", "half", "bfloat16"),
+):
+    setattr(ModuleWrapper, _name, _delegate(_name))

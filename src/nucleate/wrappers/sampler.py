@@ -1,0 +1,106 @@
+"""Which samples a rank takes, in an order that follows from seed and epoch alone.
+
+The order is drawn whole, the same on every rank, and rank `r` of `W` takes every `W`-th sample from the
+`r`-th on. So the batches of one step, together, are those of a single process with `W` times the batch size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from itertools import islice
+from typing import Any, cast, final
+
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from nucleate.seed import derive_seed, seeded
+
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+@final
+class ShareSampler(Sampler[Any]):
+    """One rank's share of what another sampler draws.
+
+    The other sampler draws with the global generators seeded by seed and epoch, which get back their state
+    afterwards: a sampler of the user's own is reproducible too, and takes nothing from the training's
+    random numbers. A generator given to one of torch's samplers is not used. A sampler without a length is
+    shared as it goes, and must draw alike on every rank.
+
+    Args:
+        source: Draws indices, or whole batches of them.
+        num_replicas: How many ranks share.
+        rank: Which share this is.
+        seed: Where the order comes from, the same for all who share.
+        drop_last: Leave out the last samples where they do not go round; otherwise the first are given again.
+    """
+
+    def __init__(self, source: Iterable[Any], num_replicas: int, rank: int, seed: int, drop_last: bool) -> None:
+        self.source = _without_generator(source)
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.seed = seed
+        self.drop_last = drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration; the other sampler is told if it wants to know."""
+        self.epoch = epoch
+        if callable(set_epoch := getattr(self.source, "set_epoch", None)):
+            set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Return how many samples each rank gets."""
+        return self._total(len(cast(Sized, self.source))) // self.num_replicas
+
+    def __iter__(self) -> Iterator[Any]:
+        if not hasattr(type(self.source), "__len__"):
+            yield from self._share_as_it_goes()
+            return
+        drawn = self._draw()
+        for position in range(self.rank, self._total(len(drawn)), self.num_replicas):
+            yield drawn[position % len(drawn)]
+
+    def _draw(self) -> Sequence[Any]:
+        if type(self.source) is SequentialSampler:
+            return range(len(self.source))  # A list of a billion numbers would be 8 GB.
+        with seeded(derive_seed(self.seed, self.epoch)):
+            return list(self.source)
+
+    def _share_as_it_goes(self) -> Iterator[Any]:
+        samples = iter(self.source)
+        while len(group := list(islice(samples, self.num_replicas))) == self.num_replicas:
+            yield group[self.rank]
+
+    def _total(self, drawn: int) -> int:
+        rounds = drawn // self.num_replicas if self.drop_last else -(-drawn // self.num_replicas)
+        return rounds * self.num_replicas
+
+
+@final
+class SkipSampler(Sampler[Any]):
+    """What another sampler draws, without the first `skip` of it: to resume without loading what was seen.
+
+    Args:
+        source: Draws indices or batches.
+        skip: How many to leave out.
+    """
+
+    def __init__(self, source: Iterable[Any], skip: int) -> None:
+        self.source = source
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.source), self.skip, None)
+
+    def __len__(self) -> int:
+        """Return how many are left."""
+        return max(0, len(cast(Sized, self.source)) - self.skip)
+
+
+def _without_generator(source: Iterable[Any]) -> Iterable[Any]:
+    """Return a random sampler of torch's without its own generator, so that the seeded one decides."""
+    if type(source) in _RANDOM and getattr(source, "generator", None) is not None:
+        source = copy.copy(source)
+        vars(source)["generator"] = None
+    return source
