@@ -1,0 +1,239 @@
+"""An optimizer's state by the names of its parameters instead of by their numbers.
+
+torch numbers an optimizer's parameters in the order they were given; the numbers mean nothing in another run
+that orders or shards them differently. This file decides how the numbers become names and back, and where the
+state of an optimizer that never stepped is read into. It never takes a step to find out what the state looks like.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nucleate.checkpoint.entries import Entry, ParameterNames
+from nucleate.checkpoint.plan import Plan
+from nucleate.checkpoint.tree import KeyPath, has_data
+from nucleate.errors import CheckpointError, UsageError, name_list
+
+
+def named_state(entry: Entry, names: ParameterNames) -> dict[str, Any]:
+    """Return the optimizer's `state_dict()`, with the key of each parameter in place of its number.
+
+    Args:
+        entry: An optimizer.
+        names: The keys of the parameters of the modules that are saved with it.
+
+    Raises:
+        UsageError: Parameters of the optimizer are in none of these modules.
+        CheckpointError: A part of the state that belongs to one rank cannot be told from a whole one.
+    """
+    optimizer: Optimizer = entry.value
+    check_named(entry, names)
+    packed = optimizer.state_dict()
+    parameters: dict[int, Tensor] = {}
+    groups = []
+    for group, numbered in zip(optimizer.param_groups, packed["param_groups"], strict=True):
+        parameters.update(zip(numbered["params"], group["params"], strict=True))
+        groups.append({**numbered, "params": [names.keys(parameter)[0] for parameter in group["params"]]})
+    state: dict[Any, Any] = {}
+    for number, fields in packed["state"].items():
+        if number not in parameters:
+            state[number] = fields
+            continue
+        name = names.keys(parameters[number])[0]
+        _refuse_local_parts(f"{entry.key}.state.{name}", fields, parameters[number])
+        state[name] = fields
+    return {**packed, "state": state, "param_groups": groups}
+
+
+def check_named(entry: Entry, names: ParameterNames) -> None:
+    """Make sure that every parameter of an optimizer has a name.
+
+    Raises:
+        UsageError: Parameters of the optimizer are in none of the modules.
+    """
+    lost = [
+        f"param_groups[{place}]['params'][{number}] {tuple(parameter.shape)}"
+        for place, group in enumerate(entry.value.param_groups)
+        for number, parameter in enumerate(group["params"])
+        if not names.keys(parameter)
+    ]
+    if lost:
+        raise UsageError(
+            f"{len(lost)} parameters of {entry.key} belong to no module in the state: {name_list(lost)}. An "
+            "optimizer's state goes by the names of its parameters: put the module that has them into the same "
+            "state, and build the optimizer on the parameters that this module has now."
+        )
+
+
+def plan_optimizer(plan: Plan, entry: Entry, names: ParameterNames) -> None:
+    """Add the reading of an optimizer's state to `plan`.
+
+    Args:
+        plan: Receives what to read, what does not fit, and what to call at the end.
+        entry: An optimizer, whose state is in the checkpoint.
+        names: The keys of the parameters of the modules that are loaded with it.
+
+    Raises:
+        UsageError: Parameters of the optimizer are in none of these modules.
+    """
+    optimizer: Optimizer = entry.value
+    check_named(entry, names)
+    saved = plan.index.at(entry.path)
+    if not (isinstance(saved, dict) and {"state", "param_groups"} <= saved.keys()):
+        plan.mismatched.append(f"{entry.key} is an optimizer here but not in the checkpoint")
+        return
+    if len(saved["param_groups"]) != len(optimizer.param_groups):
+        plan.mismatched.append(
+            f"{entry.key} has {len(optimizer.param_groups)} parameter groups here but {len(saved['param_groups'])} in "
+            "the checkpoint"
+        )
+        return
+    numbered = _Numbered(plan, entry, names, saved)
+    for place in range(len(optimizer.param_groups)):
+        numbered.add_group(place)
+    others = {key: plan.tree((*entry.path, "state", key)) for key in saved["state"] if key not in numbered.saved_names}
+    top = {key: plan.tree((*entry.path, key)) for key in saved if key not in ("state", "param_groups")}
+
+    def finish() -> None:
+        optimizer.load_state_dict({**top, "state": {**others, **numbered.state}, "param_groups": numbered.groups})
+        for parameter, name, fields in numbered.restored:
+            if plan.index.dtype(name) == parameter.dtype:
+                _keep_dtypes(optimizer.state[parameter], fields)
+
+    plan.finish.append((entry.key, finish))
+
+
+class _Numbered:
+    """A saved state on its way back to torch's form, with numbers for the parameters as the optimizer has them now.
+
+    Attributes:
+        groups: The parameter groups so far.
+        state: The state so far, by number.
+        restored: Each parameter that has a saved state, with its name and that state.
+        saved_names: The names of all parameters that were saved.
+    """
+
+    def __init__(self, plan: Plan, entry: Entry, names: ParameterNames, saved: dict[str, Any]) -> None:
+        self.groups: list[dict[str, Any]] = []
+        self.state: dict[Any, Any] = {}
+        self.restored: list[tuple[Tensor, str, dict[str, Any]]] = []
+        self.saved_names = {name for group in saved["param_groups"] for name in group["params"]}
+        self._plan = plan
+        self._entry = entry
+        self._names = names
+        self._saved = saved
+        self._number = 0
+
+    def add_group(self, place: int) -> None:
+        """Add the group at `place`: its options as they were saved, its parameters as they are now."""
+        group = self._entry.value.param_groups[place]
+        options = dict(self._saved["param_groups"][place])
+        unmet = dict.fromkeys(options.pop("params"))
+        first = self._number
+        for parameter in group["params"]:
+            self._add_parameter(place, parameter, unmet)
+            self._number += 1
+        for name in unmet:
+            self._plan.unexpected.append(f"{self._entry.key}.param_groups.{place}: {name}")
+            if name in self._saved["state"]:
+                self._plan.leftover.append((*self._entry.path, "state", name))
+        for option in options:
+            # Tensors, such as a learning rate that a compiled step reads, stay on the device that they are on now.
+            device = group[option].device if isinstance(group.get(option), Tensor) else torch.device("cpu")
+            options[option] = self._plan.tree(
+                (*self._entry.path, "param_groups", place, option), partial(_zeros_on, device)
+            )
+        self.groups.append({**options, "params": list(range(first, self._number))})
+
+    def _add_parameter(self, place: int, parameter: Tensor, unmet: dict[str, None]) -> None:
+        state = self._entry.value.state
+        keys = self._names.keys(parameter)
+        name = next((key for key in keys if key in unmet), None)
+        if name is None:
+            self._plan.missing.append(f"{self._entry.key}.param_groups.{place}: {keys[0]}")
+            if parameter in state:
+                self.state[self._number] = state[parameter]
+            return
+        del unmet[name]
+        if name in self._saved["state"]:
+            path = (*self._entry.path, "state", name)
+            fields = _fields(self._plan, path, parameter, state.get(parameter, {}))
+            self.state[self._number] = fields
+            self.restored.append((parameter, name, fields))
+
+
+def _zeros_on(device: torch.device, place: KeyPath, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _fields(plan: Plan, path: KeyPath, parameter: Tensor, current: dict[str, Any]) -> Any:
+    """Return the saved state of one parameter, read into what the optimizer has, or into new tensors."""
+
+    def target(place: KeyPath, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        field = place[len(path) :]
+        have = current.get(field[0]) if len(field) == 1 else None
+        if isinstance(have, Tensor) and has_data(have) and have.shape == shape and have.dtype == dtype:
+            return have.detach()
+        return _new(plan, place, path[-1], parameter)
+
+    return plan.tree(path, target)
+
+
+def _new(plan: Plan, place: KeyPath, name: str, parameter: Tensor) -> Tensor:
+    """Return a tensor to read the state at `place` into, laid out as a step of the optimizer would have done it.
+
+    Args:
+        plan: Whose index knows what was saved.
+        place: Where the state of the parameter stands.
+        name: The key of the parameter when it was saved.
+        parameter: The parameter now.
+    """
+    from nucleate.checkpoint.dcp import is_sharded, zeros_beside
+
+    index = plan.index
+    key = index.keys[place]
+    shape, dtype = index.shape(key), index.dtype(key)
+    # torch, too, knows the step count by its name: it stays on the CPU and in its own dtype
+    # (torch/optim/optimizer.py, `_process_value_according_to_param_policy`, 2.13).
+    counts_steps = place[-1] == "step"
+    was_whole = name in index.sharded and key not in index.sharded
+    if counts_steps or (was_whole and is_sharded(parameter)):
+        return torch.zeros(shape, dtype=dtype)
+    if shape == parameter.shape:
+        return torch.zeros_like(parameter.detach(), dtype=dtype)
+    if is_sharded(parameter) and (shape or key in index.sharded):
+        return zeros_beside(parameter, shape, dtype, index.sharded.get(key, []))
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _keep_dtypes(fields: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Put back what `load_state_dict` cast to the dtype of its parameter: fp32 moments of bf16 weights are meant."""
+    for field, tensor in loaded.items():
+        now = fields.get(field)
+        if isinstance(tensor, Tensor) and isinstance(now, Tensor) and now.dtype != tensor.dtype:
+            fields[field] = tensor.to(now.device)
+
+
+def _refuse_local_parts(where: str, fields: Any, parameter: Tensor) -> None:
+    """Raise if a plain tensor in the state of a sharded parameter has the shape of this rank's shard."""
+    from nucleate.checkpoint.dcp import is_sharded, local_shape
+
+    if not is_sharded(parameter) or local_shape(parameter) == parameter.shape or not isinstance(fields, dict):
+        return
+    for field, tensor in fields.items():
+        if (
+            isinstance(tensor, Tensor)
+            and not is_sharded(tensor)
+            and tensor.shape == local_shape(parameter)
+            and tensor.ndim
+        ):
+            raise CheckpointError(
+                f"{where}.{field} is a plain tensor {tuple(tensor.shape)}, the shape of this rank's shard of a "
+                f"parameter {tuple(parameter.shape)}. Only rank 0's would be saved. The optimizer must keep it as "
+                "a DTensor, as `torch.zeros_like(parameter)` makes it."
+            )
