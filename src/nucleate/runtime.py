@@ -1,0 +1,588 @@
+"""Runtime: owns an accelerator, a precision and a strategy, and offers what a training script calls.
+
+It looks names up, composes its three peers and keeps the order of things. It knows no concrete plugin; what a
+method means on a strategy or precision is theirs to decide.
+"""
+
+from __future__ import annotations
+
+import builtins
+import random
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from os import PathLike
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from nucleate.accelerators.base import Accelerator
+from nucleate.cluster.agreement import verify_same_model
+from nucleate.cluster.communicator import Communicator
+from nucleate.cluster.environment import Environment
+from nucleate.deferred import deferred, handle_of
+from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
+from nucleate.materialize import Plan
+from nucleate.plugin import Composition, Plugin
+from nucleate.precision.base import Precision
+from nucleate.registry import ACCELERATORS, PRECISIONS, STRATEGIES, Registry
+from nucleate.seed import seed_everything
+from nucleate.strategies.base import Strategy
+from nucleate.wrappers.dataloader import DataLoaderWrapper, prepare
+from nucleate.wrappers.module import ModuleWrapper, backward_allowed
+from nucleate.wrappers.optimizer import OptimizerWrapper
+
+T = TypeVar("T")
+P = TypeVar("P", bound=Plugin)
+
+#: Names that scripts written for Lightning Fabric use.
+_PRECISION_ALIASES = {
+    "32": "32-true",
+    "64": "64-true",
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+}
+
+
+class Runtime:
+    """Builds, loads and launches a model on one composition of accelerator, precision and strategy.
+
+    Args:
+        accelerator: `"auto"`, `"cpu"`, `"cuda"`, the name of an installed plugin, or an `Accelerator`.
+        strategy: `"auto"` (DDP in several processes, else a single device), `"single_device"`, `"ddp"`, `"fsdp"`,
+            the name of an installed plugin, or a `Strategy`.
+        devices: How many processes each node must have; `"auto"` takes what the launcher started.
+        num_nodes: How many nodes there must be.
+        precision: `"32-true"`, `"64-true"`, `"bf16-true"`, `"16-true"`, `"bf16-mixed"`, `"16-mixed"`, the name of an
+            installed plugin, or a `Precision`.
+
+    Raises:
+        PluginNotFoundError: No plugin of that kind has that name.
+        ConfigurationError: The parts do not fit each other, the machine or the launched processes.
+
+    Example:
+        >>> import torch
+        >>> from nucleate import Runtime
+        >>> runtime = Runtime(accelerator="cpu")
+        >>> with runtime.init_module(empty_init=True):
+        ...     model = torch.nn.Linear(4, 2)
+        >>> model = runtime.setup(model)
+        >>> model(torch.ones(1, 4)).shape
+        torch.Size([1, 2])
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: str | Accelerator = "auto",
+        strategy: str | Strategy = "auto",
+        devices: int | str = "auto",
+        num_nodes: int = 1,
+        precision: str | int | Precision = "32-true",
+    ) -> None:
+        environment = Environment.detect()
+        _check_processes(environment, devices, num_nodes)
+        if accelerator == "auto":
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        if strategy == "auto":
+            strategy = "ddp" if environment.world_size > 1 else "single_device"
+        if isinstance(precision, (str, int)):
+            precision = _PRECISION_ALIASES.get(str(precision), str(precision))
+        self._accelerator = _plugin(ACCELERATORS, accelerator, Accelerator)  # type: ignore[type-abstract]
+        self._precision = _plugin(PRECISIONS, precision, Precision)  # type: ignore[type-abstract]
+        self._strategy = _plugin(STRATEGIES, strategy, Strategy)  # type: ignore[type-abstract]
+        if not self._accelerator.is_available():
+            raise ConfigurationError(
+                f"accelerator {self._accelerator.name!r} was asked for, but this machine has none that this torch "
+                f"({torch.__version__}) can use. Use accelerator='cpu' or 'auto', or install a torch build for it."
+            )
+        self._environment = environment
+        self._device = self._accelerator.select(environment.local_rank)
+        self._communicator = Communicator(environment, self._device)
+        composition = Composition(self._accelerator, self._precision, self._strategy, environment, self._device)
+        for part in (self._accelerator, self._precision, self._strategy):
+            part.check(composition)
+        self._launched = False
+        self._loaders = 0
+        # What has been set up: the original models, and what was returned for each.
+        self._models: weakref.WeakKeyDictionary[nn.Module, ModuleWrapper] = weakref.WeakKeyDictionary()
+
+    # -- what it is made of --------------------------------------------------------------------------------
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The accelerator plugin."""
+        return self._accelerator
+
+    @property
+    def precision(self) -> Precision:
+        """The precision plugin."""
+        return self._precision
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy plugin."""
+        return self._strategy
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self._device
+
+    @property
+    def world_size(self) -> int:
+        """How many processes there are."""
+        return self._environment.world_size
+
+    @property
+    def global_rank(self) -> int:
+        """This process among all."""
+        return self._environment.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its node."""
+        return self._environment.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """This node among all."""
+        return self._environment.node_rank
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self._environment.global_rank == 0
+
+    # -- start ---------------------------------------------------------------------------------------------
+
+    def launch(self, function: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | None:
+        """Start the process group; the processes themselves are torchrun's to start.
+
+        Calling it is optional: the methods that need the group start it.
+
+        Args:
+            function: Called as `function(runtime, *args, **kwargs)` afterwards.
+            args: Passed on.
+            kwargs: Passed on.
+
+        Returns:
+            What `function` returns, or None without one.
+        """
+        if not self._launched:
+            if self._strategy.distributed or self._environment.world_size > 1:
+                from nucleate.cluster import process_group
+
+                process_group.start(self._environment, self._accelerator.backend, self._strategy.timeout, self._device)
+            self._strategy.connect(self._device, self._environment)
+            self._launched = True
+        return function(self, *args, **kwargs) if function is not None else None
+
+    @staticmethod
+    def seed_everything(seed: int, workers: bool = True) -> int:
+        """Seed Python, NumPy (where it is installed) and torch; see `nucleate.seed.seed_everything`."""
+        return seed_everything(seed, workers)
+
+    # -- construct -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Construct a model inside this context.
+
+        The random generators are rank 0's on every rank, so that all ranks construct the same model whatever they
+        were seeded with.
+
+        Args:
+            empty_init: True defers: nothing is allocated and `setup` makes each parameter where it will live. False
+                makes real tensors at once, on the target device in the target dtype. None lets the strategy decide:
+                those that shard defer. The weights are bit-identical either way.
+        """
+        self.launch()
+        defer = self._strategy.shards if empty_init is None else empty_init
+        self._agree_on_generators()
+        with ExitStack() as stack:
+            for part in (self._accelerator, self._precision, self._strategy):
+                stack.enter_context(part.module_init_context())
+            if defer:
+                stack.enter_context(deferred(self._device))
+            yield
+
+    @contextmanager
+    def init_tensor(self) -> Iterator[None]:
+        """Create tensors inside this context on the device, floating point ones in the precision's dtype."""
+        self.launch()
+        with self._accelerator.module_init_context(), self._precision.module_init_context():
+            yield
+
+    # -- set up --------------------------------------------------------------------------------------------
+
+    def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
+        """Make everything that is deferred in a model, lay it out by the strategy, and wrap model and optimizers.
+
+        Args:
+            model: The model, constructed inside `init_module` or not.
+            optimizers: Optimizers built on its parameters, deferred or real. They keep training what they were built
+                on, also where the strategy replaces the parameter objects.
+
+        Returns:
+            The wrapped model; with optimizers, a tuple of it and the wrapped optimizers.
+
+        Raises:
+            UsageError: The model or an optimizer was set up before.
+            ConfigurationError: An optimizer has parameters of another model, or the strategy cannot take the model.
+            UninitializedError: A parameter would be left without a value.
+            RankDisagreementError: The ranks constructed different models.
+        """
+        self.launch()
+        with self._communicator.all_or_none("setup"):
+            self._refuse_model(model)
+            names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+            for optimizer in optimizers:
+                _refuse_optimizer(optimizer, names, model)
+            plan = Plan.of(model)
+        verify_same_model(plan.digest(), self._communicator)
+        with self._communicator.all_or_none("setup"):
+            with ExitStack() as stack:
+                # Under its recorders, what the precision does to deferred parameters becomes part of their recipes.
+                for record in plan.records:
+                    stack.enter_context(record.resumed(model))
+                del plan
+                model = self._precision.setup(model)
+            model = self._accelerator.setup(model)
+        forward_module = self._strategy.setup(model)
+        renewed = dict(model.named_parameters(remove_duplicate=False))
+        for optimizer in optimizers:
+            _repoint(optimizer, names, renewed)
+        wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy)
+        self._models[model] = wrapped
+        if not optimizers:
+            return wrapped
+        return (wrapped, *(OptimizerWrapper(optimizer, self._precision) for optimizer in optimizers))
+
+    def setup_module(self, model: nn.Module) -> ModuleWrapper:
+        """Set up a model without optimizers; see `setup`."""
+        return cast(ModuleWrapper, self.setup(model))
+
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        """Wrap optimizers that were built on the parameters of models that are set up.
+
+        Returns:
+            The wrapped optimizer, or a tuple of them if there are several.
+
+        Raises:
+            UsageError: An optimizer is set up already, or was built before its model was set up and so would train
+                tensors that are no longer there.
+        """
+        if not optimizers:
+            raise UsageError("setup_optimizers() was called without an optimizer.")
+        for optimizer in optimizers:
+            if isinstance(optimizer, OptimizerWrapper):
+                raise UsageError("this optimizer has been set up already; use what was returned then.")
+            known = {id(p) for model in self._models for p in model.parameters()}
+            strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
+            if strangers:
+                shapes = name_list(str(tuple(p.shape)) for p in strangers)
+                raise UsageError(
+                    f"{type(optimizer).__name__} has {len(strangers)} parameters (of shapes {shapes}) that belong to "
+                    "no model that was set up: stepping it would train nothing. Build it after `setup`, from the "
+                    "parameters of the model that `setup` returned, or pass both: `runtime.setup(model, optimizer)`."
+                )
+        wrapped = tuple(OptimizerWrapper(optimizer, self._precision) for optimizer in optimizers)
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    def setup_dataloaders(
+        self, *loaders: DataLoader[Any], use_distributed_sampler: bool = True, move_to_device: bool = True
+    ) -> Any:
+        """Split data loaders over the ranks and move their batches to the device.
+
+        Args:
+            loaders: The loaders. Each rank iterates over its own part, shuffled alike for every world size.
+            use_distributed_sampler: Replace samplers; False leaves them to you.
+            move_to_device: Move every tensor of a batch.
+
+        Returns:
+            The wrapped loader, or a tuple of them if there are several.
+        """
+        self.launch()
+        if not loaders:
+            raise UsageError("setup_dataloaders() was called without a data loader.")
+        wrapped = tuple(self._wrap_loader(loader, use_distributed_sampler, move_to_device) for loader in loaders)
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    # -- train ---------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients; use it instead of `loss.backward()`.
+
+        Raises:
+            DeferredUseError: The loss came from a model that was not set up.
+        """
+        if not isinstance(loss, Tensor):
+            raise UsageError(f"backward() takes the loss, a tensor; got {type(loss).__name__}.")
+        if loss.is_meta:
+            raise DeferredUseError("this loss has no value: its model is deferred. Call `runtime.setup(model)` first.")
+        with backward_allowed():
+            self._strategy.backward(self._precision.scale(loss))
+
+    def clip_gradients(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool | None = None,
+    ) -> Tensor | None:
+        """Clip the gradients of an optimizer's parameters, by value or by their norm over all ranks.
+
+        Args:
+            model: What `setup` returned.
+            optimizer: What `setup` or `setup_optimizers` returned.
+            clip_val: Limit each element to `[-clip_val, clip_val]`.
+            max_norm: Scale all gradients so that their norm together is at most this.
+            norm_type: The order of the norm, may be `inf`.
+            error_if_nonfinite: Refuse a norm that is NaN or infinite before any gradient is changed. By default yes,
+                except where the precision scales the loss: there an overflow is expected, and the step is skipped.
+
+        Returns:
+            The norm before clipping, equal on every rank, or None when clipping by value.
+
+        Raises:
+            ConfigurationError: Not exactly one of `clip_val` and `max_norm` was given, or it is negative.
+            NonFiniteGradientError: See `error_if_nonfinite`.
+        """
+        from nucleate.strategies.clip import clip_by_norm, clip_by_value
+
+        if (clip_val is None) == (max_norm is None):
+            raise ConfigurationError(
+                f"give exactly one of clip_val and max_norm, not clip_val={clip_val!r} and max_norm={max_norm!r}."
+            )
+        inner = optimizer.optimizer if isinstance(optimizer, OptimizerWrapper) else optimizer
+        self._precision.unscale(inner)
+        if error_if_nonfinite is None:
+            error_if_nonfinite = not self._precision.scales_gradients
+        parameters = [p for group in inner.param_groups for p in group["params"]]
+        if max_norm is not None:
+            return clip_by_norm(parameters, max_norm, norm_type, error_if_nonfinite)
+        assert clip_val is not None
+        clip_by_value(parameters, clip_val)
+        return None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context that surrounds forward, for computing outside of a model."""
+        return self._precision.forward_context()
+
+    @contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> Iterator[None]:
+        """Accumulate gradients without exchanging them, for all but the last backward of a step.
+
+        Args:
+            module: What `setup` returned.
+            enabled: False does nothing, so that the context can stand in a loop: `enabled=is_accumulating`.
+
+        Raises:
+            UsageError: The module was not set up.
+        """
+        if not isinstance(module, ModuleWrapper):
+            raise UsageError(
+                f"no_backward_sync takes the model that `setup` returned, not {type(module).__name__}. Set it up first."
+            )
+        with ExitStack() as stack:
+            if enabled:
+                stack.enter_context(self._strategy.no_backward_sync(module.forward_module))
+            yield
+
+    # -- ranks ---------------------------------------------------------------------------------------------
+
+    def to_device(self, obj: T) -> T:
+        """Move a module, a tensor or every tensor of a collection to the device."""
+        if isinstance(obj, nn.Module):
+            return cast(T, self._accelerator.setup(obj))
+        from lightning_utilities.core.apply_func import apply_to_collection
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(self._device, non_blocking=self._accelerator.pins_memory)
+
+        return cast(T, apply_to_collection(obj, Tensor, move))
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0 only."""
+        if self.is_global_zero:
+            builtins.print(*args, **kwargs)  # noqa: T201
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.launch()
+        self._communicator.barrier()
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Return rank `src`'s object on every rank; see `Communicator.broadcast`."""
+        self.launch()
+        return self._communicator.broadcast(obj, src)
+
+    def all_gather(self, data: Any, sync_grads: bool = False) -> Any:
+        """Return every rank's tensors stacked along a new leading axis `(world_size, ...)`."""
+        self.launch()
+        return self._communicator.all_gather(data, sync_grads)
+
+    def all_reduce(self, data: Any, reduce_op: str = "mean") -> Any:
+        """Return the combination of every rank's tensors; see `Communicator.all_reduce`."""
+        self.launch()
+        return self._communicator.all_reduce(data, reduce_op)
+
+    @contextmanager
+    def rank_zero_first(self) -> Iterator[None]:
+        """Let rank 0 go through the block before the others, for example to prepare a file that all then read."""
+        self.launch()
+        if not self.is_global_zero:
+            self._communicator.barrier()
+        try:
+            yield
+        finally:
+            # Also when rank 0 raised: the others go on and end with it, they do not wait.
+            if self.is_global_zero:
+                self._communicator.barrier()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str], state: dict[str, Any]) -> None:
+        """Write the whole training state to a folder; every rank calls it. See `nucleate.checkpoint.save`."""
+        from nucleate.checkpoint import save
+
+        self.launch()
+        save(path, state, self._communicator)
+
+    def load(
+        self,
+        path: str | PathLike[str],
+        state: dict[str, Any] | None = None,
+        strict: bool = True,
+        *,
+        remainder: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a folder that `save` wrote into `state`, in place. See `nucleate.checkpoint.load`.
+
+        Args:
+            path: What was given to `save`.
+            state: What to load into, as it was given to `save`, or a part of it.
+            strict: Refuse keys that are missing or unexpected inside of what is asked for.
+            remainder: Return what `state` does not ask for, too, whole on every rank. By default only without a
+                `state`: no rank should hold an optimizer's state that it does not own only because it loads a model.
+        """
+        from nucleate.checkpoint import load
+
+        self.launch()
+        wanted = state is None if remainder is None else remainder
+        return load(path, state, self._communicator, strict=strict, remainder=wanted)
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _agree_on_generators(self) -> None:
+        """Give every rank the generator states of rank 0."""
+        if self.world_size == 1:
+            return
+        numpy = sys.modules.get("numpy")
+        state = (
+            torch.get_rng_state(),
+            self._accelerator.random_state(),
+            random.getstate(),
+            numpy.random.get_state() if numpy is not None else None,
+        )
+        torch_state, device_state, python_state, numpy_state = self._communicator.broadcast(state)
+        torch.set_rng_state(torch_state.cpu())
+        if device_state is not None:
+            self._accelerator.set_random_state(device_state.cpu())
+        random.setstate(python_state)
+        if numpy is not None and numpy_state is not None:
+            numpy.random.set_state(numpy_state)
+
+    def _refuse_model(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"setup takes a torch.nn.Module first, then optimizers; got {type(model).__name__}.")
+        if isinstance(model, ModuleWrapper) or model in self._models:
+            raise UsageError(
+                f"this {type(getattr(model, 'module', model)).__name__} has been set up already. Use the model that "
+                "`setup` returned."
+            )
+        inside = [name for name, module in model.named_modules() if isinstance(module, ModuleWrapper)]
+        if inside:
+            raise UsageError(f"{name_list(inside)} of this model has been set up already. Set up the whole model once.")
+
+    def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move: bool) -> DataLoaderWrapper:
+        if isinstance(loader, DataLoaderWrapper):
+            raise UsageError("this data loader has been set up already; use what was returned then.")
+        self._loaders += 1
+        return prepare(
+            loader,
+            num_replicas=self._strategy.data_parallel_size,
+            rank=self._strategy.data_parallel_rank,
+            device=self._device if move else None,
+            seed=self._communicator.broadcast(torch.initial_seed()) % 2**32,
+            use_distributed_sampler=use_sampler,
+        )
+
+
+def _plugin(registry: Registry, choice: str | Plugin, base: type[P]) -> P:
+    if isinstance(choice, str):
+        return cast(P, registry.create(choice))
+    if not isinstance(choice, base):
+        raise ConfigurationError(
+            f"{registry.kind}={choice!r} is neither a name nor a {base.__name__}. Names: {', '.join(registry.names())}."
+        )
+    return choice
+
+
+def _check_processes(environment: Environment, devices: int | str, num_nodes: int) -> None:
+    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
+        raise ConfigurationError(f"num_nodes={num_nodes!r} must be an integer of at least 1.")
+    text = str(devices)
+    if text != "auto" and not (text.isdecimal() and int(text) >= 1):
+        raise ConfigurationError(f"devices={devices!r} must be 'auto' or the number of processes per node, at least 1.")
+    local = environment.local_world_size
+    wanted = local if text == "auto" else int(text)
+    if environment.launcher == "python" and wanted * num_nodes > 1:
+        nodes = f" --nnodes {num_nodes}" if num_nodes > 1 else ""
+        raise ConfigurationError(
+            f"devices={devices!r} on num_nodes={num_nodes} needs {wanted * num_nodes} processes, but this is a single "
+            f"one. Start the script with: torchrun{nodes} --nproc-per-node {wanted} {sys.argv[0] or 'script.py'}"
+        )
+    asked = text != "auto" or num_nodes != 1
+    if environment.launcher != "python" and asked and (wanted, num_nodes) != (local, environment.num_nodes):
+        raise ConfigurationError(
+            f"devices={devices!r} and num_nodes={num_nodes} ask for {wanted * num_nodes} processes, but "
+            f"{environment.launcher} started {environment.world_size} ({local} on this node). Make them agree, or "
+            "leave both at their defaults."
+        )
+
+
+def _refuse_optimizer(optimizer: Optimizer, names: Mapping[int, str], model: nn.Module) -> None:
+    if isinstance(optimizer, OptimizerWrapper):
+        raise UsageError("this optimizer has been set up already; use what was returned then.")
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(f"setup takes optimizers after the model; got {type(optimizer).__name__}.")
+    strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+    if strangers:
+        named = [handle.fqn for p in strangers if (handle := handle_of(p)) is not None]
+        described = name_list(named or (str(tuple(p.shape)) for p in strangers))
+        raise ConfigurationError(
+            f"{type(optimizer).__name__} has {len(strangers)} parameters that {type(model).__name__} does not have: "
+            f"{described}. Build it on the parameters of the model that it is set up with."
+        )
+
+
+def _repoint(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Let the optimizer train the parameters that now have the names that its own had."""
+    for group in optimizer.param_groups:
+        renewed = [parameters[names[id(p)]] for p in group["params"]]
+        for old, new in zip(group["params"], renewed, strict=True):
+            if old is not new and old in optimizer.state:
+                raise UsageError(
+                    f"{type(optimizer).__name__} has already stepped, and its state for {names[id(old)]} does not fit "
+                    "the sharded parameter. Build a new optimizer, and load its state with `runtime.load`."
+                )
+        group["params"] = renewed
