@@ -509,7 +509,8 @@ class Runtime:
                 f"this {type(getattr(model, 'module', model)).__name__} has been set up already. Use the model that "
                 "`setup` returned."
             )
-        inside = [name for name, module in model.named_modules() if isinstance(module, ModuleWrapper)]
+        # A wrapper in the tree shows as the model that it wraps.
+        inside = [name for name, module in model.named_modules() if module in self._models]
         if inside:
             raise UsageError(f"{name_list(inside)} of this model has been set up already. Set up the whole model once.")
 

@@ -7,6 +7,7 @@ communicator's business.
 from __future__ import annotations
 
 import atexit
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from nucleate.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+_QUIESCE_S = 0.1
 
 _started_here = False
 _starts = 0
@@ -73,6 +76,11 @@ def stop() -> None:
     """End the default process group if `start` started it. Does not wait for the other ranks."""
     global _started_here
     if _started_here and is_running():
+        # A gloo thread may still wait for the GIL, to let go of the tensors of the last collective. DTensor's
+        # caches keep the group and so its threads alive beyond `destroy_process_group` (2.13), and a thread
+        # that asks for the GIL while the interpreter ends is cancelled, which C++ turns into an abort. Sleeping
+        # hands it the GIL in time.
+        time.sleep(_QUIESCE_S)
         dist.destroy_process_group()
     _started_here = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,9 @@ from nucleate.deferred.impersonate import Impersonation
 from nucleate.deferred.record import Recorder
 from nucleate.deferred.replay import Replayer
 from nucleate.deferred.tape import Tape
+
+# The record of this thread's innermost recording.
+_recording = threading.local()
 
 
 class Record:
@@ -46,6 +50,8 @@ class Record:
             stack.enter_context(self._opaque_initializers())
             stack.enter_context(self._recorder)
             stack.enter_context(Impersonation(self._recorder))
+            stack.callback(setattr, _recording, "record", getattr(_recording, "record", None))
+            _recording.record = self
             yield
 
     @contextmanager
@@ -118,6 +124,11 @@ def deferred(device: torch.device | str = "cpu") -> Iterator[Record]:
         Parameter(deferred, shape=(2, 2), dtype=torch.float32)
         >>> _ = materialize(model)
     """
+    active = getattr(_recording, "record", None)
+    if active is not None and active.device == torch.device(device):
+        # Inside another recording for the same device there is nothing to begin and nothing to end.
+        yield active
+        return
     record = Record(torch.device(device))
     with record.recording():
         yield record

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nucleate.deferred.tape import tensors
-from nucleate.errors import DeferredEditError, DeferredUseError
+from nucleate.errors import DeferredEditError, DeferredUseError, NucleateError
 
 if TYPE_CHECKING:
     from nucleate.deferred.context import Record
@@ -59,12 +59,18 @@ class Guarded:
                 return handle.record.answers[func]
             if func in _REFUSED:
                 _refuse(handle, getattr(func, "__name__", str(func)), edit=False)
-            if func is Tensor.data.__set__ and handle_of(args[0]) is not None:  # type: ignore[attr-defined]
+            if func == Tensor.data.__set__:  # type: ignore[attr-defined]
                 _refuse(handle, ".data =", edit=True)
             if func is Tensor.__repr__:
                 return _describe(args[0], handle)
-            with _Lookout(handle):
-                result = func(*args, **(kwargs or {}))
+            try:
+                with _Lookout(handle):
+                    result = func(*args, **(kwargs or {}))
+            except (RuntimeError, TypeError) as error:
+                if isinstance(error, NucleateError):
+                    raise
+                # What fails before it reaches aten, such as `numpy()`.
+                _refuse(handle, getattr(func, "__name__", str(func)), edit=False, cause=error)
             # An alias is as deferred as what it views.
             for tensor in _every_tensor(result):
                 if handle_of(tensor) is None and handle.record.tape.number(tensor) is not None:
@@ -170,13 +176,13 @@ def _describe(tensor: Tensor, handle: Handle) -> str:
     return f"{handle.cls.__name__}(deferred, shape={tuple(tensor.shape)}, dtype={tensor.dtype})"
 
 
-def _refuse(handle: Handle, what: str, edit: bool) -> None:
+def _refuse(handle: Handle, what: str, edit: bool, cause: Exception | None = None) -> NoReturn:
     if edit:
         raise DeferredEditError(
             f"{handle.fqn} is deferred, and {what} would edit it outside the context that records it, so the edit "
             "would be lost. Do it inside `init_module`, or after `setup`."
-        )
+        ) from cause
     raise DeferredUseError(
         f"{handle.fqn} is deferred and has no value yet, so {what} cannot work on it. Call `runtime.setup(model)` "
         "first, or do it inside `init_module`."
-    )
+    ) from cause

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import weakref
 from collections.abc import Callable
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +32,10 @@ STATE_SPACING = 1 << 16
 # the first two words, which leaves `initial_seed()` and the validity checks of `set_state` as they are.
 _CPU_WORDS = 24
 _TOKEN_MARK = 0x6E75636C  # "nucl"
+
+# Tokens are unique in the process, and a program recognizes those of the others.
+_numbers = count()
+_programs: weakref.WeakSet[RandomProgram] = weakref.WeakSet()
 
 
 class Position:
@@ -66,6 +72,7 @@ class RandomProgram:
     def __init__(self, advance: Callable[[Tensor, Step], Tensor]) -> None:
         self._advance = advance
         self._tokens: dict[bytes, Position] = {}
+        _programs.add(self)
         self._generators: dict[int, torch.Generator] = {}
 
     def generators(self, default: torch.Generator) -> list[torch.Generator]:
@@ -76,8 +83,15 @@ class RandomProgram:
         """Return the position where the generator stands now."""
         self._generators[id(generator)] = generator
         state = generator.get_state()
-        position = self._tokens.get(_key(state))
-        return position if position is not None else Position(None, None, state)
+        key = _key(state)
+        position = self._tokens.get(key)
+        if position is not None:
+            return position
+        for other in list(_programs):
+            # A token of a recording around this one, or in another thread: its true state starts our chain.
+            if key in other._tokens:
+                return Position(None, None, other.state_at(other._tokens[key]))
+        return Position(None, None, state)
 
     def follow(self, generator: torch.Generator, position: Position, step: Step, state: Tensor | None = None) -> None:
         """Put the generator behind a random step that stands at `position`.
@@ -88,7 +102,7 @@ class RandomProgram:
             step: The step.
             state: The true state behind it, where the step was really run.
         """
-        token = _token(generator, len(self._tokens))
+        token = _token(generator, next(_numbers))
         self._tokens[_key(token)] = Position(position, step, state)
         generator.set_state(token)
 

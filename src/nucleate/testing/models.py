@@ -1,0 +1,150 @@
+"""Tiny models that hold, among them, what a plugin most easily breaks: ties, odd sizes, buffers, custom inits.
+
+Each runs a forward in milliseconds, is deterministic in its input, and knows an input of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TinyModel(nn.Module, ABC):
+    """A model that knows what to feed it."""
+
+    #: Whether each sample's output depends on that sample only; batch statistics break that.
+    per_sample: bool = True
+
+    @abstractmethod
+    def sample(self, batch_size: int = 4, seed: int = 0) -> Tensor:
+        """Return an input of `batch_size` samples; the same `seed` gives the same input, and no global RNG is used."""
+
+    @staticmethod
+    def loss(output: Tensor) -> Tensor:
+        """Return a scalar to run backward on: the mean of squares, so that equal batches split into equal means."""
+        return output.float().square().mean()
+
+
+class TinyTransformer(TinyModel):
+    """Two blocks, embedding and head tied, a rotary table as non-persistent buffer, a custom init at the end."""
+
+    def __init__(self, vocabulary: int = 37, width: int = 16, depth: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+        # Explicitly float32: what is computed here must not be rounded to the precision of the parameters.
+        table = 1.0 / 10_000 ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+        self.register_buffer("inv_freq", table, persistent=False)
+        self.inv_freq: Tensor
+        self.apply(self._init)
+
+    def _init(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens `(batch, length)` to logits `(batch, length, vocabulary)`."""
+        hidden = self.embedding(tokens)
+        angles = torch.arange(tokens.shape[1], device=tokens.device)[:, None] * self.inv_freq
+        position = torch.cat((angles.cos(), angles.sin()), dim=-1).to(hidden.dtype)
+        for block in self.blocks:
+            hidden = block(hidden * position)
+        logits: Tensor = self.head(self.norm(hidden))
+        return logits
+
+    def sample(self, batch_size: int = 4, seed: int = 0) -> Tensor:
+        """Return tokens `(batch_size, 9)`."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.head.out_features, (batch_size, 9), generator=generator)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 3 * width)
+        self.down = nn.Linear(3 * width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = hidden + self.down(F.gelu(self.up(self.norm(hidden))))
+        return out
+
+
+class TinyConvNet(TinyModel):
+    """Convolution and batch norm: running statistics, an integer buffer, a frozen layer."""
+
+    per_sample = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False).requires_grad_(False)
+        self.norm = nn.BatchNorm2d(6)
+        self.conv = nn.Conv2d(6, 5, 3, stride=2)
+        self.head = nn.Linear(5, 7)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images `(batch, 3, height, width)` to `(batch, 7)`."""
+        hidden = F.relu(self.conv(F.relu(self.norm(self.stem(images)))))
+        output: Tensor = self.head(hidden.mean(dim=(2, 3)))
+        return output
+
+    def sample(self, batch_size: int = 4, seed: int = 0) -> Tensor:
+        """Return images `(batch_size, 3, 8, 8)`."""
+        return torch.randn(batch_size, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+class TinyRecurrent(TinyModel):
+    """An LSTM, which holds its own weights a second time and weakly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 6, num_layers=2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, sequences: Tensor) -> Tensor:
+        """Map sequences `(batch, length, 5)` to `(batch, 3)`."""
+        hidden, _ = self.lstm(sequences)
+        output: Tensor = self.head(hidden[:, -1])
+        return output
+
+    def sample(self, batch_size: int = 4, seed: int = 0) -> Tensor:
+        """Return sequences `(batch_size, 4, 5)`."""
+        return torch.randn(batch_size, 4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+class TinyOdd(TinyModel):
+    """Raw parameters, sizes that no number of ranks divides, and the initializers that are hardest to repeat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 0.5))
+        self.bias = nn.Parameter(torch.randn(7) * 0.1)
+        self.inner = nn.Linear(11, 13)
+        self.outer = nn.Linear(13, 7, bias=False)
+        nn.init.trunc_normal_(self.inner.weight, std=0.2)
+        with torch.no_grad():
+            # Made in float32: torch has no QR for half dtypes.
+            self.outer.weight.copy_(nn.init.orthogonal_(torch.empty(7, 13, dtype=torch.float32)))
+            self.inner.bias[:5].zero_()
+        self.register_buffer("offsets", torch.linspace(-1, 1, 11, dtype=torch.float32))
+        self.offsets: Tensor
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features `(batch, 11)` to `(batch, 7)`."""
+        hidden = torch.tanh(self.inner(features + self.offsets.to(features.dtype)))
+        output: Tensor = self.outer(hidden) * self.scale + self.bias
+        return output
+
+    def sample(self, batch_size: int = 4, seed: int = 0) -> Tensor:
+        """Return features `(batch_size, 11)`."""
+        return torch.randn(batch_size, 11, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+#: Every tiny model, as the suites run them.
+MODELS: tuple[type[TinyModel], ...] = (TinyTransformer, TinyConvNet, TinyRecurrent, TinyOdd)

@@ -1,0 +1,318 @@
+"""What every strategy must do, as tests that a plugin's test class inherits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nucleate.errors import NonFiniteGradientError, UsageError
+from nucleate.runtime import Runtime
+from nucleate.strategies.base import Strategy
+from nucleate.testing.models import MODELS, TinyConvNet, TinyModel, TinyOdd, TinyTransformer
+
+each_model = pytest.mark.parametrize("model_class", MODELS, ids=lambda cls: cls.__name__)
+
+SEED = 1234
+
+
+class StrategySuite(ABC):
+    """Inherit it, name the class `Test...`, and implement `make_strategy`.
+
+    Plain pytest runs it in one process. A strategy for several is tested by the same class under torchrun:
+
+        torchrun --nproc-per-node 2 -m pytest -x tests/test_my_strategy.py
+
+    Attributes:
+        accelerator: What the tests run on.
+        rtol: How far losses and gradient norms may be from those of a plain loop on the whole batch.
+        skipped_models: Tiny models that this strategy cannot take, by its nature.
+    """
+
+    accelerator: str = "cpu"
+    rtol: float = 1e-5
+    skipped_models: tuple[type[TinyModel], ...] = ()
+
+    @abstractmethod
+    def make_strategy(self) -> Strategy:
+        """Return a new strategy with the options to test."""
+
+    def make_runtime(self) -> Runtime:
+        """Return a runtime over all processes with a new strategy."""
+        return Runtime(accelerator=self.accelerator, strategy=self.make_strategy())
+
+    @pytest.fixture
+    def runtime(self) -> Runtime:
+        """A runtime with a new strategy, launched."""
+        runtime = self.make_runtime()
+        runtime.launch()
+        return runtime
+
+    @pytest.fixture(autouse=True)
+    def _skip_models(self, request: pytest.FixtureRequest) -> None:
+        callspec = getattr(request.node, "callspec", None)
+        if callspec is not None and callspec.params.get("model_class") in self.skipped_models:
+            pytest.skip("this strategy does not take this model")
+
+    # --- the contract
+
+    def test_it_has_a_name_and_a_kind(self, runtime: Runtime) -> None:
+        assert runtime.strategy.name
+        assert runtime.strategy.kind == "strategy"
+
+    def test_it_knows_its_device_and_its_part_of_the_data(self, runtime: Runtime) -> None:
+        strategy = runtime.strategy
+        assert strategy.device == runtime.device
+        assert 0 <= strategy.data_parallel_rank < strategy.data_parallel_size <= runtime.world_size
+
+    def test_its_context_ends_also_by_an_error(self, runtime: Runtime) -> None:
+        before = (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled())
+        with pytest.raises(ZeroDivisionError), runtime.strategy.module_init_context():
+            raise ZeroDivisionError
+        assert (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()) == before
+
+    # --- exactness: every rank is seeded differently, and still gets what eager makes with rank 0's seed
+
+    @each_model
+    @pytest.mark.parametrize("empty_init", [True, False, None])
+    def test_a_model_equals_the_eager_one_bit_for_bit(
+        self, runtime: Runtime, model_class: type[TinyModel], empty_init: bool | None
+    ) -> None:
+        expected, expected_next = self._eager(model_class)
+        torch.manual_seed(SEED + runtime.global_rank)
+        with runtime.init_module(empty_init=empty_init):
+            model = model_class()
+        model = runtime.setup(model)
+        actual_next = torch.rand(3)
+        assert torch.equal(actual_next, expected_next), "the random stream ends elsewhere than eager's"
+        values = _named_tensors(model)
+        assert list(values) == list(expected)
+        for name, value in expected.items():
+            assert values[name].dtype == value.dtype, name
+            assert torch.equal(values[name], value), name
+
+    @each_model
+    def test_ties_and_flags_are_kept(self, runtime: Runtime, model_class: type[TinyModel]) -> None:
+        eager = model_class()
+        model = self._model(runtime, model_class)
+        assert _ties(model) == _ties(eager)
+        flags = {name: p.requires_grad for name, p in eager.named_parameters()}
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+    @each_model
+    def test_nothing_is_left_without_memory(self, runtime: Runtime, model_class: type[TinyModel]) -> None:
+        model = self._model(runtime, model_class)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            assert not tensor.is_meta, name
+
+    def test_a_real_model_keeps_its_values(self, runtime: Runtime) -> None:
+        model = TinyOdd()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.25)
+        model = runtime.setup(model)
+        values = _named_tensors(model)
+        assert all((values[name] == 0.25).all() for name, _ in model.named_parameters())
+
+    # --- the module that is returned
+
+    @each_model
+    def test_keys_of_the_state_have_no_prefix(self, runtime: Runtime, model_class: type[TinyModel]) -> None:
+        assert list(self._model(runtime, model_class).state_dict()) == list(model_class().state_dict())
+
+    def test_the_users_module_stays_at_hand(self, runtime: Runtime) -> None:
+        with runtime.init_module(empty_init=True):
+            model = TinyOdd()
+        wrapped = runtime.setup(model)
+        assert wrapped.module is model
+        assert wrapped.train().training
+        assert not wrapped.eval().training
+        assert not model.training
+
+    def test_setup_twice_is_refused(self, runtime: Runtime) -> None:
+        model = self._model(runtime, TinyOdd)
+        for again in (model, model.module):
+            with pytest.raises(UsageError, match="already"):
+                runtime.setup(again)
+
+    # --- training
+
+    @each_model
+    @pytest.mark.parametrize("joint", [True, False], ids=["setup(model, optimizer)", "setup_optimizers"])
+    def test_losses_follow_those_of_a_plain_loop(
+        self, runtime: Runtime, model_class: type[TinyModel], joint: bool
+    ) -> None:
+        expected = self._plain_losses(runtime, model_class, torch.optim.Adam, num_steps=6)
+        model, optimizer = self._trainable(runtime, model_class, torch.optim.Adam, joint=joint)
+        actual = [self._step(runtime, model, optimizer, seed) for seed in range(6)]
+        torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=self.rtol, atol=1e-6)
+
+    def test_gradients_accumulate_without_being_exchanged(self, runtime: Runtime) -> None:
+        expected = self._plain_losses(runtime, TinyOdd, torch.optim.SGD, num_steps=2, repeats=2)
+        model, optimizer = self._trainable(runtime, TinyOdd, torch.optim.SGD)
+        actual = []
+        for seed in range(2):
+            optimizer.zero_grad()
+            batch = self._batch(runtime, model.module, seed)
+            for is_accumulating in (True, False):
+                with runtime.no_backward_sync(model, enabled=is_accumulating):
+                    loss = model.loss(model(batch))
+                    runtime.backward(loss)
+            optimizer.step()
+            actual.append(runtime.all_reduce(loss.detach()).item())
+        torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=self.rtol, atol=1e-6)
+
+    @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+    def test_gradients_are_clipped_by_their_norm_over_all_ranks(self, runtime: Runtime, norm_type: float) -> None:
+        torch.manual_seed(SEED)
+        eager = TinyTransformer().to(runtime.device)
+        eager.loss(eager(self._whole_batch(runtime, eager, 0))).backward()
+        expected = torch.nn.utils.clip_grad_norm_(eager.parameters(), 1e-3, norm_type)
+        model, optimizer = self._trainable(runtime, TinyTransformer, torch.optim.SGD)
+        runtime.backward(model.loss(model(self._whole_batch(runtime, model.module, 0))))
+        norm = runtime.clip_gradients(model, optimizer, max_norm=1e-3, norm_type=norm_type)
+        assert norm is not None
+        torch.testing.assert_close(_full(norm).cpu(), expected.cpu(), rtol=max(self.rtol, 1e-4), atol=1e-6)
+        again = runtime.clip_gradients(model, optimizer, max_norm=1.0, norm_type=norm_type)
+        assert again is not None
+        assert _full(again).item() <= 1.01e-3
+
+    def test_gradients_are_clipped_by_value(self, runtime: Runtime) -> None:
+        model, optimizer = self._trainable(runtime, TinyOdd, torch.optim.SGD)
+        runtime.backward(model.loss(model(self._batch(runtime, model.module, 0))) * 1e3)
+        assert runtime.clip_gradients(model, optimizer, clip_val=1e-3) is None
+        assert all(_full(p.grad).abs().max() <= 1e-3 for p in model.parameters() if p.grad is not None)
+
+    def test_a_norm_that_is_not_finite_is_refused_before_gradients_change(self, runtime: Runtime) -> None:
+        model, optimizer = self._trainable(runtime, TinyOdd, torch.optim.SGD)
+        runtime.backward(model.loss(model(self._batch(runtime, model.module, 0))) * float("inf"))
+        before = [_full(p.grad).clone() for p in model.parameters()]
+        with pytest.raises(NonFiniteGradientError):
+            runtime.clip_gradients(model, optimizer, max_norm=1.0, error_if_nonfinite=True)
+        for parameter, gradient in zip(model.parameters(), before, strict=True):
+            torch.testing.assert_close(_full(parameter.grad), gradient, rtol=0, atol=0, equal_nan=True)
+
+    # --- checkpoints
+
+    @pytest.mark.parametrize("model_class", [TinyTransformer, TinyConvNet], ids=lambda cls: cls.__name__)
+    def test_a_resumed_run_goes_on_exactly(
+        self, runtime: Runtime, model_class: type[TinyModel], tmp_path: Path
+    ) -> None:
+        # Every rank of a test has a temporary folder of its own; a checkpoint has one.
+        folder = Path(runtime.broadcast(str(tmp_path))) / "checkpoint"
+        model, optimizer = self._trainable(runtime, model_class, torch.optim.AdamW)
+        for seed in range(2):
+            self._step(runtime, model, optimizer, seed)
+        runtime.save(folder, {"model": model, "optimizer": optimizer, "step": 2})
+        expected = [self._step(runtime, model, optimizer, seed) for seed in range(2, 5)]
+
+        fresh = self.make_runtime()
+        torch.manual_seed(SEED + 99)
+        resumed, optimizer = self._trainable(fresh, model_class, torch.optim.AdamW, seed=SEED + 99)
+        state = {"model": resumed, "optimizer": optimizer, "step": 0}
+        fresh.load(folder, state)
+        assert state["step"] == 2
+        assert [self._step(fresh, resumed, optimizer, seed) for seed in range(2, 5)] == expected
+
+    # --- what the tests are made of
+
+    def _model(self, runtime: Runtime, model_class: type[TinyModel], seed: int = SEED) -> Any:
+        torch.manual_seed(seed)
+        with runtime.init_module(empty_init=True):
+            model = model_class()
+        return runtime.setup(model)
+
+    def _trainable(
+        self,
+        runtime: Runtime,
+        model_class: type[TinyModel],
+        optimizer_class: Callable[..., torch.optim.Optimizer],
+        joint: bool = True,
+        seed: int = SEED,
+    ) -> tuple[Any, Any]:
+        """Return a model and its optimizer; jointly set up, the optimizer was built on deferred parameters."""
+        if not joint:
+            model = self._model(runtime, model_class, seed)
+            optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=0.01)
+            return model, runtime.setup_optimizers(optimizer)
+        torch.manual_seed(seed)
+        with runtime.init_module(empty_init=True):
+            model = model_class()
+        optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        model, optimizer = runtime.setup(model, optimizer)
+        return model, optimizer
+
+    def _step(self, runtime: Runtime, model: Any, optimizer: Any, seed: int) -> float:
+        """Train one step and return the loss of the whole batch."""
+        optimizer.zero_grad()
+        loss = model.loss(model(self._batch(runtime, model.module, seed)))
+        runtime.backward(loss)
+        optimizer.step()
+        mean: float = runtime.all_reduce(loss.detach()).item()
+        return mean
+
+    def _eager(self, model_class: type[TinyModel]) -> tuple[dict[str, Tensor], Tensor]:
+        torch.manual_seed(SEED)
+        device = self.make_runtime().device
+        with device if device.type != "cpu" else nullcontext():
+            model = model_class()
+        return _named_tensors(model), torch.rand(3)
+
+    def _plain_losses(
+        self,
+        runtime: Runtime,
+        model_class: type[TinyModel],
+        optimizer_class: Callable[..., torch.optim.Optimizer],
+        num_steps: int,
+        repeats: int = 1,
+    ) -> list[float]:
+        """Train a model on the whole batch without nucleate."""
+        torch.manual_seed(SEED)
+        with runtime.device if runtime.device.type != "cpu" else nullcontext():
+            model = model_class()
+        optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        losses = []
+        for seed in range(num_steps):
+            optimizer.zero_grad()
+            for _ in range(repeats):
+                loss = model.loss(model(self._whole_batch(runtime, model, seed)))
+                loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def _whole_batch(self, runtime: Runtime, model: TinyModel, seed: int) -> Tensor:
+        return model.sample(4 * runtime.strategy.data_parallel_size, seed).to(runtime.device)
+
+    def _batch(self, runtime: Runtime, model: TinyModel, seed: int) -> Tensor:
+        """Return this rank's part; the whole on every rank where samples are not independent of each other."""
+        whole = self._whole_batch(runtime, model, seed)
+        if not model.per_sample:
+            return whole
+        return whole[runtime.strategy.data_parallel_rank :: runtime.strategy.data_parallel_size]
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be sharded; every rank calls it."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    assert isinstance(full, Tensor)
+    return full.detach()
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: _full(tensor).clone() for name, tensor in named}
+
+
+def _ties(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter object."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return list(groups.values())

@@ -1,0 +1,37 @@
+"""What holds for every test: no CUDA, no `cuda` test; nothing process-wide is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test after which torch's process-wide settings are not what they were."""
+    before = _settings()
+    yield
+    after = _settings()
+    torch.set_default_dtype(torch.float32)
+    assert after == before
+
+
+def _settings() -> dict[str, object]:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "grad enabled": torch.is_grad_enabled(),
+        "torch modes": torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack(),
+        "trunc_normal_": torch.nn.init._no_grad_trunc_normal_,
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+    }

@@ -1,0 +1,131 @@
+"""Between constructor and setup, a deferred tensor answers questions and refuses everything else, by name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from nucleate.deferred import deferred, handle_of
+from nucleate.errors import DeferredEditError, DeferredUseError
+from nucleate.materialize import materialize
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.lstm = nn.LSTM(4, 4)
+        self.register_buffer("scale", torch.full((4,), 2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) * self.scale
+
+
+@pytest.fixture
+def model() -> Net:
+    with deferred():
+        return Net()
+
+
+def test_it_answers_questions_as_the_real_tensor_will(model: Net) -> None:
+    weight = model.first.weight
+    assert isinstance(weight, nn.Parameter)
+    assert not weight.is_meta
+    assert weight.device == torch.device("cpu")
+    assert weight.is_cpu
+    assert weight.dtype == torch.float32
+    assert tuple(weight.shape) == (4, 4)
+    assert weight.numel() == 16
+    assert weight.requires_grad
+    assert weight.is_leaf
+    assert "deferred" in repr(weight)
+    assert sum(p.numel() for p in model.parameters()) > 16
+    assert "Linear" in repr(model)
+
+
+EDITS: dict[str, Callable[[Net], object]] = {
+    "init function": lambda m: nn.init.normal_(m.first.weight),
+    "data edit": lambda m: m.first.weight.data.zero_(),
+    "data edit through a view": lambda m: m.first.weight.data.t()[0].fill_(1),
+    "no_grad edit": lambda m: m.first.weight.detach().mul_(2),
+    "data assignment": lambda m: setattr(m.first.weight, "data", torch.zeros(4, 4)),
+    "copy_": lambda m: m.scale.copy_(torch.ones(4)),
+    "foreach": lambda m: torch._foreach_zero_([m.first.weight.data]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_an_edit_outside_the_context_is_refused_by_name(model: Net, edit: Callable[[Net], object]) -> None:
+    with pytest.raises(DeferredEditError, match=r"first\.(weight|bias)|scale"):
+        edit(model)
+    materialize(model)
+    assert torch.equal(model.scale, torch.full((4,), 2.0))
+
+
+def test_load_state_dict_outside_the_context_is_refused_by_name(model: Net) -> None:
+    # torch collects what its copies raise, and raises an error of its own that quotes them.
+    with pytest.raises(RuntimeError, match=r"first\.weight is deferred, and copy_ would edit it"):
+        model.first.load_state_dict({"weight": torch.zeros(4, 4), "bias": torch.zeros(4)})
+
+
+USES: dict[str, Callable[[Net], object]] = {
+    "forward": lambda m: m(torch.ones(1, 4)),
+    "lstm forward": lambda m: m.lstm(torch.ones(1, 1, 4)),
+    "item": lambda m: m.first.weight[0, 0].item(),
+    "tolist": lambda m: m.scale.tolist(),
+    "numpy": lambda m: m.scale.numpy(),
+    "compute": lambda m: m.scale + 1,
+    "deepcopy": lambda m: copy.deepcopy(m),
+    "pickle": lambda m: pickle.dumps(m),
+    "to dtype": lambda m: m.to(torch.bfloat16),
+    "equal": lambda m: torch.equal(m.scale, torch.ones(4)),
+    "parameters to vector": lambda m: nn.utils.parameters_to_vector(m.parameters()),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_a_use_before_setup_is_refused_by_name(model: Net, use: Callable[[Net], object]) -> None:
+    with pytest.raises(
+        DeferredUseError, match=r"(first\.weight|lstm\.weight_ih_l0|lstm\.\w+|scale) is deferred.*setup"
+    ):
+        use(model)
+
+
+def test_what_does_not_touch_values_is_allowed(model: Net) -> None:
+    model.first.requires_grad_(False)
+    model.lstm.weight_ih_l0.requires_grad = False
+    model.eval()
+    model.first.weight.tag = "mine"
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    assert "first.weight" in model.state_dict()
+    materialize(model)
+    assert not model.first.weight.requires_grad
+    assert not model.lstm.weight_ih_l0.requires_grad
+    assert model.first.weight.tag == "mine"
+    assert optimizer.param_groups[0]["params"][0] is model.first.weight
+
+
+def test_the_guard_leaves_no_trace(model: Net) -> None:
+    materialize(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        assert type(tensor) in (nn.Parameter, torch.Tensor)
+        assert handle_of(tensor) is None
+        assert not vars(tensor)
+    restored = pickle.loads(pickle.dumps(model))
+    assert torch.equal(restored.first.weight, copy.deepcopy(model).first.weight)
+
+
+def test_modules_may_be_replaced_tied_and_frozen_before_materialization(model: Net) -> None:
+    other = nn.Linear(4, 4)
+    kept = other.weight.detach().clone()
+    model.second = nn.Linear(4, 4)
+    model.second.weight = model.first.weight
+    model.third = other
+    materialize(model)
+    assert model.second.weight is model.first.weight
+    assert torch.equal(model.third.weight, kept)

@@ -1,0 +1,117 @@
+"""What wrappers, precision and seeds promise on a real group; run by test_wrappers.py."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from nucleate.cluster import Communicator, Environment, process_group
+from nucleate.errors import UsageError
+from nucleate.precision import FullPrecision, MixedPrecision
+from nucleate.seed import RandomState
+from nucleate.strategies.base import Strategy
+from nucleate.wrappers import ModuleWrapper, OptimizerWrapper
+
+
+class Replicas(Strategy):
+    name = "replicas"
+
+    def module_init_context(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        return DistributedDataParallel(model)
+
+    def guards_methods(self, module: nn.Module) -> bool:
+        return True
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+        self.last = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(x))
+        return out
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self(x).square().mean()
+
+
+def a_marked_method_exchanges_gradients(comm: Communicator) -> None:
+    torch.manual_seed(0)
+    model, strategy = Model(), Replicas()
+    wrapper = ModuleWrapper(strategy.setup(model), model, FullPrecision(), strategy)
+    data = torch.full((2, 4), float(comm.rank))
+    with pytest.raises(UsageError, match="mark_forward_method"):
+        wrapper.loss(data)
+    wrapper.mark_forward_method("loss")
+    wrapper.loss(data).backward()
+    for name, parameter in wrapper.named_parameters():
+        assert parameter.grad is not None, name
+        everywhere = comm.all_gather(parameter.grad)
+        assert torch.equal(everywhere[0], everywhere[1]), name
+    assert list(wrapper.state_dict()) == ["first.weight", "first.bias", "last.weight", "last.bias"]
+
+
+def an_overflow_in_one_shard_skips_the_step_on_every_rank(comm: Communicator) -> None:
+    for options in ({"foreach": False}, {"foreach": True}, {"fused": True}):
+        torch.manual_seed(0)
+        model = Model()
+        fully_shard(model.first)
+        fully_shard(model)
+        precision = MixedPrecision(
+            torch.float16, device_type="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=64.0)
+        )
+        optimizer = OptimizerWrapper(torch.optim.AdamW(model.parameters(), **options), precision)
+        skipped = []
+        for step in range(3):
+            optimizer.zero_grad()
+            with precision.forward_context():
+                loss = model(torch.randn(2, 4)).float().square().mean()
+            precision.scale(loss).backward()
+            if step == 1 and comm.rank == 1:
+                model.first.weight.grad.to_local().fill_(float("inf"))
+            before = model.last.weight.to_local().clone()
+            optimizer.step()
+            skipped.append(torch.equal(before, model.last.weight.to_local()))
+        assert skipped == [False, True, False], options
+        assert precision.state_dict()["scale"] == 32.0
+
+
+def every_rank_gets_back_its_own_random_state(comm: Communicator) -> None:
+    torch.manual_seed(comm.rank)
+    random.seed(comm.rank)
+    state = RandomState().state_dict()
+    assert list(state) == [f"rank_{rank}" for rank in range(comm.world_size)]
+    expected = torch.rand(3), random.random()
+    assert not torch.equal(*comm.all_gather(expected[0])[:2])
+    RandomState().load_state_dict(state)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert random.random() == expected[1]
+
+
+CHECKS: list[Callable[[Communicator], None]] = [
+    a_marked_method_exchanges_gradients,
+    an_overflow_in_one_shard_skips_the_step_on_every_rank,
+    every_rank_gets_back_its_own_random_state,
+]
+
+if __name__ == "__main__":
+    environment = Environment.detect()
+    device = torch.device("cpu")
+    process_group.start(environment, "gloo", timedelta(seconds=60), device)
+    for check in CHECKS:
+        check(Communicator(environment, device))
+        sys.stdout.write(f"{check.__name__}\n")

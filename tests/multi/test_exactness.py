@@ -1,0 +1,24 @@
+"""The promise: one seed, one set of weights, whatever the strategy and the number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.multi.exactness import main
+from tests.multi.ranks import run_ranks
+
+SCRIPT = Path(__file__).with_name("exactness.py")
+
+
+def test_one_process_makes_what_eager_makes_and_trains_as_eager_trains() -> None:
+    main("single")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_ranks"),
+    [("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("fsdp-linear", 2)],
+)
+def test_ranks_make_what_eager_makes_and_train_as_eager_trains(strategy: str, num_ranks: int) -> None:
+    run_ranks(SCRIPT, num_ranks, strategy, timeout=240)

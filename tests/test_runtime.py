@@ -1,0 +1,392 @@
+"""Runtime in one process: what it composes, what it refuses, and that a small training works as by hand."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nucleate import Runtime
+from nucleate.errors import (
+    ConfigurationError,
+    DeferredEditError,
+    DeferredUseError,
+    NonFiniteGradientError,
+    PluginNotFoundError,
+    UninitializedError,
+    UsageError,
+)
+from nucleate.precision.mixed import MixedPrecision
+from nucleate.strategies.fsdp import FSDPStrategy
+from nucleate.strategies.single_device import SingleDeviceStrategy
+from nucleate.wrappers.module import ModuleWrapper
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+        self.register_buffer("inv_freq", 1 / torch.arange(1, 7, dtype=torch.float32), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x) * self.inv_freq.to(x.dtype)))
+
+
+@pytest.fixture
+def runtime() -> Runtime:
+    return Runtime(accelerator="cpu")
+
+
+# -- composition ---------------------------------------------------------------------------------------------
+
+
+def test_names_stand_for_plugins_and_objects_are_taken_as_they_are() -> None:
+    strategy = SingleDeviceStrategy()
+    runtime = Runtime(accelerator="cpu", strategy=strategy, precision=MixedPrecision(torch.bfloat16))
+    assert runtime.strategy is strategy
+    assert runtime.precision.name == "bf16-mixed"
+    assert runtime.device == torch.device("cpu")
+    assert (runtime.world_size, runtime.global_rank, runtime.local_rank, runtime.node_rank) == (1, 0, 0, 0)
+    assert runtime.is_global_zero
+
+
+@pytest.mark.parametrize(("alias", "name"), [(32, "32-true"), ("bf16", "bf16-mixed"), (64, "64-true")])
+def test_precisions_have_the_short_names_of_fabric(alias: Any, name: str) -> None:
+    assert Runtime(accelerator="cpu", precision=alias).precision.name == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"strategy": "fdsp"}, PluginNotFoundError, "Did you mean 'fsdp'"),
+        ({"precision": "bf16-ture"}, PluginNotFoundError, "Did you mean 'bf16-true'"),
+        ({"accelerator": "gpu0"}, PluginNotFoundError, "Installed: .*cpu, cuda"),
+        ({"strategy": 3}, ConfigurationError, "neither a name nor a Strategy"),
+        ({"accelerator": SingleDeviceStrategy()}, ConfigurationError, "neither a name nor a Accelerator"),
+        ({"devices": 2}, ConfigurationError, "torchrun --nproc-per-node 2"),
+        ({"devices": 2, "num_nodes": 3}, ConfigurationError, "--nnodes 3"),
+        ({"devices": 0}, ConfigurationError, "devices=0"),
+        ({"devices": "many"}, ConfigurationError, "devices='many'"),
+        ({"num_nodes": 0}, ConfigurationError, "num_nodes=0"),
+        ({"strategy": FSDPStrategy(num_replicas=2)}, ConfigurationError, "does not divide the 1 processes"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_what_to_do(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Runtime(**{"accelerator": "cpu", **arguments})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ConfigurationError, match=r"'cuda' was asked for.*accelerator='cpu'"):
+        Runtime(accelerator="cuda")
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "message"),
+    [
+        ({}, {"strategy": "single_device"}, "runs in one process, but torchrun started 4"),
+        ({}, {"devices": 3}, "ask for 3 processes, but torchrun started 4"),
+        ({}, {"devices": 4, "num_nodes": 2}, "ask for 8 processes"),
+        ({"MASTER_PORT": None}, {}, "MASTER_PORT not"),
+        ({"RANK": "two"}, {}, "RANK is 'two'"),
+    ],
+)
+def test_what_does_not_fit_the_launched_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str | None], arguments: dict[str, Any], message: str
+) -> None:
+    started = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "0"}
+    for name, value in {**started, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", **variables}.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigurationError, match=message):
+        Runtime(accelerator="cpu", **arguments)
+
+
+def test_launch_is_optional_and_calls_a_function(runtime: Runtime) -> None:
+    assert runtime.launch() is None
+    assert runtime.launch(lambda rt, x, y: (rt, x + y), 1, y=2) == (runtime, 3)
+
+
+# -- construction --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("empty_init", [True, False, None])
+def test_weights_are_those_of_eager_construction_in_the_same_dtype(precision: str, empty_init: bool | None) -> None:
+    runtime = Runtime(accelerator="cpu", precision=precision)
+    torch.manual_seed(0)
+    with runtime.precision.module_init_context():
+        eager = Net()
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    with runtime.init_module(empty_init=empty_init):
+        model = Net()
+    model = runtime.setup(model)
+    assert torch.equal(torch.rand(2), expected)
+    for name, parameter in eager.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+        assert model.get_parameter(name).dtype == runtime.precision.dtype
+    assert model.inv_freq.dtype == torch.float32, "buffers are kept"
+    assert torch.equal(model.inv_freq, eager.inv_freq)
+
+
+def test_parameters_made_in_another_dtype_are_cast_while_they_are_made() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(20, 20, dtype=torch.float32))
+            self.tied = self.weight
+
+    runtime = Runtime(accelerator="cpu", precision="bf16-true")
+    torch.manual_seed(0)
+    eager = Mixed()
+    torch.manual_seed(0)
+    with runtime.init_module(empty_init=True):
+        model = Mixed()
+    original = model.weight
+    model = runtime.setup(model)
+    assert model.weight is original is model.tied
+    assert torch.equal(model.weight, eager.weight.bfloat16())
+
+
+def test_init_tensor_uses_device_and_dtype() -> None:
+    runtime = Runtime(accelerator="cpu", precision="bf16-true")
+    with runtime.init_tensor():
+        assert torch.zeros(2).dtype == torch.bfloat16
+        assert torch.zeros(2, dtype=torch.float64).dtype == torch.float64
+    assert torch.zeros(2).dtype == torch.float32
+
+
+def test_the_default_dtype_is_restored_when_a_constructor_raises() -> None:
+    runtime = Runtime(accelerator="cpu", precision="16-true")
+    with pytest.raises(ZeroDivisionError), runtime.init_module(empty_init=True):
+        raise ZeroDivisionError
+    assert torch.get_default_dtype() == torch.float32
+
+
+# -- setup ---------------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_built_on_deferred_parameters_trains_them(runtime: Runtime) -> None:
+    torch.manual_seed(0)
+    eager = Net()
+    reference = torch.optim.AdamW(eager.parameters(), lr=0.1)
+    torch.manual_seed(0)
+    with runtime.init_module(empty_init=True):
+        model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model, optimizer = runtime.setup(model, optimizer)
+    x = torch.ones(3, 6)
+    for _ in range(3):
+        for net, opt, backward in (
+            (eager, reference, Tensor.backward),
+            (model, optimizer, runtime.backward),
+        ):
+            opt.zero_grad()
+            backward(net(x).square().mean())
+            opt.step()
+    for name, parameter in eager.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_a_model_constructed_outside_can_be_set_up(runtime: Runtime) -> None:
+    model = Net()
+    before = model.body.weight.detach().clone()
+    wrapped = runtime.setup(model)
+    assert isinstance(wrapped, ModuleWrapper)
+    assert torch.equal(wrapped.body.weight, before)
+    assert list(wrapped.state_dict()) == list(model.state_dict())
+
+
+def test_setup_twice_is_refused(runtime: Runtime) -> None:
+    model = Net()
+    wrapped = runtime.setup(model)
+    for again in (model, wrapped, nn.Sequential(wrapped)):
+        with pytest.raises(UsageError, match="set up already"):
+            runtime.setup(again)
+    optimizer = runtime.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(UsageError, match="set up already"):
+        runtime.setup_optimizers(optimizer)
+    with pytest.raises(UsageError, match="set up already"):
+        runtime.setup(Net(), optimizer)
+    loader = runtime.setup_dataloaders(DataLoader(TensorDataset(torch.ones(4, 6))))
+    with pytest.raises(UsageError, match="set up already"):
+        runtime.setup_dataloaders(loader)
+
+
+def test_an_optimizer_of_another_model_is_refused_before_anything_changes(runtime: Runtime) -> None:
+    with runtime.init_module(empty_init=True):
+        model, other = Net(), Net()
+    optimizer = torch.optim.SGD([*model.body.parameters(), *other.head.parameters()], lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"2 parameters that Net does not have: head\.weight, head\.bias"):
+        runtime.setup(model, optimizer)
+    assert "deferred" in repr(model.body.weight)
+    runtime.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_an_optimizer_whose_model_is_not_set_up_is_refused(runtime: Runtime) -> None:
+    with pytest.raises(UsageError, match=r"belong to no model that was set up.*runtime.setup\(model, optimizer\)"):
+        runtime.setup_optimizers(torch.optim.SGD(Net().parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("wrong", [None, {"model": 1}, torch.ones(2), [nn.Linear(2, 2)]])
+def test_setup_says_what_it_takes(runtime: Runtime, wrong: Any) -> None:
+    with pytest.raises(UsageError, match=r"setup takes a torch\.nn\.Module"):
+        runtime.setup(wrong)
+    with pytest.raises(UsageError, match="setup takes optimizers after the model"):
+        runtime.setup(Net(), wrong)
+
+
+def test_use_and_edit_before_setup_are_refused(runtime: Runtime) -> None:
+    with runtime.init_module(empty_init=True):
+        model = Net()
+    with pytest.raises(DeferredUseError, match=r"body\.weight is deferred"):
+        model(torch.ones(1, 6))
+    with pytest.raises(DeferredEditError, match=r"head\.bias is deferred"):
+        nn.init.zeros_(model.head.bias)
+    with pytest.raises(DeferredUseError, match="has no value"):
+        runtime.backward(torch.empty((), device="meta"))
+    runtime.setup(model)
+
+
+def test_an_uninitialized_parameter_is_refused(runtime: Runtime) -> None:
+    with runtime.init_module(empty_init=True):
+        model = nn.Module()
+        model.scale = nn.Parameter(torch.empty(3))
+    with pytest.raises(UninitializedError, match="scale"):
+        runtime.setup(model)
+
+
+# -- training ------------------------------------------------------------------------------------------------
+
+
+def test_backward_outside_of_runtime_is_refused_where_the_loss_is_scaled() -> None:
+    runtime = Runtime(accelerator="cpu", precision="16-mixed")
+    model = runtime.setup(Net())
+    loss = model(torch.ones(2, 6)).float().square().mean()
+    with pytest.raises(UsageError, match=r"runtime\.backward"):
+        loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    runtime.backward(model(torch.ones(2, 6)).float().square().mean())
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_clipping_takes_exactly_one_way(runtime: Runtime) -> None:
+    model, optimizer = runtime.setup(net := Net(), torch.optim.SGD(net.parameters(), lr=0.1))
+    runtime.backward(model(torch.ones(2, 6)).sum())
+    for arguments in ({}, {"clip_val": 1.0, "max_norm": 1.0}, {"max_norm": -1.0}, {"clip_val": float("nan")}):
+        with pytest.raises(ConfigurationError):
+            runtime.clip_gradients(model, optimizer, **arguments)
+    norm = runtime.clip_gradients(model, optimizer, max_norm=0.01)
+    assert norm is not None
+    assert norm > 0.01
+    assert nn.utils.get_total_norm([p.grad for p in model.parameters()]) == pytest.approx(0.01, rel=1e-4)
+    assert runtime.clip_gradients(model, optimizer, clip_val=1e-4) is None
+    assert max(float(p.grad.abs().max()) for p in model.parameters()) <= 1e-4
+
+
+def test_nonfinite_gradients_are_refused_untouched_unless_asked_otherwise(runtime: Runtime) -> None:
+    model, optimizer = runtime.setup(net := Net(), torch.optim.SGD(net.parameters(), lr=0.1))
+    runtime.backward(model(torch.ones(2, 6)).sum())
+    net.body.weight.grad[0, 0] = float("inf")
+    before = net.head.weight.grad.clone()
+    with pytest.raises(NonFiniteGradientError, match="inf"):
+        runtime.clip_gradients(model, optimizer, max_norm=1.0)
+    assert torch.equal(net.head.weight.grad, before)
+    norm = runtime.clip_gradients(model, optimizer, max_norm=1.0, error_if_nonfinite=False)
+    assert norm is not None
+    assert norm.isinf()
+
+
+def test_no_backward_sync_wants_a_model_that_is_set_up(runtime: Runtime) -> None:
+    with pytest.raises(UsageError, match="Set it up first"), runtime.no_backward_sync(Net()):
+        pass
+    with runtime.no_backward_sync(runtime.setup(Net()), enabled=False):
+        pass
+
+
+def test_a_data_loader_gives_every_sample_and_leaves_the_global_stream_alone(runtime: Runtime) -> None:
+    data = TensorDataset(torch.arange(10))
+    loader = runtime.setup_dataloaders(DataLoader(data, batch_size=3, shuffle=True))
+    state = torch.get_rng_state()
+    seen = torch.cat([batch for (batch,) in loader])
+    assert sorted(seen.tolist()) == list(range(10))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_collectives_have_the_same_shapes_as_with_many_ranks(runtime: Runtime) -> None:
+    assert runtime.all_gather(torch.ones(3)).shape == (1, 3)
+    assert runtime.all_gather({"a": 1.5})["a"].shape == (1,)
+    assert float(runtime.all_reduce(torch.tensor(3))) == 3.0
+    assert runtime.broadcast({"a": [1]}) == {"a": [1]}
+    runtime.barrier()
+    with runtime.rank_zero_first():
+        pass
+
+
+def test_to_device_moves_collections_and_modules(runtime: Runtime) -> None:
+    moved = runtime.to_device({"x": [torch.ones(1)], "y": "text"})
+    assert moved["y"] == "text"
+    module = nn.Linear(2, 2)
+    assert runtime.to_device(module) is module
+
+
+def test_print_prints_on_rank_zero(runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
+    runtime.print("loss", 3)
+    assert capsys.readouterr().out == "loss 3\n"
+
+
+def test_seed_everything_seeds_python_numpy_and_torch(runtime: Runtime) -> None:
+    draws = []
+    for _ in range(2):
+        assert runtime.seed_everything(12) == 12
+        draws.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+    assert draws[0] == draws[1]
+
+
+def test_a_run_resumes_exactly(runtime: Runtime, tmp_path: Path) -> None:
+    def start() -> tuple[Any, Any, Any]:
+        torch.manual_seed(1)
+        with runtime.init_module(empty_init=True):
+            net = Net()
+        model, optimizer = runtime.setup(net, torch.optim.AdamW(net.parameters(), lr=0.1))
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+
+    def step(model: Any, optimizer: Any, scheduler: Any) -> float:
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 6)).square().mean()
+        runtime.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        return loss.item()
+
+    parts = start()
+    for _ in range(3):
+        step(*parts)
+    state = {"model": parts[0], "optimizer": parts[1], "scheduler": parts[2], "step": 3}
+    runtime.save(tmp_path / "checkpoint", state)
+    expected = [step(*parts) for _ in range(4)]
+
+    parts = start()
+    state = {"model": parts[0], "optimizer": parts[1], "scheduler": parts[2], "step": 0}
+    assert runtime.load(tmp_path / "checkpoint", state) == {}
+    assert state["step"] == 3
+    assert [step(*parts) for _ in range(4)] == expected
+    assert set(runtime.load(tmp_path / "checkpoint")) == {"model", "optimizer", "scheduler", "step"}
+
+
+def test_a_wrapped_model_and_optimizer_pickle(runtime: Runtime) -> None:
+    model, optimizer = runtime.setup(net := Net(), torch.optim.SGD(net.parameters(), lr=0.1))
+    model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+    assert model(torch.ones(1, 6)).shape == (1, 2)
+    assert optimizer.param_groups[0]["params"][0] is model.body.weight
