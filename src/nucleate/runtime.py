@@ -30,9 +30,9 @@ from nucleate.materialize import Plan
 from nucleate.plugin import Composition, Plugin
 from nucleate.precision.base import Precision
 from nucleate.registry import ACCELERATORS, PRECISIONS, STRATEGIES, Registry
-from nucleate.seed import seed_everything
+from nucleate.seed import last_seed, seed_everything, seeds_workers
 from nucleate.strategies.base import Strategy
-from nucleate.wrappers.dataloader import DataLoaderWrapper, prepare
+from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
 from nucleate.wrappers.module import ModuleWrapper, backward_allowed
 from nucleate.wrappers.optimizer import OptimizerWrapper
 
@@ -107,7 +107,6 @@ class Runtime:
         for part in (self._accelerator, self._precision, self._strategy):
             part.check(composition)
         self._launched = False
-        self._loaders = 0
         # What has been set up: the original models, and what was returned for each.
         self._models: weakref.WeakKeyDictionary[nn.Module, ModuleWrapper] = weakref.WeakKeyDictionary()
 
@@ -403,12 +402,7 @@ class Runtime:
         """Move a module, a tensor or every tensor of a collection to the device."""
         if isinstance(obj, nn.Module):
             return cast(T, self._accelerator.setup(obj))
-        from lightning_utilities.core.apply_func import apply_to_collection
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(self._device, non_blocking=self._accelerator.pins_memory)
-
-        return cast(T, apply_to_collection(obj, Tensor, move))
+        return cast(T, move(obj, self._device))
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank 0 only."""
@@ -514,16 +508,14 @@ class Runtime:
         if inside:
             raise UsageError(f"{name_list(inside)} of this model has been set up already. Set up the whole model once.")
 
-    def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move: bool) -> DataLoaderWrapper:
-        if isinstance(loader, DataLoaderWrapper):
-            raise UsageError("this data loader has been set up already; use what was returned then.")
-        self._loaders += 1
+    def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
         return prepare(
             loader,
             num_replicas=self._strategy.data_parallel_size,
             rank=self._strategy.data_parallel_rank,
-            device=self._device if move else None,
-            seed=self._communicator.broadcast(torch.initial_seed()) % 2**32,
+            device=self._device if move_to_device else None,
+            seed=self._communicator.broadcast(torch.initial_seed()),
+            seed_workers=last_seed() is None or seeds_workers(),
             use_distributed_sampler=use_sampler,
         )
 

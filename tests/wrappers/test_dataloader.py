@@ -120,7 +120,7 @@ def test_samples_without_batches_are_shared_too() -> None:
 def test_a_dataset_that_is_iterated_over_is_left_as_it_is() -> None:
     wrapper = prepare(DataLoader(Stream(), batch_size=2), num_replicas=2, rank=1)
     assert batches(wrapper) == [[0, 1], [2, 3], [4, 5]]
-    wrapper.load_state_dict({"epoch": 1, "batches": 2})
+    wrapper.load_state_dict({"epoch": 1, "batches": 2, "seed": 0})
     assert batches(wrapper) == [[4, 5]]
 
 
@@ -132,26 +132,32 @@ def test_a_loader_goes_on_where_its_state_was_saved(num_workers: int) -> None:
     iterator = iter(wrapper)
     seen = [batch.tolist() for batch in islice(iterator, 2)]
     state = wrapper.state_dict()
-    assert state == {"epoch": 1, "batches": 2}
+    assert state == {"epoch": 1, "batches": 2, "seed": 9}
     rest = [batch.tolist() for batch in iterator] + batches(wrapper)
     resumed = prepare(loader(**options), num_replicas=2, rank=1, seed=9)
     resumed.load_state_dict(state)
     assert batches(resumed) + batches(resumed) == rest
     assert seen
-    assert resumed.state_dict() == {"epoch": 3, "batches": 0}
+    assert resumed.state_dict() == {"epoch": 3, "batches": 0, "seed": 9}
+
+
+def test_the_state_of_a_loader_with_another_order_is_refused() -> None:
+    state = prepare(loader(), seed=3).state_dict()
+    with pytest.raises(UsageError, match=r"follows from seed 4.*seed_everything\(3\)"):
+        prepare(loader(), seed=4).load_state_dict(state)
 
 
 def test_what_was_delivered_is_not_loaded_again() -> None:
     data = Numbers()
     wrapper = prepare(DataLoader(data, batch_size=2))
-    wrapper.load_state_dict({"epoch": 0, "batches": 8})
+    wrapper.load_state_dict({"epoch": 0, "batches": 8, "seed": 0})
     assert batches(wrapper) == [[16, 17], [18, 19]]
     assert data.loaded == [16, 17, 18, 19]
 
 
 def test_a_state_saved_at_the_last_batch_goes_on_with_the_next_epoch() -> None:
     wrapper = prepare(loader())
-    wrapper.load_state_dict({"epoch": 0, "batches": 10})
+    wrapper.load_state_dict({"epoch": 0, "batches": 10, "seed": 0})
     assert batches(wrapper) == []
     assert len(batches(wrapper)) == 10
 

@@ -93,7 +93,8 @@ def _store(environment: Environment, timeout: timedelta) -> Store | None:
     if again and environment.agent_store and environment.num_nodes == 1:
         # The agent's store survives a restart, so restarted workers would read the addresses of the dead
         # ones (torch/distributed/rendezvous.py, `_create_c10d_store`, 2.13), and so would a second group of
-        # the same workers. A prefix for each attempt keeps them apart. On several nodes the agents may count differently, so there torch's way stays.
+        # the same workers. A prefix for each attempt keeps them apart. On several nodes the agents may count
+        # differently, so there torch's way stays.
         host, _, port = environment.agent_store.rpartition(":")
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host, int(port), environment.world_size, is_master=False, timeout=timeout

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nucleate.deferred.geometry import result_on_meta, to_meta
 from nucleate.deferred.random_program import Position, default_generator
 from nucleate.deferred.replay import Replayer
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
@@ -257,18 +258,18 @@ class Recorder(TorchDispatchMode):
     def _geometry(
         self, func: Any, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step
     ) -> tuple[Any, Tensor | None]:
-        """Run the operation on meta; where that is impossible, run it for real and keep only the geometry."""
+        """Find the result's geometry; where that needs values, run the operation for real and keep only that."""
         try:
             if traits.wrong_on_meta:
                 raise NotImplementedError
-            return func(*map_leaves(args, _to_meta), **map_leaves(kwargs, _to_meta)), None
+            return result_on_meta(func, args, kwargs, traits.fills), None
         except Exception:
             # No meta kernel, a value that is needed, or a plain mistake of the user's: the real run tells.
             real_args, real_kwargs, result, state = self.replayer.execute_unrecorded(step)
             originals = dict(zip(map(id, tensors((real_args, real_kwargs))), tensors((args, kwargs)), strict=True))
 
             def counterpart(leaf: Any) -> Any:
-                return originals.get(id(leaf), _to_meta(leaf))
+                return originals.get(id(leaf), to_meta(leaf))
 
             return map_leaves(result, counterpart), state
 
@@ -369,11 +370,3 @@ def _written(traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         value = args[position] if position < len(args) else kwargs.get(name)
         found.extend(tensors(value))
     return found
-
-
-def _to_meta(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and not leaf.is_meta:
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-    if isinstance(leaf, torch.device):
-        return torch.device("meta")
-    return leaf

@@ -78,12 +78,10 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
 
 
 def _allocate_shards(model: nn.Module, device: torch.device) -> None:
-    from torch.distributed.tensor import DTensor
-
     def allocate(tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device=device) if isinstance(tensor, DTensor) and tensor.is_meta else tensor
+        return torch.empty_like(tensor, device=device) if _is_sharded(tensor) and tensor.is_meta else tensor
 
-    if any(isinstance(p, DTensor) and p.is_meta for p in model.parameters()):
+    if any(_is_sharded(parameter) and parameter.is_meta for parameter in model.parameters()):
         # Through `_apply`, so that FSDP takes notice of its new local tensors.
         model._apply(allocate)
 
@@ -96,16 +94,14 @@ def _scratch(plan: Plan, device: torch.device) -> torch.UntypedStorage | None:
 
 def _shards(target: Target) -> list[Any]:
     """Return the distinct DTensors that a strategy has put in the target's place."""
-    from torch.distributed.tensor import DTensor
-
-    found = {id(current): current for holder in target.holders if isinstance(current := _current(holder), DTensor)}
-    return list(found.values())
+    current = [h.module._parameters.get(h.name) for h in target.holders if h.kind == "parameter"]
+    return list({id(parameter): parameter for parameter in current if _is_sharded(parameter)}.values())
 
 
-def _current(holder: Holder) -> Any:
-    if holder.kind == "parameter":
-        return holder.module._parameters.get(holder.name)
-    return None
+def _is_sharded(tensor: Any) -> bool:
+    # What DTensor offers to torch.distributed.checkpoint, and is filled by below. Asking by class would import
+    # torch.distributed.tensor, which takes longer than most models, also where nothing is distributed.
+    return hasattr(tensor, "__create_chunk_list__")
 
 
 def _fill_shard(shard: Any, value: Tensor) -> None:

@@ -127,16 +127,25 @@ class DataLoaderWrapper:
         self._next = self._position = (epoch, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch and how many of its batches were delivered."""
+        """Return the epoch, how many of its batches were delivered, and the seed of their order."""
         epoch, batches = self._position
-        return {"epoch": epoch, "batches": batches}
+        return {"epoch": epoch, "batches": batches, "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on where `state_dict` was called.
 
         Samples of batches already delivered are not loaded again, except from a dataset that can only be
         iterated over. The order of samples is exact; random numbers that workers draw start anew.
+
+        Raises:
+            UsageError: The state is of a loader with another seed.
         """
+        if state["seed"] != self._seed:
+            raise UsageError(
+                f"this loader's order follows from seed {self._seed}, but the state is of a loader with seed "
+                f"{state['seed']}: going on would give some samples twice and others never. Call "
+                f"seed_everything({state['seed']}) before setup_dataloaders."
+            )
         self._next = self._position = (int(state["epoch"]), int(state["batches"]))
 
     def _batches(self, epoch: int, skip: int) -> Iterator[Any]:

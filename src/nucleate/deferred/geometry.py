@@ -1,0 +1,75 @@
+"""What an operation's result looks like, found without computing it.
+
+The general answer is torch's meta kernels. Many of them are written in Python, and the first one imports torch's
+decompositions: a second and 70 MiB, more than recording a whole model takes. So what constructors do most is answered
+more cheaply: fills and other in-place operations on one tensor return that tensor, and small elementwise operations
+are run on ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nucleate.deferred.tape import map_leaves, tensors
+
+aten = torch.ops.aten
+
+#: Elementwise operations on tensors up to this many elements are run on ones.
+SMALL_NUMEL = 1 << 14
+
+# Their results' shapes follow from their arguments' shapes and numbers, never from values.
+_BY_SHAPE = {aten.cat, aten.stack, aten.triu, aten.tril, aten.diag, aten.diagonal_copy}
+_RANGES = {aten.arange, aten.linspace}
+_NORMALS = {aten.randn.default, aten.randn.generator}
+
+
+def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fills: bool) -> Any:
+    """Return an operation's result as meta tensors; arguments that it returns are returned as they are.
+
+    Args:
+        func: The aten overload.
+        args: Its positional arguments; tensors on any device.
+        kwargs: Its keyword arguments.
+        fills: Whether it writes its first argument without looking at it.
+
+    Raises:
+        Exception: Whatever the operation raises on such arguments, or on meta tensors: no kernel, values needed.
+    """
+    given = list(tensors((args, kwargs)))
+    elementwise = torch.Tag.pointwise in func.tags
+    if len(given) == 1 and args and given[0] is args[0] and _returns_self(func) and (fills or elementwise):
+        # Run on no elements, it still refuses wrong numbers and dtypes.
+        func(torch.empty(0, dtype=given[0].dtype), *args[1:], **kwargs)
+        return args[0]
+    if func in _NORMALS:
+        options = {name: value for name, value in kwargs.items() if name not in ("device", "generator")}
+        return torch.empty(args[0], **options, device="meta")
+    small = sum(tensor.numel() for tensor in given) <= SMALL_NUMEL
+    packet = func.overloadpacket
+    ranges = packet in _RANGES and all(abs(n) <= SMALL_NUMEL for n in args if isinstance(n, (int, float)))
+    if ranges or (given and small and (elementwise or packet in _BY_SHAPE) and not func._schema.is_mutable):
+        return map_leaves(func(*map_leaves(args, _ones), **map_leaves(kwargs, _ones)), to_meta)
+    return func(*map_leaves(args, to_meta), **map_leaves(kwargs, to_meta))
+
+
+def to_meta(leaf: Any) -> Any:
+    """Return a meta tensor of the same geometry for a tensor, and the meta device for a device."""
+    if isinstance(leaf, Tensor) and not leaf.is_meta:
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+    if isinstance(leaf, torch.device):
+        return torch.device("meta")
+    return leaf
+
+
+def _ones(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).fill_(1)
+    return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+
+def _returns_self(func: Any) -> bool:
+    returns = func._schema.returns
+    return len(returns) == 1 and returns[0].alias_info is not None and returns[0].alias_info.is_write

@@ -1,0 +1,91 @@
+"""The model that is measured: a decoder of plain torch modules, in sizes from a thousand to a billion parameters.
+
+Nothing in it is hard for the peers: no ties, no buffers, and every module with parameters has a `reset_parameters`.
+How it is initialized can be chosen: `plain` leaves it to torch's modules, `again` draws all weights a second time at
+the end of the constructor, as GPT-2, nanoGPT and transformers do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INITS = ("plain", "again")
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of a model, and of the batches that train it."""
+
+    num_layers: int
+    num_heads: int
+    dim: int
+    vocab_size: int = 256
+    batch_size: int = 8
+    context: int = 128
+
+
+SIZES = {
+    "micro": Size(num_layers=1, num_heads=2, dim=32, vocab_size=64, batch_size=1, context=16),  # 0.02 million
+    "1m": Size(num_layers=4, num_heads=4, dim=128),  # 0.9 million
+    "10m": Size(num_layers=6, num_heads=6, dim=384),  # 10.8 million
+    "100m": Size(num_layers=12, num_heads=10, dim=640, vocab_size=32_000),  # 100 million
+    "1b": Size(num_layers=18, num_heads=16, dim=2048, vocab_size=32_000),  # 1.04 billion
+}
+
+
+class Block(nn.Module):
+    """Causal attention, then a perceptron, each added to what came in."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.num_heads = size.num_heads
+        self.norm1 = nn.LayerNorm(size.dim)
+        self.qkv = nn.Linear(size.dim, 3 * size.dim)
+        self.out = nn.Linear(size.dim, size.dim)
+        self.norm2 = nn.LayerNorm(size.dim)
+        self.up = nn.Linear(size.dim, 4 * size.dim)
+        self.down = nn.Linear(4 * size.dim, size.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, dim = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, time, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, time, dim))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x
+
+
+class Decoder(nn.Module):
+    """Tokens in, the logits of the next token out."""
+
+    def __init__(self, size: Size, init: str = "plain") -> None:
+        super().__init__()
+        self.embed = nn.Embedding(size.vocab_size, size.dim)
+        self.blocks = nn.ModuleList(Block(size) for _ in range(size.num_layers))
+        self.norm = nn.LayerNorm(size.dim)
+        self.head = nn.Linear(size.dim, size.vocab_size, bias=False)
+        if init == "again":
+            self.apply(_init_again)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def num_parameters(size: Size) -> int:
+    """Return how many parameters a model of that size has, without making it."""
+    block = 12 * size.dim**2 + 13 * size.dim
+    return size.num_layers * block + 2 * size.vocab_size * size.dim + 2 * size.dim
+
+
+def _init_again(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

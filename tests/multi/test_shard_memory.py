@@ -1,0 +1,12 @@
+"""No rank ever holds a model that it does not own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.multi.ranks import run_ranks
+
+
+def test_a_rank_takes_its_shards_and_one_parameter_at_a_time() -> None:
+    done = run_ranks(Path(__file__).parent / "scripts" / "shard_memory.py", 2)
+    assert done.stdout.count("MiB of 80") == 2

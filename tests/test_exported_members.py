@@ -1,0 +1,121 @@
+"""What is public: the `__all__` of each package, written down here a second time so that a change is on purpose."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import nucleate
+
+ROOT = Path(__file__).parents[1]
+SOURCE = Path(nucleate.__file__).parent
+
+PUBLIC = {
+    "nucleate": """
+        Accelerator Precision RandomState Runtime Strategy __version__ deferred materialize seed_everything
+    """,
+    "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator",
+    "nucleate.checkpoint": "load save",
+    "nucleate.cluster": "Communicator Environment",
+    "nucleate.deferred": "Handle Record deferred handle_of held_tensors release",
+    "nucleate.materialize": "Plan execute materialize",
+    "nucleate.precision": "FullPrecision HalfPrecision MixedPrecision Precision",
+    "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",
+    "nucleate.strategies": "Strategy",
+    "nucleate.testing": """
+        MODELS AcceleratorSuite PeakMemory PrecisionSuite StrategySuite TinyConvNet TinyModel TinyOdd TinyRecurrent
+        TinyTransformer assert_peak_memory_below peak_memory
+    """,
+    "nucleate.wrappers": "DataLoaderWrapper ModuleWrapper OptimizerWrapper",
+}
+
+
+def packages() -> list[str]:
+    found = pkgutil.walk_packages([str(SOURCE)], prefix="nucleate.")
+    return ["nucleate", *(module.name for module in found if module.ispkg)]
+
+
+def test_every_package_is_listed() -> None:
+    assert set(packages()) == set(PUBLIC)
+
+
+@pytest.mark.parametrize("package", packages())
+def test_a_package_exports_what_is_listed_here(package: str) -> None:
+    module = importlib.import_module(package)
+    assert sorted(module.__all__) == sorted(PUBLIC[package].split())
+    assert set(module.__all__) <= set(dir(module))
+
+
+@pytest.mark.parametrize("package", packages())
+def test_every_exported_name_is_the_object_and_not_a_module_of_the_same_name(package: str) -> None:
+    # `nucleate.x` is a function until `import nucleate.x.y` puts the subpackage in its place, whatever is asked first.
+    for module in pkgutil.walk_packages([str(SOURCE)], prefix="nucleate."):
+        importlib.import_module(module.name)
+    exporter = importlib.import_module(package)
+    for name in exporter.__all__:
+        assert not isinstance(getattr(exporter, name), ModuleType), f"{package}.{name} is a module"
+
+
+@pytest.mark.parametrize("package", [name for name in packages() if name != "nucleate"])
+def test_nothing_public_is_imported_without_being_exported(package: str) -> None:
+    module = importlib.import_module(package)
+    imported = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not isinstance(value, ModuleType)
+        and str(getattr(value, "__module__", "")).startswith("nucleate")
+    }
+    assert imported <= {*module.__all__, "MissingDependencyError"}
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Rantime'"):
+        nucleate.Rantime  # noqa: B018
+
+
+def test_importing_everything_needs_no_optional_package_and_changes_nothing() -> None:
+    modules = [m.name for m in pkgutil.walk_packages([str(SOURCE)], "nucleate.") if ".testing" not in m.name]
+    program = f"""
+import importlib, sys, torch
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("matplotlib", "tqdm", "rich", "pytest", "lightning", "transformers"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+def state():
+    init = torch.nn.init
+    return (torch.get_rng_state().sum(), torch.get_default_dtype(), torch.get_num_threads(),
+            init._no_grad_trunc_normal_, torch.nn.Module.__call__, torch.nn.Module.register_parameter, torch.Tensor.backward)
+before = state()
+for name in {modules!r}:
+    importlib.import_module(name)
+assert state() == before
+assert not torch.distributed.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_version_is_the_top_of_the_changelog() -> None:
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert nucleate.__version__ == versions[0]
+
+
+def test_the_ci_runs_the_second_command_of_the_readme() -> None:
+    commands = re.findall(r"^python -m pip install .*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[-1] == commands[1]
+
+
+def test_no_extra_is_named_that_does_not_exist() -> None:
+    named = {extra for path in SOURCE.rglob("*.py") for extra in re.findall(r"nucleate\[(\w+)\]", path.read_text())}
+    project = (ROOT / "pyproject.toml").read_text()
+    assert named
+    assert named <= set(re.findall(r"^(\w+) = \[", project, flags=re.MULTILINE))

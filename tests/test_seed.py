@@ -1,0 +1,75 @@
+"""One seed for every generator, many from one, and their state saved and restored."""
+
+import io
+import pickle
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from nucleate.errors import CheckpointKeyError, ConfigurationError
+from nucleate.seed import RandomState, derive_seed, last_seed, seed_everything, seed_worker, seeded, seeds_workers
+
+
+def draw() -> tuple[float, float, float, float]:
+    return random.random(), random.gauss(0, 1), float(np.random.rand()), torch.rand(()).item()
+
+
+def test_the_same_seed_gives_the_same_numbers_everywhere() -> None:
+    assert seed_everything(7) == 7
+    first = draw()
+    assert seed_everything(7, workers=False) == 7
+    assert draw() == first
+    assert last_seed() == 7
+    assert not seeds_workers()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.0, "1", True])
+def test_a_seed_that_some_generator_could_not_take_is_refused(seed: object) -> None:
+    with pytest.raises(ConfigurationError, match="must be an integer from 0 to 4294967295"):
+        seed_everything(seed)  # type: ignore[arg-type]
+
+
+def test_derived_seeds_differ_where_any_part_does() -> None:
+    parts = [(0,), (1,), (0, 0), (0, 1), (1, 0), (10,), (1, 0, 0)]
+    assert len({derive_seed(*part) for part in parts}) == len(parts)
+    assert derive_seed(1, 2) == 5142973159532490859  # It must not change: runs are resumed with it.
+    assert all(0 <= derive_seed(part) < 2**63 for part in range(100))
+
+
+def test_workers_of_different_ranks_draw_different_numbers() -> None:
+    def worker(worker_id: int, rank: int) -> tuple[float, float, float, float]:
+        with seeded(0):
+            pickle.loads(pickle.dumps(partial(seed_worker, rank=rank, base=3)))(worker_id)
+            return draw()
+
+    draws = [worker(worker_id, rank) for worker_id in range(2) for rank in range(2)]
+    assert all(len({numbers[place] for numbers in draws}) == 4 for place in range(4))
+    assert worker(0, 0) == draws[0]
+
+
+def test_the_generators_go_on_as_if_nothing_had_been_drawn_inside() -> None:
+    seed_everything(1)
+    expected = draw()
+    seed_everything(1)
+    with pytest.raises(ZeroDivisionError), seeded(5):
+        _ = draw()[0] / 0
+    assert draw() == expected
+
+
+def test_a_saved_state_goes_on_with_the_same_numbers() -> None:
+    seed_everything(3)
+    draw()  # Leaves a cached gauss in Python's generator.
+    file = io.BytesIO()
+    torch.save(RandomState().state_dict(), file)
+    expected = draw()
+    file.seek(0)
+    RandomState().load_state_dict(torch.load(file, weights_only=True))
+    assert draw() == expected
+
+
+def test_a_state_without_this_rank_is_refused() -> None:
+    with pytest.raises(CheckpointKeyError, match="no random state for rank_0: it was saved by 1 ranks"):
+        RandomState().load_state_dict({"rank_9": {}})
