@@ -93,7 +93,8 @@ sys.meta_path.insert(0, Absent())
 def state():
     init = torch.nn.init
     return (torch.get_rng_state().sum(), torch.get_default_dtype(), torch.get_num_threads(),
-            init._no_grad_trunc_normal_, torch.nn.Module.__call__, torch.nn.Module.register_parameter, torch.Tensor.backward)
+            init._no_grad_trunc_normal_, torch.Tensor.backward,
+            torch.nn.Module.__call__, torch.nn.Module.register_parameter)
 before = state()
 for name in {modules!r}:
     importlib.import_module(name)

@@ -212,7 +212,8 @@ def digest(model: nn.Module) -> str:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         whole = _whole(tensor)
         total.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
-        total.update(memoryview(whole.numpy()))
+        data: Any = whole.numpy()
+        total.update(data)
     return total.hexdigest()
 
 

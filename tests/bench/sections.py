@@ -13,9 +13,6 @@ from tests.bench.measure import Numbers, Series, in_process, on_ranks, take
 from tests.bench.model import INITS, SIZES, num_parameters
 
 SEED = 1
-#: Goals of the project, named in the text; nothing fails where they are missed.
-GOAL_IMPORT_S = 0.15
-GOAL_STEP_PERCENT = 1
 
 #: Pairs of blocks and steps in a block: a second or more each, of blocks that drift does not reach.
 BLOCKS = {"micro": (60, 20), "1m": (30, 4), "10m": (12, 2), "100m": (6, 1), "1b": (4, 1)}
@@ -108,10 +105,9 @@ def step(sizes: Sequence[str], runs: int, loops: Iterable[str] = LOOPS, quick: b
         taken = take(measurements, runs, what=f"step {size}")
         series |= {f"{size} {name}": one for name, one in taken.items()}
         config = SIZES[size]
-        parts.append(
-            f"### {_millions(num_parameters(config))} parameters, {config.batch_size} x {config.context} tokens a step, "
-            + ("one thread" if threads else "torch's own number of threads")
-        )
+        tokens = f"{config.batch_size} x {config.context} tokens a step"
+        how = "one thread" if threads else "torch's own number of threads"
+        parts.append(f"### {_millions(num_parameters(config))} parameters, {tokens}, {how}")
         parts.append(_step_table(taken))
         ours = taken.get("nucleate")
         if ours is not None and (ours.failure or not ours.every("same_losses", True)):

@@ -123,10 +123,10 @@ class FSDPStrategy(Strategy):
         for _, unit in units:
             fully_shard(unit, **self._arguments(root=False))
         fully_shard(model, **self._arguments(root=True))
+        execute(plan, model, self.device, torch.device("cpu") if self.cpu_offload else self.device)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             for key, value in attributes[name].items():
                 setattr(parameter, key, value)
-        execute(plan, model, self.device, torch.device("cpu") if self.cpu_offload else self.device)
         verify_replicas(model, communicator)
         return model
 
