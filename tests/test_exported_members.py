@@ -19,7 +19,7 @@ SOURCE = Path(nucleate.__file__).parent
 
 PUBLIC = {
     "nucleate": """
-        Accelerator Precision RandomState Runtime Strategy __version__ deferred materialize seed_everything
+        Accelerator Precision RandomState Runtime Strategy __version__ seed_everything
     """,
     "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator",
     "nucleate.checkpoint": "load save",
@@ -28,7 +28,7 @@ PUBLIC = {
     "nucleate.materialize": "Plan execute materialize",
     "nucleate.precision": "FullPrecision HalfPrecision MixedPrecision Precision",
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",
-    "nucleate.strategies": "Strategy",
+    "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy",
     "nucleate.testing": """
         MODELS AcceleratorSuite PeakMemory PrecisionSuite StrategySuite TinyConvNet TinyModel TinyOdd TinyRecurrent
         TinyTransformer assert_peak_memory_below peak_memory

@@ -24,7 +24,7 @@ from nucleate.errors import (
     UsageError,
 )
 from nucleate.precision.mixed import MixedPrecision
-from nucleate.strategies.fsdp import FSDPStrategy
+from nucleate.strategies import FSDPStrategy
 from nucleate.strategies.single_device import SingleDeviceStrategy
 from nucleate.wrappers.module import ModuleWrapper
 

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nucleate.accelerators import Accelerator as Accelerator
-    from nucleate.deferred import deferred as deferred
-    from nucleate.materialize import materialize as materialize
     from nucleate.precision import Precision as Precision
     from nucleate.runtime import Runtime as Runtime
     from nucleate.seed import RandomState as RandomState
@@ -24,8 +22,6 @@ _PUBLIC = {
     "RandomState": "nucleate.seed",
     "Runtime": "nucleate.runtime",
     "Strategy": "nucleate.strategies",
-    "deferred": "nucleate.deferred",
-    "materialize": "nucleate.materialize",
     "seed_everything": "nucleate.seed",
 }
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.bench.measure import report
-from tests.bench.memory import Peak, prefault
+from tests.bench.memory import Peak, available_bytes, prefault
 from tests.bench.model import INITS, SIZES, Decoder, num_parameters
 
 #: Calls the first argument to construct the model; what it returns is kept alive.
@@ -175,7 +175,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     gc.collect()
-    prefault(5 * num_parameters(size))  # The model in fp32, and a quarter.
+    ranks = WAYS[args.way].ranks
+    # The model in fp32 and a quarter; DDP takes buckets as large as the model besides. Alike for all that are compared.
+    models = 1.25 if ranks == 1 else 2.25
+    prefault(min(int(models * 4 * num_parameters(size)), int(0.8 * available_bytes() / ranks)))
     if dist.is_initialized():
         dist.barrier()
     peak = Peak()
@@ -193,12 +196,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stream": str(stream),
     }
     del kept
-    ranks = [mine]
+    every = [mine]
     if dist.is_initialized():
-        ranks = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(ranks, mine)
+        every = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(every, mine)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        report({key: _over_ranks([rank[key] for rank in ranks]) for key in mine})
+        report({key: _over_ranks([one[key] for one in every]) for key in mine})
     if dist.is_initialized():
         dist.barrier()
         time.sleep(0.2)

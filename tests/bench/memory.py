@@ -20,6 +20,11 @@ def prefault(size_bytes: int) -> None:
         memory[:: mmap.PAGESIZE] = bytes(-(-len(memory) // mmap.PAGESIZE))
 
 
+def available_bytes() -> int:
+    """Return how much the machine has to give without swapping."""
+    return _kib("MemAvailable", Path("/proc/meminfo")) * 1024
+
+
 class Peak:
     """Counts from its making on.
 
@@ -36,9 +41,9 @@ class Peak:
         return max(0, _kib("VmHWM") - _kib("RssFile") - _kib("RssShmem") - self._base) * 1024
 
 
-def _kib(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
+def _kib(field: str, path: Path = _STATUS) -> int:
+    for line in path.read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0])
-    raise RuntimeError(f"{_STATUS} has no {field}")
+    raise RuntimeError(f"{path} has no {field}")

@@ -4,9 +4,8 @@ import pytest
 
 from nucleate.accelerators import Accelerator, CUDAAccelerator
 from nucleate.precision import FullPrecision, HalfPrecision, MixedPrecision, Precision
+from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate.strategies.base import Strategy
-from nucleate.strategies.ddp import DDPStrategy
-from nucleate.strategies.fsdp import FSDPStrategy
 from nucleate.strategies.single_device import SingleDeviceStrategy
 from nucleate.testing import AcceleratorSuite, PrecisionSuite, StrategySuite
 

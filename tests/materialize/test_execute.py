@@ -79,7 +79,7 @@ def test_a_plan_lists_every_tensor_with_all_its_names_and_sizes() -> None:
         model = nn.Sequential(nn.Linear(10, 20, bias=False), nn.BatchNorm1d(20))
         model.tied = model[0].weight
     plan = Plan.of(model)
-    assert [target.fqn for target in plan.targets][0] == "tied"
+    assert plan.targets[0].fqn == "tied"
     assert plan.size_bytes == 4 * (200 + 4 * 20)
     text = str(plan)
     assert "tied = 0.weight" in text

@@ -1,8 +1,7 @@
 """The strategies that span processes, by the suite that plugins inherit; test_conformance.py runs it on ranks."""
 
+from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate.strategies.base import Strategy
-from nucleate.strategies.ddp import DDPStrategy
-from nucleate.strategies.fsdp import FSDPStrategy
 from nucleate.testing import StrategySuite
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nucleate import Runtime
+from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate.strategies.base import Strategy
-from nucleate.strategies.ddp import DDPStrategy
-from nucleate.strategies.fsdp import FSDPStrategy
 from nucleate.strategies.single_device import SingleDeviceStrategy
 from tests.deferred.equality import bits, named_tensors
 from tests.zoo import ZOO, ConvNet

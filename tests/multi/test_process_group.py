@@ -19,13 +19,6 @@ def test_a_rank_that_raises_ends_the_others_within_seconds_with_its_traceback() 
     assert "Traceback" in output.stderr
 
 
-def test_clean_runs_exit_cleanly_one_after_the_other() -> None:
-    for _ in range(3):
-        output = run_ranks(SCRIPT, 2, "end")
-        assert output.stdout.count("attempt 0 ended") == 2
-        assert "terminate called" not in output.stderr
-
-
 def test_restarted_workers_find_each_other_and_not_the_dead() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc-per-node"]
     output = subprocess.run([*command, "2", str(SCRIPT), "restart"], capture_output=True, text=True, timeout=120)

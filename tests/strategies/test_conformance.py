@@ -1,8 +1,7 @@
 """Every built-in strategy passes the suite that plugins inherit; on several ranks in tests/multi/conformance.py."""
 
+from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate.strategies.base import Strategy
-from nucleate.strategies.ddp import DDPStrategy
-from nucleate.strategies.fsdp import FSDPStrategy
 from nucleate.strategies.single_device import SingleDeviceStrategy
 from nucleate.testing import StrategySuite
 

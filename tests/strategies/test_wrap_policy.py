@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nucleate.errors import ConfigurationError
-from nucleate.strategies.fsdp import FSDPStrategy
+from nucleate.strategies import FSDPStrategy
 from nucleate.strategies.wrap_policy import find_units
 
 

@@ -64,8 +64,9 @@ def progress(
 ) -> Progress[T]:
     """Show a progress bar while `iterable` is consumed.
 
-    >>> [n * n for n in progress(range(3), enabled=False)]
-    [0, 1, 4]
+    Examples:
+        >>> [n * n for n in progress(range(3), enabled=False)]
+        [0, 1, 4]
 
     Args:
         iterable: What the loop runs over.

@@ -1,5 +1,8 @@
-"""Strategies: how one model is laid out over processes."""
+"""How a model is laid out over processes. A new one implements `Strategy` and registers under `nucleate.strategies`."""
 
 from nucleate.strategies.base import Strategy
+from nucleate.strategies.ddp import DDPStrategy
+from nucleate.strategies.fsdp import FSDPStrategy
+from nucleate.strategies.single_device import SingleDeviceStrategy
 
-__all__ = ["Strategy"]
+__all__ = ["DDPStrategy", "FSDPStrategy", "SingleDeviceStrategy", "Strategy"]

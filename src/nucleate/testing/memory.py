@@ -50,9 +50,10 @@ class PeakMemory:
 def peak_memory(statement: str, setup: str = "", timeout_s: float = 300) -> PeakMemory:
     """Run Python code in a fresh process and measure its peak of anonymous memory. Linux only.
 
-    >>> peak = peak_memory("b = bytearray(64 * 2**20)")
-    >>> 60 * 2**20 < peak.added_bytes < 80 * 2**20
-    True
+    Examples:
+        >>> peak = peak_memory("b = bytearray(64 * 2**20)")
+        >>> 60 * 2**20 < peak.added_bytes < 80 * 2**20
+        True
 
     Args:
         statement: The code to measure.
