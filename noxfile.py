@@ -95,8 +95,12 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Measure costs beside eager torch, raw fully_shard and Lightning Fabric; writes docs/benchmarks.md."""
+    """Check the benchmarks, then measure costs beside eager torch, raw fully_shard and Lightning Fabric.
+
+    `python -m nox -s bench -- --write` writes docs/benchmarks.md.
+    """
     install(session, "-e", ".[examples]", group="bench")
+    session.run("python", "-m", "pytest", "tests/bench", env=ONE_THREAD)
     session.run("python", "-m", "tests.bench", *session.posargs)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ATOMS = (type(None), bool, int, float, str)
 
 
 @contextmanager
@@ -76,12 +77,15 @@ def convert(data: Any, dtype: torch.dtype) -> Any:
         dtype: What to cast to.
     """
     if isinstance(data, Tensor):
-        return data.to(dtype) if data.dtype in FLOATING else data
-    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        return data.to(dtype) if data.dtype is not dtype and data.dtype in FLOATING else data
+    # What nearly every call passes is answered before the questions that take long.
+    if type(data) in _ATOMS or (type(data) in (dict, list, tuple) and not data):
+        return data
+    if type(data) not in (dict, list, tuple) and dataclasses.is_dataclass(data) and not isinstance(data, type):
         fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data) if field.init}
         changes = {name: new for name, old in fields.items() if (new := convert(old, dtype)) is not old}
         return dataclasses.replace(data, **changes) if changes else data
-    if isinstance(data, Mapping):
+    if isinstance(data, (dict, Mapping)):
         items = {key: convert(value, dtype) for key, value in data.items()}
         if all(items[key] is value for key, value in data.items()):
             return data

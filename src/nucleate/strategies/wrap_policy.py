@@ -7,7 +7,7 @@ parent's unit, since a parameter can belong to one unit only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 from torch import nn
@@ -49,10 +49,14 @@ def find_units(model: nn.Module, policy: WrapPolicy) -> list[tuple[str, nn.Modul
             raise ConfigurationError(
                 f"wrap names {name_list(absent)}, but {type(model).__name__} has none of them. It has: {present}."
             )
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), set()).add(id(module))
     return [
         (name, module)
         for name, module in reversed(chosen)
-        if module is not model and not isinstance(module, _WITHOUT_FORWARD) and not _shares_parameters(model, module)
+        if module is not model and not isinstance(module, _WITHOUT_FORWARD) and not _shares_parameters(module, holders)
     ]
 
 
@@ -78,13 +82,7 @@ def _repeated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield child_name, child
 
 
-def _shares_parameters(model: nn.Module, unit: nn.Module) -> bool:
+def _shares_parameters(unit: nn.Module, holders: Mapping[int, set[int]]) -> bool:
+    """Return whether a module outside of `unit` holds one of its parameters, given who holds which."""
     inside = {id(module) for module in unit.modules()}
-    own = {id(parameter) for parameter in unit.parameters()}
-    return any(
-        id(parameter) in own
-        for module in model.modules()
-        if id(module) not in inside
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
+    return any(not holders[id(parameter)] <= inside for parameter in unit.parameters())
