@@ -24,7 +24,7 @@ PUBLIC = {
     "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator",
     "nucleate.checkpoint": "load save",
     "nucleate.cluster": "Communicator Environment",
-    "nucleate.deferred": "Handle Record deferred handle_of held_tensors release",
+    "nucleate.deferred": "Handle Record deferred handle_of held_tensors is_recording release",
     "nucleate.materialize": "Plan execute materialize",
     "nucleate.precision": "FullPrecision HalfPrecision MixedPrecision Precision",
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",

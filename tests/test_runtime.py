@@ -234,6 +234,40 @@ def test_an_optimizer_of_another_model_is_refused_before_anything_changes(runtim
     runtime.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+def test_an_optimizer_with_state_made_for_other_tensors_is_refused_before_anything_changes() -> None:
+    sharded = Runtime(accelerator="cpu", strategy="fsdp")
+    real = Net()
+    with pytest.raises(UsageError, match=r"Adagrad already has state.*setup_optimizers"):
+        sharded.setup(real, torch.optim.Adagrad(real.parameters()))
+    assert type(real.body.weight) is nn.Parameter
+    runtime = Runtime(accelerator="cpu")
+    with runtime.init_module(empty_init=True):
+        model = Net()
+        early = torch.optim.Adagrad(model.parameters())
+    with pytest.raises(UsageError, match="Adagrad already has state"):
+        runtime.setup(model, early)
+    model = runtime.setup(model)
+    runtime.setup_optimizers(torch.optim.Adagrad(model.parameters()))
+
+
+def test_an_optimizer_that_keeps_its_own_list_is_pointed_to_the_new_parameters() -> None:
+    runtime = Runtime(accelerator="cpu", strategy="fsdp")
+    with runtime.init_module():
+        net = Net()
+    model, optimizer = runtime.setup(net, torch.optim.LBFGS(net.parameters(), max_iter=2))
+    x = torch.ones(3, 6)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        runtime.backward(loss)
+        return loss
+
+    before = closure().item()
+    optimizer.step(closure)
+    assert closure().item() < before
+
+
 def test_an_optimizer_whose_model_is_not_set_up_is_refused(runtime: Runtime) -> None:
     with pytest.raises(UsageError, match=r"belong to no model that was set up.*runtime.setup\(model, optimizer\)"):
         runtime.setup_optimizers(torch.optim.SGD(Net().parameters(), lr=0.1))

@@ -241,7 +241,7 @@ class Runtime:
             self._refuse_model(model)
             names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
             for optimizer in optimizers:
-                _refuse_optimizer(optimizer, names, model)
+                _refuse_optimizer(optimizer, names, model, self._strategy.shards)
             plan = Plan.of(model)
         verify_same_model(plan.digest(), self._communicator)
         with self._communicator.all_or_none("setup"):
@@ -252,10 +252,10 @@ class Runtime:
                 del plan
                 model = self._precision.setup(model)
             model = self._accelerator.setup(model)
-        forward_module = self._strategy.setup(model)
-        renewed = dict(model.named_parameters(remove_duplicate=False))
-        for optimizer in optimizers:
-            _repoint(optimizer, names, renewed)
+            forward_module = self._strategy.setup(model)
+            renewed = dict(model.named_parameters(remove_duplicate=False))
+            for optimizer in optimizers:
+                _repoint(optimizer, names, renewed)
         wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy)
         self._models[model] = wrapped
         if not optimizers:
@@ -553,7 +553,7 @@ def _check_processes(environment: Environment, devices: int | str, num_nodes: in
         )
 
 
-def _refuse_optimizer(optimizer: Optimizer, names: Mapping[int, str], model: nn.Module) -> None:
+def _refuse_optimizer(optimizer: Optimizer, names: Mapping[int, str], model: nn.Module, shards: bool) -> None:
     if isinstance(optimizer, OptimizerWrapper):
         raise UsageError("this optimizer has been set up already; use what was returned then.")
     if not isinstance(optimizer, Optimizer):
@@ -566,16 +566,17 @@ def _refuse_optimizer(optimizer: Optimizer, names: Mapping[int, str], model: nn.
             f"{type(optimizer).__name__} has {len(strangers)} parameters that {type(model).__name__} does not have: "
             f"{described}. Build it on the parameters of the model that it is set up with."
         )
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    if state and (shards or any(tensor.is_meta or handle_of(tensor) for tensor in state)):
+        raise UsageError(
+            f"{type(optimizer).__name__} already has state, which was made for parameters that are not the ones it "
+            "will train. Build it after setup, from the parameters of the model that `setup` returned, then call "
+            "`runtime.setup_optimizers(optimizer)`."
+        )
 
 
 def _repoint(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[str, nn.Parameter]) -> None:
     """Let the optimizer train the parameters that now have the names that its own had."""
     for group in optimizer.param_groups:
-        renewed = [parameters[names[id(p)]] for p in group["params"]]
-        for old, new in zip(group["params"], renewed, strict=True):
-            if old is not new and old in optimizer.state:
-                raise UsageError(
-                    f"{type(optimizer).__name__} has already stepped, and its state for {names[id(old)]} does not fit "
-                    "the sharded parameter. Build a new optimizer, and load its state with `runtime.load`."
-                )
-        group["params"] = renewed
+        # In place: some optimizers (LBFGS) keep the list itself.
+        group["params"][:] = [parameters[names[id(parameter)]] for parameter in group["params"]]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nucleate.deferred import deferred, handle_of
-from nucleate.errors import DeferredEditError, DeferredUseError
+from nucleate.errors import DeferredEditError, DeferredUseError, UsageError
 from nucleate.materialize import materialize
 
 
@@ -129,3 +129,44 @@ def test_modules_may_be_replaced_tied_and_frozen_before_materialization(model: N
     materialize(model)
     assert model.second.weight is model.first.weight
     assert torch.equal(model.third.weight, kept)
+
+
+def test_an_edit_through_an_alias_taken_inside_is_refused() -> None:
+    with deferred():
+        model = nn.Linear(3, 3)
+        data, detached = model.weight.data, model.weight.detach()
+        part = model.weight.data[0]
+    for alias in (data, detached, part):
+        with pytest.raises(DeferredEditError, match="of shape .* is deferred, and zero_ would edit it"):
+            alias.zero_()
+    for reach in (lambda: model.weight.untyped_storage(), lambda: model.weight.data.apply_(lambda x: 0)):
+        with pytest.raises(DeferredUseError):
+            reach()
+
+
+def test_moving_to_where_it_already_is_changes_nothing(model: Net) -> None:
+    assert model.to("cpu") is model
+    assert model.cpu().float() is model
+    with pytest.raises(DeferredUseError, match=r"model\.weight|first\.weight"):
+        model.half()
+
+
+def test_setting_up_inside_the_context_is_refused() -> None:
+    with deferred():
+        model = nn.Linear(3, 3)
+        with pytest.raises(UsageError, match="End the `init_module` block first"):
+            materialize(model)
+    materialize(model)
+
+
+def test_hooks_set_before_materialization_are_called() -> None:
+    calls: list[str] = []
+    with deferred():
+        model = nn.Linear(3, 3)
+        model.weight.register_hook(lambda grad: calls.append("hook"))
+    handle = model.bias.register_hook(lambda grad: calls.append("removed"))
+    model.bias.register_post_accumulate_grad_hook(lambda parameter: calls.append("post"))
+    materialize(model)
+    handle.remove()
+    model(torch.ones(1, 3)).sum().backward()
+    assert sorted(calls) == ["hook", "post"]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -344,6 +348,38 @@ class _Marked(nn.Parameter):
 
 
 @idiom
+def _a_dummy_forward_through_batch_norm(m: Any) -> None:
+    m.net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True))
+    with torch.no_grad():
+        m.net(torch.rand(2, 1, 6, 6))
+
+
+@idiom
+def _copies_and_files_with_real_tensors(m: Any) -> None:
+    m.teacher = copy.deepcopy(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    file = io.BytesIO()
+    torch.save({"weight": torch.from_numpy(np.arange(6.0)), "bias": torch.tensor([1.0])}, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    m.weight = nn.Parameter(loaded["weight"] * 2)
+    m.bias = nn.Parameter(loaded["bias"])
+
+
+@idiom
+def _sparse_buffers(m: Any) -> None:
+    m.register_buffer("dense", (torch.eye(4) * torch.rand(4)).to_sparse().to_dense())
+    m.sparse = torch.eye(4).to_sparse()
+    m.new = nn.Parameter(torch.rand(2).new_tensor([1.0, 2.0]))
+
+
+@idiom
+def _inference_mode(m: Any) -> None:
+    with torch.inference_mode():
+        table = nn.init.trunc_normal_(torch.empty(20))
+    m.register_buffer("table", table.clone())
+
+
+@idiom
 def _zero_sizes_and_scalars(m: Any) -> None:
     m.a = nn.Parameter(torch.empty(0))
     m.b = nn.Parameter(torch.tensor(1.5))
@@ -395,6 +431,34 @@ def test_tensors_in_plain_attributes_are_made_too() -> None:
     assert bits(eager.layer.weight) == bits(model.layer.weight)
     model.layer(torch.ones(1, 3)).sum().backward()
     assert model.layer.weight_v.grad is not None
+
+
+def test_a_model_that_is_a_copy_is_made_like_any_other() -> None:
+    assert_exact(lambda: copy.deepcopy(nn.Linear(3, 3)))
+
+
+def test_tensors_in_objects_and_cycles_are_made_too() -> None:
+    @dataclass
+    class Cache:
+        keys: Tensor
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.space = SimpleNamespace(x=torch.rand(2))
+            self.ordered = OrderedDict(x=torch.rand(2))
+            self.cache = Cache(torch.rand(2))
+            self.cycle: dict[str, Any] = {"x": torch.rand(2)}
+            self.cycle["self"] = self.cycle
+
+    torch.manual_seed(0)
+    eager = Model()
+    torch.manual_seed(0)
+    with deferred():
+        model = Model()
+    materialize(model)
+    for get in (lambda m: m.space.x, lambda m: m.ordered["x"], lambda m: m.cache.keys, lambda m: m.cycle["x"]):
+        assert bits(get(eager)) == bits(get(model))
 
 
 def test_a_tensor_the_user_puts_on_meta_stays_there() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -100,6 +101,37 @@ def test_equal_constructions_have_equal_digests_and_others_have_not() -> None:
     assert digest(0) == digest(0)
     assert digest(0) != digest(1)
     assert digest(0) != digest(0, width=5)
+
+
+def test_other_constants_make_other_digests() -> None:
+    def digest(value: float) -> str:
+        with deferred():
+            layer = nn.Linear(2, 2)
+            layer.weight.data.copy_(torch.from_numpy(np.full((2, 2), value)))
+        return Plan.of(layer).digest()
+
+    torch.manual_seed(0)
+    first = digest(1.0)
+    torch.manual_seed(0)
+    assert digest(1.0) == first
+    torch.manual_seed(0)
+    assert digest(2.0) != first
+
+
+def test_a_parameter_filled_piece_by_piece_is_planned_and_made_in_linear_time_and_memory() -> None:
+    setup = (
+        BUILD
+        + """
+from nucleate.materialize import Plan
+with deferred():
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.empty(2000, 64, 64))
+    for index in range(2000):
+        model.experts.data[index].normal_()
+"""
+    )
+    assert peak_memory("plan = Plan.of(model)", setup).added_bytes < 8 * MIB
+    assert peak_memory("materialize(model)", setup).added_bytes < (2000 * 64 * 64 * 4) + 12 * MIB
 
 
 def test_a_step_that_does_something_else_when_replayed_is_an_error() -> None:

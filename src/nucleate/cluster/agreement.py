@@ -18,6 +18,10 @@ from nucleate.errors import RankDisagreementError, name_list
 
 #: How many elements of a tensor a fingerprint looks at. Another seed or kernel changes nearly every element.
 SAMPLE_SIZE = 4096
+#: How many elements are widened at a time where all of them are looked at.
+CHUNK_SIZE = 1 << 20
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def verify_replicas(model: nn.Module, communicator: Communicator) -> None:
@@ -32,7 +36,7 @@ def verify_replicas(model: nn.Module, communicator: Communicator) -> None:
     """
     if communicator.world_size == 1:
         return
-    differing = _differing(_replicated(model), communicator)
+    differing = _differing(_replicated(model), communicator, sample=True)
     if differing:
         raise RankDisagreementError(
             f"the ranks made different values for {name_list(differing)} from the same recipes. The ranks' CPUs, "
@@ -50,16 +54,20 @@ def broadcast_real(model: nn.Module, communicator: Communicator) -> list[str]:
 
     Returns:
         The FQNs that differed.
+
+    Raises:
+        RankDisagreementError: A tensor has another dtype or shape on some rank; on every rank.
     """
     if communicator.world_size == 1:
         return []
     named = dict(_replicated(model))
-    differing = _differing(named.items(), communicator)
+    differing = _differing(named.items(), communicator, sample=False)
     for name in differing:
         with torch.no_grad():
             value = named[name].contiguous()
-            dist.broadcast(value.view(torch.uint8) if value.dim() else value.view(1).view(torch.uint8), src=0)
-            if value is not named[name]:
+            # As bytes: backends lack some dtypes.
+            dist.broadcast(value.view(-1).view(torch.uint8), src=0)
+            if value.data_ptr() != named[name].data_ptr():
                 named[name].copy_(value)
     return differing
 
@@ -90,27 +98,35 @@ def _replicated(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
             yield name, tensor.detach()
 
 
-def _differing(named: Iterable[tuple[str, Tensor]], communicator: Communicator) -> list[str]:
-    marks = {name: _fingerprint(tensor) for name, tensor in named}
+def _differing(named: Iterable[tuple[str, Tensor]], communicator: Communicator, sample: bool) -> list[str]:
+    marks = {name: (str(t.dtype), tuple(t.shape), *_fingerprint(t, sample)) for name, t in named}
     gathered = communicator.gather_objects(marks)
-    if any(other.keys() != marks.keys() for other in gathered):
-        everywhere = set(marks).intersection(*gathered)
-        names = sorted({name for other in gathered for name in other} - everywhere)
+    everywhere = set(marks).intersection(*gathered)
+    names = sorted({name for other in gathered for name in other} - everywhere)
+    if names:
         raise RankDisagreementError(
             f"only some ranks have the tensors {name_list(names)}. Construct the same model on every rank."
         )
+    for name in marks:
+        for rank, other in enumerate(gathered):
+            if other[name][:2] != gathered[0][name][:2]:
+                raise RankDisagreementError(
+                    f"{name} is {gathered[0][name][0]} of shape {gathered[0][name][1]} on rank 0, but {other[name][0]} "
+                    f"of shape {other[name][1]} on rank {rank}. Construct the same model on every rank."
+                )
     return [name for name in marks if any(other[name] != gathered[0][name] for other in gathered)]
 
 
-def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
-    flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
-    step = max(1, flat.numel() // SAMPLE_SIZE)
-    sample = flat[::step].contiguous()
-    width = sample.element_size()
-    if sample.is_complex() or sample.is_quantized or width > 8:
-        words = sample.cpu().view(torch.uint8)
-    else:
-        words = sample.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
-    words = words.to(torch.int64)
-    places = torch.arange(1, words.numel() + 1, device=words.device)
-    return str(tensor.dtype), tuple(tensor.shape), int(words.sum()), int((words * places).sum())
+def _fingerprint(tensor: Tensor, sample: bool) -> tuple[int, int]:
+    """Return two sums over the words of a tensor, of a sample of them or of all."""
+    plain = tensor.resolve_conj().resolve_neg()
+    flat = (plain.dequantize() if plain.is_quantized else plain).contiguous().view(-1)
+    if sample:
+        flat = flat[:: max(1, flat.numel() // SAMPLE_SIZE)].contiguous()
+    words = flat.view(_WORDS.get(flat.element_size(), torch.uint8))
+    first = second = 0
+    for start in range(0, words.numel(), CHUNK_SIZE):
+        chunk = words[start : start + CHUNK_SIZE].to(torch.int64)
+        places = torch.arange(start + 1, start + 1 + chunk.numel(), device=chunk.device)
+        first, second = first + int(chunk.sum()), second + int((chunk * places).sum())
+    return first, second

@@ -1,6 +1,6 @@
 """Deferred initialization: construction is recorded, values are made later. Knows torch only; usable alone."""
 
-from nucleate.deferred.context import Record, deferred
+from nucleate.deferred.context import Record, deferred, is_recording
 from nucleate.deferred.guard import Handle, handle_of, held_tensors, release
 
-__all__ = ["Handle", "Record", "deferred", "handle_of", "held_tensors", "release"]
+__all__ = ["Handle", "Record", "deferred", "handle_of", "held_tensors", "is_recording", "release"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Record:
         with ExitStack() as stack:
             stack.callback(self._guard, constructed)
             stack.enter_context(_watched_modules(constructed))
-            stack.callback(self.replayer.random.settle)
+            stack.callback(self.replayer.settle)
             stack.enter_context(self._opaque_initializers())
             stack.enter_context(self._recorder)
             stack.enter_context(Impersonation(self._recorder))
@@ -74,6 +74,10 @@ class Record:
         """Make the content of one storage of the tape on a device; see `Replayer.storage`."""
         return self.replayer.storage(storage, device, scratch)
 
+    def making(self) -> AbstractContextManager[None]:
+        """Return a context that makes many calls of `make` cheaper; autograd and torch's modes are off in it."""
+        return self.replayer.plain_torch()
+
     def _guard(self, modules: list[nn.Module]) -> None:
         names = _names(modules)
         for module in modules:
@@ -81,6 +85,13 @@ class Record:
                 if handle_of(tensor) is None and self.tape.number(tensor) is not None:
                     prefix = names.get(id(module), type(module).__name__)
                     guard(tensor, self, f"{prefix}.{name}" if prefix else name)
+        # What no module holds: aliases that the caller kept, through which an edit would be lost as well.
+        for reference in self._recorder.handed_out:
+            stray = reference()
+            if stray is not None and handle_of(stray) is None and self.tape.number(stray) is not None:
+                guard(stray, self, f"a {type(stray).__name__} of shape {tuple(stray.shape)}")
+        # `swap_tensors` refuses tensors that are held weakly.
+        self._recorder.handed_out.clear()
 
     @contextmanager
     def _opaque_initializers(self) -> Iterator[None]:
@@ -147,6 +158,13 @@ def _watched_modules(constructed: list[nn.Module]) -> Iterator[None]:
         if isinstance(value, nn.Module):
             notice(value, name, None)
 
+    def set_state(module: nn.Module, state: dict[str, Any]) -> None:
+        notice(module, "", None)
+        original_set_state(module, state)  # type: ignore[no-untyped-call]
+
+    # `deepcopy` and `torch.load` make modules that register nothing.
+    original_set_state = nn.Module.__setstate__
+    nn.Module.__setstate__ = set_state  # type: ignore[method-assign]
     hooks = [
         nn_module.register_module_parameter_registration_hook(notice),
         nn_module.register_module_buffer_registration_hook(notice),
@@ -155,11 +173,16 @@ def _watched_modules(constructed: list[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
+        nn.Module.__setstate__ = original_set_state  # type: ignore[method-assign]
         for hook in hooks:
             hook.remove()
         alive = (module for ref in list(seen.values()) if (module := ref()) is not None)
-        # `deepcopy` registers nothing: what it copied is found through the modules that hold the copies.
         constructed.extend({id(m): m for module in alive for m in module.modules()}.values())
+
+
+def is_recording() -> bool:
+    """Return whether this thread is inside a `deferred` context."""
+    return getattr(_recording, "record", None) is not None
 
 
 def _names(modules: list[nn.Module]) -> dict[int, str]:

@@ -7,8 +7,8 @@ import torch
 from nucleate.deferred.tape import Tape, TensorRef
 
 
-def num_unwritten_bytes(tape: Tape, storage: int) -> int:
-    """Return how many bytes of a storage no step ever wrote.
+def is_written(tape: Tape, storage: int) -> bool:
+    """Return whether steps wrote every byte of a storage.
 
     Args:
         tape: The tape.
@@ -19,14 +19,31 @@ def num_unwritten_bytes(tape: Tape, storage: int) -> int:
     for index in reversed(tape.writers(storage)):
         step = tape.steps[index]
         if storage in step.overwrites or (storage in step.creates and not step.uninitialized):
-            return 0
+            return True
         parts.extend(ref for ref in step.written if ref.storage == storage)
     if size_bytes == 0 or any(ref.fills(size_bytes) for ref in parts):
-        return 0
-    # Parts only: mark what each one touches, a byte per byte. Rare, and never more than one storage at a time.
-    mark = torch.zeros(size_bytes, dtype=torch.bool)
+        return True
+    spans = sorted(span for span in map(_span, parts) if span is not None)
+    reached = 0
+    for start, end in spans:
+        if start > reached:
+            break
+        reached = max(reached, end)
+    if reached >= size_bytes:
+        return True
+    # Parts that are no contiguous pieces: mark what each one touches. Rare; a byte for each element.
+    width = min((ref.dtype.itemsize for ref in parts), default=1)
+    mark = torch.zeros(size_bytes // width, dtype=torch.bool)
     for ref in parts:
-        width = ref.dtype.itemsize
-        elements = mark[: size_bytes - size_bytes % width].view(-1, width)
-        elements.as_strided((*ref.size, width), (*(s * width for s in ref.stride), 1), ref.offset * width).fill_(True)
-    return size_bytes - int(mark.sum())
+        words = ref.dtype.itemsize // width
+        elements = mark[: mark.numel() - mark.numel() % words].view(-1, words)
+        elements.as_strided((*ref.size, words), (*(s * words for s in ref.stride), 1), ref.offset * words).fill_(True)
+    return bool(mark.all())
+
+
+def _span(ref: TensorRef) -> tuple[int, int] | None:
+    """Return the bytes from which to which a contiguous tensor reaches, or None for any other."""
+    if not TensorRef(0, ref.dtype, ref.size, ref.stride, 0, False, False).fills(ref.numel * ref.dtype.itemsize):
+        return None
+    start = ref.offset * ref.dtype.itemsize
+    return start, start + ref.numel * ref.dtype.itemsize

@@ -57,7 +57,7 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
 
 def to_meta(leaf: Any) -> Any:
     """Return a meta tensor of the same geometry for a tensor, and the meta device for a device."""
-    if isinstance(leaf, Tensor) and not leaf.is_meta:
+    if isinstance(leaf, Tensor) and not leaf.is_meta and leaf.layout == torch.strided:
         return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
     if isinstance(leaf, torch.device):
         return torch.device("meta")

@@ -10,9 +10,11 @@ before the tensor gets its value, so that no subclass reaches autograd, FSDP or 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -37,11 +39,13 @@ class Handle:
         record: The record that can make its value.
         fqn: Its name, as far as it is known.
         cls: The class it had before it was guarded.
+        version: Its version counter when it was guarded; a later one tells of an edit through an alias.
     """
 
     record: Record
     fqn: str
     cls: type[Tensor]
+    version: int
 
 
 class Guarded:
@@ -59,6 +63,10 @@ class Guarded:
                 return handle.record.answers[func]
             if func in _REFUSED:
                 _refuse(handle, getattr(func, "__name__", str(func)), edit=False)
+            if func in _MOVES and _stays(handle.record.device, func, args, kwargs or {}):
+                return args[0]
+            if func == Tensor.data.__set__ and args[1] is args[0]:  # type: ignore[attr-defined]
+                return None
             if func == Tensor.data.__set__:  # type: ignore[attr-defined]
                 _refuse(handle, ".data =", edit=True)
             if func is Tensor.__repr__:
@@ -119,7 +127,9 @@ def guard(tensor: Tensor, record: Record, fqn: str) -> None:
     if handle_of(tensor) is not None:
         return
     cls = type(tensor)
-    setattr(tensor, _HANDLE, Handle(record, fqn, cls))
+    with torch._C.DisableTorchFunction():
+        version = 0 if tensor.is_inference() else tensor._version
+    setattr(tensor, _HANDLE, Handle(record, fqn, cls, version))
     if is_lazy(tensor):
         return  # It has no value to guard, and refuses by itself.
     # A subclass with a layout of its own keeps its class, and is found by its handle all the same.
@@ -137,8 +147,8 @@ def release(tensor: Tensor) -> None:
 def held_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """Yield the tensors that a module itself holds, as (kind, name, tensor).
 
-    The kind is `"parameter"`, `"buffer"` or `"attribute"`; attributes are looked for in lists, tuples and dicts
-    too, in which the name is that of the attribute.
+    The kind is `"parameter"`, `"buffer"` or `"attribute"`; attributes are looked for in collections,
+    dataclasses and namespaces too, in which the name is that of the attribute.
     """
     for name, parameter in module._parameters.items():
         if parameter is not None:
@@ -152,15 +162,27 @@ def held_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
                 yield "attribute", name, tensor
 
 
-def _every_tensor(value: Any) -> Iterator[Tensor]:
+def _every_tensor(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield the tensors in a value: a tensor, a collection of them, a dataclass or a namespace."""
     if isinstance(value, Tensor):
         yield value
-    elif type(value) in (list, tuple):
-        for item in value:
-            yield from _every_tensor(item)
-    elif type(value) is dict:
-        for item in value.values():
-            yield from _every_tensor(item)
+        return
+    if isinstance(value, (str, bytes, int, float, type(None), nn.Module)):
+        return
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    if isinstance(value, Mapping):
+        items: Iterable[Any] = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        items = value
+    elif isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
+        items = list(vars(value).values()) if hasattr(value, "__dict__") else ()
+    else:
+        return
+    seen.add(id(value))
+    for item in items:
+        yield from _every_tensor(item, seen)
 
 
 @functools.cache
@@ -169,7 +191,30 @@ def _guarded_class(cls: type[Tensor]) -> type[Tensor]:
 
 
 # Copies and pickles of a recipe are not supported; these would fail in a less clear way, or not at all.
-_REFUSED = {Tensor.__deepcopy__, nn.Parameter.__deepcopy__, Tensor.__reduce_ex__, nn.Parameter.__reduce_ex__}
+_REFUSED = {
+    Tensor.__deepcopy__,
+    nn.Parameter.__deepcopy__,
+    Tensor.__reduce_ex__,
+    nn.Parameter.__reduce_ex__,
+    Tensor.untyped_storage,
+    Tensor.storage,
+    Tensor.apply_,
+}
+_MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda}
+
+
+def _stays(own: torch.device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a call of `to`, `cpu` or `cuda` asks for what the tensor already is."""
+    if func is Tensor.cpu:
+        return own.type == "cpu"
+    if func is Tensor.cuda:
+        return own.type == "cuda" and len(args) == 1 and not kwargs
+    try:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
+    except (RuntimeError, TypeError):
+        return False
+    same_device = device is None or (device.type == own.type and device.index in (None, own.index))
+    return same_device and dtype in (None, args[0].dtype) and memory_format is None
 
 
 def _describe(tensor: Tensor, handle: Handle) -> str:
@@ -180,9 +225,9 @@ def _refuse(handle: Handle, what: str, edit: bool, cause: Exception | None = Non
     if edit:
         raise DeferredEditError(
             f"{handle.fqn} is deferred, and {what} would edit it outside the context that records it, so the edit "
-            "would be lost. Do it inside `init_module`, or after `setup`."
+            "would be lost. Do it inside the `init_module` block that constructs it, or after `setup`."
         ) from cause
     raise DeferredUseError(
         f"{handle.fqn} is deferred and has no value yet, so {what} cannot work on it. Call `runtime.setup(model)` "
-        "first, or do it inside `init_module`."
+        "first, or do it inside the `init_module` block that constructs it."
     ) from cause

@@ -9,6 +9,7 @@ deferred tensor.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,10 @@ class Impersonation(TorchFunctionMode):
             Tensor.__array__: self._share,
             Tensor.data_ptr: self._share,
             Tensor.__dlpack__: self._share,
+            Tensor.data.__get__: self._get_data,  # type: ignore[attr-defined]
             Tensor.data.__set__: self._set_data,  # type: ignore[attr-defined]
+            Tensor.new_tensor: self._new_tensor,
+            Tensor.__dlpack_device__: self._on_value,
             Tensor.to: self._move,
             Tensor.cpu: self._move,
             Tensor.cuda: self._move,
@@ -102,6 +106,20 @@ class Impersonation(TorchFunctionMode):
             self.recorder.link(tensor, real, live=True)
             args = (real, *args[1:])
         return func(*args, **kwargs)
+
+    def _get_data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Remember the alias: it has a version counter of its own, so an edit through it would not be seen later."""
+        alias = func(*args, **kwargs)
+        if self._is_deferred(alias) and alias is not args[0]:
+            self.recorder.handed_out.append(weakref.ref(alias))
+        return alias
+
+    def _new_tensor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a constant with the options of a tensor; it is real."""
+        if not self._is_deferred(args[0]):
+            return func(*args, **kwargs)
+        options = {"dtype": args[0].dtype, "device": self.recorder.device, **kwargs}
+        return self._construct(torch.tensor, args[1:], options)
 
     def _set_data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, value = args

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import weakref
+from collections import deque
 from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
 
 #: Known states are kept this many drawn elements apart, so that reaching any position draws at most as many.
 STATE_SPACING = 1 << 16
+#: How many states between those are remembered; 5 KB each.
+NUM_RECENT = 256
 
 # A CPU generator's state (aten/src/ATen/CPUGeneratorImpl.cpp, torch 2.13) is the seed (8 bytes), two ints, the
 # index of the next word (8), then 624 words of 8 bytes of which the engine keeps the lower four. A token replaces
 # the first two words, which leaves `initial_seed()` and the validity checks of `set_state` as they are.
 _CPU_WORDS = 24
 _TOKEN_MARK = 0x6E75636C  # "nucl"
+_TOKEN_BYTES = 16
 
 # Tokens are unique in the process, and a program recognizes those of the others.
 _numbers = count()
@@ -45,20 +49,23 @@ class Position:
         parent: The position before the step that leads here, or None at the start of a chain.
         step: The step that leads here from `parent`.
         state: The generator's true state here, where it is known.
+        is_anchor: Whether the state is kept for good. Others, passed on the way, are forgotten after a while.
     """
 
-    __slots__ = ("parent", "state", "step")
+    __slots__ = ("is_anchor", "parent", "state", "step")
 
     def __init__(self, parent: Position | None, step: Step | None, state: Tensor | None) -> None:
         self.parent = parent
         self.step = step
         self.state = state
+        self.is_anchor = state is not None
 
     def describe(self) -> tuple[str, int]:
         """Return something equal on all ranks that stand at the same place: the chain's start and the last step."""
         if self.parent is None:
             assert self.state is not None
-            return hashlib.blake2b(_key(self.state), digest_size=8).hexdigest(), -1
+            content = ctypes.string_at(self.state.data_ptr(), self.state.numel())
+            return hashlib.blake2b(content, digest_size=8).hexdigest(), -1
         return "", self.step.index if self.step is not None else -1
 
 
@@ -74,6 +81,7 @@ class RandomProgram:
         self._tokens: dict[bytes, Position] = {}
         _programs.add(self)
         self._generators: dict[int, torch.Generator] = {}
+        self._recent: deque[Position] = deque()
 
     def generators(self, default: torch.Generator) -> list[torch.Generator]:
         """Return `default` and every generator that a random step drew from."""
@@ -121,16 +129,22 @@ class RandomProgram:
             assert step is not None
             state = self._advance(state, step)
             passed += max((ref.numel for ref in step.outputs), default=0)
-            if passed >= STATE_SPACING or place is position:
-                place.state, passed = state, 0
+            if passed >= STATE_SPACING:
+                place.state, place.is_anchor, passed = state, True, 0
+        if not position.is_anchor:
+            # What is asked for next usually follows this one.
+            position.state = state
+            self._recent.append(position)
+            if len(self._recent) > NUM_RECENT:
+                old = self._recent.popleft()
+                if not old.is_anchor and old is not position:
+                    old.state = None
         return state
 
-    def settle(self) -> None:
-        """Give every generator that holds a token its true state, as eager construction would have left it."""
-        for generator in self._generators.values():
-            position = self._tokens.get(_key(generator.get_state()))
-            if position is not None:
-                generator.set_state(self.state_at(position))
+    def true_states(self) -> list[tuple[torch.Generator, Tensor]]:
+        """Return the true state of every generator that holds a token."""
+        positions = ((g, self._tokens.get(_key(g.get_state()))) for g in self._generators.values())
+        return [(generator, self.state_at(position)) for generator, position in positions if position is not None]
 
 
 def default_generator(device: torch.device) -> torch.Generator:
@@ -142,14 +156,16 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 def _key(state: Tensor) -> bytes:
+    """Return the bytes of a state that tell a token."""
     # `bytes(storage)` would go byte by byte through Python.
-    return ctypes.string_at(state.data_ptr(), state.numel())
+    offset = _CPU_WORDS if state.numel() > _TOKEN_BYTES else 0
+    return ctypes.string_at(state.data_ptr() + offset, _TOKEN_BYTES)
 
 
 def _token(generator: torch.Generator, number: int) -> Tensor:
     state = generator.get_state()
     if generator.device.type == "cpu":
-        words = state[_CPU_WORDS : _CPU_WORDS + 16].view(torch.int64)
+        words = state[_CPU_WORDS : _CPU_WORDS + _TOKEN_BYTES].view(torch.int64)
         words[0] = _TOKEN_MARK
         words[1] = number
     else:

@@ -9,6 +9,7 @@ its geometry and recorded all the same. What Python sees of a deferred tensor is
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ _FILLS = {
 _EMPTY = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.empty_permuted}
 # These change what a tensor points to, not a value: the geometry of the tensor that survives says it all.
 _RETARGET = {aten.set_, aten.resize_}
+# They update running statistics, which their schemas do not say (aten/src/ATen/native/native_functions.yaml).
+_WRITES_STATISTICS = {aten.native_batch_norm, aten.cudnn_batch_norm, aten.miopen_batch_norm}
 # Their meta kernels are wrong about strides (torch 2.13), so they are run for their geometry.
 _WRONG_ON_META = {aten._linalg_svd}
 
@@ -52,6 +55,8 @@ class _Traits:
             for index, argument in enumerate(arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
+        if packet in _WRITES_STATISTICS:
+            self.mutated += [(3, "running_mean", False), (4, "running_var", False)]
         self.is_random = torch.Tag.nondeterministic_seeded in func.tags
         self.fills = packet in _FILLS
         self.uninitialized = packet in _EMPTY
@@ -79,6 +84,8 @@ class Recorder(TorchDispatchMode):
         self.device = device
         #: Set while Python runs a call that names the meta device itself: then meta means meta.
         self.meta_is_meant = False
+        #: The Python objects of deferred tensors, as long as they live; those left at the end are guarded.
+        self.handed_out: list[weakref.ref[Tensor]] = []
         self._watched: dict[int, Constant] = {}
 
     @classmethod
@@ -106,7 +113,7 @@ class Recorder(TorchDispatchMode):
                 return func(*args, **kwargs)
             if given and traits.mutated:
                 return self._run_random(func, traits, args, kwargs)
-            if not given and not self._is_ours(traits, kwargs):
+            if not given and not self._is_ours(traits, kwargs, args[0] if traits.uninitialized and args else None):
                 return self._run_random(func, traits, args, kwargs) if traits.is_random else func(*args, **kwargs)
             if given and any(tensor.is_meta for tensor in given):
                 return func(*args, **kwargs)
@@ -128,9 +135,12 @@ class Recorder(TorchDispatchMode):
     def _is_own(self, device: torch.device) -> bool:
         return device.type == self.device.type and device.index in (None, self.device.index)
 
-    def _is_ours(self, traits: _Traits, kwargs: dict[str, Any]) -> bool:
+    def _is_ours(self, traits: _Traits, kwargs: dict[str, Any], size: Any = None) -> bool:
         """Return whether a factory makes a deferred tensor."""
         if not traits.device:
+            return False
+        if size is not None and 0 in size:
+            # Nothing to defer, and what `torch.load`, `deepcopy` and storages set to real memory must be real.
             return False
         device = kwargs.get("device")
         if device is None:
@@ -176,6 +186,10 @@ class Recorder(TorchDispatchMode):
         )
         result, state = self._geometry(func, traits, args, kwargs, step)
         outputs = list(tensors(result))
+        if any(output.layout != torch.strided for output in outputs):
+            # Without a storage there is nothing to record: it becomes real at once.
+            return self._run_unrecorded(step, generator)
+        self.handed_out.extend(map(weakref.ref, outputs))
         if not outputs and not written:
             return result
         created = []
@@ -220,6 +234,8 @@ class Recorder(TorchDispatchMode):
         )
         self.tape.add_step(step)
         self.replayer.random.follow(source, position, step)
+        if tensor.is_inference():
+            return tensor
         # Autograd has to see a write: what it saved of the old value is stale.
         torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
         return tensor
@@ -272,6 +288,12 @@ class Recorder(TorchDispatchMode):
                 return originals.get(id(leaf), to_meta(leaf))
 
             return map_leaves(result, counterpart), state
+
+    def _run_unrecorded(self, step: Step, generator: torch.Generator | None) -> Any:
+        _, _, result, state = self.replayer.execute_unrecorded(step)
+        if generator is not None and state is not None:
+            generator.set_state(state)
+        return result
 
     def _reads(self, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
         """Return the storages whose content matters: all arguments but those that are only written."""
@@ -331,7 +353,7 @@ class Recorder(TorchDispatchMode):
                 "take. Make it on the device of the model."
             )
         detached = leaf.detach()
-        if leaf.numel() * leaf.element_size() <= CLONE_LIMIT_BYTES:
+        if leaf.layout != torch.strided or leaf.numel() * leaf.element_size() <= CLONE_LIMIT_BYTES:
             return Constant(detached.clone(), 0)
         constant = Constant(detached, detached._version)
         self._watched[leaf.untyped_storage()._cdata] = constant

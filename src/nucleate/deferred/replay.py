@@ -8,6 +8,7 @@ intermediate as soon as nothing later in the slice needs it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -35,9 +36,9 @@ def backward_slice(tape: Tape, storages: Sequence[int], end: int | None = None) 
     wanted = [(storage, len(tape.steps) if end is None else end) for storage in storages]
     while wanted:
         storage, before = wanted.pop()
-        for index in reversed(tape.writers(storage)):
-            if index >= before:
-                continue
+        writers = tape.writers(storage)
+        for place in range(bisect_left(writers, before) - 1, -1, -1):
+            index = writers[place]
             if (storage, index) in scanned:
                 break
             scanned.add((storage, index))
@@ -62,6 +63,7 @@ class Replayer:
         self.tape = tape
         self.device = device
         self.random = RandomProgram(self.advance)
+        self._is_plain = False
 
     def storage(
         self, number: int, device: torch.device, scratch: torch.UntypedStorage | None = None
@@ -73,12 +75,12 @@ class Replayer:
             device: Where to make it.
             scratch: Memory on `device`, large enough, that may be used for it instead of new memory.
         """
-        with self._plain_torch():
+        with self.plain_torch():
             return self._run(backward_slice(self.tape, [number]), [number], device, scratch)[number]
 
     def value(self, tensor: Tensor) -> Tensor:
         """Return a real tensor with the value that a deferred tensor has now."""
-        with self._plain_torch():
+        with self.plain_torch():
             ref = self.tape.ref(tensor)
             steps = backward_slice(self.tape, [ref.storage])
             return view(self._run(steps, [ref.storage], self.device)[ref.storage], ref)
@@ -90,7 +92,7 @@ class Replayer:
             Its real positional arguments, keyword arguments and result, and the generator's state behind it if it
             is random.
         """
-        with self._plain_torch():
+        with self.plain_torch():
             needed = sorted({*step.reads, *step.writes})
             env = self._run(backward_slice(self.tape, needed), needed, self.device)
             args, kwargs = self._bind(step, env, self.device)
@@ -106,7 +108,7 @@ class Replayer:
 
         A plain fill draws into a little scratch memory (`draw.py`), any other step is run on its real inputs.
         """
-        with self._plain_torch():
+        with self.plain_torch():
             generator = self._generator(step, self.device)
             generator.set_state(state)
             if draw_plain_fill(step, generator):
@@ -163,8 +165,8 @@ class Replayer:
             if (output.dtype, tuple(output.shape)) != (ref.dtype, ref.size):
                 raise ReplayError(
                     f"{step.func} made a {output.dtype} tensor of shape {tuple(output.shape)}, but was recorded as "
-                    f"{ref.dtype} of shape {ref.size}: its meta kernel is wrong in this torch build. Construct this "
-                    "part of the model with `empty_init=False`."
+                    f"{ref.dtype} of shape {ref.size}: its meta kernel is wrong in this torch build. Construct the "
+                    "model with `empty_init=False`."
                 )
             if output.stride() != ref.stride:
                 # A meta kernel that is wrong about strides: later steps count on the recorded ones.
@@ -188,9 +190,22 @@ class Replayer:
         explicit = next((arg for arg in (*step.args, *step.kwargs.values()) if isinstance(arg, torch.Generator)), None)
         return explicit if explicit is not None else default_generator(device)
 
+    def settle(self) -> None:
+        """Give every generator that holds a token its true state, as eager construction would have left it."""
+        with self.plain_torch():
+            states = self.random.true_states()
+        for generator, state in states:
+            generator.set_state(state)
+
     @contextmanager
-    def _plain_torch(self) -> Iterator[None]:
-        """Run aten as if nobody had changed torch's modes, and give every generator back as it was."""
+    def plain_torch(self) -> Iterator[None]:
+        """Run aten as if nobody had changed torch's modes, and give every generator back as it was.
+
+        Entered once around many values, it costs once.
+        """
+        if self._is_plain:
+            yield
+            return
         generators = {id(g): g for g in self.random.generators(default_generator(self.device))}
         states = {key: generator.get_state() for key, generator in generators.items()}
         with ExitStack() as stack:
@@ -198,9 +213,11 @@ class Replayer:
             stack.enter_context(_disable_current_modes())
             stack.enter_context(torch._C._DisableAutocast())
             stack.enter_context(torch.no_grad())
+            self._is_plain = True
             try:
                 yield
             finally:
+                self._is_plain = False
                 for key, generator in generators.items():
                     generator.set_state(states[key])
 

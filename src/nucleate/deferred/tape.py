@@ -8,6 +8,7 @@ the tensor that survives says all. Recording is `record.py`'s job, running it ag
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,7 +141,9 @@ class Tape:
         """Return the number of the tensor's storage, or None if the tape does not know it."""
         # Subclasses may answer for themselves (guarded ones say they are not meta, lazy ones raise): look behind them.
         with torch._C.DisableTorchFunction():
-            return self._numbers.get(tensor.untyped_storage()._cdata) if tensor.is_meta else None
+            if not tensor.is_meta or tensor.layout != torch.strided:
+                return None
+            return self._numbers.get(tensor.untyped_storage()._cdata)
 
     def add_storage(self, tensor: Tensor) -> int:
         """Number the storage of a new meta tensor."""
@@ -207,10 +210,19 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
+def _content(tensor: Tensor) -> str:
+    with torch._C.DisableTorchFunction():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            return ""
+        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        data = ctypes.string_at(plain.data_ptr(), plain.numel() * plain.element_size())
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
 def _plain(value: Any) -> Any:
     def describe(leaf: Any) -> Any:
         if isinstance(leaf, Constant):
-            return ("constant", leaf.tensor.dtype, tuple(leaf.tensor.shape))
+            return ("constant", leaf.tensor.dtype, tuple(leaf.tensor.shape), _content(leaf.tensor))
         return type(leaf) if isinstance(leaf, torch.Generator) else leaf
 
     return map_leaves(value, describe)

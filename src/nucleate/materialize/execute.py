@@ -8,6 +8,7 @@ meantime, copied into the local shard and freed.
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -58,17 +59,20 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
         module._flat_weight_refs = []
     _allocate_shards(model, shard_device or device)
     scratch = _scratch(plan, device)
-    for group in plan.groups:
-        sharded = all(_shards(target) for target in group.targets)
-        storage = group.source.make(device, scratch if sharded else None)
-        for target in group.targets:
-            value = view(storage, target.ref)
-            shards = _shards(target)
-            if shards:
-                for shard in shards:
-                    _fill_shard(shard, value)
-            else:
-                _install(target, value)
+    with ExitStack() as stack:
+        for record in plan.records:
+            stack.enter_context(record.making())
+        for group in plan.groups:
+            sharded = all(_shards(target) for target in group.targets)
+            storage = group.source.make(device, scratch if sharded else None)
+            for target in group.targets:
+                value = view(storage, target.ref)
+                shards = _shards(target)
+                if shards:
+                    for shard in shards:
+                        _fill_shard(shard, value)
+                else:
+                    _install(target, value)
     del scratch
     for module in recurrent:
         module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
@@ -94,7 +98,9 @@ def _scratch(plan: Plan, device: torch.device) -> torch.UntypedStorage | None:
 
 def _shards(target: Target) -> list[Any]:
     """Return the distinct DTensors that a strategy has put in the target's place."""
-    current = [h.module._parameters.get(h.name) for h in target.holders if h.kind == "parameter"]
+    # Not `get`: the registry of a scripted module has none.
+    registries = [(h.module._parameters, h.name) for h in target.holders if h.kind == "parameter"]
+    current = [registry[name] for registry, name in registries if name in registry]
     return list({id(parameter): parameter for parameter in current if _is_sharded(parameter)}.values())
 
 
@@ -124,8 +130,14 @@ def _install(target: Target, value: Tensor) -> None:
         real = value.requires_grad_(tensor.requires_grad) if tensor.is_leaf else value
     real.__class__ = target.cls
     real.__dict__.update(tensor.__dict__)
+    hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
     try:
         torch.utils.swap_tensors(tensor, real)
+        # Hooks belong to the autograd side of a tensor, which is swapped away.
+        if hooks[0]:
+            tensor._backward_hooks = hooks[0]
+        if hooks[1]:
+            tensor._post_accumulate_grad_hooks = hooks[1]
     except RuntimeError:
         # Somebody holds it weakly, or autograd does: the next best thing is to replace it wherever it is held.
         for holder in target.holders:

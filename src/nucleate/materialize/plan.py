@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred import Record, handle_of, held_tensors, release
-from nucleate.deferred.coverage import num_unwritten_bytes
+from nucleate.deferred import Record, handle_of, held_tensors, is_recording, release
+from nucleate.deferred.coverage import is_written
 from nucleate.deferred.tape import TensorRef
-from nucleate.errors import UninitializedError, name_list
+from nucleate.errors import DeferredEditError, UninitializedError, UsageError, name_list
 from nucleate.materialize.source import Recipe
 
 
@@ -90,9 +90,16 @@ class Plan:
         """Find everything deferred in `model`.
 
         Raises:
+            UsageError: It was called inside the context that constructs the model.
+            DeferredEditError: A deferred tensor was edited through an alias since its constructor ended.
             UninitializedError: A parameter or buffer is on the meta device without a recipe, or its recipe never
                 writes (all of) it, so that eager construction would leave heap memory there.
         """
+        if is_recording():
+            raise UsageError(
+                "a model cannot be set up inside the context that constructs it, where nothing has a value yet. End "
+                "the `init_module` block first."
+            )
         # Guarded tensors pretend to be on their device; the plan looks behind that.
         with torch._C.DisableTorchFunctionSubclass():
             plan = cls._find(model)
@@ -104,6 +111,7 @@ class Plan:
         targets: dict[int, Target] = {}
         groups: dict[tuple[int, int], Group] = {}
         foreign: list[str] = []
+        edited: list[str] = []
         for prefix, module in model.named_modules():
             for kind, name, tensor in held_tensors(module):
                 fqn = f"{prefix}.{name}" if prefix else name
@@ -112,6 +120,8 @@ class Plan:
                     if tensor.is_meta and kind != "attribute":
                         foreign.append(fqn)
                     continue
+                if not tensor.is_inference() and tensor._version != handle.version:
+                    edited.append(fqn)
                 target = targets.get(id(tensor))
                 if target is None:
                     ref = handle.record.tape.ref(tensor)
@@ -125,6 +135,11 @@ class Plan:
             raise UninitializedError(
                 f"{len(foreign)} tensors are on the meta device and have no recipe: {name_list(foreign)}. They were "
                 'made outside `init_module`, or with `device="meta"`. Construct them inside `init_module`.'
+            )
+        if edited:
+            raise DeferredEditError(
+                f"{name_list(edited)} were edited outside the context that records them, through a tensor that shares "
+                "their memory; the edit would be lost. Make it inside `init_module`, or after `setup`."
             )
         return cls(sorted(groups.values(), key=lambda group: group.source.order))
 
@@ -159,7 +174,7 @@ class Plan:
             target.fqn
             for group in self.groups
             for target in group.targets
-            if num_unwritten_bytes(group.source.record.tape, group.source.storage)
+            if not is_written(group.source.record.tape, group.source.storage)
         ]
         if unwritten:
             raise UninitializedError(

@@ -9,10 +9,9 @@ from inspect import signature
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nucleate.cluster.agreement import verify_replicas
+from nucleate.cluster.agreement import broadcast_real, verify_replicas
 from nucleate.cluster.communicator import Communicator
-from nucleate.deferred import handle_of
-from nucleate.materialize import materialize
+from nucleate.materialize import Plan, execute
 from nucleate.strategies.base import Strategy
 
 
@@ -20,7 +19,7 @@ class DDPStrategy(Strategy):
     """Trains replicas with `torch.nn.parallel.DistributedDataParallel`.
 
     Each rank makes its replica from the recipes, so no broadcast is needed: that all replicas are equal is
-    verified instead. A model with real parameters is broadcast from rank 0, as DDP does.
+    verified instead. Real tensors that differ between ranks are taken from rank 0.
 
     Args:
         find_unused_parameters: Look for parameters that a backward did not reach, after each forward.
@@ -63,16 +62,18 @@ class DDPStrategy(Strategy):
         Raises:
             RankDisagreementError: Replicas made from the same recipes differ.
         """
-        had_real = any(handle_of(p) is None for p in model.parameters())
-        materialize(model, self.device)
-        if not had_real:
-            verify_replicas(model, Communicator(self.environment, self.device))
+        communicator = Communicator(self.environment, self.device)
+        plan = Plan.of(model)
+        plan.release()
+        broadcast_real(model, communicator)
+        execute(plan, model, self.device)
+        verify_replicas(model, communicator)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model
         return DistributedDataParallel(
             model,
             device_ids=None if self.device.type == "cpu" else [self.device],
-            init_sync=had_real,
+            init_sync=False,
             find_unused_parameters=self.find_unused_parameters,
             static_graph=self.static_graph,
             gradient_as_bucket_view=self.gradient_as_bucket_view,

@@ -119,6 +119,7 @@ class FSDPStrategy(Strategy):
         plan.release()
         # Each rank cuts its shard from its own copy of a real parameter, so the copies have to be one model's.
         broadcast_real(model, communicator)
+        hooks = {name: p._post_accumulate_grad_hooks for name, p in model.named_parameters(remove_duplicate=False)}
         attributes = {name: _attributes(p) for name, p in model.named_parameters(remove_duplicate=False)}
         for _, unit in units:
             fully_shard(unit, **self._arguments(root=False))
@@ -127,6 +128,8 @@ class FSDPStrategy(Strategy):
         for name, parameter in model.named_parameters(remove_duplicate=False):
             for key, value in attributes[name].items():
                 setattr(parameter, key, value)
+            if hooks[name]:
+                parameter._post_accumulate_grad_hooks = hooks[name]
         verify_replicas(model, communicator)
         return model
 
@@ -177,6 +180,12 @@ def _refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]], pl
         raise ConfigurationError(
             f"FSDP cannot shard parameters that are not contiguous: {name_list(strided)}. Make them contiguous in the "
             "constructor, or use strategy='ddp'."
+        )
+    hooked = [name for name, p in parameters.items() if p._backward_hooks]
+    if hooked:
+        raise ConfigurationError(
+            f"{name_list(hooked)} have hooks on their gradient (`register_hook`), which FSDP never calls. Use "
+            "`register_post_accumulate_grad_hook`, which it does call, or strategy='ddp'."
         )
     owner = {id(p): name for name, unit in [("", model), *reversed(units)] for p in unit.parameters()}
     dtypes: dict[str, dict[torch.dtype, str]] = {}
