@@ -13,7 +13,7 @@ from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
-from nucleate.errors import PluginConflictError, PluginLoadError, PluginNotFoundError
+from nucleate.errors import ConfigurationError, PluginConflictError, PluginLoadError, PluginNotFoundError
 from nucleate.plugin import Plugin
 
 
@@ -75,9 +75,7 @@ class Registry:
             raise PluginLoadError(
                 f"{self.kind} {name!r} from {offers[0]} cannot be loaded: {type(error).__name__}: {error}"
             ) from error
-        module, _, attribute = self.base.partition(":")
-        base = getattr(import_module(module), attribute)
-        if not (isinstance(plugin, type) and issubclass(plugin, base)):
+        if not (isinstance(plugin, type) and issubclass(plugin, self._base_class)):
             raise PluginLoadError(
                 f"{self.kind} {name!r} from {offers[0]} is {plugin!r}, not a subclass of {self.base}."
             )
@@ -86,6 +84,30 @@ class Registry:
     def create(self, name: str) -> Plugin:
         """Build the plugin registered under `name` with its default options."""
         return self.get(name).from_name(name)
+
+    def choose(self, choice: str | Plugin) -> Plugin:
+        """Return the plugin itself, or build the one that a name stands for.
+
+        Args:
+            choice: A name or a plugin of this kind.
+
+        Raises:
+            ConfigurationError: It is neither. For a name, see `get`.
+        """
+        if isinstance(choice, str):
+            return self.create(choice)
+        if not isinstance(choice, self._base_class):
+            raise ConfigurationError(
+                f"{self.kind}={choice!r} is neither a name nor a {self._base_class.__name__}. "
+                f"Names: {', '.join(self.names())}."
+            )
+        return choice
+
+    @cached_property
+    def _base_class(self) -> type[Plugin]:
+        module, _, attribute = self.base.partition(":")
+        base: type[Plugin] = getattr(import_module(module), attribute)
+        return base
 
     def _not_found(self, name: str) -> str:
         message = f"no {self.kind} plugin named {name!r}."

@@ -10,7 +10,7 @@ import builtins
 import random
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from os import PathLike
 from typing import Any, TypeVar, cast
@@ -24,20 +24,19 @@ from nucleate.accelerators.base import Accelerator
 from nucleate.cluster.agreement import verify_same_model
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
-from nucleate.deferred import deferred, handle_of
+from nucleate.deferred import deferred
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.materialize import Plan
-from nucleate.plugin import Composition, Plugin
+from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
-from nucleate.registry import ACCELERATORS, PRECISIONS, STRATEGIES, Registry
+from nucleate.registry import ACCELERATORS, PRECISIONS, STRATEGIES
 from nucleate.seed import last_seed, seed_everything, seeds_workers
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
 from nucleate.wrappers.module import ModuleWrapper, backward_allowed
-from nucleate.wrappers.optimizer import OptimizerWrapper
+from nucleate.wrappers.optimizer import OptimizerWrapper, check_optimizer, repoint
 
 T = TypeVar("T")
-P = TypeVar("P", bound=Plugin)
 
 #: Names that scripts written for Lightning Fabric use.
 _PRECISION_ALIASES = {
@@ -85,16 +84,16 @@ class Runtime:
         precision: str | int | Precision = "32-true",
     ) -> None:
         environment = Environment.detect()
-        _check_processes(environment, devices, num_nodes)
+        environment.check_request(devices, num_nodes)
         if accelerator == "auto":
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         if strategy == "auto":
             strategy = "ddp" if environment.world_size > 1 else "single_device"
         if isinstance(precision, (str, int)):
             precision = _PRECISION_ALIASES.get(str(precision), str(precision))
-        self._accelerator = _plugin(ACCELERATORS, accelerator, Accelerator)  # type: ignore[type-abstract]
-        self._precision = _plugin(PRECISIONS, precision, Precision)  # type: ignore[type-abstract]
-        self._strategy = _plugin(STRATEGIES, strategy, Strategy)  # type: ignore[type-abstract]
+        self._accelerator = cast(Accelerator, ACCELERATORS.choose(accelerator))
+        self._precision = cast(Precision, PRECISIONS.choose(precision))
+        self._strategy = cast(Strategy, STRATEGIES.choose(strategy))
         if not self._accelerator.is_available():
             raise ConfigurationError(
                 f"accelerator {self._accelerator.name!r} was asked for, but this machine has none that this torch "
@@ -241,7 +240,7 @@ class Runtime:
             self._refuse_model(model)
             names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
             for optimizer in optimizers:
-                _refuse_optimizer(optimizer, names, model, self._strategy.shards)
+                check_optimizer(optimizer, names, model, self._strategy.shards)
             plan = Plan.of(model)
         verify_same_model(plan.digest(), self._communicator)
         with self._communicator.all_or_none("setup"):
@@ -255,7 +254,7 @@ class Runtime:
             forward_module = self._strategy.setup(model)
             renewed = dict(model.named_parameters(remove_duplicate=False))
             for optimizer in optimizers:
-                _repoint(optimizer, names, renewed)
+                repoint(optimizer, names, renewed)
         wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy)
         self._models[model] = wrapped
         if not optimizers:
@@ -518,65 +517,3 @@ class Runtime:
             seed_workers=last_seed() is None or seeds_workers(),
             use_distributed_sampler=use_sampler,
         )
-
-
-def _plugin(registry: Registry, choice: str | Plugin, base: type[P]) -> P:
-    if isinstance(choice, str):
-        return cast(P, registry.create(choice))
-    if not isinstance(choice, base):
-        raise ConfigurationError(
-            f"{registry.kind}={choice!r} is neither a name nor a {base.__name__}. Names: {', '.join(registry.names())}."
-        )
-    return choice
-
-
-def _check_processes(environment: Environment, devices: int | str, num_nodes: int) -> None:
-    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
-        raise ConfigurationError(f"num_nodes={num_nodes!r} must be an integer of at least 1.")
-    text = str(devices)
-    if text != "auto" and not (text.isdecimal() and int(text) >= 1):
-        raise ConfigurationError(f"devices={devices!r} must be 'auto' or the number of processes per node, at least 1.")
-    local = environment.local_world_size
-    wanted = local if text == "auto" else int(text)
-    if environment.launcher == "python" and wanted * num_nodes > 1:
-        nodes = f" --nnodes {num_nodes}" if num_nodes > 1 else ""
-        raise ConfigurationError(
-            f"devices={devices!r} on num_nodes={num_nodes} needs {wanted * num_nodes} processes, but this is a single "
-            f"one. Start the script with: torchrun{nodes} --nproc-per-node {wanted} {sys.argv[0] or 'script.py'}"
-        )
-    asked = text != "auto" or num_nodes != 1
-    if environment.launcher != "python" and asked and (wanted, num_nodes) != (local, environment.num_nodes):
-        raise ConfigurationError(
-            f"devices={devices!r} and num_nodes={num_nodes} ask for {wanted * num_nodes} processes, but "
-            f"{environment.launcher} started {environment.world_size} ({local} on this node). Make them agree, or "
-            "leave both at their defaults."
-        )
-
-
-def _refuse_optimizer(optimizer: Optimizer, names: Mapping[int, str], model: nn.Module, shards: bool) -> None:
-    if isinstance(optimizer, OptimizerWrapper):
-        raise UsageError("this optimizer has been set up already; use what was returned then.")
-    if not isinstance(optimizer, Optimizer):
-        raise UsageError(f"setup takes optimizers after the model; got {type(optimizer).__name__}.")
-    strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
-    if strangers:
-        named = [handle.fqn for p in strangers if (handle := handle_of(p)) is not None]
-        described = name_list(named or (str(tuple(p.shape)) for p in strangers))
-        raise ConfigurationError(
-            f"{type(optimizer).__name__} has {len(strangers)} parameters that {type(model).__name__} does not have: "
-            f"{described}. Build it on the parameters of the model that it is set up with."
-        )
-    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    if state and (shards or any(tensor.is_meta or handle_of(tensor) for tensor in state)):
-        raise UsageError(
-            f"{type(optimizer).__name__} already has state, which was made for parameters that are not the ones it "
-            "will train. Build it after setup, from the parameters of the model that `setup` returned, then call "
-            "`runtime.setup_optimizers(optimizer)`."
-        )
-
-
-def _repoint(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Let the optimizer train the parameters that now have the names that its own had."""
-    for group in optimizer.param_groups:
-        # In place: some optimizers (LBFGS) keep the list itself.
-        group["params"][:] = [parameters[names[id(parameter)]] for parameter in group["params"]]

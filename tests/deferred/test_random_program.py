@@ -6,14 +6,29 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate.deferred import deferred
-from nucleate.deferred.draw import PIECE
+from nucleate.deferred import deferred, draw
+from nucleate.deferred.draw import PIECE, predicts
 from nucleate.materialize import materialize
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # Around every boundary that the kernels or the pieces have.
-SIZES = [1, 15, 16, 17, 31, 33, 1000, PIECE - 1, PIECE, PIECE + 1, PIECE + 15, PIECE + 16, PIECE + 17, 2 * PIECE + 5]
+SIZES = [
+    1,
+    15,
+    16,
+    17,
+    31,
+    33,
+    1000,
+    PIECE,
+    PIECE + 1,
+    2 * PIECE - 1,
+    2 * PIECE,
+    2 * PIECE + 16,
+    2 * PIECE + 17,
+    4 * PIECE + 5,
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -34,6 +49,25 @@ def test_passing_over_a_fill_moves_the_generator_as_the_fill_does(fill: str, siz
     with deferred():
         draw()
     assert torch.equal(torch.get_rng_state(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_normal", [True, False])
+def test_this_build_of_torch_draws_as_predicted(dtype: torch.dtype, is_normal: bool) -> None:
+    assert predicts(is_normal, dtype)
+
+
+def test_a_build_that_draws_otherwise_is_followed_by_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    eager = nn.Linear(50, 50)
+    expected = torch.get_rng_state()
+    monkeypatch.setattr(draw, "predicts", lambda is_normal, dtype: False)
+    torch.manual_seed(0)
+    with deferred():
+        model = nn.Linear(50, 50)
+    assert torch.equal(torch.get_rng_state(), expected)
+    materialize(model)
+    assert torch.equal(model.weight, eager.weight)
 
 
 def test_a_strided_fill_moves_the_generator_as_the_fill_does() -> None:

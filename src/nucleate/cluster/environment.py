@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -74,6 +75,39 @@ class Environment:
                 else ""
             ),
         )
+
+    def check_request(self, devices: int | str, num_nodes: int) -> None:
+        """Refuse a number of processes that is not the number there is.
+
+        Args:
+            devices: How many processes each node must have; `"auto"` for any number.
+            num_nodes: How many nodes there must be.
+
+        Raises:
+            ConfigurationError: The numbers make no sense, or others were started.
+        """
+        if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
+            raise ConfigurationError(f"num_nodes={num_nodes!r} must be an integer of at least 1.")
+        text = str(devices)
+        if text != "auto" and not (text.isdecimal() and int(text) >= 1):
+            raise ConfigurationError(
+                f"devices={devices!r} must be 'auto' or the number of processes per node, at least 1."
+            )
+        wanted = self.local_world_size if text == "auto" else int(text)
+        if self.launcher == "python" and wanted * num_nodes > 1:
+            nodes = f" --nnodes {num_nodes}" if num_nodes > 1 else ""
+            raise ConfigurationError(
+                f"devices={devices!r} on num_nodes={num_nodes} needs {wanted * num_nodes} processes, but this is a "
+                f"single one. Start the script with: torchrun{nodes} --nproc-per-node {wanted} "
+                f"{sys.argv[0] or 'script.py'}"
+            )
+        asked = text != "auto" or num_nodes != 1
+        if self.launcher != "python" and asked and (wanted, num_nodes) != (self.local_world_size, self.num_nodes):
+            raise ConfigurationError(
+                f"devices={devices!r} and num_nodes={num_nodes} ask for {wanted * num_nodes} processes, but "
+                f"{self.launcher} started {self.world_size} ({self.local_world_size} on this node). Make them agree, "
+                "or leave both at their defaults."
+            )
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -8,7 +8,6 @@ its geometry and recorded all the same. What Python sees of a deferred tensor is
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,51 +20,12 @@ from nucleate.deferred.geometry import result_on_meta, to_meta
 from nucleate.deferred.random_program import Position, default_generator
 from nucleate.deferred.replay import Replayer
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
+from nucleate.deferred.traits import Traits, traits_of
 
 #: Real tensors up to this size are cloned when a deferred operation reads them; larger ones are watched.
 CLONE_LIMIT_BYTES = 1 << 20
 
 aten = torch.ops.aten
-
-# In-place operations that do not look at what was there (`self` is only written).
-_FILLS = {
-    aten.zero_, aten.fill_, aten.copy_, aten.normal_, aten.uniform_, aten.random_, aten.bernoulli_,
-    aten.exponential_, aten.log_normal_, aten.cauchy_, aten.geometric_,
-}  # fmt: skip
-_EMPTY = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.empty_permuted}
-# These change what a tensor points to, not a value: the geometry of the tensor that survives says it all.
-_RETARGET = {aten.set_, aten.resize_}
-# They update running statistics, which their schemas do not say (aten/src/ATen/native/native_functions.yaml).
-_WRITES_STATISTICS = {aten.native_batch_norm, aten.cudnn_batch_norm, aten.miopen_batch_norm}
-# Their meta kernels are wrong about strides (torch 2.13), so they are run for their geometry.
-_WRONG_ON_META = {aten._linalg_svd}
-
-
-class _Traits:
-    """What a recorder needs to know of an operation, read from its schema once."""
-
-    __slots__ = ("device", "fills", "is_random", "mutated", "retargets", "uninitialized", "wrong_on_meta")
-
-    def __init__(self, func: torch._ops.OpOverload[Any, Any]) -> None:
-        packet = func.overloadpacket
-        arguments = func._schema.arguments
-        #: (position, name, is `out=`) of each argument that is written.
-        self.mutated = [
-            (index, argument.name, argument.is_out)
-            for index, argument in enumerate(arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        if packet in _WRITES_STATISTICS:
-            self.mutated += [(3, "running_mean", False), (4, "running_var", False)]
-        self.is_random = torch.Tag.nondeterministic_seeded in func.tags
-        self.fills = packet in _FILLS
-        self.uninitialized = packet in _EMPTY
-        self.retargets = packet in _RETARGET
-        self.wrong_on_meta = packet in _WRONG_ON_META
-        self.device = any(argument.name == "device" for argument in arguments)
-
-
-_traits = functools.cache(_Traits)
 
 
 class Recorder(TorchDispatchMode):
@@ -102,22 +62,40 @@ class Recorder(TorchDispatchMode):
     # -- routing -------------------------------------------------------------------------------------------
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        traits = _traits(func)
+        traits = traits_of(func)
         given = list(tensors((args, kwargs)))
-        deferred = [tensor for tensor in given if self.tape.number(tensor) is not None]
-        if not deferred:
-            if given and not traits.is_random:
-                if traits.device and self._asks_for_deferred(func, kwargs):
-                    return self._record(func, traits, args, kwargs)
-                self._unwatch_written(traits, args, kwargs)
-                return func(*args, **kwargs)
-            if given and traits.mutated:
-                return self._run_random(func, traits, args, kwargs)
-            if not given and not self._is_ours(traits, kwargs, args[0] if traits.uninitialized and args else None):
-                return self._run_random(func, traits, args, kwargs) if traits.is_random else func(*args, **kwargs)
-            if given and any(tensor.is_meta for tensor in given):
-                return func(*args, **kwargs)
+        if not given:
+            return self._dispatch_factory(func, traits, args, kwargs)
+        if all(self.tape.number(tensor) is None for tensor in given):
+            return self._dispatch_real(func, traits, args, kwargs, any(tensor.is_meta for tensor in given))
+        return self._dispatch_deferred(func, traits, args, kwargs)
+
+    def _dispatch_factory(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Route an operation without tensors: what it makes is deferred if it is for our device."""
+        # Without elements there is nothing to defer; and the empty tensors that `torch.load`, `deepcopy` and storages
+        # then set to real memory must be real.
+        holds_nothing = traits.uninitialized and bool(args) and 0 in args[0]
+        if self._is_ours(traits, kwargs) and not holds_nothing:
             return self._record(func, traits, args, kwargs)
+        return self._run_random(func, traits, args, kwargs) if traits.is_random else func(*args, **kwargs)
+
+    def _dispatch_real(
+        self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], any_meta: bool
+    ) -> Any:
+        """Route an operation on tensors that are not deferred: it runs, but its random numbers wait their turn."""
+        if traits.is_random:
+            if traits.mutated:
+                return self._run_random(func, traits, args, kwargs)
+            return func(*args, **kwargs) if any_meta else self._record(func, traits, args, kwargs)
+        device = kwargs.get("device") if traits.device else None
+        if device is not None and device.type == "meta" and not self.meta_is_meant:
+            # C++ code that reads the options of a deferred tensor sees meta, and means the device it stands for.
+            return self._record(func, traits, args, kwargs)
+        self._unwatch_written(traits, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _dispatch_deferred(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Route an operation on deferred tensors: it is recorded, unless its result has to be real."""
         if traits.retargets:
             return func(*map_leaves(args, self._adopted), **kwargs)
         written = _written(traits, args, kwargs)
@@ -135,29 +113,18 @@ class Recorder(TorchDispatchMode):
     def _is_own(self, device: torch.device) -> bool:
         return device.type == self.device.type and device.index in (None, self.device.index)
 
-    def _is_ours(self, traits: _Traits, kwargs: dict[str, Any], size: Any = None) -> bool:
+    def _is_ours(self, traits: Traits, kwargs: dict[str, Any]) -> bool:
         """Return whether a factory makes a deferred tensor."""
         if not traits.device:
-            return False
-        if size is not None and 0 in size:
-            # Nothing to defer, and what `torch.load`, `deepcopy` and storages set to real memory must be real.
             return False
         device = kwargs.get("device")
         if device is None:
             return self.device.type == "cpu"
         return not self.meta_is_meant if device.type == "meta" else self._is_own(device)
 
-    def _asks_for_deferred(self, func: Any, kwargs: dict[str, Any]) -> bool:
-        """Return whether an operation on real tensors is told to go where deferred tensors seem to be.
-
-        C++ code that reads the options of a deferred tensor sees meta, and means the device it stands for.
-        """
-        device = kwargs.get("device")
-        return device is not None and device.type == "meta" and not self.meta_is_meant
-
     # -- recording -----------------------------------------------------------------------------------------
 
-    def _record(self, func: Any, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _record(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         written = _written(traits, args, kwargs)
         written_refs = tuple(self.tape.ref(tensor) for tensor in written)
         replay_args, replay_kwargs = map_leaves(args, self._capture), map_leaves(kwargs, self._capture)
@@ -272,7 +239,7 @@ class Recorder(TorchDispatchMode):
         self.tape.add_step(step)
 
     def _geometry(
-        self, func: Any, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step
+        self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step
     ) -> tuple[Any, Tensor | None]:
         """Find the result's geometry; where that needs values, run the operation for real and keep only that."""
         try:
@@ -295,7 +262,7 @@ class Recorder(TorchDispatchMode):
             generator.set_state(state)
         return result
 
-    def _reads(self, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    def _reads(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
         """Return the storages whose content matters: all arguments but those that are only written."""
         blind = {position for position, name, is_out in traits.mutated if is_out or (traits.fills and name == "self")}
         kept = [arg for index, arg in enumerate(args) if index not in blind]
@@ -310,7 +277,7 @@ class Recorder(TorchDispatchMode):
                 reads[ref.storage] = None
         return tuple(reads)
 
-    def _overwrites(self, traits: _Traits, written: tuple[TensorRef, ...], reads: tuple[int, ...]) -> tuple[int, ...]:
+    def _overwrites(self, traits: Traits, written: tuple[TensorRef, ...], reads: tuple[int, ...]) -> tuple[int, ...]:
         if not (traits.fills or any(is_out for _, _, is_out in traits.mutated)):
             return ()
         return tuple(
@@ -318,7 +285,7 @@ class Recorder(TorchDispatchMode):
         )
 
     def _locate(
-        self, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Position | None, torch.Generator | None]:
         if not traits.is_random:
             return None, None
@@ -359,7 +326,7 @@ class Recorder(TorchDispatchMode):
         self._watched[leaf.untyped_storage()._cdata] = constant
         return constant
 
-    def _unwatch_written(self, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _unwatch_written(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a real tensor is written, give the steps that read it a copy of what they saw."""
         if not self._watched:
             return
@@ -369,7 +336,7 @@ class Recorder(TorchDispatchMode):
                 constant.tensor = constant.tensor.clone()
                 constant.version = 0
 
-    def _run_random(self, func: Any, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_random(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a random operation on a real tensor now, from the generator's true state."""
         self._unwatch_written(traits, args, kwargs)
         written = _written(traits, args, kwargs)
@@ -386,7 +353,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _written(traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def _written(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     found: list[Tensor] = []
     for position, name, _ in traits.mutated:
         value = args[position] if position < len(args) else kwargs.get(name)

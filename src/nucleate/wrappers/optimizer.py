@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nucleate.deferred import handle_of
+from nucleate.errors import ConfigurationError, UsageError, name_list
 from nucleate.precision.base import Precision
 
 
@@ -93,3 +96,50 @@ class OptimizerWrapper(Optimizer):
 
     def __repr__(self) -> str:
         return f"OptimizerWrapper({self.optimizer!r})"
+
+
+def check_optimizer(optimizer: Optimizer, names: Mapping[int, str], model: nn.Module, shards: bool) -> None:
+    """Refuse an optimizer that cannot be set up with a model, before anything is changed.
+
+    Args:
+        optimizer: What the user gave.
+        names: The FQN of each parameter of the model, by the parameter's id.
+        model: The model that it is set up with.
+        shards: Whether the strategy replaces the parameters.
+
+    Raises:
+        UsageError: It is no optimizer, is set up already, or has state for other tensors than it will train.
+        ConfigurationError: It has parameters of another model.
+    """
+    if isinstance(optimizer, OptimizerWrapper):
+        raise UsageError("this optimizer has been set up already; use what was returned then.")
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(f"setup takes optimizers after the model; got {type(optimizer).__name__}.")
+    strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+    if strangers:
+        named = [handle.fqn for p in strangers if (handle := handle_of(p)) is not None]
+        described = name_list(named or (str(tuple(p.shape)) for p in strangers))
+        raise ConfigurationError(
+            f"{type(optimizer).__name__} has {len(strangers)} parameters that {type(model).__name__} does not have: "
+            f"{described}. Build it on the parameters of the model that it is set up with."
+        )
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    if state and (shards or any(tensor.is_meta or handle_of(tensor) for tensor in state)):
+        raise UsageError(
+            f"{type(optimizer).__name__} already has state, which was made for parameters that are not the ones it "
+            "will train. Build it after setup, from the parameters of the model that `setup` returned, then call "
+            "`runtime.setup_optimizers(optimizer)`."
+        )
+
+
+def repoint(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Let an optimizer train the parameters that now have the names that its own had.
+
+    Args:
+        optimizer: The user's optimizer.
+        names: The FQN of each parameter that it has, by the parameter's id.
+        parameters: The parameters by FQN, as the strategy left them.
+    """
+    for group in optimizer.param_groups:
+        # In place: some optimizers (LBFGS) keep the list itself.
+        group["params"][:] = [parameters[names[id(parameter)]] for parameter in group["params"]]
