@@ -6,29 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate.deferred import deferred, draw
-from nucleate.deferred.draw import PIECE, predicts
+from nucleate.deferred import deferred, streams
+from nucleate.deferred.mersenne_twister import JUMP_COST
 from nucleate.materialize import materialize
+from tests.deferred.equality import assert_exact
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-# Around every boundary that the kernels or the pieces have.
-SIZES = [
-    1,
-    15,
-    16,
-    17,
-    31,
-    33,
-    1000,
-    PIECE,
-    PIECE + 1,
-    2 * PIECE - 1,
-    2 * PIECE,
-    2 * PIECE + 16,
-    2 * PIECE + 17,
-    4 * PIECE + 5,
-]
+# Around every boundary that the kernels and the jumps have.
+SIZES = [1, 15, 16, 17, 31, 33, 1000, JUMP_COST, JUMP_COST + 17, 2 * JUMP_COST + 5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,23 +37,41 @@ def test_passing_over_a_fill_moves_the_generator_as_the_fill_does(fill: str, siz
     assert torch.equal(torch.get_rng_state(), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("is_normal", [True, False])
-def test_this_build_of_torch_draws_as_predicted(dtype: torch.dtype, is_normal: bool) -> None:
-    assert predicts(is_normal, dtype)
-
-
 def test_a_build_that_draws_otherwise_is_followed_by_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     eager = nn.Linear(50, 50)
     expected = torch.get_rng_state()
-    monkeypatch.setattr(draw, "predicts", lambda is_normal, dtype: False)
+    monkeypatch.setattr(streams, "fills_as_described", lambda is_normal, dtype: False)
     torch.manual_seed(0)
     with deferred():
         model = nn.Linear(50, 50)
     assert torch.equal(torch.get_rng_state(), expected)
     materialize(model)
     assert torch.equal(model.weight, eager.weight)
+
+
+def test_the_end_of_a_long_stream_costs_no_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    # 400 billion numbers: drawing them would take more than ten minutes.
+    with deferred():
+        nn.Linear(2**20, 2**18, bias=False)
+        model = nn.Linear(2**20, 2**17, bias=False)
+        part = nn.Linear(20, 30)
+    assert model.weight.numel() == 2**37
+    materialize(part)
+    assert 0 < float(part.weight.detach().std()) < 1
+
+
+def test_steps_that_do_not_tell_what_they_draw_are_executed_once_for_the_state_behind_them() -> None:
+    def make() -> nn.Module:
+        model = nn.Module()
+        for index in range(5):
+            weight = nn.init.trunc_normal_(torch.empty(40, 10), std=1.0, a=-0.5, b=0.5)
+            model.register_parameter(f"weight{index}", nn.Parameter(weight))
+            model.register_parameter(f"permuted{index}", nn.Parameter(torch.randperm(50).float()))
+        return model
+
+    assert_exact(make)
 
 
 def test_a_strided_fill_moves_the_generator_as_the_fill_does() -> None:

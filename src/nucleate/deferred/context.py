@@ -14,6 +14,7 @@ from torch.nn.modules import module as nn_module
 
 from nucleate.deferred.guard import guard, handle_of, held_tensors, release
 from nucleate.deferred.impersonate import Impersonation
+from nucleate.deferred.pieces import Pieces, pieces_of
 from nucleate.deferred.record import Recorder
 from nucleate.deferred.replay import Replayer
 from nucleate.deferred.tape import Tape
@@ -73,6 +74,10 @@ class Record:
     ) -> torch.UntypedStorage:
         """Make the content of one storage of the tape on a device; see `Replayer.storage`."""
         return self.replayer.storage(storage, device, scratch)
+
+    def pieces(self, storage: int) -> Pieces | None:
+        """Return how ranges of one storage of the tape are made, or None; see `nucleate.deferred.pieces`."""
+        return pieces_of(self.tape, self.replayer.random, storage)
 
     def making(self) -> AbstractContextManager[None]:
         """Return a context that makes many calls of `make` cheaper; autograd and torch's modes are off in it."""

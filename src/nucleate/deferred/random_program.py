@@ -2,33 +2,38 @@
 
 While a model is recorded no random number is drawn. After each random step the generator is put into a
 *token* state, which names a `Position`; the next random step looks the current state up. A state that is no
-token means that somebody seeded the generator, and starts a new chain. So `manual_seed`, `fork_rng`,
+token means that somebody seeded the generator, and starts a new run. So `manual_seed`, `fork_rng`,
 `get_rng_state`/`set_rng_state` and explicit generators work inside a constructor as they are.
 
-The true state at a position is the state at the start of its chain, advanced by the steps before it. How a
-state is advanced over one step is the only thing that `advance` (given by `replay.py`) decides.
+A `Run` is a stretch of steps of which each tells beforehand how far it moves the generator, so a position is a
+number of draws from the run's start, and any of them is reached in one jump. A step that does not tell (a
+rejection loop) ends a run, and is executed where the state behind it is needed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import threading
 import weakref
+from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from nucleate.deferred import streams
+from nucleate.deferred.mersenne_twister import Workspace
+
 if TYPE_CHECKING:
     from nucleate.deferred.tape import Step
 
-#: Known states are kept this many drawn elements apart, so that reaching any position draws at most as many.
-STATE_SPACING = 1 << 16
-#: How many states between those are remembered; 5 KB each.
-NUM_RECENT = 256
+#: How many states on the way are remembered; 5 KB each.
+NUM_REMEMBERED = 256
 
 # A CPU generator's state (aten/src/ATen/CPUGeneratorImpl.cpp, torch 2.13) is the seed (8 bytes), two ints, the
 # index of the next word (8), then 624 words of 8 bytes of which the engine keeps the lower four. A token replaces
@@ -42,46 +47,69 @@ _numbers = count()
 _programs: weakref.WeakSet[RandomProgram] = weakref.WeakSet()
 
 
-class Position:
-    """A place between two random steps of one generator.
+@dataclass(slots=True, eq=False)
+class Run:
+    """A stretch of one generator's stream in which every step is known to draw so and so much.
 
     Attributes:
-        parent: The position before the step that leads here, or None at the start of a chain.
-        step: The step that leads here from `parent`.
-        state: The generator's true state here, where it is known.
-        is_anchor: Whether the state is kept for good. Others, passed on the way, are forgotten after a while.
+        device: The generator's device type.
+        state: The true state at its start, or None while it is not known.
+        behind: The position and the step that lead to its start, where the state is found by executing the step.
+        known: States on the way, by their offsets, in ascending order.
+        number: Runs are numbered as they begin.
     """
 
-    __slots__ = ("is_anchor", "parent", "state", "step")
+    device: str
+    state: Tensor | None
+    behind: tuple[Position, Step] | None = None
+    known: list[tuple[int, Tensor]] = field(default_factory=list)
+    number: int = field(default_factory=count().__next__)
 
-    def __init__(self, parent: Position | None, step: Step | None, state: Tensor | None) -> None:
-        self.parent = parent
-        self.step = step
-        self.state = state
-        self.is_anchor = state is not None
+    def nearest(self, offset: int) -> tuple[int, Tensor]:
+        """Return the last known state that does not lie behind `offset`, and where it is."""
+        assert self.state is not None
+        place = bisect_right(self.known, offset, key=_offset)
+        return self.known[place - 1] if place else (0, self.state)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in the stream of one generator.
+
+    Attributes:
+        run: The run it is in.
+        offset: How far from the run's start: in 32-bit draws on the CPU, in Philox counters on CUDA.
+    """
+
+    run: Run
+    offset: int
 
     def describe(self) -> tuple[str, int]:
-        """Return something equal on all ranks that stand at the same place: the chain's start and the last step."""
-        if self.parent is None:
-            assert self.state is not None
-            content = ctypes.string_at(self.state.data_ptr(), self.state.numel())
-            return hashlib.blake2b(content, digest_size=8).hexdigest(), -1
-        return "", self.step.index if self.step is not None else -1
+        """Return something equal on all ranks that stand at the same place."""
+        run = self.run
+        if run.behind is not None:
+            return f"behind step {run.behind[1].index}", self.offset
+        assert run.state is not None
+        content = ctypes.string_at(run.state.data_ptr(), run.state.numel())
+        return hashlib.blake2b(content, digest_size=8).hexdigest(), self.offset
 
 
 class RandomProgram:
-    """The chains of random steps of one deferred construction, over all generators it used.
+    """The runs of one deferred construction, over all generators it used.
 
     Args:
-        advance: `(state, step) -> state`: what the generator's state is after the step, given it before.
+        execute: `(state, step) -> state`: runs a random step that does not tell what it draws; given the generator's
+            state before it, returns the one behind it.
     """
 
-    def __init__(self, advance: Callable[[Tensor, Step], Tensor]) -> None:
-        self._advance = advance
+    def __init__(self, execute: Callable[[Tensor, Step], Tensor]) -> None:
+        self._execute = execute
         self._tokens: dict[bytes, Position] = {}
-        _programs.add(self)
         self._generators: dict[int, torch.Generator] = {}
-        self._recent: deque[Position] = deque()
+        self._remembered: deque[tuple[Run, int]] = deque()
+        self._lock = threading.RLock()
+        self._workspace = Workspace()
+        _programs.add(self)
 
     def generators(self, default: torch.Generator) -> list[torch.Generator]:
         """Return `default` and every generator that a random step drew from."""
@@ -96,10 +124,11 @@ class RandomProgram:
         if position is not None:
             return position
         for other in list(_programs):
-            # A token of a recording around this one, or in another thread: its true state starts our chain.
+            # A token of a recording around this one, or in another thread: its true state starts our run.
             if key in other._tokens:
-                return Position(None, None, other.state_at(other._tokens[key]))
-        return Position(None, None, state)
+                state = other.state_at(other._tokens[key])
+                break
+        return Position(Run(generator.device.type, state), 0)
 
     def follow(self, generator: torch.Generator, position: Position, step: Step, state: Tensor | None = None) -> None:
         """Put the generator behind a random step that stands at `position`.
@@ -108,38 +137,49 @@ class RandomProgram:
             generator: The generator that the step draws from.
             position: Where the step stands.
             step: The step.
-            state: The true state behind it, where the step was really run.
+            state: The true state behind it, where the step was really executed.
         """
+        distance = streams.distance(step, generator.device) if state is None else None
+        if distance is not None:
+            after = Position(position.run, position.offset + distance)
+        else:
+            after = Position(Run(generator.device.type, state, (position, step)), 0)
         token = _token(generator, next(_numbers))
-        self._tokens[_key(token)] = Position(position, step, state)
+        self._tokens[_key(token)] = after
         generator.set_state(token)
 
     def state_at(self, position: Position) -> Tensor:
-        """Return the generator's true state at a position, drawing from the nearest known one."""
-        chain: list[Position] = []
-        known = position
-        while known.state is None:
-            chain.append(known)
-            assert known.parent is not None
-            known = known.parent
-        state = known.state
-        passed = 0
-        for place in reversed(chain):
-            step = place.step
-            assert step is not None
-            state = self._advance(state, step)
-            passed += max((ref.numel for ref in step.outputs), default=0)
-            if passed >= STATE_SPACING:
-                place.state, place.is_anchor, passed = state, True, 0
-        if not position.is_anchor:
-            # What is asked for next usually follows this one.
-            position.state = state
-            self._recent.append(position)
-            if len(self._recent) > NUM_RECENT:
-                old = self._recent.popleft()
-                if not old.is_anchor and old is not position:
-                    old.state = None
-        return state
+        """Return the generator's true state at a position."""
+        with self._lock:
+            offset, state = self.nearest(position)
+            if offset != position.offset:
+                state = streams.moved(position.run.device, state, position.offset - offset, self._workspace)
+                self.remember(position.run, position.offset, state)
+            return state
+
+    def nearest(self, position: Position) -> tuple[int, Tensor]:
+        """Return the last known state at or before a position, and its offset in the position's run."""
+        with self._lock:
+            unknown = [position.run]
+            while unknown[-1].state is None:
+                assert unknown[-1].behind is not None
+                unknown.append(unknown[-1].behind[0].run)
+            for run in reversed(unknown):
+                if run.state is None:
+                    assert run.behind is not None
+                    run.state = self._execute(self.state_at(run.behind[0]), run.behind[1])
+            return position.run.nearest(position.offset)
+
+    def remember(self, run: Run, offset: int, state: Tensor) -> None:
+        """Keep a state for what is asked for next, which usually lies behind it."""
+        with self._lock:
+            if run.nearest(offset)[0] == offset:
+                return
+            insort(run.known, (offset, state), key=_offset)
+            self._remembered.append((run, offset))
+            if len(self._remembered) > NUM_REMEMBERED:
+                old, old_offset = self._remembered.popleft()
+                del old.known[bisect_right(old.known, old_offset, key=_offset) - 1]
 
     def true_states(self) -> list[tuple[torch.Generator, Tensor]]:
         """Return the true state of every generator that holds a token."""
@@ -153,6 +193,10 @@ def default_generator(device: torch.device) -> torch.Generator:
         index = device.index if device.index is not None else torch.cuda.current_device()
         return torch.cuda.default_generators[index]
     return torch.default_generator
+
+
+def _offset(known: tuple[int, Tensor]) -> int:
+    return known[0]
 
 
 def _key(state: Tensor) -> bytes:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nucleate.deferred.draw import draw_plain_fill
 from nucleate.deferred.random_program import RandomProgram, default_generator
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
 from nucleate.errors import ReplayError
@@ -62,7 +61,7 @@ class Replayer:
     def __init__(self, tape: Tape, device: torch.device) -> None:
         self.tape = tape
         self.device = device
-        self.random = RandomProgram(self.advance)
+        self.random = RandomProgram(self.behind)
         self._is_plain = False
 
     def storage(
@@ -103,20 +102,14 @@ class Replayer:
             result = step.func(*args, **kwargs)
             return args, kwargs, result, None if generator is None else generator.get_state()
 
-    def advance(self, state: Tensor, step: Step) -> Tensor:
-        """Return the generator's state behind a random step by drawing what the step draws.
-
-        A plain fill draws into a little scratch memory (`draw.py`), any other step is run on its real inputs.
-        """
+    def behind(self, state: Tensor, step: Step) -> Tensor:
+        """Return the generator's state behind a random step by executing it, given the state before it."""
         with self.plain_torch():
-            generator = self._generator(step, self.device)
-            generator.set_state(state)
-            if draw_plain_fill(step, generator):
-                return generator.get_state()
             needed = sorted({*step.reads, *step.writes} - set(step.overwrites))
             env = self._run(backward_slice(self.tape, needed, step.index), needed, self.device)
             for storage in step.overwrites:
                 env[storage] = torch.UntypedStorage(self.tape.size_bytes(storage), device=self.device)
+            generator = self._generator(step, self.device)
             generator.set_state(state)
             args, kwargs = self._bind(step, env, self.device)
             step.func(*args, **kwargs)

@@ -8,15 +8,20 @@ meantime, copied into the local shard and freed.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nucleate.deferred.fills import is_contiguous
 from nucleate.deferred.replay import view
 from nucleate.errors import UninitializedError, name_list
-from nucleate.materialize.plan import Holder, Plan, Target
+from nucleate.materialize.memory import advise_huge_pages, allocate
+from nucleate.materialize.parts import Part, make_parts, parts_of
+from nucleate.materialize.plan import Group, Holder, Plan, Target
+from nucleate.materialize.source import Pieces
 
 
 def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
@@ -58,22 +63,15 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
         # `swap_tensors` refuses tensors that somebody holds weakly (torch/nn/modules/rnn.py).
         module._flat_weight_refs = []
     _allocate_shards(model, shard_device or device)
-    scratch = _scratch(plan, device)
     with ExitStack() as stack:
         for record in plan.records:
             stack.enter_context(record.making())
-        for group in plan.groups:
+        rest = _make_in_parts(plan.groups, device)
+        scratch = _scratch(rest, device)
+        for group in rest:
             sharded = all(_shards(target) for target in group.targets)
-            storage = group.source.make(device, scratch if sharded else None)
-            for target in group.targets:
-                value = view(storage, target.ref)
-                shards = _shards(target)
-                if shards:
-                    for shard in shards:
-                        _fill_shard(shard, value)
-                else:
-                    _install(target, value)
-    del scratch
+            _install_group(group, group.source.make(device, scratch if sharded else None))
+        del scratch
     for module in recurrent:
         module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
         if device.type == "cuda":
@@ -82,18 +80,73 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
 
 
 def _allocate_shards(model: nn.Module, device: torch.device) -> None:
-    def allocate(tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device=device) if _is_sharded(tensor) and tensor.is_meta else tensor
+    def allocated(tensor: Any) -> Tensor:
+        if not _is_sharded(tensor) or not tensor.is_meta:
+            return tensor  # type: ignore[no-any-return]
+        new: Any = torch.empty_like(tensor, device=device)
+        advise_huge_pages(new.to_local().untyped_storage())
+        return new  # type: ignore[no-any-return]
 
     if any(_is_sharded(parameter) and parameter.is_meta for parameter in model.parameters()):
         # Through `_apply`, so that FSDP takes notice of its new local tensors.
-        model._apply(allocate)
+        model._apply(allocated)
 
 
-def _scratch(plan: Plan, device: torch.device) -> torch.UntypedStorage | None:
+def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]:
+    """Make what can be made range by range: shards straight into their place. Return the other groups."""
+    parts: list[Part] = []
+    rest: list[Group] = []
+    made: list[tuple[Group, torch.UntypedStorage]] = []
+    for group in groups:
+        pieces = group.source.pieces(device)
+        if pieces is None:
+            rest.append(group)
+            continue
+        shards = [(target, shard) for target in group.targets for shard in _shards(target)]
+        if shards and all(map(_shards, group.targets)):
+            boxes = [_box(pieces, target, shard) for target, shard in shards]
+            if any(box is None for box in boxes):
+                rest.append(group)
+            else:
+                parts.extend(part for box in boxes if box is not None for part in box)
+            continue
+        storage = allocate(group.source.size_bytes, device)
+        made.append((group, storage))
+        flat = torch.empty(0, dtype=pieces.dtype, device=device).set_(storage, 0, (pieces.numel,), (1,))
+        parts.extend(parts_of(pieces, 0, flat.shape, (0,), flat))
+    make_parts(parts, torch.get_num_threads())
+    for group, storage in made:
+        _install_group(group, storage)
+    return rest
+
+
+def _box(pieces: Pieces, target: Target, shard: Any) -> list[Part] | None:
+    """Return this rank's part of a tensor, or None if its memory is not one contiguous box of it."""
+    ref, local, chunks = target.ref, shard.to_local().detach(), shard.__create_chunk_list__()
+    if not chunks or not local.numel():
+        return []
+    chunk = chunks[0]
+    same = len(chunks) == 1 and local.shape == chunk.sizes and local.dtype == pieces.dtype == ref.dtype
+    if not same or not is_contiguous(ref) or not local.is_contiguous() or local.device.type != "cpu":
+        return None
+    return list(parts_of(pieces, ref.offset, ref.size, chunk.offsets, local))
+
+
+def _install_group(group: Group, storage: torch.UntypedStorage) -> None:
+    for target in group.targets:
+        value = view(storage, target.ref)
+        shards = _shards(target)
+        if shards:
+            for shard in shards:
+                _fill_shard(shard, value)
+        else:
+            _install(target, value)
+
+
+def _scratch(groups: Sequence[Group], device: torch.device) -> torch.UntypedStorage | None:
     """Return memory for the largest value of which only a shard is kept, so that it is taken and touched once."""
-    sizes = [group.source.size_bytes for group in plan.groups if all(_shards(target) for target in group.targets)]
-    return torch.UntypedStorage(max(sizes), device=device) if sizes else None
+    sizes = [group.source.size_bytes for group in groups if all(_shards(target) for target in group.targets)]
+    return allocate(max(sizes), device) if sizes else None
 
 
 def _shards(target: Target) -> list[Any]:

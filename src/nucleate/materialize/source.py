@@ -7,7 +7,9 @@ from typing import Protocol
 
 import torch
 
-from nucleate.deferred import Record
+from nucleate.deferred import Cursors, Pieces, Record
+
+__all__ = ["Cursors", "Pieces", "Recipe", "Source"]
 
 
 class Source(Protocol):
@@ -15,6 +17,10 @@ class Source(Protocol):
 
     def make(self, device: torch.device, scratch: torch.UntypedStorage | None = None) -> torch.UntypedStorage:
         """Return a storage on `device` with the content; it may use `scratch` instead of new memory."""
+        ...
+
+    def pieces(self, device: torch.device) -> Pieces | None:
+        """Return how ranges of the content are made on `device`, or None if it can only be made whole."""
         ...
 
     @property
@@ -43,6 +49,10 @@ class Recipe:
     def make(self, device: torch.device, scratch: torch.UntypedStorage | None = None) -> torch.UntypedStorage:
         """Replay the storage's recipe on `device`."""
         return self.record.make(self.storage, device, scratch)
+
+    def pieces(self, device: torch.device) -> Pieces | None:
+        """Return how ranges are made, for a storage on the CPU that is filled and computed element by element."""
+        return self.record.pieces(self.storage) if device.type == "cpu" else None
 
     @property
     def size_bytes(self) -> int:

@@ -1,0 +1,47 @@
+"""How far a random step moves a generator, and moving one there: one answer for each kind of generator.
+
+A distance is counted in 32-bit draws for the CPU's Mersenne Twister and in counters for CUDA's Philox.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nucleate.deferred import philox
+from nucleate.deferred.fills import fill_of, fills_as_described
+from nucleate.deferred.mersenne_twister import Stream, Workspace
+from nucleate.deferred.tape import Step
+
+
+def distance(step: Step, device: torch.device) -> int | None:
+    """Return how far a step moves the generator, or None if it does not tell.
+
+    Args:
+        step: A random step.
+        device: The generator's device.
+    """
+    fill = fill_of(step)
+    if fill is None:
+        return None
+    if device.type == "cpu":
+        return fill.num_draws if fills_as_described(fill.is_normal, fill.dtype) else None
+    if device.type == "cuda":
+        return philox.distance(fill, device)
+    return None
+
+
+def moved(device_type: str, state: Tensor, distance: int, workspace: Workspace) -> Tensor:
+    """Return a generator's state moved forward.
+
+    Args:
+        device_type: What kind of generator it is.
+        state: Its state.
+        distance: How far.
+        workspace: Memory for jumps.
+    """
+    if device_type == "cuda":
+        return philox.moved(state, distance)
+    stream = Stream(state, 0)
+    stream.seek(distance, workspace)
+    return stream.generator.get_state()

@@ -1,0 +1,94 @@
+"""Boxes of a tensor are cut out of its storage, by one thread or several."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nucleate.deferred import deferred, handle_of
+from nucleate.deferred.pieces import Pieces
+from nucleate.materialize import materialize, parts
+from nucleate.materialize.parts import Columns, Range, make_parts, parts_of
+
+
+def pieces_of_shape(*shape: int) -> tuple[torch.Tensor, Pieces]:
+    """Return a tensor of a shape, and how the storage is made in which it lies behind 16 other elements."""
+    numel = 16 + math.prod(shape)
+    torch.manual_seed(2)
+    expected = torch.randn(numel)[16:].view(shape)
+    torch.manual_seed(2)
+    with deferred():
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.randn(numel))
+    handle = handle_of(model.weight)
+    assert handle is not None
+    found = handle.record.pieces(handle.record.tape.ref(model.weight).storage)
+    assert found is not None
+    return expected, found
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
+    shape = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    offsets = [draw(st.integers(0, length - 1)) for length in shape]
+    sizes = [draw(st.integers(0, length - offset)) for length, offset in zip(shape, offsets, strict=True)]
+    return shape, offsets, sizes
+
+
+@given(box=boxes(), narrow=st.booleans())
+@settings(max_examples=120, deadline=None)
+def test_any_box_is_cut_exactly(box: tuple[list[int], list[int], list[int]], narrow: bool) -> None:
+    shape, offsets, sizes = box
+    expected, pieces = pieces_of_shape(*shape)
+    out = torch.full(sizes, float("nan"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "MIN_RANGE_NUMEL", 1000 if narrow else 1)
+        patch.setattr(parts, "BUFFER_NUMEL", 20)
+        make_parts(list(parts_of(pieces, 16, shape, offsets, out)), 1)
+    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        expected = expected.narrow(dim, offset, size)
+    assert torch.equal(out, expected)
+
+
+def test_a_shard_of_rows_is_one_range_and_one_of_short_columns_is_cut_from_rows() -> None:
+    _, pieces = pieces_of_shape(8, 6)
+    (rows,) = parts_of(pieces, 0, (8, 6), (2, 0), torch.empty(3, 6))
+    assert isinstance(rows, Range)
+    assert (rows.start, rows.out.numel()) == (12, 18)
+    (columns,) = parts_of(pieces, 0, (8, 6), (0, 3), torch.empty(8, 3))
+    assert isinstance(columns, Columns)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+def test_the_number_of_threads_does_not_change_a_bit(num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Embedding(1003, 33), nn.Linear(333, 77), nn.Linear(5, 3), nn.Linear(64, 999))
+
+    monkeypatch.setattr(parts, "MIN_NUMEL_PER_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    torch.manual_seed(0)
+    eager = make()
+    torch.manual_seed(0)
+    with deferred():
+        model = make()
+    materialize(model)
+    for expected, actual in zip(eager.parameters(), model.parameters(), strict=True):
+        assert torch.equal(expected, actual)
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Pieces, start: int, out: torch.Tensor, cursors: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(parts, "MIN_NUMEL_PER_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(Pieces, "make", fail)
+    with deferred():
+        model = nn.Linear(100, 100)
+    with pytest.raises(MemoryError, match="no more"):
+        materialize(model)
