@@ -16,4 +16,4 @@ LAYOUTS = ["rows", "long columns", "short columns", "uneven columns"]
 def test_every_layout_of_shards_gets_the_values_of_eager_construction(num_ranks: int, layouts: list[str]) -> None:
     done = run_ranks(SCRIPT, num_ranks, *layouts, timeout=180)
     for layout in layouts:
-        assert done.stdout.count(f"{layout} exact") == num_ranks
+        assert done.stdout.count(f": {layout} exact") == num_ranks

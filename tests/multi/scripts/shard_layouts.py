@@ -1,4 +1,4 @@
-"""Every layout of shards that torch offers gets eager's values, and a rank makes no more than it owns where that can be.
+"""Every layout of shards that torch offers gets eager's values, and a rank makes no more than it owns where it can.
 
 Arguments: the names of layouts to try.
 """
