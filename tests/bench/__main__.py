@@ -18,7 +18,7 @@ from tests.bench.construct import WAYS
 from tests.bench.machine import describe
 from tests.bench.model import INITS, SIZES
 from tests.bench.page import write_section
-from tests.bench.sections import Section, construct, imports, step
+from tests.bench.sections import Section, construct, imports, record, step
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks: dict[str, Callable[[], Section]] = {
         "init": lambda: construct(args.size, args.runs, args.inits, args.ways),
         "step": lambda: step(args.step_sizes, args.runs, quick=args.quick),
+        "record": lambda: record(args.runs),
         "imports": lambda: imports(args.runs),
     }
     faults = []
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("benchmarks", nargs="*", metavar="init|step|imports", help="which to run; all of them by default")
+    add("benchmarks", nargs="*", metavar="init|record|step|imports", help="which to run; all of them by default")
     add("--runs", type=int, default=5, help="fresh processes for each number (default 5)")
     add("--size", choices=SIZES, default="1b", help="the model of init (default 1b)")
     add("--inits", nargs="+", choices=INITS, default=list(INITS), help="how that model is initialized")
@@ -68,9 +69,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--write", action="store_true", help="write the tables into the docs")
     add("--page", type=Path, default=PAGE, help="the page that --write changes")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.benchmarks if name not in ("init", "step", "imports")]
+    unknown = [name for name in args.benchmarks if name not in ("init", "record", "step", "imports")]
     if unknown:
-        parser.error(f"no benchmark {unknown[0]!r}: there are init, step and imports")
+        parser.error(f"no benchmark {unknown[0]!r}: there are init, record, step and imports")
     if args.runs < 1:
         parser.error(f"--runs {args.runs} must be at least 1")
     if "eager" not in args.ways:

@@ -2,7 +2,8 @@
 
     python -m tests.bench.construct nucleate --size 1m --init plain --seed 1
 
-Clock and peak run over construction and set-up of the model. Imports, the process group and everything that happens
+Clock and peak run over construction and set-up of the model. CPU time is of all threads of a process; `part_cpu_s` is
+what of it nucleate takes for the values of its own part of the model. Imports, the process group and everything that happens
 once per process (shown as `first_use_s`, measured on a model of a thousand parameters) come before.
 """
 
@@ -15,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from tests.bench.measure import report
 from tests.bench.memory import Peak, available_bytes, prefault
-from tests.bench.model import INITS, SIZES, Decoder, num_parameters
+from tests.bench.model import INITS, SIZES, blocks_of, make_model, num_parameters, reset
 
 #: Calls the first argument to construct the model; what it returns is kept alive.
 Build = Callable[[Callable[[], nn.Module]], object]
@@ -55,6 +57,8 @@ def eager() -> Build:
 def nucleate(strategy: str, empty_init: bool) -> Callable[[], Build]:
     def prepare() -> Build:
         from nucleate import Runtime
+
+        _time_parts()
 
         runtime = Runtime(accelerator="cpu", strategy=strategy)
         runtime.launch()
@@ -93,6 +97,39 @@ def fabric(strategy: str, empty_init: bool) -> Callable[[], Build]:
     return prepare
 
 
+def meta() -> Build:
+    def build(make: Callable[[], nn.Module]) -> object:
+        with torch.device("meta"):
+            model = make()
+        model.to_empty(device="cpu")
+        reset(model)
+        return model
+
+    return build
+
+
+def accelerate_prepare() -> Build:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    return lambda make: accelerator.prepare(make())
+
+
+def accelerate_empty() -> Build:
+    from accelerate import Accelerator, init_empty_weights
+
+    accelerator = Accelerator(cpu=True)
+
+    def build(make: Callable[[], nn.Module]) -> object:
+        with init_empty_weights():
+            model = make()
+        model.to_empty(device="cpu")
+        reset(model)
+        return accelerator.prepare(model)
+
+    return build
+
+
 def eager_on_ranks() -> Build:
     dist.init_process_group("gloo")
     return eager()
@@ -111,9 +148,7 @@ def raw_shard_on_meta() -> Build:
             model = make()
         _shard(model, mesh)
         model.to_empty(device="cpu")
-        for module in model.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+        reset(model)
         return model
 
     return build
@@ -136,10 +171,16 @@ WAYS = {
     "fabric-empty": Way(
         "Fabric, `init_module(empty_init=True)` + `setup`: weights not initialized", fabric("auto", empty_init=True)
     ),
+    "meta": Way("meta, `to_empty`, `reset_parameters`", meta),
+    "accelerate": Way("Accelerate, `prepare(model)`", accelerate_prepare),
+    "accelerate-empty": Way("Accelerate, `init_empty_weights`, `to_empty`, `reset_parameters`", accelerate_empty),
     "eager-ranks": Way("eager torch on each rank", eager_on_ranks, ranks=2),
     "shard-eager": Way("eager, then `fully_shard`", raw_shard_after_eager, ranks=2),
     "shard-meta": Way("meta, `fully_shard`, `to_empty`, `reset_parameters`", raw_shard_on_meta, ranks=2),
     "nucleate-fsdp": Way("nucleate `fsdp`", nucleate("fsdp", empty_init=True), ranks=2, ours=True),
+    "nucleate-fsdp-4": Way("nucleate `fsdp`", nucleate("fsdp", empty_init=True), ranks=4, ours=True),
+    "eager-ranks-4": Way("eager torch on each rank", eager_on_ranks, ranks=4),
+    "shard-meta-4": Way("meta, `fully_shard`, `to_empty`, `reset_parameters`", raw_shard_on_meta, ranks=4),
     "fabric-shard-real": Way(
         "Fabric `ModelParallelStrategy`, `empty_init=False`", fabric("model_parallel", empty_init=False), ranks=2
     ),
@@ -164,33 +205,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     made: list[nn.Module] = []
 
     def make() -> nn.Module:
-        made.append(Decoder(size, args.init))
+        made.append(make_model(size, args.init))
         return made[-1]
 
     build = WAYS[args.way].prepare()
     # What is imported, looked up or checked only once is not paid per parameter; it has a column of its own.
     start = time.perf_counter()
-    build(lambda: Decoder(SIZES["micro"], args.init))
+    build(lambda: make_model(SIZES["micro"], args.init))
     first_use_s = time.perf_counter() - start
 
     torch.manual_seed(args.seed)
     gc.collect()
     ranks = WAYS[args.way].ranks
     # The model in fp32 and a quarter; DDP takes buckets as large as the model besides. Alike for all that are compared.
-    models = 1.25 if ranks == 1 else 2.25
+    models = 1.25 if ranks == 1 else 4.5 / ranks
     prefault(min(int(models * 4 * num_parameters(size)), int(0.8 * available_bytes() / ranks)))
     if dist.is_initialized():
         dist.barrier()
     peak = Peak()
-    start = time.perf_counter()
+    global _part_cpu_s
+    _part_cpu_s = 0.0
+    start, cpu_start = time.perf_counter(), time.process_time()
     kept = build(make)
-    wall_s = time.perf_counter() - start
+    wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     added_bytes = peak.added_bytes()
 
     stream = torch.rand(8).tolist()
     mine = {
         "first_use_s": first_use_s,
         "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "part_cpu_s": _part_cpu_s,
         "peak_bytes": added_bytes,
         "weights": digest(made[0]),
         "stream": str(stream),
@@ -207,6 +252,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         time.sleep(0.2)
     # Not by the interpreter: gloo's threads now and then abort its exit, and nothing is left to be done.
     os._exit(0)
+
+
+_part_cpu_s = 0.0
+
+
+def _time_parts() -> None:
+    # Not an import statement: the package offers a function of the same name.
+    module: Any = import_module("nucleate.materialize.execute")
+    make_parts: Any = module.make_parts
+
+    def timed(*args: Any) -> None:
+        global _part_cpu_s
+        start = time.process_time()
+        make_parts(*args)
+        _part_cpu_s += time.process_time() - start
+
+    module.make_parts = timed
 
 
 def digest(model: nn.Module) -> str:
@@ -243,7 +305,7 @@ def _mesh() -> Any:
 def _shard(model: Any, mesh: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
-    for block in model.blocks:
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 

@@ -1,18 +1,20 @@
-"""The model that is measured: a decoder of plain torch modules, in sizes from a thousand to a billion parameters.
+"""The models that are measured, in sizes from a thousand to a billion parameters.
 
-Nothing in it is hard for the peers: no ties, no buffers, and every module with parameters has a `reset_parameters`.
-How it is initialized can be chosen: `plain` leaves it to torch's modules, `again` draws all weights a second time at
-the end of the constructor, as GPT-2, nanoGPT and transformers do.
+Two are a decoder of plain torch modules in which nothing is hard for the peers: no ties, no buffers, and every module
+with parameters has a `reset_parameters`. `plain` leaves the initialization to torch's modules, `again` draws all
+weights a second time at the end of the constructor, as GPT-2, nanoGPT and transformers do. `llama` is transformers'
+own `LlamaForCausalLM`, untied.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INITS = ("plain", "again")
+INITS = ("plain", "again", "llama")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,46 @@ class Decoder(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+
+def make_model(size: Size, init: str) -> nn.Module:
+    """Construct the model that `init` names."""
+    if init != "llama":
+        return Decoder(size, init)
+    from transformers import LlamaForCausalLM
+
+    model: nn.Module = LlamaForCausalLM(llama_config(size))
+    return model
+
+
+def llama_config(size: Size) -> Any:
+    """Return the configuration of a Llama of about that size."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=size.vocab_size,
+        hidden_size=size.dim,
+        intermediate_size=43 * size.dim // 16,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_heads,
+        tie_word_embeddings=False,
+    )
+
+
+def blocks_of(model: Any) -> Any:
+    """Return the repeated blocks."""
+    return model.blocks if isinstance(model, Decoder) else model.model.layers
+
+
+def reset(model: Any) -> None:
+    """Initialize a model after `to_empty`, the way its library offers."""
+    if not isinstance(model, Decoder):
+        model.init_weights()
+        return
+    for module in model.modules():
+        if callable(reset_parameters := getattr(module, "reset_parameters", None)):
+            reset_parameters()
 
 
 def num_parameters(size: Size) -> int:

@@ -1,4 +1,4 @@
-"""The three sections of the benchmark page: what is measured for each, and the Markdown that comes of it."""
+"""The sections of the benchmark page: what is measured for each, and the Markdown that comes of it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ SEED = 1
 
 #: Pairs of blocks and steps in a block: a second or more each, of blocks that drift does not reach.
 BLOCKS = {"micro": (60, 20), "1m": (30, 4), "10m": (12, 2), "100m": (6, 1), "1b": (4, 1)}
+_HOW = {
+    "plain": "initialized once, by torch's modules",
+    "again": "initialized and then drawn again, all of them, as GPT-2 does",
+    "llama": "transformers' `LlamaForCausalLM`, which initializes twice",
+}
 LOOPS = {"raw": "the raw loop again", "nucleate": "nucleate", "fabric": "Fabric"}
 
 IMPORTS = {
@@ -77,9 +82,8 @@ def construct(size: str, runs: int, inits: Sequence[str] = INITS, ways: Iterable
         if eager.failure is not None:
             raise RuntimeError(f"eager construction failed: {eager.failure}")
         expected = {key: eager.values(key)[0] for key in ("weights", "stream")}
-        how = "once, by torch's modules" if init == "plain" else "and then drawn again, all of them, as GPT-2 does"
-        parts.append(f"### {_millions(parameters)} parameters, initialized {how}")
-        for ranks, baseline in ((1, "eager"), (2, "eager-ranks")):
+        parts.append(f"### {_millions(parameters)} parameters, {_HOW[init]}")
+        for ranks, baseline in ((1, "eager"), (2, "eager-ranks"), (4, "eager-ranks-4")):
             rows = {name: one for name, one in taken.items() if WAYS[name].ranks == ranks}
             if rows:
                 parts.append(_construct_table(rows, taken.get(baseline, eager), expected, ranks))
@@ -115,6 +119,24 @@ def step(sizes: Sequence[str], runs: int, loops: Iterable[str] = LOOPS, quick: b
     return Section("\n\n".join(parts), series, faults)
 
 
+def record(runs: int) -> Section:
+    """Measure how long it takes to record a model of 70 billion parameters, and what the record takes."""
+    names = {
+        "meta": 'transformers under `torch.device("meta")`: nothing can be made of it',
+        "nucleate": "transformers under nucleate's `deferred()`",
+    }
+    taken = take({name: partial(in_process, "-m", "tests.bench.record", name) for name in names}, runs, what="record")
+    rows = []
+    for name, one in taken.items():
+        if one.failure is not None:
+            rows.append([names[name], f"failed: {_escaped(one.failure)}", "", ""])
+            continue
+        peak = f"{one.median('peak_bytes') / 2**20:.1f}"
+        rows.append([names[name], f"{one.median('first_use_s'):.2f}", _seconds(one.values("wall_s")), peak])
+    faults = [f"record nucleate: {one.failure}" for name, one in taken.items() if name == "nucleate" and one.failure]
+    return Section(_table(["Llama 70B", "first use, s", "construct, s", "peak, MiB"], rows), taken, faults)
+
+
 def imports(runs: int, names: Iterable[str] = IMPORTS) -> Section:
     """Measure imports over `import torch`."""
     taken = take({name: partial(_import, IMPORTS[name][1]) for name in names}, runs, what="import")
@@ -135,7 +157,7 @@ def imports(runs: int, names: Iterable[str] = IMPORTS) -> Section:
 def _construct(name: str, size: str, init: str) -> Numbers:
     arguments = (name, "--size", size, "--init", init, "--seed", str(SEED))
     if WAYS[name].ranks == 1:
-        return in_process("-m", "tests.bench.construct", *arguments, threads=1)
+        return in_process("-m", "tests.bench.construct", *arguments)
     return on_ranks("tests.bench.construct", WAYS[name].ranks, *arguments)
 
 
@@ -147,12 +169,13 @@ def _import(statement: str) -> Numbers:
 
 def _construct_table(rows: dict[str, Series], baseline: Series, expected: dict[str, str], ranks: int) -> str:
     where = "one process" if ranks == 1 else f"{ranks} gloo ranks, the slower and the larger one"
-    header = [where, "first use, s", "build, s", "x eager", "peak, MiB", "x eager", "weights = eager's", "stream"]
+    header = [where, "first use, s", "build, s", "x eager", "CPU, s", "of it values", "peak, MiB", "x eager"]
+    header += ["weights = eager's", "stream"]
     cells = []
     for name, one in rows.items():
         label = WAYS[name].label
         if one.failure is not None:
-            cells.append([label, f"does not run: {_escaped(one.failure)}", *[""] * 6])
+            cells.append([label, f"does not run: {_escaped(one.failure)}", *[""] * 8])
             continue
         cells.append(
             [
@@ -160,6 +183,8 @@ def _construct_table(rows: dict[str, Series], baseline: Series, expected: dict[s
                 f"{one.median('first_use_s'):.2f}",
                 _seconds(one.values("wall_s")),
                 f"{one.median('wall_s') / baseline.median('wall_s'):.2f}" if baseline.runs else "",
+                f"{one.median('cpu_s'):.2f}",
+                f"{one.median('part_cpu_s'):.2f}" if WAYS[name].ours else "",
                 f"{one.median('peak_bytes') / 2**20:.0f}",
                 f"{one.median('peak_bytes') / max(baseline.median('peak_bytes'), 1):.2f}" if baseline.runs else "",
                 *("yes" if one.every(key, expected[key]) else "**no**" for key in ("weights", "stream")),

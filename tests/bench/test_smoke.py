@@ -91,7 +91,7 @@ def test_a_table_is_written_into_its_section_of_the_page(tmp_path: Path, capfd: 
 def test_the_page_has_a_section_for_every_benchmark(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text(encoding="utf-8"))
-    for name in ("init", "step", "imports"):
+    for name in ("init", "record", "step", "imports"):
         write_section(page, name, f"the numbers of {name}")
         assert f"the numbers of {name}" in page.read_text()
     with pytest.raises(ValueError, match="needs exactly one section"):

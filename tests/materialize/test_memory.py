@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 
 from nucleate.materialize import memory
+from nucleate.materialize.memory import MIN_ADVISED_BYTES, advise_huge_pages
+
+HUGE_PAGE = 2 << 20
 
 
-@pytest.mark.parametrize("size_bytes", [0, 1, 4095, memory.MIN_ADVISED_BYTES, (5 << 20) + 3])
-def test_it_holds_what_is_written_to_all_of_it(size_bytes: int) -> None:
-    storage = memory.allocate(size_bytes, torch.device("cpu"))
-    assert storage.nbytes() == size_bytes
-    tensor = torch.empty(0, dtype=torch.uint8).set_(storage)
-    assert bool((tensor.fill_(7) == 7).all())
+def test_it_holds_what_is_written_to_all_of_it() -> None:
+    sizes = [0, 1, 4095, MIN_ADVISED_BYTES, (5 << 20) + 3, 9 << 20]
+    storages = [torch.UntypedStorage(size) for size in sizes]
+    advise_huge_pages(storages)
+    tensors = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages]
+    for index, tensor in enumerate(tensors):
+        tensor.fill_(index)
+    for index, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
+        assert tensor.numel() == size
+        assert bool((tensor == index).all())
 
 
-def test_only_whole_huge_pages_inside_the_memory_are_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_was_written_keeps_what_it_holds() -> None:
+    tensor = torch.arange(3 << 20)
+    advise_huge_pages([tensor.untyped_storage()])
+    assert torch.equal(tensor, torch.arange(3 << 20))
+
+
+def test_large_memory_is_advised_from_end_to_end_and_small_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(memory, "_madvise", lambda: lambda start, length, advice: calls.append((start, length)))
-    storage = memory.allocate(9 << 20, torch.device("cpu"))
-    memory.allocate(1 << 20, torch.device("cpu"))
-    ((start, length),) = calls
-    assert start % (2 << 20) == length % (2 << 20) == 0
-    assert storage.data_ptr() <= start
-    assert start + length <= storage.data_ptr() + storage.nbytes()
+    storage = torch.UntypedStorage(9 << 20)
+    advise_huge_pages([storage, torch.UntypedStorage(1 << 20)])
+    (start, length), (begin, huge) = calls
+    assert start % mmap.PAGESIZE == 0
+    assert 0 <= storage.data_ptr() - start < mmap.PAGESIZE
+    assert start + length == storage.data_ptr() + storage.nbytes()
+    assert huge == HUGE_PAGE
+    assert begin % HUGE_PAGE == 0
+    assert begin <= storage.data_ptr() < begin + HUGE_PAGE
 
 
 def test_a_system_without_the_call_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_madvise", lambda: None)
-    assert memory.allocate(5 << 20, torch.device("cpu")).nbytes() == 5 << 20
+    advise_huge_pages([torch.UntypedStorage(5 << 20)])

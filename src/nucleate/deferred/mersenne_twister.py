@@ -64,9 +64,11 @@ class Stream:
         if distance < 0:
             raise ValueError(f"a stream cannot go back from {self.offset} to {offset}")
         if distance > JUMP_COST and jumps_as_it_draws():
-            self.generator.set_state(jump(self.generator.get_state(), distance, workspace))
-        elif distance:
-            draw(self.generator, distance)
+            # By whole blocks, so that equal distances take one polynomial wherever in a block they begin.
+            rest = distance % _N
+            self.generator.set_state(jump(self.generator.get_state(), distance - rest, workspace))
+            distance = rest
+        draw(self.generator, distance)
         self.offset = offset
 
 
@@ -89,6 +91,8 @@ class Workspace:
 
 def draw(generator: torch.Generator, count: int) -> None:
     """Draw `count` 32-bit numbers into nowhere."""
+    if not count:
+        return
     # A 64-bit integer takes two draws and little else.
     pairs = torch.empty(min(count // 2, _PIECE), dtype=torch.int64)
     for start in range(0, count // 2, _PIECE):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nucleate.deferred.fills import is_contiguous
 from nucleate.deferred.replay import view
 from nucleate.errors import UninitializedError, name_list
-from nucleate.materialize.memory import advise_huge_pages, allocate
+from nucleate.materialize.memory import advise_huge_pages
 from nucleate.materialize.parts import Part, make_parts, parts_of
 from nucleate.materialize.plan import Group, Holder, Plan, Target
 from nucleate.materialize.source import Pieces
@@ -80,16 +80,19 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
 
 
 def _allocate_shards(model: nn.Module, device: torch.device) -> None:
+    storages: list[torch.UntypedStorage] = []
+
     def allocated(tensor: Any) -> Tensor:
         if not _is_sharded(tensor) or not tensor.is_meta:
             return tensor  # type: ignore[no-any-return]
         new: Any = torch.empty_like(tensor, device=device)
-        advise_huge_pages(new.to_local().untyped_storage())
+        storages.append(new.to_local().untyped_storage())
         return new  # type: ignore[no-any-return]
 
     if any(_is_sharded(parameter) and parameter.is_meta for parameter in model.parameters()):
         # Through `_apply`, so that FSDP takes notice of its new local tensors.
         model._apply(allocated)
+        advise_huge_pages(storages)
 
 
 def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]:
@@ -110,10 +113,11 @@ def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]
             else:
                 parts.extend(part for box in boxes if box is not None for part in box)
             continue
-        storage = allocate(group.source.size_bytes, device)
+        storage = torch.UntypedStorage(group.source.size_bytes, device=device)
         made.append((group, storage))
         flat = torch.empty(0, dtype=pieces.dtype, device=device).set_(storage, 0, (pieces.numel,), (1,))
         parts.extend(parts_of(pieces, 0, flat.shape, (0,), flat))
+    advise_huge_pages(storage for _, storage in made)
     make_parts(parts, torch.get_num_threads())
     for group, storage in made:
         _install_group(group, storage)
@@ -146,7 +150,7 @@ def _install_group(group: Group, storage: torch.UntypedStorage) -> None:
 def _scratch(groups: Sequence[Group], device: torch.device) -> torch.UntypedStorage | None:
     """Return memory for the largest value of which only a shard is kept, so that it is taken and touched once."""
     sizes = [group.source.size_bytes for group in groups if all(_shards(target) for target in group.targets)]
-    return allocate(max(sizes), device) if sizes else None
+    return torch.UntypedStorage(max(sizes), device=device) if sizes else None
 
 
 def _shards(target: Target) -> list[Any]:
