@@ -3,8 +3,8 @@
     python -m tests.bench.construct nucleate --size 1m --init plain --seed 1
 
 Clock and peak run over construction and set-up of the model. CPU time is of all threads of a process; `part_cpu_s` is
-what of it nucleate takes for the values of its own part of the model. Imports, the process group and everything that happens
-once per process (shown as `first_use_s`, measured on a model of a thousand parameters) come before.
+what of it nucleate takes for the values of its own part of the model. Imports, the process group and everything that
+happens once per process (shown as `first_use_s`, measured on a model of a thousand parameters) come before.
 """
 
 from __future__ import annotations
