@@ -24,7 +24,9 @@ PUBLIC = {
     "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator",
     "nucleate.checkpoint": "load save",
     "nucleate.cluster": "Communicator Environment",
-    "nucleate.deferred": "Handle Record deferred handle_of held_tensors is_recording release",
+    "nucleate.deferred": (
+        "Cursors Handle Pieces Record deferred eager handle_of held_tensors is_recording release resumed"
+    ),
     "nucleate.materialize": "Plan execute materialize",
     "nucleate.precision": "FullPrecision HalfPrecision MixedPrecision Precision",
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",

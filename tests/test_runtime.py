@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import pickle
 import random
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nucleate import Runtime
+from nucleate.deferred import handle_of
 from nucleate.errors import (
     ConfigurationError,
     DeferredEditError,
@@ -27,6 +32,7 @@ from nucleate.precision.mixed import MixedPrecision
 from nucleate.strategies import FSDPStrategy
 from nucleate.strategies.single_device import SingleDeviceStrategy
 from nucleate.wrappers.module import ModuleWrapper
+from tests.deferred.equality import assert_same_model
 
 
 class Net(nn.Module):
@@ -291,6 +297,121 @@ def test_use_and_edit_before_setup_are_refused(runtime: Runtime) -> None:
     with pytest.raises(DeferredUseError, match="has no value"):
         runtime.backward(torch.empty((), device="meta"))
     runtime.setup(model)
+
+
+PRECISIONS = ["32-true", "bf16-true", "bf16-mixed", "64-true"]
+
+
+def eager_and_deferred(precision: str, story: Callable[[Runtime, bool], nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """Return what a story gives with `empty_init=False` and with True, set up, with equal streams asserted."""
+    models, streams = [], []
+    for empty_init in (False, True):
+        runtime = Runtime(accelerator="cpu", precision=precision)
+        runtime.seed_everything(5)
+        model = story(runtime, empty_init)
+        streams.append(torch.rand(3))
+        runtime.setup(model)
+        models.append(model)
+    assert torch.equal(*streams)
+    return models[0], models[1]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_model_may_be_copied_cast_tied_and_edited_again_before_setup(precision: str) -> None:
+    def story(runtime: Runtime, empty_init: bool) -> nn.Module:
+        with runtime.init_module(empty_init=empty_init):
+            model = Net()
+        model.teacher = copy.deepcopy(model.body)
+        model.teacher.requires_grad_(False)
+        model.half()
+        model.head.double()
+        with runtime.init_module(empty_init=empty_init):
+            model.extra = nn.Linear(6, 6)
+            model.body.apply(lambda module: nn.init.trunc_normal_(module.weight))
+            model.head.load_state_dict({"weight": torch.ones(2, 6), "bias": torch.zeros(2)})
+        model.extra.bias = model.body.bias
+        model.new = nn.Parameter(model.body.weight.detach().t())
+        model.real = nn.Linear(3, 3)
+        return model
+
+    assert_same_model(*eager_and_deferred(precision, story))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("inner", [True, False, None])
+def test_init_module_blocks_nest(precision: str, outer: bool, inner: bool | None) -> None:
+    def story(runtime: Runtime, empty_init: bool) -> nn.Module:
+        with runtime.init_module(empty_init=empty_init and outer):
+            model = nn.Sequential(Net())
+            with runtime.init_module(empty_init=inner if empty_init else False):
+                model.append(nn.Linear(40, 40))
+                is_deferred = handle_of(model[1].weight) is not None or is_recording_to(model[1].weight)
+                assert is_deferred == (empty_init and (outer if inner is None else inner))
+            model.append(nn.Linear(40, 40))
+        return model
+
+    assert_same_model(*eager_and_deferred(precision, story))
+
+
+def is_recording_to(tensor: Tensor) -> bool:
+    """Return whether a tensor is on the meta device, whatever it says of itself inside a context."""
+    with torch._C.DisableTorchFunction():
+        return tensor.is_meta
+
+
+def test_two_models_and_their_parts_are_set_up_one_after_the_other(runtime: Runtime) -> None:
+    def make() -> tuple[nn.Module, nn.Module]:
+        first, second = Net(), Net()
+        second.body.weight = first.body.weight
+        second.inv_freq = first.inv_freq[:3]
+        return first, second
+
+    runtime.seed_everything(3)
+    with runtime.init_module(empty_init=False):
+        expected = make()
+    runtime.seed_everything(3)
+    with runtime.init_module(empty_init=True):
+        models = make()
+    runtime.setup(models[1])
+    assert handle_of(models[0].head.weight) is not None
+    runtime.setup(models[0])
+    assert_same_model(nn.ModuleList(expected), nn.ModuleList(models))
+
+
+def test_nothing_of_the_record_stays_after_setup(runtime: Runtime) -> None:
+    with runtime.init_module(empty_init=True):
+        model, other = Net(), Net()
+    with pytest.raises(DeferredUseError):
+        model(torch.ones(1, 6))
+    twin = copy.deepcopy(model)
+    model.body.weight.register_hook(lambda gradient: gradient * 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    record, tape = (
+        weakref.ref(x) for x in (handle_of(model.body.weight).record, handle_of(twin.body.weight).record.tape)
+    )
+    wrapped, optimizer = runtime.setup(model, optimizer)
+    runtime.setup(twin)
+    gc.collect()
+    assert record() is not None, "another model still needs it"
+    wrapped_other = runtime.setup(other)
+    gc.collect()
+    assert record() is None
+    assert tape() is None
+    del wrapped, optimizer, wrapped_other
+
+
+def test_a_setup_that_is_refused_leaves_the_model_deferred(runtime: Runtime) -> None:
+    with runtime.init_module(empty_init=True):
+        model = Net()
+        model.forgotten = nn.Parameter(torch.empty(3))
+    with pytest.raises(UninitializedError, match="forgotten"):
+        runtime.setup(model)
+    with pytest.raises(DeferredUseError, match=r"body\.weight"):
+        model(torch.ones(1, 6))
+    with runtime.init_module(empty_init=True):
+        nn.init.zeros_(model.forgotten)
+    assert runtime.setup(model)(torch.ones(1, 6)).isfinite().all()
 
 
 def test_an_uninitialized_parameter_is_refused(runtime: Runtime) -> None:

@@ -24,7 +24,7 @@ from nucleate.accelerators.base import Accelerator
 from nucleate.cluster.agreement import verify_same_model
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
-from nucleate.deferred import deferred
+from nucleate.deferred import deferred, eager, is_recording, resumed
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.materialize import Plan
 from nucleate.plugin import Composition
@@ -197,7 +197,8 @@ class Runtime:
         Args:
             empty_init: True defers: nothing is allocated and `setup` makes each parameter where it will live. False
                 makes real tensors at once, on the target device in the target dtype. None lets the strategy decide:
-                those that shard defer. The weights are bit-identical either way.
+                those that shard defer. The weights are bit-identical either way. Blocks nest: the innermost True or
+                False counts. A model that is still deferred may be edited in a second block with True.
         """
         self.launch()
         defer = self._strategy.shards if empty_init is None else empty_init
@@ -207,6 +208,8 @@ class Runtime:
                 stack.enter_context(part.module_init_context())
             if defer:
                 stack.enter_context(deferred(self._device))
+            elif empty_init is not None:
+                stack.enter_context(eager())
             yield
 
     @contextmanager
@@ -244,11 +247,10 @@ class Runtime:
             plan = Plan.of(model)
         verify_same_model(plan.digest(), self._communicator)
         with self._communicator.all_or_none("setup"):
-            with ExitStack() as stack:
-                # Under its recorders, what the precision does to deferred parameters becomes part of their recipes.
-                for record in plan.records:
-                    stack.enter_context(record.resumed(model))
-                del plan
+            # The plan lists the tensors as they are now.
+            del plan
+            # While they are recorded, what the precision does to deferred parameters becomes part of their recipes.
+            with resumed(model):
                 model = self._precision.setup(model)
             model = self._accelerator.setup(model)
             forward_module = self._strategy.setup(model)
@@ -477,7 +479,8 @@ class Runtime:
 
     def _agree_on_generators(self) -> None:
         """Give every rank the generator states of rank 0."""
-        if self.world_size == 1:
+        if self.world_size == 1 or is_recording():
+            # Inside another `init_module` the ranks agree, and the states are places in a recording.
             return
         numpy = sys.modules.get("numpy")
         state = (

@@ -2,50 +2,123 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from torch import nn
 
-from nucleate.deferred import deferred
+from nucleate.deferred import deferred, eager, is_recording
+from nucleate.deferred.random_program import RandomProgram
 from nucleate.errors import UninitializedError
 from nucleate.materialize import materialize
 from tests.deferred.equality import assert_same_model
 
 
-def _torch_state() -> tuple[object, ...]:
+def torch_state() -> tuple[object, ...]:
     return (
-        torch.nn.init._no_grad_trunc_normal_,
+        nn.init._no_grad_trunc_normal_,
+        nn.Module.__setstate__,
+        nn.Module.register_parameter,
+        torch.Tensor._make_subclass,
+        "_make_subclass" in vars(torch.Tensor),
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
         torch.get_default_dtype(),
         len(nn.modules.module._global_parameter_registration_hooks),
         len(nn.modules.module._global_buffer_registration_hooks),
         len(nn.modules.module._global_module_registration_hooks),
+        is_recording(),
     )
 
 
-def test_a_constructor_that_raises_leaves_torch_and_the_stream_as_eager_would() -> None:
-    class Failing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(5, 5)
-            raise ZeroDivisionError
+class Failing(nn.Module):
+    """Fails in the middle; what it made until then survives in `made`."""
 
-    before = _torch_state()
+    def __init__(self, error: BaseException, made: list[nn.Module]) -> None:
+        super().__init__()
+        made.append(self)
+        self.layer = nn.Linear(40, 40)
+        nn.init.trunc_normal_(self.layer.weight)
+        self.own = nn.Parameter(self.layer.weight.data[:3] * 2)
+        raise error
+
+
+@contextmanager
+def contexts(depth: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in (deferred, eager, deferred)[:depth]:
+            stack.enter_context(context())
+        yield
+
+
+ERRORS = [ZeroDivisionError, KeyboardInterrupt, SystemExit, GeneratorExit]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_constructor_that_raises_leaves_torch_and_the_stream_as_eager_would(
+    error: type[BaseException], depth: int
+) -> None:
+    before, survivors = torch_state(), []
     torch.manual_seed(3)
-    with pytest.raises(ZeroDivisionError):
-        Failing()
+    with pytest.raises(error):
+        Failing(error(), survivors)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    with pytest.raises(ZeroDivisionError), deferred():
-        Failing()
-    assert _torch_state() == before
+    with pytest.raises(error), contexts(depth):
+        Failing(error(), survivors)
+    assert torch_state() == before
     assert torch.equal(torch.rand(3), expected)
     assert torch.initial_seed() == 3
+    # What survives is as good as any deferred model.
+    copy.deepcopy(survivors[1]).half()
+    materialize(survivors[1])
+    assert_same_model(*survivors)
+
+
+def test_a_generator_function_that_is_closed_inside_leaves_torch_as_it_was() -> None:
+    def construct() -> Iterator[nn.Module]:
+        with deferred():
+            yield nn.Linear(3, 3)
+
+    before = torch_state()
+    torch.manual_seed(0)
+    suspended = construct()
+    model = next(suspended)
+    assert is_recording()
+    suspended.close()
+    assert torch_state() == before
+    stream = torch.rand(3)
+    torch.manual_seed(0)
+    assert_same_model(nn.Linear(3, 3), materialize(model))
+    assert torch.equal(torch.rand(3), stream)
+
+
+def test_an_interrupt_while_the_context_ends_leaves_no_foreign_generator_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    nn.Linear(300, 300)
+    expected = torch.rand(3)
+    true_states, interrupts = RandomProgram.true_states, [KeyboardInterrupt()]
+
+    def interrupted(program: RandomProgram) -> object:
+        if interrupts:
+            raise interrupts.pop()
+        return true_states(program)
+
+    monkeypatch.setattr(RandomProgram, "true_states", interrupted)
+    before = torch_state()
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt), deferred():
+        model = nn.Linear(300, 300)
+    assert torch_state() == before
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(0)
+    assert_same_model(nn.Linear(300, 300), materialize(model))
 
 
 def test_two_models_in_one_context_can_be_made_in_any_order() -> None:
@@ -86,26 +159,20 @@ def test_contexts_nest_and_follow_one_another() -> None:
         third = nn.Linear(20, 20)
     for model in (third, first, second):
         materialize(model)
-    for eager, model in zip(expected, (first, second, third), strict=True):
-        assert_same_model(eager, model)
+    for eager_model, model in zip(expected, (first, second, third), strict=True):
+        assert_same_model(eager_model, model)
 
 
-def test_a_context_in_a_thread_leaves_other_threads_alone() -> None:
-    made: list[nn.Module] = []
-
-    def construct() -> None:
-        with deferred():
-            made.append(nn.Linear(3, 3))
-
+def test_a_parameter_that_no_module_holds_may_be_given_to_one_later() -> None:
+    torch.manual_seed(0)
+    expected = nn.Parameter(torch.randn(3))
+    torch.manual_seed(0)
     with deferred():
-        thread = threading.Thread(target=construct)
-        thread.start()
-        thread.join()
-        inside = nn.Linear(3, 3)
-    assert not nn.Linear(2, 2).weight.is_meta
-    materialize(made[0])
-    materialize(inside)
-    assert made[0](torch.ones(1, 3)).isfinite().all()
+        parameter = nn.Parameter(torch.randn(3))
+    model = nn.Module()
+    model.weight = parameter
+    assert materialize(model).weight is parameter
+    assert torch.equal(parameter, expected)
 
 
 def test_real_tensors_are_left_alone() -> None:

@@ -1,8 +1,22 @@
 """Deferred initialization: construction is recorded, values are made later. Knows torch only; usable alone."""
 
-from nucleate.deferred.context import Record, deferred, is_recording
+from nucleate.deferred.active import is_recording
+from nucleate.deferred.context import Record, deferred, eager, resumed
 from nucleate.deferred.cursors import Cursors
-from nucleate.deferred.guard import Handle, handle_of, held_tensors, release
+from nucleate.deferred.handle import Handle, handle_of, release
+from nucleate.deferred.held import held_tensors
 from nucleate.deferred.pieces import Pieces
 
-__all__ = ["Cursors", "Handle", "Pieces", "Record", "deferred", "handle_of", "held_tensors", "is_recording", "release"]
+__all__ = [
+    "Cursors",
+    "Handle",
+    "Pieces",
+    "Record",
+    "deferred",
+    "eager",
+    "handle_of",
+    "held_tensors",
+    "is_recording",
+    "release",
+    "resumed",
+]

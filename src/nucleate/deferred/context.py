@@ -5,28 +5,34 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
-from nucleate.deferred.guard import guard, handle_of, held_tensors, release
+from nucleate.deferred.active import active_record, active_records, turn
+from nucleate.deferred.guard import guard
+from nucleate.deferred.handle import handle_of, is_edited, is_shared, release
+from nucleate.deferred.held import held_tensors
 from nucleate.deferred.impersonate import Impersonation
+from nucleate.deferred.patches import patched
 from nucleate.deferred.pieces import Pieces, pieces_of
+from nucleate.deferred.random_program import default_generator
 from nucleate.deferred.record import Recorder
+from nucleate.deferred.refusal import refuse_shared
 from nucleate.deferred.replay import Replayer
 from nucleate.deferred.tape import Tape
+from nucleate.errors import DeferredEditError, DeferredUseError
 
-# The record of this thread's innermost recording.
-_recording = threading.local()
+# A tensor that one record meets may belong to another.
+_records: weakref.WeakSet[Record] = weakref.WeakSet()
 
 
 class Record:
     """How the deferred tensors of one construction are made.
 
-    It lives as long as one of its tensors is deferred.
+    It lives as long as one of its tensors is deferred. Records whose tensors meet share one tape from then on.
 
     Args:
         device: The device that the tensors stand for.
@@ -36,86 +42,170 @@ class Record:
         self.device = device
         self.tape = Tape()
         self.replayer = Replayer(self.tape, device)
-        self._recorder = Recorder(self.tape, self.replayer, device)
+        #: Records operations while it is entered.
+        self.recorder = Recorder(self.tape, self.replayer, device)
+        self.recorder.on_stranger = self._meet
+        #: What Python sees of its tensors while something is recorded.
+        self.impersonation = Impersonation(self.recorder)
         #: What questions about its tensors are answered after the constructor.
-        self.answers: dict[Any, Any] = Impersonation(self._recorder).answers
+        self.answers: dict[Any, Any] = self.impersonation.answers
+        # The thread that records, and what the guards stepped aside from meanwhile.
+        self._thread: int | None = None
+        self._taken: list[tuple[Tensor, str]] = []
+        #: Parameters made meanwhile. Not weakly: `swap_tensors` would refuse them.
+        self.parameters: list[Tensor] = []
+        self._modules: dict[int, weakref.ref[nn.Module]] = {}
+        _records.add(self)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record what is done inside; on exit every generator stands where eager construction would have left it."""
-        constructed: list[nn.Module] = []
         with ExitStack() as stack:
-            stack.callback(self._guard, constructed)
-            stack.enter_context(_watched_modules(constructed))
-            stack.callback(self.replayer.settle)
-            stack.enter_context(self._opaque_initializers())
-            stack.enter_context(self._recorder)
-            stack.enter_context(Impersonation(self._recorder))
-            stack.callback(setattr, _recording, "record", getattr(_recording, "record", None))
-            _recording.record = self
+            stack.callback(self._guard_all)
+            stack.callback(self._settle)
+            stack.enter_context(patched())
+            stack.enter_context(self.recorder)
+            stack.enter_context(self.impersonation)
+            stack.callback(setattr, self, "_thread", self._thread)
+            self._thread = threading.get_ident()
+            stack.callback(active_records().remove, self)
+            active_records().append(self)
             yield
 
     @contextmanager
-    def resumed(self, model: nn.Module) -> Iterator[None]:
-        """Record again, so that what is done to the deferred tensors of `model` becomes part of their recipes."""
-        for module in model.modules():
-            for _, _, tensor in held_tensors(module):
-                handle = handle_of(tensor)
-                if handle is not None and handle.record is self:
-                    release(tensor)
-        try:
-            with self.recording():
+    def reopened(self) -> Iterator[None]:
+        """Record one call on tensors that keep their guards otherwise; what it makes anew is real."""
+        self._refuse_other_thread()
+        with turn, self.factories(real=True), self.recorder:
+            try:
                 yield
+            finally:
+                self.recorder.handed_out.clear()
+
+    @contextmanager
+    def factories(self, real: bool) -> Iterator[None]:
+        """Let factories make real tensors, or deferred ones again, while operations on deferred ones are recorded."""
+        before = self.recorder.makes_real
+        self.recorder.makes_real = real
+        try:
+            yield
         finally:
-            self._guard(list(model.modules()))
+            self.recorder.makes_real = before
+
+    def notice(self, module: nn.Module) -> None:
+        """Remember a module that was given something while this records."""
+        self._modules[id(module)] = weakref.ref(module)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is one of this recording; a guarded one of its device becomes one."""
+        handle = handle_of(tensor)
+        if handle is not None and handle.record.device == self.device:
+            self.take(tensor)
+        return self.tape.number(tensor) is not None
+
+    def take(self, tensor: Tensor) -> None:
+        """Take the guard off a tensor until this recording ends: what is done to it becomes part of its recipe."""
+        handle = handle_of(tensor)
+        if handle is None:
+            return
+        if is_edited(tensor, handle):
+            raise DeferredEditError(
+                f"{handle.fqn} was edited outside the context that records it, through a tensor that shares its "
+                "memory; the edit would be lost. Make it inside `init_module`, or after `setup`."
+            )
+        if is_shared(tensor, handle):
+            refuse_shared(handle)
+        self.join(handle.record)
+        release(tensor)
+        self._taken.append((tensor, handle.fqn))
+
+    def join(self, other: Record) -> None:
+        """Share a tape with another record, because tensors of the two meet."""
+        old = other.tape
+        if old is self.tape:
+            return
+        other._refuse_other_thread()
+        with turn:
+            self.recorder.absorb(other.recorder)
+            for generator in other.replayer.random.generators(default_generator(self.device)):
+                # So that replaying gives these back as well as its own.
+                self.replayer.random.locate(generator)
+            for record in list(_records):
+                if record.tape is old:
+                    record.tape = record.replayer.tape = record.recorder.tape = self.tape
 
     def make(
         self, storage: int, device: torch.device, scratch: torch.UntypedStorage | None = None
     ) -> torch.UntypedStorage:
-        """Make the content of one storage of the tape on a device; see `Replayer.storage`."""
-        return self.replayer.storage(storage, device, scratch)
+        """Make the content of one storage of the tape on a device; see `Replayer.storage`.
+
+        Where some of its tensors have been made before, and are still there, the others share their memory.
+        """
+        if scratch is not None:
+            return self.replayer.storage(storage, device, scratch)
+        made = self.tape.made(storage)
+        if made is None or made.device.type != device.type or device.index not in (None, made.device.index):
+            made = self.replayer.storage(storage, device)
+            self.tape.keep_made(storage, made)
+        return made
 
     def pieces(self, storage: int) -> Pieces | None:
         """Return how ranges of one storage of the tape are made, or None; see `nucleate.deferred.pieces`."""
-        return pieces_of(self.tape, self.replayer.random, storage)
+        return None if self.tape.made(storage) is not None else pieces_of(self.tape, self.replayer.random, storage)
 
-    def making(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def making(self) -> Iterator[None]:
         """Return a context that makes many calls of `make` cheaper; autograd and torch's modes are off in it."""
-        return self.replayer.plain_torch()
+        with turn, self.replayer.plain_torch():
+            yield
 
-    def _guard(self, modules: list[nn.Module]) -> None:
+    def _meet(self, tensor: Tensor) -> None:
+        for record in list(_records):
+            if record.device == self.device and record.tape.number(tensor) is not None:
+                self.join(record)
+                return
+
+    def _refuse_other_thread(self) -> None:
+        threads = {record._thread for record in list(_records) if record.tape is self.tape}
+        if threads - {None, threading.get_ident()}:
+            raise DeferredUseError(
+                "this deferred tensor belongs to a model that another thread is constructing or editing. Wait until "
+                "that thread has left its `init_module` block."
+            )
+
+    def _settle(self) -> None:
+        try:
+            with turn:
+                self.replayer.settle()
+        except BaseException:
+            # An interrupt, most likely: this takes a while. No generator may be left with a state that is none.
+            self.replayer.settle()
+            raise
+
+    def _guard_all(self) -> None:
+        alive = [module for ref in self._modules.values() if (module := ref()) is not None]
+        self._modules.clear()
+        self.guard(list({id(m): m for module in alive for m in module.modules()}.values()))
+
+    def guard(self, modules: list[nn.Module]) -> None:
+        """Guard the deferred tensors that modules hold, and those that the caller kept."""
         names = _names(modules)
         for module in modules:
             for _, name, tensor in held_tensors(module):
                 if handle_of(tensor) is None and self.tape.number(tensor) is not None:
                     prefix = names.get(id(module), type(module).__name__)
                     guard(tensor, self, f"{prefix}.{name}" if prefix else name)
+        for tensor, fqn in self._taken:
+            if handle_of(tensor) is None and self.tape.number(tensor) is not None:
+                guard(tensor, self, fqn)
         # What no module holds: aliases that the caller kept, through which an edit would be lost as well.
-        for reference in self._recorder.handed_out:
-            stray = reference()
+        for stray in (*self.parameters, *(reference() for reference in self.recorder.handed_out)):
             if stray is not None and handle_of(stray) is None and self.tape.number(stray) is not None:
                 guard(stray, self, f"a {type(stray).__name__} of shape {tuple(stray.shape)}")
+        self._taken.clear()
+        self.parameters.clear()
         # `swap_tensors` refuses tensors that are held weakly.
-        self._recorder.handed_out.clear()
-
-    @contextmanager
-    def _opaque_initializers(self) -> Iterator[None]:
-        # A rejection loop: how much randomness it uses is known only by running it. The public function looks
-        # this name up in its module at each call, so this also reaches those who imported `trunc_normal_`.
-        original = torch.nn.init._no_grad_trunc_normal_
-
-        def trunc_normal(
-            tensor: Tensor, mean: float, std: float, a: float, b: float, generator: torch.Generator | None = None
-        ) -> Tensor:
-            if self.tape.number(tensor) is None:
-                return original(tensor, mean, std, a, b, generator)
-            return self._recorder.opaque(original, tensor, (mean, std, a, b), generator)
-
-        torch.nn.init._no_grad_trunc_normal_ = trunc_normal
-        try:
-            yield
-        finally:
-            torch.nn.init._no_grad_trunc_normal_ = original
+        self.recorder.handed_out.clear()
 
 
 @contextmanager
@@ -140,54 +230,56 @@ def deferred(device: torch.device | str = "cpu") -> Iterator[Record]:
         Parameter(deferred, shape=(2, 2), dtype=torch.float32)
         >>> _ = materialize(model)
     """
-    active = getattr(_recording, "record", None)
-    if active is not None and active.device == torch.device(device):
+    device = torch.device(device)
+    active = active_record(device)
+    if active is not None:
         # Inside another recording for the same device there is nothing to begin and nothing to end.
-        yield active
+        with active.factories(real=False):
+            yield active
         return
-    record = Record(torch.device(device))
+    record = Record(device)
     with record.recording():
         yield record
 
 
 @contextmanager
-def _watched_modules(constructed: list[nn.Module]) -> Iterator[None]:
-    """Collect the modules that register something meanwhile and are alive at the end."""
-    seen: dict[int, weakref.ref[nn.Module]] = {}
+def eager() -> Iterator[None]:
+    """Make real tensors inside a `deferred` context, at once; what is done to deferred ones is still recorded.
 
-    def notice(module: nn.Module, name: str, value: Any) -> None:
-        seen[id(module)] = weakref.ref(module)
-
-    def notice_both(module: nn.Module, name: str, value: Any) -> None:
-        notice(module, name, value)
-        if isinstance(value, nn.Module):
-            notice(value, name, None)
-
-    def set_state(module: nn.Module, state: dict[str, Any]) -> None:
-        notice(module, "", None)
-        original_set_state(module, state)  # type: ignore[no-untyped-call]
-
-    # `deepcopy` and `torch.load` make modules that register nothing.
-    original_set_state = nn.Module.__setstate__
-    nn.Module.__setstate__ = set_state  # type: ignore[method-assign]
-    hooks = [
-        nn_module.register_module_parameter_registration_hook(notice),
-        nn_module.register_module_buffer_registration_hook(notice),
-        nn_module.register_module_module_registration_hook(notice_both),
-    ]
-    try:
+    The random stream goes on where the recording stands, so that values and stream are those of eager construction.
+    Outside a `deferred` context it does nothing.
+    """
+    with ExitStack() as stack:
+        for record in active_records():
+            record.replayer.settle()
+            stack.enter_context(record.factories(real=True))
         yield
-    finally:
-        nn.Module.__setstate__ = original_set_state  # type: ignore[method-assign]
-        for hook in hooks:
-            hook.remove()
-        alive = (module for ref in list(seen.values()) if (module := ref()) is not None)
-        constructed.extend({id(m): m for module in alive for m in module.modules()}.values())
 
 
-def is_recording() -> bool:
-    """Return whether this thread is inside a `deferred` context."""
-    return getattr(_recording, "record", None) is not None
+@contextmanager
+def resumed(model: nn.Module) -> Iterator[None]:
+    """Record again what is done to the deferred tensors of a model; a model without any is left alone.
+
+    Args:
+        model: The model.
+    """
+    held = [tensor for module in model.modules() for _, _, tensor in held_tensors(module)]
+    handles = [(tensor, handle) for tensor in held if (handle := handle_of(tensor)) is not None]
+    with ExitStack() as stack:
+        for device in dict.fromkeys(handle.record.device for _, handle in handles):
+            record = active_record(device)
+            if record is None:
+                record = next(handle.record for _, handle in handles if handle.record.device == device)
+                stack.callback(_guard_model, record, model)
+                stack.enter_context(record.recording())
+            for tensor, handle in handles:
+                if handle.record.device == device and not is_shared(tensor, handle):
+                    record.take(tensor)
+        yield
+
+
+def _guard_model(record: Record, model: nn.Module) -> None:
+    record.guard(list(model.modules()))
 
 
 def _names(modules: list[nn.Module]) -> dict[int, str]:

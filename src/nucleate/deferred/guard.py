@@ -1,51 +1,67 @@
-"""Between the constructor and `setup`: deferred tensors that refuse to be used or edited.
+"""Between the constructor and `setup`: deferred tensors that refuse to be computed with or edited.
 
-When recording ends, each deferred tensor that a module holds is given a guarded class, a subclass of its own
-that answers questions about shape, dtype and device and raises on anything that would compute with it or
-change it, by FQN. Without it such an edit would silently be lost, and a forward would silently return nothing.
-The class is changed in place (as torch does for `UninitializedParameter`, torch/nn/parameter.py) and taken back
-before the tensor gets its value, so that no subclass reaches autograd, FSDP or an optimizer's step.
+When recording ends, each deferred tensor is given a guarded class, a subclass of its own that answers questions
+about shape, dtype and device. What changes no value, such as a view, a cast or a copy, is recorded on the spot;
+anything that would compute with the tensor or write it raises, by FQN. Without the guard an edit would silently be
+lost, and a forward would silently return nothing. Inside another context the guard steps aside, and the tensor's
+record joins the one that is open. The class is changed in place (as torch does for `UninitializedParameter`,
+torch/nn/parameter.py) and taken back before the tensor gets its value, so that no subclass reaches autograd, FSDP
+or an optimizer's step.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, is_dataclass
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from nucleate.deferred.tape import tensors
-from nucleate.errors import DeferredEditError, DeferredUseError, NucleateError
+from nucleate.deferred.active import active_record
+from nucleate.deferred.handle import Handle, attach, handle_of, is_shared, lifted
+from nucleate.deferred.held import every_tensor
+from nucleate.deferred.lookout import Lookout
+from nucleate.deferred.refusal import EDITS, REFUSED, is_edit, label, refuse, refuse_move, refuse_shared
+from nucleate.errors import NucleateError
 
 if TYPE_CHECKING:
     from nucleate.deferred.context import Record
 
-_HANDLE = "_nucleate_deferred"
+# Asked often, and answered by any tensor of the same looks.
+_PROPERTIES = ("shape", "dtype", "ndim", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "_version")
+_QUESTIONS = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
+    Tensor.__hash__, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.size, Tensor.dim, Tensor.stride,
+    Tensor.storage_offset, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex,
+    torch.is_floating_point, torch.is_complex,
+}  # fmt: skip
+# What these do depends on the device that the tensor stands for; `Impersonation` knows.
+_MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.type}
+# They make a real tensor after the looks of a deferred one.
+_LIKE = {
+    torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like, torch.randint_like,
+    Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor,
+}  # fmt: skip
+# What `nn.Parameter(data)` does to a tensor subclass.
+_PARAMETER_CALLS = {Tensor.detach, Tensor.requires_grad_}
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True, slots=True)
-class Handle:
-    """What ties a deferred tensor to its record.
-
-    Attributes:
-        record: The record that can make its value.
-        fqn: Its name, as far as it is known.
-        cls: The class it had before it was guarded.
-        version: Its version counter when it was guarded; a later one tells of an edit through an alias.
-    """
-
-    record: Record
-    fqn: str
-    cls: type[Tensor]
-    version: int
+def guard(tensor: Tensor, record: Record, fqn: str) -> None:
+    """Give a deferred tensor its guarded class."""
+    if handle_of(tensor) is not None:
+        return
+    cls = type(tensor)
+    attach(tensor, record, fqn, cls)
+    if is_lazy(tensor):
+        return  # It has no value to guard, and refuses by itself.
+    # A subclass with a layout of its own keeps its class, and is found by its handle all the same.
+    with suppress(TypeError):
+        tensor.__class__ = _guarded_class(cls)
 
 
 class Guarded:
@@ -55,179 +71,188 @@ class Guarded:
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        handle = next(filter(None, map(handle_of, _every_tensor((args, kwargs)))), None)
-        with torch._C.DisableTorchFunctionSubclass():
-            if handle is None:
-                return func(*args, **(kwargs or {}))
-            if func in handle.record.answers:
-                return handle.record.answers[func]
-            if func in _REFUSED:
-                _refuse(handle, getattr(func, "__name__", str(func)), edit=False)
-            if func in _MOVES and _stays(handle.record.device, func, args, kwargs or {}):
-                return args[0]
-            if func == Tensor.data.__set__ and args[1] is args[0]:  # type: ignore[attr-defined]
-                return None
-            if func == Tensor.data.__set__:  # type: ignore[attr-defined]
-                _refuse(handle, ".data =", edit=True)
-            if func is Tensor.__repr__:
-                return _describe(args[0], handle)
-            try:
-                with _Lookout(handle):
-                    result = func(*args, **(kwargs or {}))
-            except (RuntimeError, TypeError) as error:
-                if isinstance(error, NucleateError):
-                    raise
-                # What fails before it reaches aten, such as `numpy()`.
-                _refuse(handle, getattr(func, "__name__", str(func)), edit=False, cause=error)
-            # An alias is as deferred as what it views.
-            for tensor in _every_tensor(result):
-                if handle_of(tensor) is None and handle.record.tape.number(tensor) is not None:
-                    guard(tensor, handle.record, handle.fqn)
-            return result
-
-
-class _Lookout(TorchDispatchMode):
-    """Lets views through and refuses what reads or writes a deferred value."""
-
-    def __init__(self, handle: Handle) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.handle = handle
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # see `Recorder`
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
         kwargs = kwargs or {}
-        number = self.handle.record.tape.number
-        with torch._C.DisableTorchFunction():
-            if func._schema.is_mutable:
-                written = [
-                    value
-                    for index, argument in enumerate(func._schema.arguments)
-                    if argument.alias_info is not None and argument.alias_info.is_write
-                    for value in tensors(args[index] if index < len(args) else kwargs.get(argument.name))
-                ]
-                if any(number(tensor) is not None for tensor in written):
-                    _refuse(self.handle, func.overloadpacket.__name__, edit=True)
-            if not func.is_view and func is not torch.ops.aten.detach.default:
-                _refuse(self.handle, func.overloadpacket.__name__, edit=False)
-            return func(*args, **kwargs)
+        guarded = [tensor for tensor in every_tensor((args, kwargs)) if handle_of(tensor) is not None]
+        if not guarded:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        answers = _handle(guarded[0]).record.answers
+        if func in answers:
+            return answers[func]
+        if func in _QUESTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _PARAMETER_CALLS and _is_called_by_parameter():
+            return _for_parameter(guarded[0], func, args, kwargs)
+        return _call(guarded, func, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if is_shared(self, _handle(self)):  # type: ignore[arg-type]
+            refuse_shared(_handle(self))  # type: ignore[arg-type]
+        return _call([self], lambda: self.__deepcopy__(memo), impersonated=True)  # type: ignore[list-item]
+
+    def __copy__(self) -> Any:
+        return _call([self], lambda: _alias(self), impersonated=True)  # type: ignore[list-item]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        handle: Handle = _handle(self)  # type: ignore[arg-type]
+        if active_record(handle.record.device) is None:
+            refuse(handle, label(Tensor.__reduce_ex__), edit=False)
+        return _call([self], lambda: self.__reduce_ex__(protocol), impersonated=True)  # type: ignore[list-item]
+
+    @property
+    def _is_param(self) -> bool:
+        return bool(self.__dict__.get("_is_param", False))
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        # Set by `nn.Parameter(data)` on a tensor subclass; the class behind the guard is none.
+        handle: Handle | None = handle_of(self)
+        if handle is not None and handle.cls in (Tensor, nn.Parameter):
+            attach(self, handle.record, handle.fqn, nn.Parameter)  # type: ignore[arg-type]
+            self.__class__ = _guarded_class(nn.Parameter)  # type: ignore[assignment]
+        else:
+            self.__dict__["_is_param"] = value
 
 
-def handle_of(tensor: Any) -> Handle | None:
-    """Return the handle of a guarded deferred tensor, or None for any other object."""
-    return tensor.__dict__.get(_HANDLE) if isinstance(tensor, Tensor) else None
+def _call(
+    guarded: list[Tensor],
+    func: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    impersonated: bool = False,
+) -> Any:
+    """Do something with guarded tensors: inside a context as if they were its own, outside only what is allowed.
 
-
-def guard(tensor: Tensor, record: Record, fqn: str) -> None:
-    """Give a deferred tensor its guarded class."""
-    if handle_of(tensor) is not None:
-        return
-    cls = type(tensor)
-    with torch._C.DisableTorchFunction():
-        version = 0 if tensor.is_inference() else tensor._version
-    setattr(tensor, _HANDLE, Handle(record, fqn, cls, version))
-    if is_lazy(tensor):
-        return  # It has no value to guard, and refuses by itself.
-    # A subclass with a layout of its own keeps its class, and is found by its handle all the same.
-    with suppress(TypeError):
-        tensor.__class__ = _guarded_class(cls)
-
-
-def release(tensor: Tensor) -> None:
-    """Take the guard off: the class as it was, and no handle."""
-    handle = tensor.__dict__.pop(_HANDLE, None)
-    if handle is not None:
-        tensor.__class__ = handle.cls
-
-
-def held_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield the tensors that a module itself holds, as (kind, name, tensor).
-
-    The kind is `"parameter"`, `"buffer"` or `"attribute"`; attributes are looked for in collections,
-    dataclasses and namespaces too, in which the name is that of the attribute.
+    Args:
+        guarded: The tensors among the arguments that are guarded.
+        func: A torch function, or one of our own that copies.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        impersonated: Whether it is one of our own, which asks torch for nothing that has to be refused.
     """
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield "parameter", name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            yield "buffer", name, buffer
-    for name, value in module.__dict__.items():
-        if name not in ("_parameters", "_buffers", "_modules"):
-            for tensor in _every_tensor(value):
-                yield "attribute", name, tensor
-
-
-def _every_tensor(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield the tensors in a value: a tensor, a collection of them, a dataclass or a namespace."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if isinstance(value, (str, bytes, int, float, type(None), nn.Module)):
-        return
-    seen = set() if seen is None else seen
-    if id(value) in seen:
-        return
-    if isinstance(value, Mapping):
-        items: Iterable[Any] = list(value.values())
-    elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        items = value
-    elif isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
-        items = list(vars(value).values()) if hasattr(value, "__dict__") else ()
-    else:
-        return
-    seen.add(id(value))
-    for item in items:
-        yield from _every_tensor(item, seen)
-
-
-@functools.cache
-def _guarded_class(cls: type[Tensor]) -> type[Tensor]:
-    return type(f"Deferred{cls.__name__}", (Guarded, cls), {})
-
-
-# Copies and pickles of a recipe are not supported; these would fail in a less clear way, or not at all.
-_REFUSED = {
-    Tensor.__deepcopy__,
-    nn.Parameter.__deepcopy__,
-    Tensor.__reduce_ex__,
-    nn.Parameter.__reduce_ex__,
-    Tensor.untyped_storage,
-    Tensor.storage,
-    Tensor.apply_,
-}
-_MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda}
-
-
-def _stays(own: torch.device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a call of `to`, `cpu` or `cuda` asks for what the tensor already is."""
-    if func is Tensor.cpu:
-        return own.type == "cpu"
-    if func is Tensor.cuda:
-        return own.type == "cuda" and len(args) == 1 and not kwargs
+    kwargs = kwargs or {}
+    handle = _handle(guarded[0])
+    record = handle.record
+    recording = active_record(record.device)
+    if recording is not None:
+        for tensor in guarded:
+            recording.take(tensor)
+        with recording.impersonation:
+            return func(*args, **kwargs)
+    if func in REFUSED or func in EDITS:
+        refuse(handle, label(func), edit=func in EDITS)
+    if func is Tensor.__repr__ or func is Tensor.__format__:
+        return _describe(guarded[0], handle)
+    if func in _LIKE:
+        with lifted(guarded):
+            return func(*args, **{"device": record.device, **kwargs})
+    if func == _SET_DATA:
+        return _set_data(*args)
+    if func in _MOVES:
+        target = _target(func, args[1:], kwargs)
+        if target is not None and not _same(target, record.device):
+            refuse_move(handle, target)
     try:
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
+        with ExitStack() as stack:
+            stack.enter_context(lifted(guarded))
+            if torch.is_inference_mode_enabled() != guarded[0].is_inference():
+                # On the meta device the two kinds do not mix, as `module.to` in inference mode would have it.
+                stack.enter_context(torch.inference_mode(guarded[0].is_inference()))
+                stack.enter_context(torch.no_grad())
+            stack.enter_context(record.reopened())
+            if not impersonated:
+                stack.enter_context(Lookout(handle))
+            if impersonated or func in _MOVES:
+                stack.enter_context(record.impersonation)
+            result = func(*args, **kwargs)
+    except (RuntimeError, TypeError) as error:
+        if impersonated or isinstance(error, NucleateError):
+            raise
+        # What fails before it reaches aten, such as an edit of a leaf that requires a gradient.
+        refuse(handle, label(func), edit=is_edit(func), cause=error)
+    # An alias, or a copy, is as deferred as what it was made from.
+    for tensor in every_tensor(result):
+        if handle_of(tensor) is None and record.tape.number(tensor) is not None:
+            guard(tensor, record, handle.fqn)
+    return result
+
+
+def _is_called_by_parameter() -> bool:
+    frame = sys._getframe(1)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back  # also those of modes
+    return frame.f_code is nn.Parameter.__new__.__code__
+
+
+def _for_parameter(tensor: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Answer `nn.Parameter(tensor)`, which wants the class of a tensor subclass back (torch/nn/parameter.py, 2.13)."""
+    handle = _handle(tensor)
+    with lifted([tensor]):
+        result: Tensor = func(*args, **kwargs)
+    guard(result, handle.record, handle.fqn)
+    result.__class__ = type(tensor)
+    return result
+
+
+def _set_data(target: Tensor, value: Tensor) -> None:
+    if value is target:
+        return
+    handle, other = handle_of(target), handle_of(value)
+    if handle is None:
+        refuse(_handle(value), label(_SET_DATA), edit=False)
+    if other is None or other.record.device != handle.record.device:
+        refuse(handle, label(_SET_DATA), edit=True)
+    with lifted((target, value)):
+        target.data = value
+    attach(target, other.record, handle.fqn, handle.cls)
+
+
+def _alias(tensor: Any) -> Tensor:
+    """Return what `copy.copy` does by way of `__reduce_ex__`: another tensor on the same memory."""
+    if isinstance(tensor, nn.Parameter):
+        alias: Tensor = nn.Parameter(tensor.data, tensor.requires_grad)
+    else:
+        alias = tensor.data.requires_grad_(tensor.requires_grad)
+    alias.__dict__.update(tensor.__dict__)
+    return alias
+
+
+def _target(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
+    """Return the device that a move asks for, where it asks for one."""
+    if func is Tensor.cpu:
+        return torch.device("cpu")
+    if func is Tensor.cuda:
+        device = args[0] if args else kwargs.get("device")
+        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
+    if func is Tensor.type:
+        kind = args[0] if args else kwargs.get("dtype")
+        name = kind if isinstance(kind, str) else f"{getattr(kind, '__module__', '')}.{getattr(kind, '__name__', '')}"
+        return torch.device("cuda") if name.startswith("torch.cuda.") else None
+    other = kwargs.get("other", args[0] if args else None)
+    if isinstance(other, Tensor):
+        return other.device
+    try:
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
     except (RuntimeError, TypeError):
-        return False
-    same_device = device is None or (device.type == own.type and device.index in (None, own.index))
-    return same_device and dtype in (None, args[0].dtype) and memory_format is None
+        return None
+    return device
+
+
+def _same(device: torch.device, own: torch.device) -> bool:
+    return device.type == own.type and (None in (device.index, own.index) or device.index == own.index)
+
+
+def _handle(tensor: Tensor) -> Handle:
+    handle = handle_of(tensor)
+    assert handle is not None, "not a guarded tensor"
+    return handle
 
 
 def _describe(tensor: Tensor, handle: Handle) -> str:
     return f"{handle.cls.__name__}(deferred, shape={tuple(tensor.shape)}, dtype={tensor.dtype})"
 
 
-def _refuse(handle: Handle, what: str, edit: bool, cause: Exception | None = None) -> NoReturn:
-    if edit:
-        raise DeferredEditError(
-            f"{handle.fqn} is deferred, and {what} would edit it outside the context that records it, so the edit "
-            "would be lost. Do it inside the `init_module` block that constructs it, or after `setup`."
-        ) from cause
-    raise DeferredUseError(
-        f"{handle.fqn} is deferred and has no value yet, so {what} cannot work on it. Call `runtime.setup(model)` "
-        "first, or do it inside the `init_module` block that constructs it."
-    ) from cause
+@functools.cache
+def _guarded_class(cls: type[Tensor]) -> type[Tensor]:
+    return type(f"Deferred{cls.__name__}", (Guarded, cls), {})

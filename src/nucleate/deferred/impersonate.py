@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from nucleate.deferred.active import turn
+from nucleate.deferred.copies import deepcopy
 from nucleate.deferred.record import Recorder
 from nucleate.deferred.tape import map_leaves
 
@@ -56,6 +58,7 @@ class Impersonation(TorchFunctionMode):
             Tensor.data.__get__: self._get_data,  # type: ignore[attr-defined]
             Tensor.data.__set__: self._set_data,  # type: ignore[attr-defined]
             Tensor.new_tensor: self._new_tensor,
+            Tensor.__deepcopy__: self._deepcopy,
             Tensor.__dlpack_device__: self._on_value,
             Tensor.to: self._move,
             Tensor.cpu: self._move,
@@ -74,7 +77,8 @@ class Impersonation(TorchFunctionMode):
             return self.answers[func]
         handler = self._handlers.get(func)
         if handler is not None:
-            return handler(func, args, kwargs)
+            with turn:
+                return handler(func, args, kwargs)
         if "device" in kwargs and _is_meta_device(kwargs["device"]):
             with self._meta_is_meant():
                 return func(*args, **kwargs)
@@ -113,6 +117,12 @@ class Impersonation(TorchFunctionMode):
         if self._is_deferred(alias) and alias is not args[0]:
             self.recorder.handed_out.append(weakref.ref(alias))
         return alias
+
+    def _deepcopy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Copy a leaf as on its device: torch copies meta tensors by other rules."""
+        if type(args[0]) is not Tensor or not args[0].is_leaf or not self._is_deferred(args[0]):
+            return func(*args, **kwargs)
+        return deepcopy(*args, **kwargs)
 
     def _new_tensor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a constant with the options of a tensor; it is real."""

@@ -84,14 +84,16 @@ class Position:
     run: Run
     offset: int
 
-    def describe(self) -> tuple[str, int]:
-        """Return something equal on all ranks that stand at the same place."""
-        run = self.run
-        if run.behind is not None:
-            return f"behind step {run.behind[1].index}", self.offset
-        assert run.state is not None
-        content = ctypes.string_at(run.state.data_ptr(), run.state.numel())
-        return hashlib.blake2b(content, digest_size=8).hexdigest(), self.offset
+    def describe(self) -> tuple[str, int, int]:
+        """Return the start of its run, as a fingerprint or as the step behind which it lies (else -1), and the offset.
+
+        Equal on all ranks that stand at the same place, but for the step's number.
+        """
+        if self.run.behind is not None:
+            return "", self.run.behind[1].index, self.offset
+        assert self.run.state is not None
+        content = ctypes.string_at(self.run.state.data_ptr(), self.run.state.numel())
+        return hashlib.blake2b(content, digest_size=8).hexdigest(), -1, self.offset
 
 
 class RandomProgram:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nucleate.deferred.active import turn
 from nucleate.deferred.geometry import result_on_meta, to_meta
 from nucleate.deferred.random_program import Position, default_generator
 from nucleate.deferred.replay import Replayer
@@ -46,7 +47,17 @@ class Recorder(TorchDispatchMode):
         self.meta_is_meant = False
         #: The Python objects of deferred tensors, as long as they live; those left at the end are guarded.
         self.handed_out: list[weakref.ref[Tensor]] = []
+        #: Set while factories make real tensors, so that only what is done to deferred ones is recorded.
+        self.makes_real = False
+        #: Told of a meta tensor that is not on this tape, whose record may then join this one.
+        self.on_stranger: Callable[[Tensor], None] = lambda tensor: None
         self._watched: dict[int, Constant] = {}
+
+    def absorb(self, other: Recorder) -> None:
+        """Take over the tape of another recorder for the same device, and the real tensors that its steps read."""
+        self.tape.absorb(other.tape)
+        self._watched.update(other._watched)
+        self.handed_out.extend(other.handed_out)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -56,7 +67,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with torch._C.DisableTorchFunction():
+        with turn, torch._C.DisableTorchFunction():
             return self._dispatch(func, args, kwargs or {})
 
     # -- routing -------------------------------------------------------------------------------------------
@@ -66,6 +77,9 @@ class Recorder(TorchDispatchMode):
         given = list(tensors((args, kwargs)))
         if not given:
             return self._dispatch_factory(func, traits, args, kwargs)
+        for tensor in given:
+            if tensor.is_meta and self.tape.number(tensor) is None:
+                self.on_stranger(tensor)
         if all(self.tape.number(tensor) is None for tensor in given):
             return self._dispatch_real(func, traits, args, kwargs, any(tensor.is_meta for tensor in given))
         return self._dispatch_deferred(func, traits, args, kwargs)
@@ -84,7 +98,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Route an operation on tensors that are not deferred: it runs, but its random numbers wait their turn."""
         if traits.is_random:
-            if traits.mutated:
+            if traits.mutated or self.makes_real:
                 return self._run_random(func, traits, args, kwargs)
             return func(*args, **kwargs) if any_meta else self._record(func, traits, args, kwargs)
         device = kwargs.get("device") if traits.device else None
@@ -118,9 +132,11 @@ class Recorder(TorchDispatchMode):
         if not traits.device:
             return False
         device = kwargs.get("device")
-        if device is None:
-            return self.device.type == "cpu"
-        return not self.meta_is_meant if device.type == "meta" else self._is_own(device)
+        if device is not None and device.type == "meta":
+            return not self.meta_is_meant
+        if self.makes_real:
+            return False
+        return self.device.type == "cpu" if device is None else self._is_own(device)
 
     # -- recording -----------------------------------------------------------------------------------------
 

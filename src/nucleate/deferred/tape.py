@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 if TYPE_CHECKING:
     from nucleate.deferred.random_program import Position
@@ -124,6 +125,19 @@ class Step:
         """The storages that existed before and that it changes."""
         return tuple(dict.fromkeys(ref.storage for ref in self.written))
 
+    def renumber(self, first_step: int, first_storage: int) -> None:
+        """Count steps and storages from other numbers on."""
+
+        def moved(leaf: Any) -> Any:
+            return replace(leaf, storage=leaf.storage + first_storage) if isinstance(leaf, TensorRef) else leaf
+
+        self.index += first_step
+        self.args, self.kwargs = map_leaves(self.args, moved), map_leaves(self.kwargs, moved)
+        self.outputs, self.written = tuple(map(moved, self.outputs)), tuple(map(moved, self.written))
+        self.reads = tuple(number + first_storage for number in self.reads)
+        self.creates = tuple(number + first_storage for number in self.creates)
+        self.overwrites = tuple(number + first_storage for number in self.overwrites)
+
     def __str__(self) -> str:
         return f"{self.index:5d} {self.func} reads={self.reads} writes={self.writes} creates={self.creates}"
 
@@ -136,6 +150,7 @@ class Tape:
         self._numbers: dict[int, int] = {}
         self._storages: list[torch.UntypedStorage] = []
         self._writers: list[list[int]] = []
+        self._made: dict[int, StorageWeakRef] = {}
 
     def number(self, tensor: Tensor) -> int | None:
         """Return the number of the tensor's storage, or None if the tape does not know it."""
@@ -164,6 +179,30 @@ class Tape:
         for storage in {*step.writes, *step.creates}:
             self._writers[storage].append(step.index)
 
+    def absorb(self, other: Tape) -> None:
+        """Append another tape, which must not be used any more: its steps and storages get new numbers.
+
+        Until now neither tape has read or written what is on the other, so that all of one may follow all of the
+        other.
+        """
+        first_step, first_storage = len(self.steps), len(self._storages)
+        for step in other.steps:
+            step.renumber(first_step, first_storage)
+        self.steps.extend(other.steps)
+        self._storages.extend(other._storages)
+        self._numbers.update({key: number + first_storage for key, number in other._numbers.items()})
+        self._made.update({number + first_storage: made for number, made in other._made.items()})
+        self._writers.extend([index + first_step for index in writers] for writers in other._writers)
+
+    def keep_made(self, storage: int, real: torch.UntypedStorage) -> None:
+        """Remember, weakly, the real storage that took the place of one of these."""
+        self._made[storage] = StorageWeakRef(real)
+
+    def made(self, storage: int) -> torch.UntypedStorage | None:
+        """Return the real storage that took the place of one, if it is still used."""
+        weak = self._made.get(storage)
+        return None if weak is None else torch.UntypedStorage._new_with_weak_ptr(weak.cdata)
+
     def writers(self, storage: int) -> list[int]:
         """Return the indices of the steps that created or wrote the storage, ascending."""
         return self._writers[storage]
@@ -177,14 +216,31 @@ class Tape:
             size, stride, offset = tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset())
             return TensorRef(number, tensor.dtype, size, stride, offset, tensor.is_conj(), tensor.is_neg())
 
-    def digest(self) -> str:
-        """Return a fingerprint that is equal on ranks that recorded the same construction."""
+    def digest(self, steps: Iterable[Step], numbers: dict[int, int]) -> str:
+        """Return a fingerprint of some steps that is equal on ranks that recorded the same, whatever else they did.
+
+        Args:
+            steps: The steps; those that the generator's states depend on count as well.
+            numbers: Filled with a number for each of their storages, in the order in which they are used.
+        """
+        included = {step.index: step for step in steps}
+        waiting = list(included.values())
+        while waiting:
+            position = waiting.pop().position
+            before = -1 if position is None else position.describe()[1]
+            if before >= 0 and before not in included:
+                included[before] = self.steps[before]
+                waiting.append(self.steps[before])
         digest = hashlib.blake2b(digest_size=16)
-        for step in self.steps:
-            where = None if step.position is None else step.position.describe()
+        places: dict[int, int] = {-1: -1}
+        for index in sorted(included):
+            step = included[index]
+            places[index] = len(places)
+            start, before, offset = ("", -1, 0) if step.position is None else step.position.describe()
             # A Python function's repr carries its address, which differs by process.
             func = str(step.func) if isinstance(step.func, torch._ops.OpOverload) else step.func.__qualname__
-            digest.update(repr((func, _plain(step.args), _plain(step.kwargs), step.outputs, where)).encode())
+            values = _plain((step.args, step.kwargs, step.outputs), numbers)
+            digest.update(repr((func, values, start, places[before], offset)).encode())
         return digest.hexdigest()
 
 
@@ -219,8 +275,10 @@ def _content(tensor: Tensor) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, numbers: dict[int, int]) -> Any:
     def describe(leaf: Any) -> Any:
+        if isinstance(leaf, TensorRef):
+            return replace(leaf, storage=numbers.setdefault(leaf.storage, len(numbers)))
         if isinstance(leaf, Constant):
             return ("constant", leaf.tensor.dtype, tuple(leaf.tensor.shape), _content(leaf.tensor))
         return type(leaf) if isinstance(leaf, torch.Generator) else leaf

@@ -120,6 +120,7 @@ def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]
     advise_huge_pages(storage for _, storage in made)
     make_parts(parts, torch.get_num_threads())
     for group, storage in made:
+        group.source.keep(storage)
         _install_group(group, storage)
     return rest
 

@@ -6,13 +6,16 @@ Planning checks everything that can be checked before memory is taken; `execute.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from nucleate.deferred import Record, handle_of, held_tensors, is_recording, release
 from nucleate.deferred.coverage import is_written
+from nucleate.deferred.guard import guard
+from nucleate.deferred.handle import is_edited
+from nucleate.deferred.replay import backward_slice
 from nucleate.deferred.tape import TensorRef
 from nucleate.errors import DeferredEditError, UninitializedError, UsageError, name_list
 from nucleate.materialize.source import Recipe
@@ -120,15 +123,16 @@ class Plan:
                     if tensor.is_meta and kind != "attribute":
                         foreign.append(fqn)
                     continue
-                if not tensor.is_inference() and tensor._version != handle.version:
+                if is_edited(tensor, handle):
                     edited.append(fqn)
+                    continue
                 target = targets.get(id(tensor))
                 if target is None:
-                    ref = handle.record.tape.ref(tensor)
+                    tape = handle.record.tape
+                    ref = tape.ref(tensor)
                     target = targets[id(tensor)] = Target(tensor, ref, handle.cls)
-                    group = groups.setdefault(
-                        (id(handle.record), ref.storage), Group(Recipe(handle.record, ref.storage), [])
-                    )
+                    # Records may share a tape.
+                    group = groups.setdefault((id(tape), ref.storage), Group(Recipe(handle.record, ref.storage), []))
                     group.targets.append(target)
                 target.holders.append(Holder(module, kind, name, fqn))
         if foreign:
@@ -155,19 +159,35 @@ class Plan:
 
     @property
     def records(self) -> list[Record]:
-        """The records of the constructions that it draws on."""
-        return list({id(group.source.record): group.source.record for group in self.groups}.values())
+        """A record for each tape that it draws on."""
+        return list({id(group.source.record.tape): group.source.record for group in self.groups}.values())
 
     def release(self) -> None:
         """Take the guards off, so that the tensors are plain meta tensors that a strategy can shard."""
         for target in self.targets:
             release(target.tensor)
 
+    def restore(self) -> None:
+        """Put the guards back on what has got no value, after an error."""
+        for group in self.groups:
+            for target in group.targets:
+                if target.tensor.is_meta and handle_of(target.tensor) is None:
+                    guard(target.tensor, group.source.record, target.fqn)
+
     def digest(self) -> str:
-        """Return a fingerprint that is equal on ranks that deferred the same model."""
-        names = [(target.fqn, target.ref) for target in self.targets]
-        tapes = [record.tape.digest() for record in self.records]
-        return hashlib.blake2b(repr((tapes, names)).encode(), digest_size=16).hexdigest()
+        """Return a fingerprint that is equal on ranks that deferred the same model, whatever else they deferred."""
+        by_tape: dict[int, list[Target]] = {}
+        tapes = {id(target): group.source.record.tape for group in self.groups for target in group.targets}
+        for target in sorted(self.targets, key=lambda target: target.fqn):
+            by_tape.setdefault(id(tapes[id(target)]), []).append(target)
+        parts: list[object] = []
+        for targets in by_tape.values():
+            tape, numbers = tapes[id(targets[0])], dict[int, int]()
+            parts.append(tape.digest(backward_slice(tape, [target.ref.storage for target in targets]), numbers))
+            for target in targets:
+                number = numbers.setdefault(target.ref.storage, len(numbers))
+                parts.append((target.fqn, replace(target.ref, storage=number)))
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def _refuse_unwritten(self) -> None:
         unwritten = [

@@ -23,6 +23,10 @@ class Source(Protocol):
         """Return how ranges of the content are made on `device`, or None if it can only be made whole."""
         ...
 
+    def keep(self, storage: torch.UntypedStorage) -> None:
+        """Take notice of the storage that was made from pieces."""
+        ...
+
     @property
     def size_bytes(self) -> int:
         """How large the storage is."""
@@ -53,6 +57,10 @@ class Recipe:
     def pieces(self, device: torch.device) -> Pieces | None:
         """Return how ranges are made, for a storage on the CPU that is filled and computed element by element."""
         return self.record.pieces(self.storage) if device.type == "cpu" else None
+
+    def keep(self, storage: torch.UntypedStorage) -> None:
+        """Let tensors that share the storage and are made later share this memory."""
+        self.record.tape.keep_made(self.storage, storage)
 
     @property
     def size_bytes(self) -> int:

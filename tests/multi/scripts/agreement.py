@@ -1,5 +1,7 @@
 """On 2 ranks: what happens to tensors and recipes that differ between ranks, and to hooks under FSDP."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,29 @@ for strategy in ("ddp", "fsdp"):
     with runtime.init_module(empty_init=False):
         model = nn.Linear(4, 4)
     assert torch.equal(*runtime.all_gather(model.weight.detach()))
+
+    # Blocks nest, models are copied, cast and edited before setup; what one rank copies besides does not matter.
+    models = []
+    for empty_init, seed in ((False, 7), (True, 7 + rank)):
+        torch.manual_seed(seed)
+        with runtime.init_module(empty_init=empty_init):
+            model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+            with runtime.init_module(empty_init=False):
+                model.register_buffer("noise", torch.rand(3))
+            with runtime.init_module(empty_init=empty_init):
+                model.append(nn.Linear(8, 8))
+        others = [copy.deepcopy(model) for _ in range(1 + rank)]
+        model.to(torch.bfloat16)
+        with runtime.init_module(empty_init=empty_init):
+            nn.init.trunc_normal_(model[0].weight)
+            model.append(nn.Linear(8, 8, dtype=torch.bfloat16))
+        for each in (model, others[0]):
+            runtime.setup(each)
+            models.append([p.full_tensor() if hasattr(p, "full_tensor") else p for p in each.state_dict().values()])
+    for expected_tensors, tensors in zip(models[:2], models[2:], strict=True):
+        for expected, tensor in zip(expected_tensors, tensors, strict=True):
+            assert expected.dtype == tensor.dtype
+            assert torch.equal(expected, tensor)
 
 runtime = Runtime(accelerator="cpu", strategy="fsdp")
 calls = []

@@ -1,0 +1,38 @@
+"""Which records are recording in this thread, and whose turn it is among threads."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from nucleate.deferred.context import Record
+
+#: Threads take turns at operations that are recorded or replayed: they find a generator's place in the stream by its
+#: state, and borrow the default generators while they make a value.
+turn = threading.RLock()
+
+
+class _Active(threading.local):
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+
+_active = _Active()
+
+
+def active_records() -> list[Record]:
+    """Return the records that record in this thread, outermost first: the list itself, for the context to change."""
+    return _active.records
+
+
+def active_record(device: torch.device) -> Record | None:
+    """Return the innermost record that records for a device in this thread."""
+    return next((record for record in reversed(_active.records) if record.device == device), None)
+
+
+def is_recording() -> bool:
+    """Return whether this thread is inside a `deferred` context."""
+    return bool(_active.records)

@@ -1,0 +1,52 @@
+"""Where tensors are found: what a module holds, and what is in a value."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def held_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield the tensors that a module itself holds, as (kind, name, tensor).
+
+    The kind is `"parameter"`, `"buffer"` or `"attribute"`; attributes are looked for in collections,
+    dataclasses and namespaces too, in which the name is that of the attribute.
+    """
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield "parameter", name, parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            yield "buffer", name, buffer
+    for name, value in module.__dict__.items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            for tensor in every_tensor(value):
+                yield "attribute", name, tensor
+
+
+def every_tensor(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield the tensors in a value: a tensor, a collection of them, a dataclass or a namespace."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if isinstance(value, (str, bytes, int, float, type(None), nn.Module)):
+        return
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    if isinstance(value, Mapping):
+        items: Iterable[Any] = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        items = value
+    elif isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
+        items = list(vars(value).values()) if hasattr(value, "__dict__") else ()
+    else:
+        return
+    seen.add(id(value))
+    for item in items:
+        yield from every_tensor(item, seen)

@@ -1,0 +1,97 @@
+"""The places in torch that are patched while some thread records, and how they tell that thread's records.
+
+What is made of modules, parameters and initializers is not all seen by torch's modes. The patches are there for the
+whole process as long as at least one context is open in it, and do nothing in threads that do not record.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from nucleate.deferred.active import active_records
+
+_lock = threading.Lock()
+_installed = ExitStack()
+_num_contexts = 0
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Have torch patched; the last context to end takes the patches away, whichever thread it is in."""
+    global _num_contexts
+    with _lock:
+        if _num_contexts == 0:
+            _install(_installed)
+        _num_contexts += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _num_contexts -= 1
+            if _num_contexts == 0:
+                _installed.close()
+
+
+def _install(stack: ExitStack) -> None:
+    for hook in (
+        nn_module.register_module_parameter_registration_hook(_notice),
+        nn_module.register_module_buffer_registration_hook(_notice),
+        nn_module.register_module_module_registration_hook(_notice_both),
+    ):
+        stack.callback(hook.remove)
+
+    # `deepcopy` and `torch.load` make modules that register nothing.
+    set_state = nn.Module.__setstate__
+
+    def noticed_set_state(module: nn.Module, state: dict[str, Any]) -> None:
+        _notice(module)
+        set_state(module, state)  # type: ignore[no-untyped-call]
+
+    nn.Module.__setstate__ = noticed_set_state  # type: ignore[method-assign]
+    stack.callback(setattr, nn.Module, "__setstate__", set_state)
+
+    # A rejection loop: how much randomness it uses is known only by running it. The public function looks this name
+    # up in its module at each call, so this also reaches those who imported `trunc_normal_`.
+    trunc_normal = torch.nn.init._no_grad_trunc_normal_
+
+    def opaque_trunc_normal(
+        tensor: Tensor, mean: float, std: float, a: float, b: float, generator: torch.Generator | None = None
+    ) -> Tensor:
+        for record in reversed(active_records()):
+            if record.holds(tensor):
+                return record.recorder.opaque(trunc_normal, tensor, (mean, std, a, b), generator)
+        return trunc_normal(tensor, mean, std, a, b, generator)
+
+    torch.nn.init._no_grad_trunc_normal_ = opaque_trunc_normal
+    stack.callback(setattr, torch.nn.init, "_no_grad_trunc_normal_", trunc_normal)
+
+    # How `nn.Parameter` is made, on the memory of a tensor and with a version counter of its own; no mode sees it.
+    make_subclass = torch.Tensor._make_subclass
+
+    def noticed_make_subclass(*args: Any, **kwargs: Any) -> Tensor:
+        made: Tensor = make_subclass(*args, **kwargs)
+        for record in active_records():
+            record.parameters.append(made)
+        return made
+
+    torch.Tensor._make_subclass = staticmethod(noticed_make_subclass)  # type: ignore[method-assign, assignment]
+    # It is inherited from C.
+    stack.callback(delattr, torch.Tensor, "_make_subclass")
+
+
+def _notice(module: nn.Module, name: str = "", value: Any = None) -> None:
+    for record in active_records():
+        record.notice(module)
+
+
+def _notice_both(module: nn.Module, name: str, value: Any) -> None:
+    _notice(module)
+    if isinstance(value, nn.Module):
+        _notice(value)

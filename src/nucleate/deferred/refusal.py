@@ -1,0 +1,118 @@
+"""What a deferred tensor says no to outside the context, and how it says so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from nucleate.deferred.active import is_recording
+from nucleate.errors import DeferredEditError, DeferredUseError
+
+if TYPE_CHECKING:
+    from nucleate.deferred.handle import Handle
+
+_SET_GRAD: Any = Tensor.grad.__set__  # type: ignore[union-attr]
+#: These would hand out memory, fail in a less clear way, or work on the meta tensor without a word.
+REFUSED = {
+    Tensor.untyped_storage,
+    Tensor.storage,
+    Tensor.data_ptr,
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.__dlpack_device__,
+    Tensor.share_memory_,
+    Tensor.__reduce_ex__,
+}
+#: Edits that never reach aten, or not as such.
+EDITS = {
+    Tensor.apply_,
+    Tensor.map_,
+    Tensor.map2_,
+    _SET_GRAD,
+}
+_LABELS = {
+    Tensor.data.__set__: "assigning its `.data`",  # type: ignore[attr-defined]
+    _SET_GRAD: "assigning its `.grad`",
+    Tensor.__setitem__: "assigning its elements",
+    Tensor.__reduce_ex__: "pickling or saving it",
+    Tensor.share_memory_: "sharing its memory",
+}
+
+
+def is_edit(func: Any) -> bool:
+    """Return whether a torch function changes its first argument, going by its name where it has no schema."""
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in _OPERATORS)
+    return in_place or func is Tensor.__setitem__
+
+
+_OPERATORS = {"__invert__", "__index__", "__int__", "__iter__"}
+
+
+def label(func: Any) -> str:
+    """Return how a message names a torch function."""
+    return _LABELS.get(func) or str(getattr(func, "__name__", func))
+
+
+def refuse(handle: Handle, what: str, edit: bool, cause: Exception | None = None) -> NoReturn:
+    """Raise the error for an edit or a use of a deferred tensor."""
+    if edit:
+        raise DeferredEditError(
+            f"{handle.fqn} is deferred, and {what} would edit it outside the context that records it, so the edit "
+            "would be lost. Do it inside an `init_module(empty_init=True)` block, which may be entered again for "
+            "that, or after `setup`."
+        ) from cause
+    raise DeferredUseError(
+        f"{handle.fqn} is deferred and has no value yet, so {what} cannot work on it. Call `runtime.setup(model)` "
+        "first, or do it inside an `init_module(empty_init=True)` block, which may be entered again for that."
+    ) from cause
+
+
+def refuse_shared(handle: Handle) -> NoReturn:
+    """Raise the error for a deferred tensor whose memory is there already, under another tensor."""
+    raise DeferredUseError(
+        f"{handle.fqn} is deferred, but shares its memory with a part of the model that has been made, so its value is "
+        "not its recipe's any more. Make it as well first: `materialize` it, or set up the whole model."
+    )
+
+
+def refuse_move(handle: Handle, device: Any) -> NoReturn:
+    """Raise the error for a move of a deferred tensor to another device."""
+    raise DeferredUseError(
+        f"{handle.fqn} is deferred and stands for a tensor on {handle.record.device}; it cannot be moved to {device} "
+        "before it has a value. `runtime.setup(model)` makes it on the runtime's device, and "
+        "`materialize(model, device)` on any."
+    )
+
+
+class GuardedStorage(torch.UntypedStorage):
+    """The storage of a deferred tensor after its constructor: torch would not notice a write, on the meta device."""
+
+    def fill_(self, *args: Any) -> Any:
+        _refuse_storage("fill_")
+        return super().fill_(*args)  # type: ignore[misc]
+
+    def copy_(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse_storage("copy_")
+        return super().copy_(*args, **kwargs)
+
+    def resize_(self, *args: Any) -> Any:
+        _refuse_storage("resize_")
+        return super().resize_(*args)
+
+    def __setitem__(self, *args: Any) -> None:
+        _refuse_storage("assigning its elements")
+        super().__setitem__(*args)  # type: ignore[no-untyped-call]
+
+
+def _refuse_storage(what: str) -> None:
+    if not is_recording():
+        raise DeferredEditError(
+            f"this is the storage of a deferred tensor, and {what} would edit it outside the context that records it, "
+            "so the edit would be lost. Do it inside an `init_module(empty_init=True)` block, which may be entered "
+            "again for that, or after `setup`."
+        )

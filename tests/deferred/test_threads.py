@@ -1,0 +1,161 @@
+"""Contexts in several threads: each records for itself, and they take turns at what they share."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import nn
+
+from nucleate.deferred import deferred, is_recording
+from nucleate.errors import DeferredUseError
+from nucleate.materialize import materialize
+from tests.deferred.equality import assert_same_model
+from tests.deferred.test_context import Failing, torch_state
+
+
+def test_an_error_in_a_thread_leaves_that_and_other_threads_as_they_were() -> None:
+    before, survivors = torch_state(), []
+
+    def construct() -> None:
+        with suppress(ZeroDivisionError), deferred():
+            Failing(ZeroDivisionError(), survivors)
+
+    torch.manual_seed(0)
+    with deferred():
+        first = nn.Linear(30, 30)
+        thread = threading.Thread(target=construct)
+        thread.start()
+        thread.join()
+        second = nn.Linear(30, 30)
+        nn.init.trunc_normal_(second.weight)
+    stream = torch.rand(3)
+    assert torch_state() == before
+    torch.manual_seed(0)
+    expected = [nn.Linear(30, 30)]
+    with suppress(ZeroDivisionError):
+        Failing(ZeroDivisionError(), expected)
+    expected.append(nn.Linear(30, 30))
+    nn.init.trunc_normal_(expected[2].weight)
+    assert torch.equal(torch.rand(3), stream)
+    for eager_model, model in zip(expected, (first, survivors[0], second), strict=True):
+        assert_same_model(eager_model, materialize(model))
+
+
+def test_a_context_in_a_thread_leaves_other_threads_alone() -> None:
+    made: list[nn.Module] = []
+
+    def construct() -> None:
+        assert not is_recording()
+        with deferred():
+            made.append(nn.Linear(3, 3))
+
+    torch.manual_seed(0)
+    expected = [nn.Linear(3, 3) for _ in range(3)]
+    torch.manual_seed(0)
+    with deferred():
+        first = nn.Linear(3, 3)
+        thread = threading.Thread(target=construct)
+        thread.start()
+        thread.join()
+        second = nn.Linear(3, 3)
+    assert not nn.Linear(2, 2).weight.is_meta
+    for eager_model, model in zip(expected, (first, *made, second), strict=True):
+        assert_same_model(eager_model, materialize(model))
+
+
+def test_contexts_that_begin_and_end_crosswise_in_threads_leave_torch_as_it_was() -> None:
+    before = torch_state()
+    begun, end = threading.Event(), threading.Event()
+
+    def construct() -> None:
+        with deferred():
+            begun.set()
+            end.wait(10)
+            nn.init.trunc_normal_(nn.Linear(3, 3).weight)
+
+    thread = threading.Thread(target=construct)
+    with deferred():
+        thread.start()
+        begun.wait(10)
+    end.set()
+    thread.join()
+    assert torch_state() == before
+
+
+def test_threads_that_construct_at_once_from_their_own_generators_get_eager_values() -> None:
+    def make(seed: int) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        model = nn.Sequential(*(nn.Linear(20, 20, device="cpu") for _ in range(10)))
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, generator=generator)
+            parameter.data.div_(parameter.data.std().item())
+        return model
+
+    models: dict[int, nn.Module] = {}
+
+    def construct(seed: int) -> None:
+        with deferred():
+            models[seed] = make(seed)
+        materialize(models[seed])
+
+    threads = [threading.Thread(target=construct, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(4):
+        assert_same_model(make(seed), models[seed])
+
+
+def test_threads_that_construct_at_once_from_one_generator_share_its_stream() -> None:
+    def numbers() -> list[torch.Tensor]:
+        return [torch.rand(16) for _ in range(50)]
+
+    torch.manual_seed(0)
+    expected = [tuple(torch.rand(16).tolist()) for _ in range(150)]
+    stream = torch.rand(3)
+    models = [nn.Module() for _ in range(3)]
+    barrier = threading.Barrier(3)
+
+    def construct(model: nn.Module) -> None:
+        barrier.wait(10)
+        with deferred():
+            model.numbers = numbers()
+
+    torch.manual_seed(0)
+    threads = [threading.Thread(target=construct, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(torch.rand(3), stream)
+    # In which order the threads take their turns is open, as in eager construction; every number is taken once.
+    taken = [tuple(number.tolist()) for model in models for number in materialize(model).numbers]
+    assert sorted(taken) == sorted(expected)
+
+
+def test_a_model_that_another_thread_is_editing_is_refused() -> None:
+    with deferred():
+        model = nn.Linear(3, 3)
+    editing, done = threading.Event(), threading.Event()
+
+    def edit() -> None:
+        with deferred():
+            model.weight.data.zero_()
+            editing.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=edit)
+    thread.start()
+    editing.wait(10)
+    with pytest.raises(DeferredUseError, match="another thread"):
+        model.bias.data.clone()
+    with pytest.raises(DeferredUseError, match="another thread"), deferred():
+        model.bias.data.zero_()
+    done.set()
+    thread.join()
+    materialize(model)
+    assert torch.equal(model.weight, torch.zeros(3, 3))
