@@ -92,3 +92,13 @@ def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
         model = nn.Linear(100, 100)
     with pytest.raises(MemoryError, match="no more"):
         materialize(model)
+
+
+def test_threads_write_what_was_allocated_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "MIN_NUMEL_PER_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with deferred():
+        model = nn.Linear(300, 300)
+    with torch.inference_mode():
+        materialize(model)
+    assert float(model.weight.detach().std()) > 0

@@ -167,8 +167,15 @@ def make_parts(parts: Sequence[Part], num_threads: int) -> None:
         _make(ordered)
         return
     stretches = list(_stretches(ordered, total, num_threads * _STRETCHES_PER_THREAD))
+    # A mode of torch's holds for one thread, and an inference tensor may only be written in that mode.
+    inference = torch.is_inference_mode_enabled()
+
+    def make(stretch: Sequence[Part]) -> None:
+        with torch.inference_mode(inference):
+            _make(stretch)
+
     with ThreadPoolExecutor(num_threads, thread_name_prefix="nucleate-materialize") as pool:
-        for done in [pool.submit(_make, stretch) for stretch in stretches]:
+        for done in [pool.submit(make, stretch) for stretch in stretches]:
             done.result()
 
 
