@@ -8,6 +8,7 @@ intermediate as soon as nothing later in the slice needs it.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -61,7 +62,9 @@ class Replayer:
     def __init__(self, tape: Tape, device: torch.device) -> None:
         self.tape = tape
         self.device = device
-        self.random = RandomProgram(self.behind)
+        # Weakly, so that a record goes with its last tensor and not when the garbage collector comes by.
+        replayer = weakref.proxy(self)
+        self.random = RandomProgram(lambda state, step: replayer.behind(state, step))
         self._is_plain = False
 
     def storage(
