@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nucleate.deferred import deferred
 from nucleate.errors import DeferredEditError, DeferredUseError
 from nucleate.materialize import materialize
-from tests.deferred.equality import assert_same_model
+from tests.deferred.equality import assert_exact, assert_same_model
 from tests.deferred.test_copies import Net
 
 ALIASES: dict[str, Callable[[nn.Linear], Tensor]] = {
@@ -122,6 +122,16 @@ def test_swapped_tensors_are_swapped_and_keep_their_recipes() -> None:
     assert model[2].weight.sum().isfinite()
     materialize(model)
     assert_same_model(expected, model)
+
+
+def test_tensors_may_be_swapped_inside_a_context() -> None:
+    def make() -> nn.Module:
+        model = nn.ModuleList([nn.Linear(30, 30), nn.Linear(30, 30)])
+        torch.utils.swap_tensors(model[0].weight, model[1].weight)
+        nn.init.zeros_(model[0].weight)
+        return model
+
+    assert_exact(make)
 
 
 def test_an_optimizer_can_be_stepped_only_where_there_is_nothing_to_do() -> None:

@@ -113,3 +113,17 @@ def test_a_cast_inside_a_second_context_is_exact() -> None:
         model.half()
     materialize(model)
     assert_same_model(eager, model)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_module_may_be_moved_to_a_tensors_dtype_inside_a_context(by_name: bool) -> None:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, dtype=torch.float64))
+        return model.to(tensor=model[1].weight) if by_name else model.to(model[1].weight, non_blocking=True)
+
+    both(lambda model: model, make)
+
+
+@pytest.mark.usefixtures("conversion")
+def test_a_cast_inside_is_exact_in_torchs_other_ways_of_converting() -> None:
+    both(lambda model: model, lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).half())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,8 @@ def torch_state() -> tuple[object, ...]:
         nn.init._no_grad_trunc_normal_,
         nn.Module.__setstate__,
         nn.Module.register_parameter,
+        nn.Module.to,
+        threading.Thread.start,
         torch.Tensor._make_subclass,
         "_make_subclass" in vars(torch.Tensor),
         torch._C._len_torch_function_stack(),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from nucleate.deferred import deferred, is_recording
+from nucleate.deferred import deferred, eager, handle_of, is_recording
+from nucleate.deferred.replay import Replayer
 from nucleate.errors import DeferredUseError
 from nucleate.materialize import materialize
-from tests.deferred.equality import assert_same_model
+from tests.deferred.equality import assert_exact, assert_same_model
 from tests.deferred.test_context import Failing, torch_state
 
 
@@ -46,24 +49,95 @@ def test_an_error_in_a_thread_leaves_that_and_other_threads_as_they_were() -> No
 
 def test_a_context_in_a_thread_leaves_other_threads_alone() -> None:
     made: list[nn.Module] = []
+    begin, begun, end = (threading.Event() for _ in range(3))
 
     def construct() -> None:
+        begin.wait(10)
         assert not is_recording()
-        with deferred():
-            made.append(nn.Linear(3, 3))
+        made.append(nn.Linear(3, 3))
+        begun.set()
+        end.wait(10)
 
-    torch.manual_seed(0)
-    expected = [nn.Linear(3, 3) for _ in range(3)]
-    torch.manual_seed(0)
+    thread = threading.Thread(target=construct)
+    thread.start()
     with deferred():
-        first = nn.Linear(3, 3)
-        thread = threading.Thread(target=construct)
+        begin.set()
+        begun.wait(10)
+        model = nn.Linear(3, 3)
+    end.set()
+    thread.join()
+    assert made[0](torch.ones(1, 3)).isfinite().all()
+    assert materialize(model)(torch.ones(1, 3)).isfinite().all()
+
+
+def test_threads_that_a_constructor_starts_are_part_of_it() -> None:
+    def make() -> nn.Module:
+        layers = [nn.Linear(20, 20) for _ in range(6)]
+        with ThreadPoolExecutor(1) as executor:
+            layers += executor.map(lambda index: nn.Linear(20, index), range(1, 5))
+        with ThreadPoolExecutor(3) as executor:
+            list(executor.map(lambda layer: nn.init.constant_(layer.weight, layer.bias.max().item()), layers))
+        noise: list[torch.Tensor] = []
+        thread = threading.Thread(target=lambda: noise.append(torch.randn(300)))
         thread.start()
         thread.join()
-        second = nn.Linear(3, 3)
-    assert not nn.Linear(2, 2).weight.is_meta
-    for eager_model, model in zip(expected, (first, *made, second), strict=True):
-        assert_same_model(eager_model, materialize(model))
+        model = nn.Sequential(*layers)
+        model.register_buffer("noise", noise[0])
+        model.last = nn.Linear(20, 20)
+        return model
+
+    assert_exact(make)
+
+
+def test_a_thread_that_helps_a_replay_is_no_part_of_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    run = Replayer._run
+
+    def with_help(replayer: Replayer, *args: Any, **kwargs: Any) -> Any:
+        thread = threading.Thread(target=lambda: seen.append(is_recording() or torch.empty(3).is_meta))
+        thread.start()
+        thread.join(10)
+        return run(replayer, *args, **kwargs)
+
+    monkeypatch.setattr(Replayer, "_run", with_help)
+    with deferred():
+        weight = torch.randn(3, 3)
+        assert weight.max().item() == max(weight.flatten().tolist())
+    assert seen
+    assert not any(seen)
+
+
+def test_what_a_thread_starts_inside_eager_is_real() -> None:
+    made: list[nn.Module] = []
+    with deferred():
+        with eager():
+            thread = threading.Thread(target=lambda: made.append(nn.Linear(3, 3)))
+            thread.start()
+            thread.join()
+        assert made[0](torch.ones(1, 3)).isfinite().all()
+
+
+def test_a_thread_that_outlives_the_context_goes_on_unrecorded() -> None:
+    ended, made = threading.Event(), []
+
+    def work() -> None:
+        assert is_recording()
+        ended.wait(10)
+        assert not is_recording()
+        made.append(nn.Linear(3, 3))
+        made.append(torch.rand(3))
+
+    with deferred():
+        model = nn.Linear(3, 3)
+        thread = threading.Thread(target=work)
+        thread.start()
+    state = torch.get_rng_state()
+    ended.set()
+    thread.join()
+    torch.set_rng_state(state)
+    assert_same_model(nn.Linear(3, 3), made[0])
+    assert torch.equal(torch.rand(3), made[1])
+    assert materialize(model.half()).weight.dtype == torch.float16
 
 
 def test_contexts_that_begin_and_end_crosswise_in_threads_leave_torch_as_it_was() -> None:
@@ -74,15 +148,21 @@ def test_contexts_that_begin_and_end_crosswise_in_threads_leave_torch_as_it_was(
         with deferred():
             begun.set()
             end.wait(10)
-            nn.init.trunc_normal_(nn.Linear(3, 3).weight)
+            made.append(nn.Linear(3, 3))
+            nn.init.trunc_normal_(made[0].weight)
+            made[0].bias.data.copy_(outer.bias)
 
+    made: list[nn.Module] = []
     thread = threading.Thread(target=construct)
     with deferred():
+        outer = nn.Linear(3, 3)
         thread.start()
         begun.wait(10)
     end.set()
     thread.join()
     assert torch_state() == before
+    assert handle_of(made[0].weight) is not None
+    assert torch.equal(materialize(made[0]).bias, materialize(outer).bias)
 
 
 def test_threads_that_construct_at_once_from_their_own_generators_get_eager_values() -> None:

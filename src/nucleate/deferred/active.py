@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,15 +26,26 @@ _active = _Active()
 
 
 def active_records() -> list[Record]:
-    """Return the records that record in this thread, outermost first: the list itself, for the context to change."""
-    return _active.records
+    """Return the records that record in this thread, outermost first."""
+    # A thread may outlive the context that it was started in.
+    return [record for record in _active.records if record.recorder.is_on]
+
+
+@contextmanager
+def active(record: Record) -> Iterator[None]:
+    """Have a record among those that record in this thread."""
+    _active.records.append(record)
+    try:
+        yield
+    finally:
+        _active.records.remove(record)
 
 
 def active_record(device: torch.device) -> Record | None:
     """Return the innermost record that records for a device in this thread."""
-    return next((record for record in reversed(_active.records) if record.device == device), None)
+    return next((record for record in reversed(active_records()) if record.device == device), None)
 
 
 def is_recording() -> bool:
     """Return whether this thread is inside a `deferred` context."""
-    return bool(_active.records)
+    return bool(active_records())

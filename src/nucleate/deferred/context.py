@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred.active import active_record, active_records, turn
+from nucleate.deferred.active import active, active_record, active_records, turn
 from nucleate.deferred.guard import guard
 from nucleate.deferred.handle import handle_of, is_edited, is_shared, release
 from nucleate.deferred.held import held_tensors
@@ -49,8 +49,9 @@ class Record:
         self.impersonation = Impersonation(self.recorder)
         #: What questions about its tensors are answered after the constructor.
         self.answers: dict[Any, Any] = self.impersonation.answers
-        # The thread that records, and what the guards stepped aside from meanwhile.
-        self._thread: int | None = None
+        #: The thread that constructs; those that it starts are recorded as well.
+        self.thread: int | None = None
+        # What the guards stepped aside from meanwhile.
         self._taken: list[tuple[Tensor, str]] = []
         #: Parameters made meanwhile. Not weakly: `swap_tensors` would refuse them.
         self.parameters: list[Tensor] = []
@@ -64,12 +65,21 @@ class Record:
             stack.callback(self._guard_all)
             stack.callback(self._settle)
             stack.enter_context(patched())
+            stack.callback(self._end)
+            self.thread = threading.get_ident()
+            stack.enter_context(self.joined())
+            yield
+
+    @contextmanager
+    def joined(self, makes_real: bool = False) -> Iterator[None]:
+        """Have this thread recorded as well, until the recording ends or it leaves the context."""
+        with ExitStack() as stack:
             stack.enter_context(self.recorder)
             stack.enter_context(self.impersonation)
-            stack.callback(setattr, self, "_thread", self._thread)
-            self._thread = threading.get_ident()
-            stack.callback(active_records().remove, self)
-            active_records().append(self)
+            stack.enter_context(active(self))
+            stack.enter_context(self.factories(makes_real))
+            stack.callback(self.recorder.threads.discard, threading.get_ident())
+            self.recorder.threads.add(threading.get_ident())
             yield
 
     @contextmanager
@@ -77,10 +87,14 @@ class Record:
         """Record one call on tensors that keep their guards otherwise; what it makes anew is real."""
         self._refuse_other_thread()
         with turn, self.factories(real=True), self.recorder:
+            is_nested = self.recorder.is_on
+            self.recorder.threads.add(threading.get_ident())
             try:
                 yield
             finally:
-                self.recorder.handed_out.clear()
+                if not is_nested:
+                    self.recorder.threads.clear()
+                    self.recorder.handed_out.clear()
 
     @contextmanager
     def factories(self, real: bool) -> Iterator[None]:
@@ -166,12 +180,18 @@ class Record:
                 return
 
     def _refuse_other_thread(self) -> None:
-        threads = {record._thread for record in list(_records) if record.tape is self.tape}
-        if threads - {None, threading.get_ident()}:
+        threads = {
+            thread for record in list(_records) if record.tape is self.tape for thread in record.recorder.threads
+        }
+        if threads and threading.get_ident() not in threads:
             raise DeferredUseError(
                 "this deferred tensor belongs to a model that another thread is constructing or editing. Wait until "
                 "that thread has left its `init_module` block."
             )
+
+    def _end(self) -> None:
+        with turn:
+            self.recorder.threads.clear()
 
     def _settle(self) -> None:
         try:
@@ -231,11 +251,11 @@ def deferred(device: torch.device | str = "cpu") -> Iterator[Record]:
         >>> _ = materialize(model)
     """
     device = torch.device(device)
-    active = active_record(device)
-    if active is not None:
+    outer = active_record(device)
+    if outer is not None and outer.thread == threading.get_ident():
         # Inside another recording for the same device there is nothing to begin and nothing to end.
-        with active.factories(real=False):
-            yield active
+        with outer.factories(real=False):
+            yield outer
         return
     record = Record(device)
     with record.recording():

@@ -39,6 +39,8 @@ _QUESTIONS = {
     Tensor.storage_offset, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex,
     torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
+# What `state_dict` asks of every tensor; it takes neither a step nor a look-out.
+_ALIASES = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 # What these do depends on the device that the tensor stands for; `Impersonation` knows.
 _MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.type}
 # They make a real tensor after the looks of a deferred one.
@@ -144,6 +146,11 @@ def _call(
         refuse(handle, label(func), edit=func in EDITS)
     if func is Tensor.__repr__ or func is Tensor.__format__:
         return _describe(guarded[0], handle)
+    if func in _ALIASES and handle.cls in (Tensor, nn.Parameter):
+        with torch._C.DisableTorchFunctionSubclass():
+            alias = func(*args)
+        guard(alias, record, handle.fqn)
+        return alias
     if func in _LIKE:
         with lifted(guarded):
             return func(*args, **{"device": record.device, **kwargs})

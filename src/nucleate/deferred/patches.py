@@ -6,16 +6,21 @@ whole process as long as at least one context is open in it, and do nothing in t
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from nucleate.deferred.active import active_records
+
+if TYPE_CHECKING:
+    from nucleate.deferred.context import Record
 
 _lock = threading.Lock()
 _installed = ExitStack()
@@ -84,6 +89,43 @@ def _install(stack: ExitStack) -> None:
     torch.Tensor._make_subclass = staticmethod(noticed_make_subclass)  # type: ignore[method-assign, assignment]
     # It is inherited from C.
     stack.callback(delattr, torch.Tensor, "_make_subclass")
+
+    # `module.to(tensor)` reads the tensor's device in C++.
+    move = nn.Module.to
+
+    def move_to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        other = kwargs.get("tensor", args[0] if args else None)
+        if isinstance(other, Tensor) and any(record.holds(other) for record in active_records()):
+            rest = {name: value for name, value in kwargs.items() if name != "tensor"}
+            return move(module, other.device, other.dtype, *args[1:], **rest)
+        return move(module, *args, **kwargs)
+
+    nn.Module.to = move_to  # type: ignore[method-assign, assignment]
+    stack.callback(setattr, nn.Module, "to", move)
+
+    # A constructor's threads are part of it; torch's modes are each thread's own.
+    start = threading.Thread.start
+
+    def start_recorded(thread: threading.Thread) -> None:
+        # Without its mode, the thread is one that works for a replay.
+        modes = _get_current_dispatch_mode_stack()
+        recorders = [(record, record.recorder) for record in active_records()]
+        records = [(record, mode.makes_real) for record, mode in recorders if any(other is mode for other in modes)]
+        if records:
+            thread.run = functools.partial(_run_recorded, thread.run, records)  # type: ignore[method-assign]
+        start(thread)
+
+    threading.Thread.start = start_recorded  # type: ignore[method-assign, assignment]
+    stack.callback(setattr, threading.Thread, "start", start)
+
+
+def _run_recorded(run: Callable[[], None], records: list[tuple[Record, bool]]) -> None:
+    with ExitStack() as stack:
+        for record, makes_real in records:
+            # Not if the context has ended before the thread began.
+            if record.recorder.threads:
+                stack.enter_context(record.joined(makes_real))
+        run()
 
 
 def _notice(module: nn.Module, name: str = "", value: Any = None) -> None:

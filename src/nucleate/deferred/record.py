@@ -8,6 +8,7 @@ its geometry and recorded all the same. What Python sees of a deferred tensor is
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,11 @@ CLONE_LIMIT_BYTES = 1 << 20
 aten = torch.ops.aten
 
 
+class _Flags(threading.local):
+    meta_is_meant = False
+    makes_real = False
+
+
 class Recorder(TorchDispatchMode):
     """Records what a constructor does to tensors of one device.
 
@@ -43,15 +49,37 @@ class Recorder(TorchDispatchMode):
         self.tape = tape
         self.replayer = replayer
         self.device = device
-        #: Set while Python runs a call that names the meta device itself: then meta means meta.
-        self.meta_is_meant = False
         #: The Python objects of deferred tensors, as long as they live; those left at the end are guarded.
         self.handed_out: list[weakref.ref[Tensor]] = []
-        #: Set while factories make real tensors, so that only what is done to deferred ones is recorded.
-        self.makes_real = False
+        #: The threads that it records. In others that have entered it, it does nothing any more.
+        self.threads: set[int] = set()
+        self._flags = _Flags()
         #: Told of a meta tensor that is not on this tape, whose record may then join this one.
         self.on_stranger: Callable[[Tensor], None] = lambda tensor: None
         self._watched: dict[int, Constant] = {}
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it records this thread."""
+        return threading.get_ident() in self.threads
+
+    @property
+    def meta_is_meant(self) -> bool:
+        """Set while Python runs a call that names the meta device itself: then meta means meta."""
+        return self._flags.meta_is_meant
+
+    @meta_is_meant.setter
+    def meta_is_meant(self, value: bool) -> None:
+        self._flags.meta_is_meant = value
+
+    @property
+    def makes_real(self) -> bool:
+        """Set while factories make real tensors, so that only what is done to deferred ones is recorded."""
+        return self._flags.makes_real
+
+    @makes_real.setter
+    def makes_real(self, value: bool) -> None:
+        self._flags.makes_real = value
 
     def absorb(self, other: Recorder) -> None:
         """Take over the tape of another recorder for the same device, and the real tensors that its steps read."""
@@ -67,6 +95,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not self.is_on:
+            return func(*args, **(kwargs or {}))
         with turn, torch._C.DisableTorchFunction():
             return self._dispatch(func, args, kwargs or {})
 
@@ -172,7 +202,9 @@ class Recorder(TorchDispatchMode):
         if any(output.layout != torch.strided for output in outputs):
             # Without a storage there is nothing to record: it becomes real at once.
             return self._run_unrecorded(step, generator)
-        self.handed_out.extend(map(weakref.ref, outputs))
+        given = {id(tensor) for tensor in tensors((args, kwargs))}
+        # Not what it was given, which may be a parameter: `swap_tensors` refuses tensors that are held weakly.
+        self.handed_out.extend(weakref.ref(output) for output in outputs if id(output) not in given)
         if not outputs and not written:
             return result
         created = []
