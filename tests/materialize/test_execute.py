@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from nucleate.deferred import deferred
-from nucleate.errors import ReplayError, UninitializedError
+from nucleate.deferred import Record, deferred
+from nucleate.errors import DeferredError, ReplayError, UninitializedError
 from nucleate.materialize import Plan, execute, materialize
 from nucleate.testing import peak_memory
+from tests.deferred.equality import assert_same_model
 
 MIB = 2**20
 
@@ -152,3 +155,41 @@ def test_what_is_left_without_a_value_is_an_error_by_name() -> None:
     plan.groups.pop()
     with pytest.raises(UninitializedError, match=r"(weight|bias) have no value"):
         execute(plan, model, torch.device("cpu"))
+
+
+def construct_apart(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    eager = make()
+    torch.manual_seed(0)
+    with deferred():
+        model = make()
+    return eager, model
+
+
+def test_what_an_interrupted_materialization_did_not_reach_is_still_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> nn.Module:
+        model = nn.Module()
+        model.first = nn.Parameter(nn.init.orthogonal_(torch.empty(9, 9)))
+        model.second = nn.Parameter(nn.init.orthogonal_(torch.empty(9, 9)))
+        model.third = nn.Linear(5, 5)
+        return model
+
+    eager, model = construct_apart(make)
+    real = Record.make
+    calls: list[int] = []
+
+    def make_one(self: Record, storage: int, *args: Any) -> torch.UntypedStorage:
+        calls.append(storage)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, storage, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "make", make_one)
+        with pytest.raises(KeyboardInterrupt):
+            materialize(model)
+    assert torch.equal(model.first, eager.first)
+    with pytest.raises(DeferredError, match="second"):
+        model.second.data.add_(1)
+    materialize(model)
+    assert_same_model(eager, model)

@@ -62,19 +62,26 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
     for module in recurrent:
         # `swap_tensors` refuses tensors that somebody holds weakly (torch/nn/modules/rnn.py).
         module._flat_weight_refs = []
-    _allocate_shards(model, shard_device or device)
-    with ExitStack() as stack:
-        for record in plan.records:
-            stack.enter_context(record.making())
-        rest = _make_in_parts(plan.groups, device)
-        scratch = _scratch(rest, device)
-        for group in rest:
-            sharded = all(_shards(target) for target in group.targets)
-            _install_group(group, group.source.make(device, scratch if sharded else None))
-        del scratch
-    for module in recurrent:
-        module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
-        if device.type == "cuda":
+    try:
+        _allocate_shards(model, shard_device or device)
+        with ExitStack() as stack:
+            for record in plan.records:
+                stack.enter_context(record.making())
+            rest = _make_in_parts(plan.groups, device)
+            scratch = _scratch(rest, device)
+            for group in rest:
+                sharded = all(_shards(target) for target in group.targets)
+                _install_group(group, group.source.make(device, scratch if sharded else None))
+            del scratch
+    except BaseException:
+        # What has no value is still deferred: it can be made later, and must not be used or edited meanwhile.
+        plan.restore()
+        raise
+    finally:
+        for module in recurrent:
+            module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
+    if device.type == "cuda":
+        for module in recurrent:
             module.flatten_parameters()
     _verify(model)
 
