@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nucleate.deferred.mersenne_twister import draw
+from nucleate.deferred.plain import plain_modes
 from nucleate.deferred.tape import Step, TensorRef
 
 aten = torch.ops.aten
@@ -151,11 +152,12 @@ def _is_trunc_normal(func: Any) -> bool:
 
 
 @functools.cache
+@plain_modes()
 def _truncates_by_rejection(func: Any) -> bool:
     # So it is since torch 2.12; before, it was an `erfinv_` of a uniform number.
     generator, twin = (torch.Generator().manual_seed(0) for _ in range(2))
-    truncated = func(torch.empty(5 * GROUP), 0.5, 2.0, -20.0, 20.0, generator)
-    return torch.equal(truncated, torch.empty(5 * GROUP).normal_(0.5, 2.0, generator=twin))
+    truncated = func(torch.empty(5 * GROUP, dtype=torch.float32), 0.5, 2.0, -20.0, 20.0, generator)
+    return torch.equal(truncated, torch.empty(5 * GROUP, dtype=torch.float32).normal_(0.5, 2.0, generator=twin))
 
 
 def is_contiguous(ref: TensorRef) -> bool:
@@ -169,6 +171,7 @@ def is_contiguous(ref: TensorRef) -> bool:
 
 
 @functools.cache
+@plain_modes()
 def fills_as_described(is_normal: bool, dtype: torch.dtype) -> bool:
     """Return whether this torch build draws and slices as said above, tried once on fills of awkward sizes."""
     for numel in (GROUP, 5 * GROUP, 5 * GROUP + 5):

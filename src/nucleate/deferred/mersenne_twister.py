@@ -16,6 +16,8 @@ import functools
 import torch
 from torch import Tensor
 
+from nucleate.deferred.plain import plain_modes
+
 # Matsumoto and Nishimura 1998, table II.
 _N, _M, _W, _R = 624, 397, 32, 31
 _A = 0x9908B0DF
@@ -128,6 +130,7 @@ def jump(state: Tensor, count: int, workspace: Workspace | None = None) -> Tenso
 
 
 @functools.cache
+@plain_modes()
 def jumps_as_it_draws() -> bool:
     """Return whether this build of torch has the generator that is described here, tried once."""
     for seed, before, distance in ((0, 0, 30_000), (1, 1, 624 * 40 + 623), (2, 623, 700_001)):
@@ -175,6 +178,7 @@ _LENGTH = (_DEGREE // _WINDOW + 1) * _WINDOW + _N
 
 
 @functools.lru_cache(maxsize=256)
+@plain_modes()
 def _table_rows(ahead: int) -> tuple[Tensor, ...]:
     """Return where in the table the states lie whose sum is the state `ahead` blocks on, in groups."""
     bits = _power_of_x(ahead).to_bytes(_DEGREE // 8 + 4, "little")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nucleate.deferred.fills import Fill
+from nucleate.deferred.plain import plain_modes
 
 _THREADS_PER_BLOCK = 256
 # What one call of the engine gives.
@@ -47,6 +48,7 @@ def _increment(numel: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 @functools.cache
+@plain_modes()
 def _adds_as_described(is_normal: bool, dtype: torch.dtype, device: torch.device) -> bool:
     generator = torch.Generator(device)
     for numel in (1, 16, 1000, 257 * 1024, 5_000_011):

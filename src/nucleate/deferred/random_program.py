@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nucleate.deferred import streams
 from nucleate.deferred.mersenne_twister import Workspace
+from nucleate.deferred.plain import plain_modes
 
 if TYPE_CHECKING:
     from nucleate.deferred.tape import Step
@@ -152,7 +153,7 @@ class RandomProgram:
 
     def state_at(self, position: Position) -> Tensor:
         """Return the generator's true state at a position."""
-        with self._lock:
+        with self._lock, plain_modes():
             offset, state = self.nearest(position)
             if offset != position.offset:
                 state = streams.moved(position.run.device, state, position.offset - offset, self._workspace)
@@ -161,7 +162,7 @@ class RandomProgram:
 
     def nearest(self, position: Position) -> tuple[int, Tensor]:
         """Return the last known state at or before a position, and its offset in the position's run."""
-        with self._lock:
+        with self._lock, plain_modes():
             unknown = [position.run]
             while unknown[-1].state is None:
                 assert unknown[-1].behind is not None

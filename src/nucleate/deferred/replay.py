@@ -11,13 +11,13 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from nucleate.deferred.plain import plain_modes
 from nucleate.deferred.random_program import RandomProgram, default_generator
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
 from nucleate.errors import ReplayError
@@ -204,11 +204,7 @@ class Replayer:
             return
         generators = {id(g): g for g in self.random.generators(default_generator(self.device))}
         states = {key: generator.get_state() for key, generator in generators.items()}
-        with ExitStack() as stack:
-            stack.enter_context(torch._C.DisableTorchFunction())
-            stack.enter_context(_disable_current_modes())
-            stack.enter_context(torch._C._DisableAutocast())
-            stack.enter_context(torch.no_grad())
+        with plain_modes():
             self._is_plain = True
             try:
                 yield
