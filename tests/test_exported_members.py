@@ -107,7 +107,7 @@ assert not torch.distributed.is_initialized()
 
 
 def test_the_version_is_the_top_of_the_changelog() -> None:
-    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    versions = re.findall(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert nucleate.__version__ == versions[0]
 
 

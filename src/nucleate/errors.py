@@ -9,6 +9,7 @@ NucleateError
 ├── MissingDependencyError (ImportError)        an extra is not installed
 ├── UsageError (RuntimeError)                   a method called at the wrong time or on the wrong object
 ├── NonFiniteGradientError (ArithmeticError)    gradients are NaN or infinite
+├── VerificationError (RuntimeError)            `verify` found a value that its recipe does not make
 ├── DeferredError (RuntimeError)                about tensors that are still recipes
 │   ├── DeferredUseError                        computed with before `setup`
 │   ├── DeferredEditError                       edited where no recorder was listening
@@ -60,6 +61,10 @@ class UsageError(NucleateError, RuntimeError):
 
 class NonFiniteGradientError(NucleateError, ArithmeticError):
     """Gradients are NaN or infinite where finite ones are needed."""
+
+
+class VerificationError(NucleateError, RuntimeError):
+    """A value that was set up is not what its recipe makes, or not the same on every rank that holds it."""
 
 
 class DeferredError(NucleateError, RuntimeError):

@@ -27,6 +27,8 @@ from nucleate.cluster.environment import Environment
 from nucleate.deferred import deferred, eager, is_recording, resumed
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.materialize import Plan
+from nucleate.materialize.dependence import numerics_of
+from nucleate.materialize.verification import Verification
 from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
 from nucleate.registry import ACCELERATORS, PRECISIONS, STRATEGIES
@@ -58,6 +60,10 @@ class Runtime:
         num_nodes: How many nodes there must be.
         precision: `"32-true"`, `"64-true"`, `"bf16-true"`, `"16-true"`, `"bf16-mixed"`, `"16-mixed"`, the name of an
             installed plugin, or a `Precision`.
+        verify: Let `setup` make parameters and buffers a second time, sequentially and whole, and compare them bit for
+            bit with what it installed on this rank; and compare every element of what several ranks hold. True takes a
+            sample of all kinds of recipes, of at most 2**24 elements; `"all"` takes everything. See
+            `docs/concepts/exactness.md` for what it costs.
 
     Raises:
         PluginNotFoundError: No plugin of that kind has that name.
@@ -82,7 +88,11 @@ class Runtime:
         devices: int | str = "auto",
         num_nodes: int = 1,
         precision: str | int | Precision = "32-true",
+        verify: bool | str = False,
     ) -> None:
+        if not isinstance(verify, bool) and verify != "all":
+            raise ConfigurationError(f"verify={verify!r} must be False, True (a sample) or 'all'.")
+        self._verify = verify
         environment = Environment.detect()
         environment.check_request(devices, num_nodes)
         if accelerator == "auto":
@@ -236,7 +246,9 @@ class Runtime:
             UsageError: The model or an optimizer was set up before.
             ConfigurationError: An optimizer has parameters of another model, or the strategy cannot take the model.
             UninitializedError: A parameter would be left without a value.
-            RankDisagreementError: The ranks constructed different models.
+            RankDisagreementError: The ranks constructed different models, or have CPUs, thread counts or torch builds
+                that would make different bits of this one.
+            VerificationError: With `verify`, what was made is not what the recipes make.
         """
         self.launch()
         with self._communicator.all_or_none("setup"):
@@ -245,7 +257,8 @@ class Runtime:
             for optimizer in optimizers:
                 check_optimizer(optimizer, names, model, self._strategy.shards)
             plan = Plan.of(model)
-        verify_same_model(plan.digest(), self._communicator)
+            numerics = numerics_of(plan, self._device) if self.world_size > 1 else None
+        verify_same_model(plan.digest(), self._communicator, numerics, {"verify": self._verify})
         with self._communicator.all_or_none("setup"):
             # The plan lists the tensors as they are now.
             del plan
@@ -253,10 +266,13 @@ class Runtime:
             with resumed(model):
                 model = self._precision.setup(model)
             model = self._accelerator.setup(model)
+            verification = Verification(model, self._verify == "all", self._device) if self._verify else None
             forward_module = self._strategy.setup(model)
             renewed = dict(model.named_parameters(remove_duplicate=False))
             for optimizer in optimizers:
                 repoint(optimizer, names, renewed)
+        if verification is not None:
+            verification.run(self._communicator)
         wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy)
         self._models[model] = wrapped
         if not optimizers:

@@ -7,13 +7,15 @@ from rank 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nucleate.cluster.communicator import Communicator
+from nucleate.cluster.numerics import Numerics, disagreement
 from nucleate.errors import RankDisagreementError, name_list
 
 #: How many elements of a tensor a fingerprint looks at. Another seed or kernel changes nearly every element.
@@ -72,24 +74,72 @@ def broadcast_real(model: nn.Module, communicator: Communicator) -> list[str]:
     return differing
 
 
-def verify_same_model(digest: str, communicator: Communicator) -> None:
-    """Check that every rank deferred the same model, before anything is made of it.
+def verify_same_model(
+    digest: str, communicator: Communicator, numerics: Numerics | None = None, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Check that every rank deferred the same model and would make the same of it, before anything is made.
 
     Args:
         digest: This rank's fingerprint of what it recorded.
         communicator: Of this process.
+        numerics: What this rank's bits depend on.
+        settings: Arguments that every rank must have been given alike, by name.
 
     Raises:
-        RankDisagreementError: Ranks recorded different constructions; on every rank.
+        RankDisagreementError: Ranks recorded different constructions, were given different settings, or have CPUs,
+            thread counts or torch builds that would make different bits of this model; on every rank.
     """
-    digests = communicator.gather_objects(digest)
-    others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    ranks = communicator.gather_objects((digest, numerics or Numerics(), dict(settings or {})))
+    for name, value in ranks[0][2].items():
+        for rank, (_, _, other) in enumerate(ranks):
+            if other.get(name) != value:
+                raise RankDisagreementError(
+                    f"{name} is {value!r} on rank 0 but {other.get(name)!r} on rank {rank}. Give all the same."
+                )
+    others = [rank for rank, (other, _, _) in enumerate(ranks) if other != ranks[0][0]]
     if others:
         raise RankDisagreementError(
             f"rank {name_list(map(str, others))} constructed another model than rank 0: other operations, shapes or "
             "seeds. Construct the same model on every rank: take nothing of it from the rank, the host or a "
             "rank-dependent seed."
         )
+    differs = disagreement([other for _, other, _ in ranks])
+    if differs is not None:
+        raise RankDisagreementError(differs)
+
+
+def differing_copies(model: nn.Module, communicator: Communicator) -> dict[str, list[int]]:
+    """Find what several ranks hold the same part of, but not with the same bits. Every element is looked at.
+
+    Args:
+        model: A model without deferred tensors.
+        communicator: Of this process.
+
+    Returns:
+        FQNs, and the ranks that differ from the lowest one that holds the same part; equal on every rank.
+    """
+    if communicator.world_size == 1:
+        return {}
+    marks = {key: (str(t.dtype), tuple(t.shape), *_fingerprint(t, sample=False)) for key, t in _held(model)}
+    gathered = communicator.gather_objects(marks)
+    differing: dict[str, list[int]] = {}
+    for key in dict.fromkeys(key for other in gathered for key in other):
+        holders = [rank for rank, other in enumerate(gathered) if key in other]
+        wrong = [rank for rank in holders if gathered[rank][key] != gathered[holders[0]][key]]
+        if wrong:
+            differing[key[0]] = sorted({*differing.get(key[0], []), *wrong})
+    return differing
+
+
+def _held(model: nn.Module) -> Iterable[tuple[tuple[Any, ...], Tensor]]:
+    """Yield what this rank holds: (FQN, and for a shard which part it is) and the tensor."""
+    named: Iterable[tuple[str, Any]] = (*model.named_parameters(), *model.named_buffers())
+    for name, tensor in named:
+        if hasattr(tensor, "__create_chunk_list__"):
+            chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.__create_chunk_list__()]
+            yield (name, *chunks), tensor.to_local().detach()
+        elif not tensor.is_meta:
+            yield (name,), tensor.detach()
 
 
 def _replicated(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -1,0 +1,300 @@
+"""Verification: what `setup` installed is compared with values made a second time by an independent way.
+
+It takes the plan after the precision has added its casts and before the strategy lays the model out, and looks at
+the model's registries afterwards, so it holds for every strategy: whole tensors and DTensors are compared as they
+are, each rank with the part that it owns. How values are made again is `reference.py`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nucleate.cluster.agreement import differing_copies
+from nucleate.cluster.communicator import Communicator
+from nucleate.deferred import Cursors, Pieces, held_tensors
+from nucleate.deferred.fills import is_contiguous
+from nucleate.deferred.replay import backward_slice, view
+from nucleate.deferred.tape import TensorRef
+from nucleate.errors import VerificationError, name_list
+from nucleate.materialize.parts import parts_of
+from nucleate.materialize.plan import Group, Plan, Target
+from nucleate.materialize.reference import Reference
+
+#: A sample remakes at most so many elements, intermediate results included.
+SAMPLE_NUMEL = 1 << 24
+#: Of a tensor too large for that, windows of about so many elements are made where a rank's part begins, in the middle
+#: of it and where it ends.
+WINDOW_NUMEL = 1 << 16
+#: Of so many such tensors, the last one among them.
+NUM_WINDOWED = 64
+#: Bytes that are compared at a time.
+CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A tensor that is not what its recipe makes.
+
+    Attributes:
+        fqn: Its name.
+        text: What is wrong.
+    """
+
+    fqn: str
+    text: str
+
+
+class Verification:
+    """Keeps the recipes of a model while a strategy sets it up, and then checks what came of them.
+
+    Args:
+        model: The model, with its precision applied and still deferred.
+        everything: Check every tensor. Else a sample: of each kind of recipe (the operations it consists of, its
+            dtype, tied or not) the smallest, the largest and the last, then others spread over the model, as long as
+            all take at most `SAMPLE_NUMEL` elements; and windows of those that are larger, but not of what can only be
+            made whole.
+        device: Where the strategy makes values.
+    """
+
+    def __init__(self, model: nn.Module, everything: bool, device: torch.device) -> None:
+        self._model = model
+        self._plan = Plan.of(model)
+        self._everything = everything
+        self._device = device
+        self._places = {id(target.tensor): _places(target) for target in self._plan.targets}
+
+    def run(self, communicator: Communicator) -> None:
+        """Compare what the model holds now with its recipes, and what several ranks hold with one another.
+
+        Args:
+            communicator: Of this process.
+
+        Raises:
+            VerificationError: Something differs, named by FQN, index, values and rank.
+            RankFailedError: Something differs on another rank.
+        """
+        chosen = [(group, True) for group in self._plan.groups] if self._everything else _sample(self._plan)
+        with communicator.all_or_none("verification"), self._plainly():
+            _refuse(self._compare(chosen), communicator)
+        differing = differing_copies(self._model, communicator)
+        with communicator.all_or_none("verification"), self._plainly():
+            # The recipe tells which of the copies is wrong, and where.
+            concerned = [g for g in self._plan.groups if any(h.fqn in differing for t in g.targets for h in t.holders)]
+            _refuse(self._compare([(group, True) for group in concerned]), communicator)
+            if differing:
+                listed = name_list(f"{fqn} (rank {name_list(map(str, ranks))})" for fqn, ranks in differing.items())
+                raise VerificationError(
+                    f"ranks that hold the same part of a tensor hold different values of {listed}. They were equal or "
+                    "taken from rank 0 before: something has written to them on some ranks only."
+                )
+
+    def _compare(self, chosen: Iterable[tuple[Group, bool]]) -> Iterator[Mismatch]:
+        """Compare what is held of some groups, in the order given: of each the whole, or windows."""
+        reference = Reference()
+        modules = dict(self._model.named_modules())
+        for group, is_whole in chosen:
+            held = [(fqn, actual, target) for target in group.targets for fqn, actual in self._held(target, modules)]
+            if is_whole:
+                storage = reference.make(group.source, self._device)
+                for fqn, actual, target in held:
+                    text = _difference(actual, view(storage, target.ref), self._device)
+                    if text:
+                        yield Mismatch(fqn, text)
+            elif (found := reference.pieces(group.source)) is not None:
+                for fqn, actual, target in held:
+                    yield from self._compare_windows(fqn, actual, target.ref, *found)
+
+    def _compare_windows(
+        self, fqn: str, actual: Tensor, ref: TensorRef, pieces: Pieces, cursors: Cursors
+    ) -> Iterator[Mismatch]:
+        local, offsets = _local(actual)
+        if local.dim() != len(ref.size) or local.dtype != ref.dtype:
+            yield Mismatch(fqn, _other_layout(local, ref.dtype, ref.size))
+            return
+        if not is_contiguous(ref) or ref.dtype != pieces.dtype:
+            return
+        for row, rows in _windows(local.shape):
+            begin = (offsets[0] + row, *offsets[1:])
+            part = local.narrow(0, row, rows).to(self._device)
+            expected = torch.empty(part.shape, dtype=ref.dtype, device=self._device)
+            for piece in parts_of(pieces, ref.offset, ref.size, begin, expected):
+                piece.make(cursors)
+            text = _first_difference(part, expected, begin)
+            if text:
+                yield Mismatch(fqn, text)
+
+    @contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """Compute without the caller's modes, as values were made."""
+        with ExitStack() as stack:
+            for record in self._plan.records:
+                stack.enter_context(record.making())
+            yield
+
+    def _held(self, target: Target, modules: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor that is in a target's places now, once, with its FQN."""
+        seen: set[int] = set()
+        for place in self._places[id(target.tensor)]:
+            tensor = place.look(modules)
+            if tensor is None:
+                raise VerificationError(
+                    f"{place.fqn} is no longer there after `setup`: the strategy has removed or renamed it, so nothing "
+                    "can be said of its value. Use verify=False with this strategy."
+                )
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield place.fqn, tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a model holds a tensor, in words that stay true when a strategy replaces the tensor or the module.
+
+    Attributes:
+        fqn: The tensor's name.
+        module: The module's name.
+        kind: See `Holder`.
+        name: The attribute's name.
+        number: Which of the tensors under that name, where it is a collection.
+    """
+
+    fqn: str
+    module: str
+    kind: str
+    name: str
+    number: int
+
+    def look(self, modules: dict[str, nn.Module]) -> Tensor | None:
+        """Return the tensor that is there now."""
+        if self.module not in modules:
+            return None
+        held = [t for kind, name, t in held_tensors(modules[self.module]) if (kind, name) == (self.kind, self.name)]
+        return held[self.number] if self.number < len(held) else None
+
+
+def _places(target: Target) -> list[_Place]:
+    """Return the places of a target; attributes only where it has no other, as a strategy need not follow them."""
+    registered = [holder for holder in target.holders if holder.kind != "attribute"]
+    places = []
+    for holder in registered or target.holders:
+        held = [t for kind, name, t in held_tensors(holder.module) if (kind, name) == (holder.kind, holder.name)]
+        number = next(number for number, tensor in enumerate(held) if tensor is target.tensor)
+        prefix = holder.fqn[: -len(holder.name) - 1]
+        places.append(_Place(holder.fqn, prefix, holder.kind, holder.name, number))
+    return places
+
+
+def _sample(plan: Plan) -> list[tuple[Group, bool]]:
+    """Return the groups to look at, in order, and of each whether to make it whole; equal on every rank."""
+    kinds: dict[object, list[tuple[int, int]]] = {}
+    large: list[int] = []
+    for number, group in enumerate(plan.groups):
+        steps = backward_slice(group.source.record.tape, [group.source.storage])
+        cost = sum(max((ref.numel for ref in (*step.outputs, *step.written)), default=0) for step in steps)
+        if cost > SAMPLE_NUMEL:
+            large.append(number)
+            continue
+        tied = len(group.targets) > 1 or len(group.targets[0].holders) > 1
+        kind = (frozenset(str(step.func) for step in steps), group.targets[0].ref.dtype, tied)
+        kinds.setdefault(kind, []).append((cost, number))
+    chosen: set[int] = set()
+    room = SAMPLE_NUMEL
+
+    def choose(members: Iterable[tuple[int, int]]) -> None:
+        nonlocal room
+        for cost, number in members:
+            if number not in chosen and cost <= room:
+                chosen.add(number)
+                room -= cost
+
+    choose(min(members) for members in kinds.values())
+    choose(max(members, key=_number) for members in kinds.values())
+    choose(max(members) for members in kinds.values())
+    # Every 16th, then what lies between.
+    rest = sorted((member for members in kinds.values() for member in members), key=_number)
+    for start in range(16):
+        choose(rest[start::16])
+    stride = -(-len(large) // NUM_WINDOWED) or 1
+    return [(plan.groups[number], number in chosen) for number in sorted({*chosen, *large[::-stride]})]
+
+
+def _number(member: tuple[int, int]) -> int:
+    return member[1]
+
+
+def _refuse(mismatches: Iterable[Mismatch], communicator: Communicator) -> None:
+    found = list(mismatches)
+    if not found:
+        return
+    names = list(dict.fromkeys(mismatch.fqn for mismatch in found))
+    others = f" {name_list(names[1:])} differ as well." if len(names) > 1 else ""
+    raise VerificationError(
+        f"{found[0].fqn} on rank {communicator.rank} is not what its recipe makes: {found[0].text}.{others} Either "
+        "something writes to parameters while they are set up, or nucleate, torch or the machine has made a mistake: "
+        "please report it."
+    )
+
+
+def _difference(actual: Tensor, expected: Tensor, device: torch.device) -> str:
+    """Say where what a rank holds of a tensor differs from the whole value, or return nothing."""
+    local, offsets = _local(actual)
+    if local.dtype != expected.dtype or local.dim() != expected.dim():
+        return _other_layout(local, expected.dtype, expected.shape)
+    if _is_sharded(actual):
+        for dim, (offset, length) in enumerate(zip(offsets, local.shape, strict=True)):
+            expected = expected.narrow(dim, offset, length)
+    elif local.shape != expected.shape:
+        return _other_layout(local, expected.dtype, expected.shape)
+    return _first_difference(local.to(device), expected, offsets)
+
+
+def _is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "__create_chunk_list__")
+
+
+def _local(actual: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """Return what this rank holds of a tensor, and where in the whole it begins."""
+    if not _is_sharded(actual):
+        return actual.detach(), (0,) * actual.dim()
+    local = actual.to_local().detach()
+    chunks = actual.__create_chunk_list__() if local.numel() else []
+    return local, tuple(chunks[0].offsets) if chunks else (0,) * local.dim()
+
+
+def _windows(shape: torch.Size) -> list[tuple[int, int]]:
+    """Return (first row, number of rows) of the windows of a tensor."""
+    row_numel = math.prod(shape[1:])
+    if not shape[0] or not row_numel or row_numel > SAMPLE_NUMEL:
+        return []
+    rows = min(shape[0], max(1, WINDOW_NUMEL // row_numel))
+    return [(row, rows) for row in sorted({0, (shape[0] - rows) // 2, shape[0] - rows})]
+
+
+def _other_layout(actual: Tensor, dtype: torch.dtype, shape: Iterable[int]) -> str:
+    return f"it is {actual.dtype} of shape {tuple(actual.shape)} but was recorded as {dtype} of shape {tuple(shape)}"
+
+
+def _first_difference(actual: Tensor, expected: Tensor, offsets: tuple[int, ...]) -> str:
+    """Say which element differs first, in the whole tensor's indices, or return nothing if no bit does."""
+    first, second = (t.resolve_conj().resolve_neg().contiguous().view(-1) for t in (actual, expected))
+    step = max(1, CHUNK_BYTES // max(1, actual.element_size()))
+    for start in range(0, first.numel(), step):
+        left, right = (
+            t[start : start + step].view(torch.uint8).view(-1, actual.element_size()) for t in (first, second)
+        )
+        if torch.equal(left, right):
+            continue
+        place = start + int((left != right).any(1).nonzero()[0])
+        index, rest = [], place
+        for length, offset in zip(reversed(actual.shape), reversed(offsets), strict=True):
+            index.append(rest % length + offset)
+            rest //= length
+        return f"element {tuple(reversed(index))} is {first[place].item()!r} but should be {second[place].item()!r}"
+    return ""
