@@ -1,4 +1,4 @@
-"""Every check of the project, one session each. `python -m nox` runs all but `bench` and `gpu`.
+"""Every check of the project, one session each. `python -m nox` runs all but `bench`, `zoo` and `gpu`.
 
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
@@ -102,6 +102,16 @@ def bench(session: nox.Session) -> None:
     install(session, "-e", ".[examples]", group="bench")
     session.run("python", "-m", "pytest", "tests/bench", env=ONE_THREAD)
     session.run("python", "-m", "tests.bench", *session.posargs)
+
+
+@nox.session(default=False)
+def zoo(session: nox.Session) -> None:
+    """Make every architecture of torch.nn, transformers, timm and diffusers eagerly and deferred, and compare.
+
+    `python -m nox -s zoo -- transformers -k Llama --jobs 4` judges a part of them.
+    """
+    install(session, "-e", ".", group="zoo")
+    session.run("python", "-m", "tests.architectures", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)

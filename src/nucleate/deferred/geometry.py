@@ -47,12 +47,21 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
     if func in _NORMALS:
         options = {name: value for name, value in kwargs.items() if name not in ("device", "generator")}
         return torch.empty(args[0], **options, device="meta")
+    if func is aten.geqrf.default:
+        return _geqrf(given[0])
     small = sum(tensor.numel() for tensor in given) <= SMALL_NUMEL
     packet = func.overloadpacket
     ranges = packet in _RANGES and all(abs(n) <= SMALL_NUMEL for n in args if isinstance(n, (int, float)))
     if ranges or (given and small and (elementwise or packet in _BY_SHAPE) and not func._schema.is_mutable):
         return map_leaves(func(*map_leaves(args, _ones), **map_leaves(kwargs, _ones)), to_meta)
     return func(*map_leaves(args, to_meta), **map_leaves(kwargs, to_meta))
+
+
+def _geqrf(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `geqrf` returns, which has no meta kernel (torch 2.13): factors by columns, as LAPACK has them."""
+    *batch, num_rows, num_cols = matrix.shape
+    factors = torch.empty((*batch, num_cols, num_rows), dtype=matrix.dtype, device="meta").mT
+    return factors, torch.empty((*batch, min(num_rows, num_cols)), dtype=matrix.dtype, device="meta")
 
 
 def to_meta(leaf: Any) -> Any:
