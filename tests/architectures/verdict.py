@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nucleate.deferred import Record, deferred, handle_of, held_tensors
+from nucleate.deferred import Record, deferred, handle_of, held_tensors, resumed
 from nucleate.deferred.coverage import is_written
 from nucleate.deferred.replay import backward_slice
 from nucleate.deferred.tape import Tape
@@ -130,7 +130,7 @@ def _fill_unwritten(model: nn.Module, record: Record) -> list[str]:
         ]
         storages = {name: record.tape.number(tensor) for name, tensor in held}
     unwritten = {number for number in storages.values() if number is not None and not is_written(record.tape, number)}
-    with record.resumed(model):
+    with resumed(model):
         for name, tensor in held:
             if storages[name] in unwritten:
                 names.append(name)
