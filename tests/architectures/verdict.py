@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from nucleate.deferred import Record, deferred, handle_of, held_tensors, resumed
 from nucleate.deferred.coverage import is_written
 from nucleate.deferred.replay import backward_slice
-from nucleate.deferred.tape import Tape
+from nucleate.deferred.tape import Step, Tape
 from nucleate.errors import UninitializedError
 from nucleate.materialize import materialize
 from tests.architectures.case import Case, Family, NotBuildable
@@ -128,11 +128,10 @@ def _fill_unwritten(model: nn.Module, record: Record) -> list[str]:
             for _, name, tensor in held_tensors(module)
             if handle_of(tensor) is not None
         ]
-        storages = {name: record.tape.number(tensor) for name, tensor in held}
-    unwritten = {number for number in storages.values() if number is not None and not is_written(record.tape, number)}
+        unwritten = {name for name, tensor in held if not is_written(record.tape, record.tape.ref(tensor))}
     with resumed(model):
         for name, tensor in held:
-            if storages[name] in unwritten:
+            if name in unwritten:
                 names.append(name)
                 with torch.no_grad():
                     tensor.zero_()
@@ -162,13 +161,13 @@ def _holds_poison(tensor: Tensor) -> bool:
 def _noticed(record: Record, early: list[tuple[str, str, int, bool]]) -> Iterator[Callable[[nn.Module], None]]:
     """Note each value that is made while recording, and who wanted it."""
     replayer, tape = record.replayer, record.tape
-    value, execute = replayer.value, replayer.execute_unrecorded
+    contents, execute = replayer.contents, replayer.execute_unrecorded
     made: list[tuple[str, str, int, set[int]]] = []
 
-    def noticed_value(tensor: Tensor) -> Tensor:
-        number = tape.number(tensor)
-        made.append((_asker(), _caller(), tensor.numel(), set() if number is None else _needed(tape, [number])))
-        return value(tensor)
+    def noticed_contents(steps: list[Step], storages: Sequence[int]) -> dict[int, torch.UntypedStorage]:
+        size = max(map(tape.size_bytes, storages), default=0)
+        made.append((_asker(), _caller(), size // 4, {*storages, *_touched(steps)}))
+        return contents(steps, storages)
 
     def noticed_execute(step: Any) -> Any:
         read = sorted({*step.reads, *step.writes} - set(step.overwrites))
@@ -181,17 +180,20 @@ def _noticed(record: Record, early: list[tuple[str, str, int, bool]]) -> Iterato
         held = {tape.number(parameter) for parameter in model.parameters()}
         early.extend((asker, caller, numel, bool(storages & held)) for asker, caller, numel, storages in made)
 
-    replayer.value, replayer.execute_unrecorded = noticed_value, noticed_execute  # type: ignore[method-assign]
+    replayer.contents, replayer.execute_unrecorded = noticed_contents, noticed_execute  # type: ignore[method-assign]
     try:
         yield mark_parameters
     finally:
-        del replayer.value, replayer.execute_unrecorded  # type: ignore[method-assign]
+        del replayer.contents, replayer.execute_unrecorded  # type: ignore[method-assign]
 
 
 def _needed(tape: Tape, storages: list[int]) -> set[int]:
     """Return the storages that are made to make `storages`, with these."""
-    steps = backward_slice(tape, storages)
-    return {*storages, *(storage for step in steps for storage in (*step.creates, *step.writes))}
+    return {*storages, *_touched(backward_slice(tape, storages))}
+
+
+def _touched(steps: list[Step]) -> set[int]:
+    return {storage for step in steps for storage in (*step.creates, *step.writes)}
 
 
 _PACKAGE = str(Path(sys.modules["nucleate"].__file__ or "").parent)

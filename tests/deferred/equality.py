@@ -60,7 +60,9 @@ def _reached(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tenso
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
-        yield from ((f"[{key!r}]", item) for key, item in list(value.items()))
+        # Hooks are numbered through the whole process.
+        places = (index if isinstance(key, int) else key for index, key in enumerate(list(value)))
+        yield from ((f"[{place!r}]", item) for place, item in zip(places, list(value.values()), strict=True))
     elif isinstance(value, (list, tuple, set, frozenset)) or type(value).__name__ == "deque":
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
     elif isinstance(value, weakref.ref):
@@ -86,7 +88,7 @@ def _filled_cells(function: types.FunctionType) -> Iterator[types.CellType]:
 
 def bits(tensor: Tensor) -> bytes:
     """Return the content of a tensor as bytes, so that NaN equals NaN and -0.0 differs from 0.0."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 

@@ -205,7 +205,9 @@ class Record:
     def _guard_all(self) -> None:
         alive = [module for ref in self._modules.values() if (module := ref()) is not None]
         self._modules.clear()
-        self.guard(list({id(m): m for module in alive for m in module.modules()}.values()))
+        modules = list({id(m): m for module in alive for m in module.modules()}.values())
+        self.recorder.states.settle_all(tensor for module in modules for _, _, tensor in held_tensors(module))
+        self.guard(modules)
 
     def guard(self, modules: list[nn.Module]) -> None:
         """Guard the deferred tensors that modules hold, and those that the caller kept."""

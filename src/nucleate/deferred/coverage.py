@@ -7,13 +7,14 @@ import torch
 from nucleate.deferred.tape import Tape, TensorRef
 
 
-def is_written(tape: Tape, storage: int) -> bool:
-    """Return whether steps wrote every byte of a storage.
+def is_written(tape: Tape, seen: TensorRef) -> bool:
+    """Return whether steps wrote every element of a tensor.
 
     Args:
         tape: The tape.
-        storage: The storage's number on it.
+        seen: The tensor.
     """
+    storage = seen.storage
     size_bytes = tape.size_bytes(storage)
     parts: list[TensorRef] = []
     for index in reversed(tape.writers(storage)):
@@ -32,13 +33,16 @@ def is_written(tape: Tape, storage: int) -> bool:
     if reached >= size_bytes:
         return True
     # Parts that are no contiguous pieces: mark what each one touches. Rare; a byte for each element.
-    width = min((ref.dtype.itemsize for ref in parts), default=1)
+    width = min(ref.dtype.itemsize for ref in (seen, *parts))
     mark = torch.zeros(size_bytes // width, dtype=torch.bool)
-    for ref in parts:
+
+    def elements(ref: TensorRef) -> torch.Tensor:
         words = ref.dtype.itemsize // width
-        elements = mark[: mark.numel() - mark.numel() % words].view(-1, words)
-        elements.as_strided((*ref.size, words), (*(s * words for s in ref.stride), 1), ref.offset * words).fill_(True)
-    return bool(mark.all())
+        return mark.as_strided((*ref.size, words), (*(s * words for s in ref.stride), 1), ref.offset * words)
+
+    for ref in parts:
+        elements(ref).fill_(True)
+    return bool(elements(seen).all())
 
 
 def _span(ref: TensorRef) -> tuple[int, int] | None:

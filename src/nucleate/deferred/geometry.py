@@ -23,6 +23,10 @@ SMALL_NUMEL = 1 << 14
 # Their results' shapes follow from their arguments' shapes and numbers, never from values.
 _BY_SHAPE = {aten.cat, aten.stack, aten.triu, aten.tril, aten.diag, aten.diagonal_copy}
 _RANGES = {aten.arange, aten.linspace}
+# Dtypes for which there are kernels of everything that constructors do.
+_USUAL = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+_FOR_ALL_DTYPES = {*_BY_SHAPE, aten.copy_, aten.clone, aten._to_copy, aten.zero_, aten.fill_, aten.index, aten.arange}
+_trusted: set[tuple[Any, tuple[torch.dtype, ...]]] = set()
 _NORMALS = {aten.randn.default, aten.randn.generator}
 
 
@@ -40,9 +44,13 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
     """
     given = list(tensors((args, kwargs)))
     elementwise = torch.Tag.pointwise in func.tags
+    if func._schema.is_mutable and any(map(_overlaps, given)):
+        raise NotImplementedError("meta kernels do not refuse to write what elements share")
     if len(given) == 1 and args and given[0] is args[0] and _returns_self(func) and (fills or elementwise):
-        # Run on no elements, it still refuses wrong numbers and dtypes.
-        func(torch.empty(0, dtype=given[0].dtype), *args[1:], **kwargs)
+        # Run on one element, it refuses wrong numbers and dtypes.
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            kwargs = {**kwargs, "generator": torch.Generator()}
+        func(torch.ones(1, dtype=given[0].dtype), *args[1:], **kwargs)
         return args[0]
     if func in _NORMALS:
         options = {name: value for name, value in kwargs.items() if name not in ("device", "generator")}
@@ -57,6 +65,27 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
     return func(*map_leaves(args, to_meta), **map_leaves(kwargs, to_meta))
 
 
+def is_doubtful(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a small operation may have no kernel for its dtypes, which its meta kernel would not say."""
+    given = list(tensors((args, kwargs)))
+    # What changes a shape in place has to happen to the meta tensor itself.
+    if not given or not isinstance(func, torch._ops.OpOverload) or torch.Tag.inplace_view in func.tags:
+        return False
+    known = torch.Tag.pointwise in func.tags or func.overloadpacket in _FOR_ALL_DTYPES
+    usual = known or any(tensor.dtype in _USUAL for tensor in given)
+    return not usual and sum(t.numel() for t in given) <= 4 * SMALL_NUMEL and (func, _dtypes(given)) not in _trusted
+
+
+def trust(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Remember that an operation has a kernel for these dtypes."""
+    if isinstance(func, torch._ops.OpOverload):
+        _trusted.add((func, _dtypes(list(tensors((args, kwargs))))))
+
+
+def _dtypes(given: list[Tensor]) -> tuple[torch.dtype, ...]:
+    return tuple(tensor.dtype for tensor in given)
+
+
 def _geqrf(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `geqrf` returns, which has no meta kernel (torch 2.13): factors by columns, as LAPACK has them."""
     *batch, num_rows, num_cols = matrix.shape
@@ -66,17 +95,27 @@ def _geqrf(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def to_meta(leaf: Any) -> Any:
     """Return a meta tensor of the same geometry for a tensor, and the meta device for a device."""
-    if isinstance(leaf, Tensor) and not leaf.is_meta and leaf.layout == torch.strided:
+    if isinstance(leaf, Tensor) and not leaf.is_meta and is_plain(leaf):
         return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
     if isinstance(leaf, torch.device):
         return torch.device("meta")
     return leaf
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is what its storage, dtype, shape and strides say, unlike a sparse or quantized one."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+
+
 def _ones(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).fill_(1)
     return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Return whether elements share memory, as in an expanded tensor, which most operations refuse to write."""
+    return any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.size(), strict=True))
 
 
 def _returns_self(func: Any) -> bool:

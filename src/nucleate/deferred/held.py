@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import is_dataclass
-from types import SimpleNamespace
+from contextlib import suppress
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def held_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def every_tensor(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield the tensors in a value: a tensor, a collection of them, a dataclass or a namespace."""
+    """Yield the tensors in a value: a tensor, a collection of them, an object, or what a function closes over."""
     if isinstance(value, Tensor):
         yield value
         return
@@ -43,10 +44,22 @@ def every_tensor(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         items: Iterable[Any] = list(value.values())
     elif isinstance(value, (list, tuple, set, frozenset, deque)):
         items = value
-    elif isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
-        items = list(vars(value).values()) if hasattr(value, "__dict__") else ()
-    else:
+    elif isinstance(value, FunctionType):
+        items = list(_closed_over(value))
+    elif isinstance(value, MethodType):
+        items = (value.__self__,)
+    elif isinstance(value, partial):
+        items = (value.func, value.args, value.keywords)
+    elif isinstance(value, (type, ModuleType)):
         return
+    else:
+        items = list(getattr(value, "__dict__", {}).values())
     seen.add(id(value))
     for item in items:
         yield from every_tensor(item, seen)
+
+
+def _closed_over(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # It is empty still.
+            yield cell.cell_contents

@@ -21,8 +21,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from nucleate.deferred.active import turn
 from nucleate.deferred.copies import deepcopy
+from nucleate.deferred.geometry import is_plain
+from nucleate.deferred.legacy import original_type
 from nucleate.deferred.record import Recorder
-from nucleate.deferred.tape import map_leaves
+from nucleate.deferred.tape import map_leaves, tensors
+from nucleate.deferred.wholes import call_whole, is_whole
 
 Handler = Callable[..., Any]
 
@@ -48,13 +51,29 @@ class Impersonation(TorchFunctionMode):
         }
         self._handlers: dict[Any, Handler] = {
             Tensor.tolist: self._on_value,
-            Tensor.__repr__: self._on_value,
+            Tensor.item: self._on_value,
+            Tensor.__float__: self._on_value,
+            Tensor.__int__: self._on_value,
+            Tensor.__index__: self._on_value,
+            Tensor.__bool__: self._on_value,
+            Tensor.__complex__: self._on_value,
+            Tensor.__repr__: self._show,
             Tensor.__format__: self._on_value,
-            Tensor.__reduce_ex__: self._on_value,
+            Tensor.__reduce_ex__: self._reduce,
             Tensor.numpy: self._share,
             Tensor.__array__: self._share,
             Tensor.data_ptr: self._share,
             Tensor.__dlpack__: self._share,
+            Tensor.untyped_storage: self._share,
+            Tensor.storage: self._share,
+            Tensor._typed_storage: self._share,
+            Tensor.is_shared: self._on_value,
+            Tensor.share_memory_: self._change,
+            Tensor.apply_: self._change,
+            Tensor.map_: self._change,
+            Tensor.map2_: self._change,
+            Tensor.__getitem__: self._index,
+            Tensor.__setitem__: self._index,
             Tensor.data.__get__: self._get_data,  # type: ignore[attr-defined]
             Tensor.data.__set__: self._set_data,  # type: ignore[attr-defined]
             Tensor.new_tensor: self._new_tensor,
@@ -64,6 +83,10 @@ class Impersonation(TorchFunctionMode):
             Tensor.cpu: self._move,
             Tensor.cuda: self._move,
             Tensor.type: self._type,
+            Tensor.new: self._new,
+            torch.tensor_split: self._split,
+            Tensor.tensor_split: self._split,
+            torch._has_compatible_shallow_copy_type: self._are_compatible,
             torch.tensor: self._construct,
             torch.as_tensor: self._construct,
             torch.asarray: self._construct,
@@ -84,6 +107,10 @@ class Impersonation(TorchFunctionMode):
         if "device" in kwargs and _is_meta_device(kwargs["device"]):
             with self._meta_is_meant():
                 return func(*args, **kwargs)
+        if is_whole(func, args, kwargs, self.recorder.device) and any(map(self._is_deferred, tensors((args, kwargs)))):
+            return call_whole(self.recorder, func, args, kwargs)
+        if getattr(func, "__name__", "").startswith("linalg_"):
+            return self._compute(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _is_deferred(self, value: Any) -> bool:
@@ -101,17 +128,88 @@ class Impersonation(TorchFunctionMode):
     def _on_value(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer from the value the tensor has now."""
         if self._is_deferred(args[0]):
-            args = (self.recorder.replayer.value(args[0]), *args[1:])
+            args = (self.recorder.value(args[0]), *args[1:])
+        else:
+            self.recorder.states.settle(args[0])
         return func(*args, **kwargs)
 
     def _share(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand out memory that the caller may write: from here on the tensor's value is what stands there."""
         tensor = args[0]
         if self._is_deferred(tensor):
-            real = self.recorder.replayer.value(tensor)
-            self.recorder.link(tensor, real, live=True)
-            args = (real, *args[1:])
+            args = (self.recorder.expose(tensor).requires_grad_(tensor.requires_grad), *args[1:])
+        else:
+            self.recorder.states.settle(tensor)
         return func(*args, **kwargs)
+
+    def _change(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run on real memory what changes a tensor behind torch's back."""
+        target = args[0]
+        if not self._is_deferred(target):
+            return func(*map_leaves(args, self._real), **kwargs)
+        result = func(self.recorder.expose(target), *map_leaves(args[1:], self._real), **kwargs)
+        return target if isinstance(result, Tensor) else result
+
+    def _real(self, leaf: Any) -> Any:
+        return self.recorder.value(leaf) if self._is_deferred(leaf) else leaf
+
+    def _show(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Write the value as torch would, with what autograd knows of the tensor."""
+        tensor = args[0]
+        if not self._is_deferred(tensor):
+            return self._on_value(func, args, kwargs)
+        real = self.recorder.value(tensor)
+        if tensor.grad_fn is None:
+            return func(real.requires_grad_(tensor.requires_grad), *args[1:], **kwargs)
+        text, suffix = func(real, *args[1:], **kwargs), f"grad_fn=<{type(tensor.grad_fn).__name__}>)"
+        # As `_add_suffixes` in torch/_tensor_str.py (2.13) does it.
+        width = len(text) - text.rfind("\n") + len(suffix) + 1
+        separator = ",\n       " if width > torch._tensor_str.PRINT_OPTS.linewidth else ", "
+        return f"{text[:-1]}{separator}{suffix}"
+
+    def _reduce(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pickle a tensor with its value; those that share memory do so in the pickle."""
+        tensor = args[0]
+        if not self._is_deferred(tensor):
+            return func(*args, **kwargs)
+        real = self.recorder.expose(tensor).requires_grad_(tensor.requires_grad)
+        real.__class__ = type(tensor)
+        real.__dict__.update(tensor.__dict__)
+        return func(real, *args[1:], **kwargs)
+
+    def _index(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make tensors of lists in an index, which torch would make, without their values, on the meta device."""
+        if self._is_deferred(args[0]):
+            index = args[1]
+            parts = index if isinstance(index, tuple) else (index,)
+            parts = tuple(
+                torch.tensor(part) if isinstance(part, (list, range)) and _is_list_of_numbers(part) else part
+                for part in parts
+            )
+            args = (args[0], parts if isinstance(index, tuple) else parts[0], *args[2:])
+        return func(*args, **kwargs)
+
+    def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute with tensors that are all deferred, or all real: torch makes some inside, and compares devices."""
+        given = list(tensors((args, kwargs)))
+        if kwargs.get("out") is not None:
+            return func(*args, **kwargs)
+        if any(map(self._is_deferred, given)):
+            return func(*map_leaves(args, self._deferred), **map_leaves(kwargs, self._deferred))
+        before, self.recorder.makes_real = self.recorder.makes_real, True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.recorder.makes_real = before
+
+    def _deferred(self, leaf: Any) -> Any:
+        is_real = isinstance(leaf, Tensor) and is_plain(leaf) and not leaf.is_meta and not leaf.requires_grad
+        return self.recorder.adopt(leaf) if is_real else leaf
+
+    def _split(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Split where a deferred tensor says, which torch looks into."""
+        args = (*args[:1], *map(self._real, args[1:]))
+        return func(*args, **{name: self._real(value) for name, value in kwargs.items()})
 
     def _get_data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Remember the alias: it has a version counter of its own, so an edit through it would not be seen later."""
@@ -138,13 +236,15 @@ class Impersonation(TorchFunctionMode):
         if self._is_deferred(target) and isinstance(value, Tensor) and not value.is_meta:
             return func(target, self.recorder.adopt(value))
         if not self._is_deferred(target) and self._is_deferred(value):
-            return func(target, self.recorder.replayer.value(value))
+            return func(target, self.recorder.expose(value))
         return func(target, value)
 
     def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep `to`, `cpu` and `cuda` from copying where eager torch, already there, would return the tensor."""
         if any(_is_meta_device(arg) for arg in (*args[1:], *kwargs.values())):
             with self._meta_is_meant():
+                if self._is_deferred(args[0]):
+                    return self._to_meta(args[0], args[1:], kwargs)
                 return func(*args, **kwargs)
         if not self._is_deferred(args[0]):
             return func(*args, **kwargs)
@@ -174,8 +274,42 @@ class Impersonation(TorchFunctionMode):
             self.recorder.meta_is_meant = before
 
     def _type(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) == 1 and not kwargs and self._is_deferred(args[0]):
+        args = tuple(map(original_type, args))
+        kwargs = {name: original_type(value) for name, value in kwargs.items()}
+        if not self._is_deferred(args[0]):
+            return func(*args, **kwargs)
+        if len(args) == 1 and not kwargs:
             return _type_name(args[0].dtype, self.recorder.device)
+        target = args[1] if len(args) > 1 else kwargs.get("dtype")
+        if not isinstance(target, torch.dtype):
+            # A legacy type, or the name of one: a real tensor knows what it means.
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                empty: Any = torch.empty(0, device=self.recorder.device).type(target)
+            if empty.device.type != self.recorder.device.type:
+                return func(*args, **kwargs)
+            target = empty.dtype
+        return args[0] if target == args[0].dtype else args[0].to(target)
+
+    def _new(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a tensor of the type of another, from sizes, numbers or a tensor."""
+        if not self._is_deferred(args[0]) or len(args) < 2:
+            return func(*args, **kwargs)
+        if isinstance(args[1], (list, tuple)) and not isinstance(args[1], torch.Size):
+            return self._construct(torch.tensor, args[1:], {"dtype": args[0].dtype, "device": self.recorder.device})
+        if isinstance(args[1], Tensor) and args[1].dim() > 0 and not self._is_deferred(args[1]):
+            return torch.ops.aten.alias(args[1])
+        return func(*args, **kwargs)
+
+    def _to_meta(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return what the meta device has of a tensor, which a deferred one is already on."""
+        _, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        kept = torch.preserve_format if memory_format is None else memory_format
+        return torch.empty_like(tensor, dtype=dtype, device="meta", memory_format=kept)
+
+    def _are_compatible(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Say whether `.data` of one tensor can be set to another: not if one of them is meant to be on meta."""
+        if self._is_deferred(args[0]) and args[1].is_meta:
+            return self._is_deferred(args[1])
         return func(*args, **kwargs)
 
     def _construct(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -183,12 +317,18 @@ class Impersonation(TorchFunctionMode):
         if func is not torch.tensor and args and self._is_deferred(args[0]):
             # `as_tensor` of a tensor is the tensor itself where nothing has to change.
             return self._move(Tensor.to, args, kwargs) if kwargs or len(args) > 1 else args[0]
-        resolve = self.recorder.replayer.value
+        resolve = self.recorder.value
         args = map_leaves(args, lambda leaf: resolve(leaf) if self._is_deferred(leaf) else leaf)
         if "device" in kwargs and _is_meta_device(kwargs["device"]):
             with self._meta_is_meant():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    while isinstance(value, (list, range)) and len(value):
+        value = value[0]
+    return isinstance(value, (int, bool)) and not isinstance(value, Tensor)
 
 
 def _is_meta_device(value: Any) -> bool:

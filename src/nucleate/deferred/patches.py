@@ -18,6 +18,9 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from nucleate.deferred.active import active_records
+from nucleate.deferred.legacy import install_legacy
+from nucleate.deferred.pools import install_pools
+from nucleate.deferred.states import install_states
 
 if TYPE_CHECKING:
     from nucleate.deferred.context import Record
@@ -45,6 +48,9 @@ def patched() -> Iterator[None]:
 
 
 def _install(stack: ExitStack) -> None:
+    install_legacy(stack)
+    install_states(stack)
+    install_pools(stack)
     for hook in (
         nn_module.register_module_parameter_registration_hook(_notice),
         nn_module.register_module_buffer_registration_hook(_notice),

@@ -186,7 +186,8 @@ class RandomProgram:
 
     def true_states(self) -> list[tuple[torch.Generator, Tensor]]:
         """Return the true state of every generator that holds a token."""
-        positions = ((g, self._tokens.get(_key(g.get_state()))) for g in self._generators.values())
+        # All at once: making a state draws from the others.
+        positions = [(g, self._tokens.get(_key(g.get_state()))) for g in self._generators.values()]
         return [(generator, self.state_at(position)) for generator, position in positions if position is not None]
 
 

@@ -11,18 +11,23 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from nucleate.deferred.active import turn
-from nucleate.deferred.geometry import result_on_meta, to_meta
+from nucleate.deferred.bounds import check_bounds
+from nucleate.deferred.exposed import Exposed
+from nucleate.deferred.geometry import is_doubtful, is_plain, result_on_meta, to_meta, trust
 from nucleate.deferred.random_program import Position, default_generator
-from nucleate.deferred.replay import Replayer
+from nucleate.deferred.replay import Replayer, view
+from nucleate.deferred.states import States
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
 from nucleate.deferred.traits import Traits, traits_of
+from nucleate.deferred.values import Values
 
 #: Real tensors up to this size are cloned when a deferred operation reads them; larger ones are watched.
 CLONE_LIMIT_BYTES = 1 << 20
@@ -56,7 +61,17 @@ class Recorder(TorchDispatchMode):
         self._flags = _Flags()
         #: Told of a meta tensor that is not on this tape, whose record may then join this one.
         self.on_stranger: Callable[[Tensor], None] = lambda tensor: None
+        #: Deferred tensors whose memory is real, because somebody outside torch may write it.
+        self.exposed = Exposed(replayer)
+        #: States of generators that were taken meanwhile.
+        self.states = States(replayer)
+        self._values = Values(replayer)
         self._watched: dict[int, Constant] = {}
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        with turn:
+            self._values.forget()
 
     @property
     def is_on(self) -> bool:
@@ -84,6 +99,7 @@ class Recorder(TorchDispatchMode):
     def absorb(self, other: Recorder) -> None:
         """Take over the tape of another recorder for the same device, and the real tensors that its steps read."""
         self.tape.absorb(other.tape)
+        self.exposed.absorb(other.exposed)
         self._watched.update(other._watched)
         self.handed_out.extend(other.handed_out)
 
@@ -110,6 +126,8 @@ class Recorder(TorchDispatchMode):
         for tensor in given:
             if tensor.is_meta and self.tape.number(tensor) is None:
                 self.on_stranger(tensor)
+            elif not tensor.is_meta:
+                self.states.settle(tensor)
         if all(self.tape.number(tensor) is None for tensor in given):
             return self._dispatch_real(func, traits, args, kwargs, any(tensor.is_meta for tensor in given))
         return self._dispatch_deferred(func, traits, args, kwargs)
@@ -119,8 +137,11 @@ class Recorder(TorchDispatchMode):
         # Without elements there is nothing to defer; and the empty tensors that `torch.load`, `deepcopy` and storages
         # then set to real memory must be real.
         holds_nothing = traits.uninitialized and bool(args) and 0 in args[0]
-        if self._is_ours(traits, kwargs) and not holds_nothing:
-            return self._record(func, traits, args, kwargs)
+        if self._is_ours(traits, kwargs):
+            if not holds_nothing:
+                return self._record(func, traits, args, kwargs)
+            if "device" in kwargs:
+                kwargs = {**kwargs, "device": self.device}
         return self._run_random(func, traits, args, kwargs) if traits.is_random else func(*args, **kwargs)
 
     def _dispatch_real(
@@ -130,23 +151,33 @@ class Recorder(TorchDispatchMode):
         if traits.is_random:
             if traits.mutated or self.makes_real:
                 return self._run_random(func, traits, args, kwargs)
-            return func(*args, **kwargs) if any_meta else self._record(func, traits, args, kwargs)
+            if not any_meta:
+                return self._record(func, traits, args, kwargs)
+            device = kwargs.get("device")
+            stays = device is None or device.type == "meta"
+            return func(*args, **kwargs) if stays else self._run_random(func, traits, args, kwargs)
         device = kwargs.get("device") if traits.device else None
         if device is not None and device.type == "meta" and not self.meta_is_meant:
             # C++ code that reads the options of a deferred tensor sees meta, and means the device it stands for.
             return self._record(func, traits, args, kwargs)
-        self._unwatch_written(traits, args, kwargs)
-        return func(*args, **kwargs)
+        return self._run_plain(func, traits, args, kwargs)
 
     def _dispatch_deferred(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Route an operation on deferred tensors: it is recorded, unless its result has to be real."""
         if traits.retargets:
-            return func(*map_leaves(args, self._adopted), **kwargs)
+            return self._retarget(func, args, kwargs)
         written = _written(traits, args, kwargs)
-        if any(self.tape.number(tensor) is None for tensor in written):
-            # A deferred value goes into a real tensor: it has to be made now.
-            self._unwatch_written(traits, args, kwargs)
-            return func(*map_leaves(args, self._resolve), **map_leaves(kwargs, self._resolve))
+        if any(self.tape.number(tensor) is None or self.exposed.holds(tensor) for tensor in written):
+            # A deferred value goes into real memory: it has to be made now.
+            return self._write_real(func, traits, args, kwargs)
+        if not written and (func.is_view or func is aten.detach.default):
+            if func is aten.as_strided.default:
+                # The meta kernel does not look whether the view lies within its memory.
+                memory = torch.UntypedStorage(args[0].untyped_storage().nbytes())
+                func(view(memory, self.tape.ref(args[0])), *args[1:], **kwargs)
+            result = func(*args, **kwargs)
+            self.handed_out.extend(map(weakref.ref, tensors(result)))
+            return result
         if traits.device and (target := kwargs.get("device")) is not None and not self._is_own(target):
             if target.type == "meta" and self.meta_is_meant:
                 return func(*args, **kwargs)
@@ -168,9 +199,53 @@ class Recorder(TorchDispatchMode):
             return False
         return self.device.type == "cpu" if device is None else self._is_own(device)
 
+    def _write_real(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that writes real memory; deferred tensors that it writes as well get real memory too."""
+        originals: dict[int, tuple[Tensor, Tensor]] = {}
+        written = set(map(id, _written(traits, args, kwargs)))
+
+        def real(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or self.tape.number(leaf) is None:
+                return leaf
+            value = self.expose(leaf) if id(leaf) in written else self.value(leaf)
+            originals[id(value)] = value, leaf
+            return value
+
+        real_args, real_kwargs = map_leaves(args, real), map_leaves(kwargs, real)
+        run = self._run_random if traits.is_random else self._run_plain
+        result = run(func, traits, real_args, real_kwargs)
+        return map_leaves(result, lambda leaf: originals[id(leaf)][1] if id(leaf) in originals else leaf)
+
+    def _retarget(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let a tensor point to other memory, or change how large its memory is."""
+        target = args[0]
+        if self.tape.number(target) is None:
+            return func(
+                *map_leaves(args, lambda leaf: self.expose(leaf) if self._is_deferred(leaf) else leaf), **kwargs
+            )
+        result = func(target, *map_leaves(args[1:], self._adopted), **kwargs)
+        if self.tape.number(target) is None:
+            # `set_()` without a source gives it memory of its own, with nothing in it.
+            self._record(aten.empty.memory_format, traits_of(aten.empty.memory_format), ([0],), {})
+            target.set_(self.tape.storage(-1), 0, (0,), (1,))
+        self.exposed.resize(target)
+        return result
+
     # -- recording -----------------------------------------------------------------------------------------
 
+    def record(self, func: Callable[..., Any], traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a Python function on tensors of which at least one is deferred, as one step."""
+        with turn, torch._C.DisableTorchFunction():
+            written = _written(traits, args, kwargs)
+            if any(self.tape.number(tensor) is None or self.exposed.holds(tensor) for tensor in written):
+                with _disable_current_modes():
+                    return self._write_real(func, traits, args, kwargs)
+            with _disable_current_modes():
+                return self._record(func, traits, args, kwargs)
+
     def _record(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if traits.indexes:
+            check_bounds(func, args, lambda leaf: self.value(leaf) if leaf.is_meta else leaf)
         written = _written(traits, args, kwargs)
         written_refs = tuple(self.tape.ref(tensor) for tensor in written)
         replay_args, replay_kwargs = map_leaves(args, self._capture), map_leaves(kwargs, self._capture)
@@ -197,9 +272,17 @@ class Recorder(TorchDispatchMode):
             position=position,
             uninitialized=traits.uninitialized,
         )
-        result, state = self._geometry(func, traits, args, kwargs, step)
+        try:
+            result, state = self._geometry(func, traits, args, kwargs, step)
+        except Exception:
+            if position is not None:
+                self._fail_random(func, traits, args, kwargs)
+            raise
+        if step.overwrites and any(tuple(t.size()) != ref.size for t, ref in zip(written, written_refs, strict=True)):
+            # An `out=` that was resized: what lies behind its new end is still there.
+            step.reads, step.overwrites = (*reads, *step.overwrites), ()
         outputs = list(tensors(result))
-        if any(output.layout != torch.strided for output in outputs):
+        if not all(map(is_plain, outputs)):
             # Without a storage there is nothing to record: it becomes real at once.
             return self._run_unrecorded(step, generator)
         given = {id(tensor) for tensor in tensors((args, kwargs))}
@@ -220,6 +303,15 @@ class Recorder(TorchDispatchMode):
                 self.replayer.random.follow(generator, position, step, state)
         return result
 
+    def _fail_random(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run a random operation that fails once more, so that the generator stands where it was when it failed."""
+
+        def real(leaf: Any) -> Any:
+            return self.value(leaf).clone() if self._is_deferred(leaf) else leaf
+
+        with suppress(Exception), torch.no_grad():
+            self._run_random(func, traits, map_leaves(args, real), map_leaves(kwargs, real))
+
     def opaque(
         self, func: Callable[..., Tensor], tensor: Tensor, args: tuple[Any, ...], generator: torch.Generator | None
     ) -> Tensor:
@@ -231,72 +323,76 @@ class Recorder(TorchDispatchMode):
             args: Plain arguments.
             generator: An explicit generator, or None for the default one.
         """
-        ref = self.tape.ref(tensor)
         source = generator if generator is not None else default_generator(self.device)
         position = self.replayer.random.locate(source)
-        step = Step(
-            index=len(self.tape.steps),
-            func=func,
-            args=(ref, *args, generator),
-            kwargs={},
-            outputs=(ref,),
-            reads=() if ref.fills(self.tape.size_bytes(ref.storage)) else (ref.storage,),
-            written=(ref,),
-            creates=(),
-            overwrites=(ref.storage,) if ref.fills(self.tape.size_bytes(ref.storage)) else (),
-            default_dtype=torch.get_default_dtype(),
-            position=position,
-        )
-        self.tape.add_step(step)
-        self.replayer.random.follow(source, position, step)
-        if tensor.is_inference():
-            return tensor
-        # Autograd has to see a write: what it saved of the old value is stale.
-        torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
+        if self.exposed.holds(tensor):
+            source.set_state(self.replayer.random.state_at(position))
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                func(self.exposed.view(tensor), *args, generator)
+        else:
+            ref = self.tape.ref(tensor)
+            is_full = ref.fills(self.tape.size_bytes(ref.storage))
+            step = Step(
+                index=len(self.tape.steps),
+                func=func,
+                args=(ref, *args, generator),
+                kwargs={},
+                outputs=(ref,),
+                reads=() if is_full else (ref.storage,),
+                written=(ref,),
+                creates=(),
+                overwrites=(ref.storage,) if is_full else (),
+                default_dtype=torch.get_default_dtype(),
+                position=position,
+            )
+            self.tape.add_step(step)
+            self.replayer.random.follow(source, position, step)
+        if not tensor.is_inference():
+            # Autograd has to see a write: what it saved of the old value is stale.
+            torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
         return tensor
 
-    def adopt(self, real: Tensor, live: bool = False) -> Tensor:
-        """Return a deferred tensor with the value of a real one.
+    # -- values --------------------------------------------------------------------------------------------
 
-        Args:
-            real: The tensor.
-            live: Let later writes to `real` be seen, as when NumPy shares its memory.
-        """
-        meta = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="meta")
-        self.link(meta, real, live, created=True)
-        return meta
+    def random_state(self) -> Tensor:
+        """Return the true state of the default generator."""
+        random = self.replayer.random
+        with turn, torch._C.DisableTorchFunction(), _disable_current_modes():
+            return random.state_at(random.locate(default_generator(self.device))).clone()
 
-    def link(self, tensor: Tensor, real: Tensor, live: bool, created: bool = False) -> None:
-        """Record that `tensor` takes the value of `real`."""
-        if created:
-            self.tape.add_storage(tensor)
-        ref = self.tape.ref(tensor)
-        constant = Constant(real, None) if live else self._capture(real)
-        step = Step(
-            index=len(self.tape.steps),
-            func=aten.copy_.default,
-            args=(ref, constant),
-            kwargs={},
-            outputs=(ref,),
-            reads=(),
-            written=(ref,),
-            creates=(),
-            overwrites=(ref.storage,) if ref.fills(self.tape.size_bytes(ref.storage)) else (),
-            default_dtype=torch.get_default_dtype(),
-        )
-        self.tape.add_step(step)
+    def value(self, tensor: Tensor) -> Tensor:
+        """Return a real tensor with the value that a deferred tensor has now. It must not be written to."""
+        with torch._C.DisableTorchFunction():
+            return self.exposed.view(tensor) if self.exposed.holds(tensor) else self._values.of(tensor)
+
+    def expose(self, tensor: Tensor) -> Tensor:
+        """Return a real tensor that shares memory with a deferred one, from here on until the end."""
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            if not self.exposed.holds(tensor):
+                number = self.tape.number(tensor)
+                assert number is not None, "not a deferred tensor of this tape"
+                self.exposed.add(number, self._values.of_storage(number))
+            return self.exposed.view(tensor)
+
+    def adopt(self, real: Tensor) -> Tensor:
+        """Return a deferred tensor that shares memory with a real one."""
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return self.exposed.adopt(real)
 
     def _geometry(
         self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step
     ) -> tuple[Any, Tensor | None]:
         """Find the result's geometry; where that needs values, run the operation for real and keep only that."""
         try:
-            if traits.wrong_on_meta:
+            if traits.wrong_on_meta or is_doubtful(func, args, kwargs):
                 raise NotImplementedError
             return result_on_meta(func, args, kwargs, traits.fills), None
         except Exception:
             # No meta kernel, a value that is needed, or a plain mistake of the user's: the real run tells.
             real_args, real_kwargs, result, state = self.replayer.execute_unrecorded(step)
+            trust(func, args, kwargs)
+            if not all(map(is_plain, tensors(result))):
+                return result, state
             originals = dict(zip(map(id, tensors((real_args, real_kwargs))), tensors((args, kwargs)), strict=True))
 
             def counterpart(leaf: Any) -> Any:
@@ -316,7 +412,7 @@ class Recorder(TorchDispatchMode):
         kept = [arg for index, arg in enumerate(args) if index not in blind]
         outs = {name for _, name, is_out in traits.mutated if is_out}
         kept.append({name: arg for name, arg in kwargs.items() if name not in outs})
-        numbers = (self.tape.number(tensor) for tensor in tensors(kept))
+        numbers = (self.tape.number(tensor) for tensor in tensors(kept) if not self.exposed.holds(tensor))
         reads = dict.fromkeys(number for number in numbers if number is not None)
         # A write to a part keeps the rest.
         for tensor in _written(traits, args, kwargs):
@@ -349,17 +445,27 @@ class Recorder(TorchDispatchMode):
     # -- real tensors --------------------------------------------------------------------------------------
 
     def _adopted(self, leaf: Any) -> Any:
-        return self.adopt(leaf) if isinstance(leaf, Tensor) and not leaf.is_meta else leaf
+        if isinstance(leaf, Tensor):
+            return leaf if leaf.is_meta else self.adopt(leaf)
+        if isinstance(leaf, torch.UntypedStorage) and leaf.device.type != "meta":
+            whole = torch.empty(0, dtype=torch.uint8, device=leaf.device).set_(leaf)
+            return self.adopt(whole).untyped_storage()
+        return leaf
 
     def _resolve(self, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and self.tape.number(leaf) is not None:
-            return self.replayer.value(leaf)
-        return leaf
+        return self.value(leaf) if self._is_deferred(leaf) else leaf
+
+    def _is_deferred(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and self.tape.number(leaf) is not None
 
     def _capture(self, leaf: Any) -> Any:
         """Turn an argument into what the tape keeps of it."""
+        if isinstance(leaf, torch.device) and leaf.type == "meta":
+            return self.device
         if not isinstance(leaf, Tensor):
             return leaf
+        if self.exposed.holds(leaf):
+            return Constant(self.exposed.view(leaf).clone(), 0)
         if self.tape.number(leaf) is not None:
             return self.tape.ref(leaf)
         if leaf.is_meta:
@@ -368,7 +474,10 @@ class Recorder(TorchDispatchMode):
                 "take. Make it on the device of the model."
             )
         detached = leaf.detach()
-        if leaf.layout != torch.strided or leaf.numel() * leaf.element_size() <= CLONE_LIMIT_BYTES:
+        # Memory that torch cannot resize is shared with NumPy, a file or others, whose writes nobody would notice
+        # (torch/csrc/utils/tensor_numpy.cpp, 2.13).
+        is_watched = is_plain(leaf) and leaf.untyped_storage().resizable()
+        if not is_watched or leaf.numel() * leaf.element_size() <= CLONE_LIMIT_BYTES:
             return Constant(detached.clone(), 0)
         constant = Constant(detached, detached._version)
         self._watched[leaf.untyped_storage()._cdata] = constant
@@ -383,6 +492,11 @@ class Recorder(TorchDispatchMode):
             if constant is not None:
                 constant.tensor = constant.tensor.clone()
                 constant.version = 0
+
+    def _run_plain(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on real tensors."""
+        self._unwatch_written(traits, args, kwargs)
+        return func(*args, **kwargs)
 
     def _run_random(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a random operation on a real tensor now, from the generator's true state."""

@@ -80,12 +80,10 @@ class Replayer:
         with self.plain_torch():
             return self._run(backward_slice(self.tape, [number]), [number], device, scratch)[number]
 
-    def value(self, tensor: Tensor) -> Tensor:
-        """Return a real tensor with the value that a deferred tensor has now."""
+    def contents(self, steps: list[Step], storages: Sequence[int]) -> dict[int, torch.UntypedStorage]:
+        """Return what a slice makes of several storages."""
         with self.plain_torch():
-            ref = self.tape.ref(tensor)
-            steps = backward_slice(self.tape, [ref.storage])
-            return view(self._run(steps, [ref.storage], self.device)[ref.storage], ref)
+            return self._run(steps, storages, self.device)
 
     def execute_unrecorded(self, step: Step) -> tuple[tuple[Any, ...], dict[str, Any], Any, Tensor | None]:
         """Run a step that is not on the tape yet, on real values.

@@ -158,7 +158,10 @@ class Tape:
         with torch._C.DisableTorchFunction():
             if not tensor.is_meta or tensor.layout != torch.strided:
                 return None
-            return self._numbers.get(tensor.untyped_storage()._cdata)
+            try:
+                return self._numbers.get(tensor.untyped_storage()._cdata)
+            except NotImplementedError:
+                return None  # Inside `vmap` and the like; what they hand on to dispatch has a storage.
 
     def add_storage(self, tensor: Tensor) -> int:
         """Number the storage of a new meta tensor."""
@@ -169,6 +172,15 @@ class Tape:
         self._writers.append([])
         return number
 
+    def storage(self, number: int) -> torch.UntypedStorage:
+        """Return a storage by its number; it has no memory."""
+        return self._storages[number]
+
+    def is_alive(self, storage: int) -> bool:
+        """Return whether a tensor on the storage exists."""
+        # One use is the tape's own.
+        return bool(torch._C._storage_Use_Count(self._storages[storage]._cdata) > 1)
+
     def size_bytes(self, storage: int) -> int:
         """Return how large the storage is now, in bytes."""
         return self._storages[storage].nbytes()
@@ -178,6 +190,12 @@ class Tape:
         self.steps.append(step)
         for storage in {*step.writes, *step.creates}:
             self._writers[storage].append(step.index)
+
+    def drop(self, step: Step) -> None:
+        """Take a step off the tape that only says what a storage's content is anyway."""
+        for storage in step.writes:
+            self._writers[storage].remove(step.index)
+        step.args, step.outputs = (), ()
 
     def absorb(self, other: Tape) -> None:
         """Append another tape, which must not be used any more: its steps and storages get new numbers.

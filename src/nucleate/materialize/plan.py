@@ -194,7 +194,7 @@ class Plan:
             target.fqn
             for group in self.groups
             for target in group.targets
-            if not is_written(group.source.record.tape, group.source.storage)
+            if not is_written(group.source.record.tape, target.ref)
         ]
         if unwritten:
             raise UninitializedError(

@@ -1,0 +1,54 @@
+"""Indices are checked while a constructor can still catch the error: meta kernels do not look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nucleate.deferred.tape import tensors
+
+aten = torch.ops.aten
+
+_BY_LIST = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put}
+_BY_DIM = {
+    aten.index_select, aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_, aten.index_fill,
+    aten.index_fill_,
+}  # fmt: skip
+_BY_ELEMENT = {
+    aten.gather, aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce,
+    aten.scatter_reduce_,
+}  # fmt: skip
+_FLAT = {aten.take, aten.put, aten.put_}
+
+CHECKED = {*_BY_LIST, *_BY_DIM, *_BY_ELEMENT, *_FLAT, aten.embedding}
+
+
+def check_bounds(func: Any, args: tuple[Any, ...], value: Callable[[Tensor], Tensor]) -> None:
+    """Run the lookup of an indexed operation on one element that stands for all.
+
+    Args:
+        func: An overload of an operation in `CHECKED`.
+        args: Its positional arguments.
+        value: Gives the value of a deferred tensor.
+
+    Raises:
+        IndexError: As torch raises it, and likewise other classes.
+    """
+    packet = func.overloadpacket
+    places = args[1:2] if packet in (*_BY_LIST, *_FLAT, aten.embedding) else args[2:3]
+    if any(tensor.dtype in (torch.bool, torch.uint8) or tensor.numel() == 0 for tensor in tensors(places)):
+        return  # Masks are looked at anyway.
+    target = torch.zeros(()).expand(args[0].size())
+    if packet in _BY_LIST:
+        aten.index(target, [None if index is None else value(index) for index in args[1]])
+    elif packet in _BY_DIM:
+        aten.index_select(target, args[1], value(args[2]))
+    elif packet in _BY_ELEMENT:
+        aten.gather(target, args[1], value(args[2]))
+    elif packet in _FLAT:
+        aten.take(target, value(args[1]))
+    else:
+        aten.embedding(target, value(args[1]))

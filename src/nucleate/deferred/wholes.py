@@ -1,0 +1,207 @@
+"""Functions that are recorded whole, because torch computes them in another way on the meta device.
+
+Some functions are made of operations that depend on the device: oneDNN's LSTM and fused attention exist on a CPU only,
+and give other last bits than what they are made of elsewhere; autocast leaves meta tensors alone; others look into
+memory. They run once on real values, and are one step on the tape. Their gradients are made the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nucleate.deferred.random_program import default_generator
+from nucleate.deferred.tape import map_leaves, tensors
+from nucleate.deferred.traits import Traits
+
+if TYPE_CHECKING:
+    from nucleate.deferred.record import Recorder
+
+# Which of their arguments says how much is dropped, and which whether anything is.
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_SOBOL = {
+    torch._sobol_engine_initialize_state_, torch._sobol_engine_scramble_, torch._sobol_engine_ff_,
+    torch._sobol_engine_draw,
+}  # fmt: skip
+_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+
+
+# They compute singular and eigenvalues in another way where a dispatch mode is active (`isTensorSubclassLike` in
+# aten/src/ATen/native/BatchLinearAlgebra.cpp, 2.13).
+_SPECTRAL = {
+    torch.linalg.svdvals, torch.linalg.eigvals, torch.linalg.eigvalsh, torch.linalg.cond, torch.linalg.matrix_rank,
+    torch.linalg.norm, torch.linalg.matrix_norm, torch.nuclear_norm,
+}  # fmt: skip
+_VECTOR_ORDS = (None, "fro", 0, 1, -1, float("inf"), -float("inf"))
+
+
+def is_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> bool:
+    """Return whether a function call has to be recorded whole.
+
+    Args:
+        func: What a torch function mode is called with.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        device: The device that deferred tensors stand for.
+    """
+    if func is torch.norm or func is Tensor.norm:
+        return bool(kwargs.get("p", args[1] if len(args) > 1 else None) == "nuc")
+    if func in _SPECTRAL:
+        is_norm = func is torch.linalg.norm or func is torch.linalg.matrix_norm
+        order = kwargs.get("ord", args[1] if len(args) > 1 else None)
+        return "out" not in kwargs and not (is_norm and order in _VECTOR_ORDS)
+    if func in _RECURRENT or func in _SOBOL or func in _ATTENTION or func is torch.unravel_index:
+        return True
+    return torch.is_autocast_enabled(device.type) and _is_cast(func, device)
+
+
+def _is_cast(func: Any, device: torch.device) -> bool:
+    """Return whether autocast changes what a function computes in."""
+    name = f"aten::{getattr(func, '__name__', '').strip('_')}"
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, f"Autocast{device.type.upper()}"))
+    except RuntimeError:
+        return False
+
+
+def call_whole(recorder: Recorder, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function, recorded as one step."""
+    given = list(tensors((args, kwargs)))
+    replayed = _Replayed(func, recorder.device)
+    traits = _traits(func, args, kwargs)
+    if traits.mutated or not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in given):
+        with torch._C._AutoDispatchBelowAutograd():
+            return recorder.record(replayed, traits, args, kwargs)
+    replayed.wanted = [tensor.requires_grad for tensor in given]
+    structure: list[Any] = []
+    outputs = _Differentiable.apply(  # type: ignore[no-untyped-call]
+        recorder, replayed, traits, (args, kwargs), structure, *given
+    )
+    found = iter(outputs)
+    return map_leaves(structure[0], lambda leaf: next(found) if isinstance(leaf, Tensor) else leaf)
+
+
+class _Replayed:
+    """A function with the modes under which it was called.
+
+    Args:
+        func: The function.
+        device: The device that deferred tensors stand for.
+    """
+
+    def __init__(self, func: Callable[..., Any], device: torch.device) -> None:
+        self.func = func
+        #: Whether each tensor among the arguments requires a gradient, where one is tracked: that decides how matrices
+        #: are multiplied (`should_fold` in aten/src/ATen/native/LinearAlgebra.cpp, torch 2.13).
+        self.wanted: list[bool] = []
+        self.__qualname__ = func.__qualname__
+        self._autocast: tuple[str, torch.dtype] | None = None
+        if torch.is_autocast_enabled(device.type):
+            self._autocast = device.type, torch.get_autocast_dtype(device.type)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.wanted:
+            return self.run(args, kwargs)
+        wanted = iter(self.wanted)
+        args, kwargs = map_leaves(
+            (args, kwargs),
+            lambda leaf: leaf.detach().requires_grad_(next(wanted)) if isinstance(leaf, Tensor) else leaf,
+        )
+        with torch.enable_grad():
+            result = self.run(args, kwargs)
+        return map_leaves(result, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the function under the modes it was called with."""
+        with ExitStack() as stack:
+            if self._autocast is not None:
+                stack.enter_context(torch.autocast(self._autocast[0], self._autocast[1], cache_enabled=False))
+            return self.func(*args, **kwargs)
+
+
+class _Gradient:
+    """The gradients of a function with respect to its tensors, computed from values."""
+
+    def __init__(self, replayed: _Replayed, call: tuple[tuple[Any, ...], dict[str, Any]], wanted: list[bool]) -> None:
+        self._replayed = replayed
+        # Tensors are passed in each time; here are their places.
+        self._call = map_leaves(call, lambda leaf: _Place if isinstance(leaf, Tensor) else leaf)
+        self.wanted = wanted
+        #: The generator's state before the function drew from it.
+        self.state: Tensor | None = None
+        self.__qualname__ = f"gradient of {replayed.__qualname__}"
+
+    def __call__(self, gradients: list[Tensor | None], values: list[Tensor]) -> list[Tensor]:
+        if self.state is not None:
+            default_generator(values[0].device).set_state(self.state)
+        with torch.enable_grad():
+            leaves = [value.detach().requires_grad_(wanted) for value, wanted in zip(values, self.wanted, strict=True)]
+            rest = iter(leaves)
+            args, kwargs = map_leaves(self._call, lambda leaf: next(rest) if leaf is _Place else leaf)
+            results = list(tensors(self._replayed.run(args, kwargs)))
+        pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if g is not None and r.requires_grad]
+        inputs = [leaf for leaf in leaves if leaf.requires_grad]
+        found = torch.autograd.grad([r for r, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+        return [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
+
+
+class _Place:
+    """Stands where a tensor was."""
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recorder: Recorder,
+        replayed: _Replayed,
+        traits: Traits,
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        structure: list[Any],
+        *given: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.recorder = recorder
+        ctx.gradient = _Gradient(replayed, call, [bool(t.requires_grad) for t in given])
+        if traits.is_random:
+            ctx.gradient.state = recorder.random_state()
+        structure.append(recorder.record(replayed, traits, *call))
+        ctx.save_for_backward(*given)
+        return tuple(tensors(structure[0]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = ctx.saved_tensors
+        found = iter(ctx.recorder.record(ctx.gradient, _PURE, (list(gradients), list(given)), {}))
+        return (None,) * 5 + tuple(next(found) if wanted else None for wanted in ctx.gradient.wanted)
+
+
+class _WholeTraits(Traits):
+    """What a recorder needs to know of a function that is no aten operation."""
+
+    def __init__(self, mutates: bool, is_random: bool) -> None:
+        self.mutated = [(0, "self", False)] if mutates else []
+        self.is_random = is_random
+        self.fills = self.uninitialized = self.retargets = self.device = self.indexes = False
+        self.wrong_on_meta = True
+
+
+_PURE = _WholeTraits(False, False)
+
+
+def _traits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traits:
+    if func in _RECURRENT:
+        # (..., has_biases, num_layers, dropout, train, bidirectional[, batch_first])
+        numbers = [arg for arg in args if isinstance(arg, (bool, int, float))]
+        return _WholeTraits(False, any(type(number) is float and number > 0 for number in numbers))
+    if func is F.scaled_dot_product_attention:
+        return _WholeTraits(False, kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0)
+    if func is F.multi_head_attention_forward:
+        training = kwargs.get("training", args[13] if len(args) > 13 else True)
+        return _WholeTraits(False, training and kwargs.get("dropout_p", args[10] if len(args) > 10 else 0.0) > 0)
+    name = getattr(func, "__name__", "")
+    return _WholeTraits(name.endswith("_") and not name.endswith("__"), False)
