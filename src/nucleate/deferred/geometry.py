@@ -44,7 +44,7 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
     """
     given = list(tensors((args, kwargs)))
     elementwise = torch.Tag.pointwise in func.tags
-    if func._schema.is_mutable and any(map(_overlaps, given)):
+    if func._schema.is_mutable and (any(map(_overlaps, given)) or _overlap_in_part(given)):
         raise NotImplementedError("meta kernels do not refuse to write what elements share")
     if len(given) == 1 and args and given[0] is args[0] and _returns_self(func) and (fills or elementwise):
         # Run on one element, it refuses wrong numbers and dtypes.
@@ -116,6 +116,18 @@ def _ones(leaf: Any) -> Any:
 def _overlaps(tensor: Tensor) -> bool:
     """Return whether elements share memory, as in an expanded tensor, which most operations refuse to write."""
     return any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.size(), strict=True))
+
+
+def _overlap_in_part(given: list[Tensor]) -> bool:
+    """Return whether two tensors lie on one storage and are not the same, so that writing one may change the other."""
+    if len(given) < 2:
+        return False
+    places: dict[int, tuple[Any, ...]] = {}
+    for tensor in given:
+        place = tensor.storage_offset(), tensor.size(), tensor.stride()
+        if places.setdefault(tensor.untyped_storage()._cdata, place) != place:
+            return True
+    return False
 
 
 def _returns_self(func: Any) -> bool:
