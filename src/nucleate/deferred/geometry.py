@@ -72,14 +72,18 @@ def is_doubtful(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     if not given or not isinstance(func, torch._ops.OpOverload) or torch.Tag.inplace_view in func.tags:
         return False
     known = torch.Tag.pointwise in func.tags or func.overloadpacket in _FOR_ALL_DTYPES
-    usual = known or any(tensor.dtype in _USUAL for tensor in given)
+    # Many, such as `index_put_`, want one dtype only; so more than one needs to be tried once.
+    floats = {tensor.dtype for tensor in given if tensor.is_floating_point()}
+    usual = known or (len(floats) == 1 and floats <= _USUAL)
     return not usual and sum(t.numel() for t in given) <= 4 * SMALL_NUMEL and (func, _dtypes(given)) not in _trusted
 
 
 def trust(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Remember that an operation has a kernel for these dtypes."""
-    if isinstance(func, torch._ops.OpOverload):
-        _trusted.add((func, _dtypes(list(tensors((args, kwargs))))))
+    given = list(tensors((args, kwargs)))
+    # On no elements, kernels take any dtype.
+    if isinstance(func, torch._ops.OpOverload) and all(tensor.numel() for tensor in given):
+        _trusted.add((func, _dtypes(given)))
 
 
 def _dtypes(given: list[Tensor]) -> tuple[torch.dtype, ...]:
