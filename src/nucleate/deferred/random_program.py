@@ -133,6 +133,10 @@ class RandomProgram:
                 break
         return Position(Run(generator.device.type, state), 0)
 
+    def position_of(self, state: Tensor) -> Position | None:
+        """Return the position that a token stands for, or None for any other state."""
+        return self._tokens.get(_key(state))
+
     def follow(self, generator: torch.Generator, position: Position, step: Step, state: Tensor | None = None) -> None:
         """Put the generator behind a random step that stands at `position`.
 

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from nucleate.deferred.active import turn
 from nucleate.deferred.bounds import check_bounds
+from nucleate.deferred.constants import Constants
+from nucleate.deferred.effects import needed_by, overwritten_by, read_by, written_by
 from nucleate.deferred.exposed import Exposed
 from nucleate.deferred.geometry import is_doubtful, is_plain, result_on_meta, to_meta, trust
 from nucleate.deferred.random_program import Position, default_generator
@@ -28,9 +30,6 @@ from nucleate.deferred.states import States
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
 from nucleate.deferred.traits import Traits, traits_of
 from nucleate.deferred.values import Values
-
-#: Real tensors up to this size are cloned when a deferred operation reads them; larger ones are watched.
-CLONE_LIMIT_BYTES = 1 << 20
 
 aten = torch.ops.aten
 
@@ -66,7 +65,7 @@ class Recorder(TorchDispatchMode):
         #: States of generators that were taken meanwhile.
         self.states = States(replayer)
         self._values = Values(replayer)
-        self._watched: dict[int, Constant] = {}
+        self._constants = Constants()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
@@ -100,7 +99,7 @@ class Recorder(TorchDispatchMode):
         """Take over the tape of another recorder for the same device, and the real tensors that its steps read."""
         self.tape.absorb(other.tape)
         self.exposed.absorb(other.exposed)
-        self._watched.update(other._watched)
+        self._constants.absorb(other._constants)
         self.handed_out.extend(other.handed_out)
 
     @classmethod
@@ -166,7 +165,7 @@ class Recorder(TorchDispatchMode):
         """Route an operation on deferred tensors: it is recorded, unless its result has to be real."""
         if traits.retargets:
             return self._retarget(func, args, kwargs)
-        written = _written(traits, args, kwargs)
+        written = written_by(traits, args, kwargs)
         if any(self.tape.number(tensor) is None or self.exposed.holds(tensor) for tensor in written):
             # A deferred value goes into real memory: it has to be made now.
             return self._write_real(func, traits, args, kwargs)
@@ -202,7 +201,7 @@ class Recorder(TorchDispatchMode):
     def _write_real(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that writes real memory; deferred tensors that it writes as well get real memory too."""
         originals: dict[int, tuple[Tensor, Tensor]] = {}
-        written = set(map(id, _written(traits, args, kwargs)))
+        written = set(map(id, written_by(traits, args, kwargs)))
 
         def real(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or self.tape.number(leaf) is None:
@@ -236,7 +235,7 @@ class Recorder(TorchDispatchMode):
     def record(self, func: Callable[..., Any], traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a Python function on tensors of which at least one is deferred, as one step."""
         with turn, torch._C.DisableTorchFunction():
-            written = _written(traits, args, kwargs)
+            written = written_by(traits, args, kwargs)
             if any(self.tape.number(tensor) is None or self.exposed.holds(tensor) for tensor in written):
                 with _disable_current_modes():
                     return self._write_real(func, traits, args, kwargs)
@@ -246,7 +245,7 @@ class Recorder(TorchDispatchMode):
     def _record(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if traits.indexes:
             check_bounds(func, args, lambda leaf: self.value(leaf) if leaf.is_meta else leaf)
-        written = _written(traits, args, kwargs)
+        written = written_by(traits, args, kwargs)
         written_refs = tuple(self.tape.ref(tensor) for tensor in written)
         replay_args, replay_kwargs = map_leaves(args, self._capture), map_leaves(kwargs, self._capture)
         if traits.device:
@@ -257,7 +256,7 @@ class Recorder(TorchDispatchMode):
                 replay_kwargs.pop("pin_memory")
                 kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
         position, generator = self._locate(traits, args, kwargs)
-        reads = self._reads(traits, args, kwargs)
+        reads = self._reads(traits, args, kwargs, written_refs)
         step = Step(
             index=len(self.tape.steps),
             func=func,
@@ -267,7 +266,7 @@ class Recorder(TorchDispatchMode):
             reads=reads,
             written=written_refs,
             creates=(),
-            overwrites=self._overwrites(traits, written_refs, reads),
+            overwrites=overwritten_by(self.tape, traits, written_refs, reads),
             default_dtype=torch.get_default_dtype(),
             position=position,
             uninitialized=traits.uninitialized,
@@ -406,27 +405,11 @@ class Recorder(TorchDispatchMode):
             generator.set_state(state)
         return result
 
-    def _reads(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-        """Return the storages whose content matters: all arguments but those that are only written."""
-        blind = {position for position, name, is_out in traits.mutated if is_out or (traits.fills and name == "self")}
-        kept = [arg for index, arg in enumerate(args) if index not in blind]
-        outs = {name for _, name, is_out in traits.mutated if is_out}
-        kept.append({name: arg for name, arg in kwargs.items() if name not in outs})
-        numbers = (self.tape.number(tensor) for tensor in tensors(kept) if not self.exposed.holds(tensor))
-        reads = dict.fromkeys(number for number in numbers if number is not None)
-        # A write to a part keeps the rest.
-        for tensor in _written(traits, args, kwargs):
-            ref = self.tape.ref(tensor)
-            if not ref.fills(self.tape.size_bytes(ref.storage)):
-                reads[ref.storage] = None
-        return tuple(reads)
-
-    def _overwrites(self, traits: Traits, written: tuple[TensorRef, ...], reads: tuple[int, ...]) -> tuple[int, ...]:
-        if not (traits.fills or any(is_out for _, _, is_out in traits.mutated)):
-            return ()
-        return tuple(
-            ref.storage for ref in written if ref.storage not in reads and ref.fills(self.tape.size_bytes(ref.storage))
-        )
+    def _reads(
+        self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], written: tuple[TensorRef, ...]
+    ) -> tuple[int, ...]:
+        looked_at = (tensor for tensor in read_by(traits, args, kwargs) if not self.exposed.holds(tensor))
+        return needed_by(self.tape, looked_at, written)
 
     def _locate(
         self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -473,35 +456,17 @@ class Recorder(TorchDispatchMode):
                 f"a tensor of shape {tuple(leaf.shape)} on the meta device has no value that a deferred tensor could "
                 "take. Make it on the device of the model."
             )
-        detached = leaf.detach()
-        # Memory that torch cannot resize is shared with NumPy, a file or others, whose writes nobody would notice
-        # (torch/csrc/utils/tensor_numpy.cpp, 2.13).
-        is_watched = is_plain(leaf) and leaf.untyped_storage().resizable()
-        if not is_watched or leaf.numel() * leaf.element_size() <= CLONE_LIMIT_BYTES:
-            return Constant(detached.clone(), 0)
-        constant = Constant(detached, detached._version)
-        self._watched[leaf.untyped_storage()._cdata] = constant
-        return constant
-
-    def _unwatch_written(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a real tensor is written, give the steps that read it a copy of what they saw."""
-        if not self._watched:
-            return
-        for tensor in _written(traits, args, kwargs):
-            constant = self._watched.pop(tensor.untyped_storage()._cdata, None) if not tensor.is_meta else None
-            if constant is not None:
-                constant.tensor = constant.tensor.clone()
-                constant.version = 0
+        return self._constants.of(leaf)
 
     def _run_plain(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on real tensors."""
-        self._unwatch_written(traits, args, kwargs)
+        self._constants.before_writes(written_by(traits, args, kwargs))
         return func(*args, **kwargs)
 
     def _run_random(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a random operation on a real tensor now, from the generator's true state."""
-        self._unwatch_written(traits, args, kwargs)
-        written = _written(traits, args, kwargs)
+        written = written_by(traits, args, kwargs)
+        self._constants.before_writes(written)
         generator = next((leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Generator)), None)
         if generator is None:
             device = written[0].device if written else kwargs.get("device") or torch.device("cpu")
@@ -513,11 +478,3 @@ class Recorder(TorchDispatchMode):
         generator.set_state(program.state_at(position))
         # The state behind it is a plain one: the next random step starts a new chain from it.
         return func(*args, **kwargs)
-
-
-def _written(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for position, name, _ in traits.mutated:
-        value = args[position] if position < len(args) else kwargs.get(name)
-        found.extend(tensors(value))
-    return found

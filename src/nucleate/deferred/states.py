@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nucleate.deferred.active import active_records
-from nucleate.deferred.random_program import _key
 from nucleate.deferred.replay import Replayer
 
 # Bytes of the states of a CPU and a CUDA generator (see `random_program.py`).
@@ -45,7 +44,7 @@ class States:
             if not tensor.is_contiguous() or tensor.device.type != "cpu":
                 return
             random = self._replayer.random
-            position = random._tokens.get(_key(tensor))
+            position = random.position_of(tensor)
             if position is not None:
                 tensor.copy_(random.state_at(position))
 
