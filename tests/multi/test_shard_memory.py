@@ -7,6 +7,6 @@ from pathlib import Path
 from tests.multi.ranks import run_ranks
 
 
-def test_a_rank_takes_its_shards_and_one_parameter_at_a_time() -> None:
+def test_a_rank_takes_its_shards_and_never_a_whole_parameter() -> None:
     done = run_ranks(Path(__file__).parent / "scripts" / "shard_memory.py", 2)
     assert done.stdout.count("MiB of 80") == 2
