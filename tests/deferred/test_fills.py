@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from nucleate.deferred import deferred
 from nucleate.deferred.fills import GROUP, Fill, fills_as_described
 from nucleate.deferred.mersenne_twister import draw
+from tests.deferred.equality import assert_exact
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -58,3 +60,16 @@ def test_any_slice_made_alone_is_the_slice_of_the_whole(
     passed.set_state(before)
     draw(passed, fill.num_draws)
     assert torch.equal(passed.get_state(), behind)
+
+
+def test_a_truncated_fill_without_a_spread_does_what_eager_does() -> None:
+    with deferred(), pytest.raises(ZeroDivisionError):
+        nn.init.trunc_normal_(torch.empty(50), std=0.0)
+
+    def make() -> nn.Module:
+        layer = nn.Linear(20, 20)
+        nn.init.trunc_normal_(layer.weight, std=-0.02)
+        nn.init.normal_(layer.bias)
+        return layer
+
+    assert_exact(make)

@@ -132,7 +132,42 @@ def used_twice() -> Tensor:
     return weight * 0.5 + weight
 
 
+def cast_to_unsigned() -> Tensor:
+    # What becomes of numbers that are too large depends on the instructions.
+    weight = torch.zeros(ROWS * COLUMNS, dtype=torch.uint32)
+    weight[1:].copy_(torch.empty(ROWS * COLUMNS - 1).normal_(0, 1e10))
+    return weight
+
+
+def clamped_by_a_tensor() -> Tensor:
+    weight = torch.randn(ROWS * COLUMNS).mul_(0.0)
+    weight[1:].clamp_(min=torch.zeros(ROWS * COLUMNS - 1))
+    return weight
+
+
+def divided_by_zero() -> Tensor:
+    return torch.zeros(ROWS, COLUMNS).div_(0.0).to(torch.bfloat16)
+
+
+def of_a_real_tensor_that_holds_nan() -> Tensor:
+    weight = torch.empty(ROWS, COLUMNS)
+    weight.copy_(torch.from_numpy(torch.full((ROWS, COLUMNS), float("nan"), dtype=torch.float16).numpy()))
+    return weight.mul_(2)
+
+
+def many_small_writes() -> Tensor:
+    weight = torch.empty(ROWS * COLUMNS)
+    for index in range(0, ROWS * COLUMNS, 2):
+        weight[index : index + 2].uniform_(0, 1)
+    return weight
+
+
 WHOLE: list[Callable[[], Tensor]] = [
+    cast_to_unsigned,
+    clamped_by_a_tensor,
+    divided_by_zero,
+    of_a_real_tensor_that_holds_nan,
+    many_small_writes,
     orthogonal,
     truncated_within_reach,
     normalized_by_its_sum,
@@ -147,7 +182,8 @@ class Holds(nn.Module):
     def __init__(self, make: Callable[[], Tensor]) -> None:
         super().__init__()
         torch.rand(5)
-        self.weight = nn.Parameter(make())
+        weight = make()
+        self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
 
 
 def recorded(make: Callable[[], Tensor]) -> tuple[Tensor, Pieces | None, Record]:

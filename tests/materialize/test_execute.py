@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate.deferred import Record, deferred
+from nucleate import Runtime
+from nucleate.deferred import Pieces, Record, deferred
 from nucleate.errors import DeferredError, ReplayError, UninitializedError
 from nucleate.materialize import Plan, execute, materialize
 from nucleate.testing import peak_memory
@@ -193,3 +194,25 @@ def test_what_an_interrupted_materialization_did_not_reach_is_still_deferred(mon
         model.second.data.add_(1)
     materialize(model)
     assert_same_model(eager, model)
+
+
+def test_shards_that_were_interrupted_are_without_memory_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(accelerator="cpu", strategy="fsdp")
+    with runtime.init_module():
+        model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+    real = Pieces.make
+    calls: list[int] = []
+
+    def make_one(self: Pieces, start: int, *args: Any) -> None:
+        calls.append(start)
+        if len(calls) == 2:
+            raise MemoryError("no more")
+        real(self, start, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pieces, "make", make_one)
+        with pytest.raises(MemoryError, match="no more"):
+            runtime.setup(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(UninitializedError, match="weight"):
+        materialize(model)

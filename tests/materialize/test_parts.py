@@ -64,6 +64,13 @@ def test_a_shard_of_rows_is_one_range_and_one_of_short_columns_is_cut_from_rows(
     assert isinstance(columns, Columns)
 
 
+def test_few_columns_of_very_wide_rows_are_made_alone() -> None:
+    width = parts.BUFFER_NUMEL + 1
+    _, pieces = pieces_of_shape(3, 5)
+    found = list(parts_of(pieces, 0, (3, width), (0, 7), torch.empty(3, 2)))
+    assert [(type(part), part.start) for part in found] == [(Range, 7 + row * width) for row in range(3)]
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
 def test_the_number_of_threads_does_not_change_a_bit(num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def make() -> nn.Module:

@@ -9,7 +9,7 @@ import pytest
 from tests.multi.ranks import run_ranks
 
 SCRIPT = Path(__file__).parent / "scripts" / "shard_layouts.py"
-LAYOUTS = ["rows", "long columns", "short columns", "uneven columns"]
+LAYOUTS = ["rows", "long columns", "short columns", "uneven columns", "every third row"]
 
 
 @pytest.mark.parametrize(("num_ranks", "layouts"), [(2, LAYOUTS), (4, [*LAYOUTS, "tensor parallel and rows"])])

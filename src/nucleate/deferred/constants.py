@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from nucleate.deferred.geometry import is_plain
-from nucleate.deferred.tape import Constant
+from nucleate.deferred.tape import Constant, marks
 
 #: Real tensors up to this size are cloned when a deferred operation reads them; larger ones are watched.
 CLONE_LIMIT_BYTES = 1 << 20
@@ -21,13 +21,14 @@ class Constants:
 
     def of(self, tensor: Tensor) -> Constant:
         """Return what the tape keeps of a real tensor."""
-        detached = tensor.detach()
         # Memory that torch cannot resize is shared with NumPy, a file or others, whose writes nobody would notice
         # (torch/csrc/utils/tensor_numpy.cpp, 2.13).
         is_watched = is_plain(tensor) and tensor.untyped_storage().resizable()
-        if not is_watched or tensor.numel() * tensor.element_size() <= CLONE_LIMIT_BYTES:
-            return Constant(detached.clone(), 0)
-        constant = Constant(detached, detached._version)
+        is_watched = is_watched and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+        if not is_watched or tensor.is_inference() or tensor.numel() * tensor.element_size() <= CLONE_LIMIT_BYTES:
+            return Constant(tensor.detach().clone())
+        # The tensor itself: below autograd, where this runs, `detach` has a version counter of its own.
+        constant = Constant(tensor, marks(tensor))
         self._watched[tensor.untyped_storage()._cdata] = constant
         return constant
 
@@ -38,8 +39,7 @@ class Constants:
         for tensor in written:
             constant = self._watched.pop(tensor.untyped_storage()._cdata, None) if not tensor.is_meta else None
             if constant is not None:
-                constant.tensor = constant.tensor.clone()
-                constant.version = 0
+                constant.tensor, constant.seen = constant.tensor.detach().clone(), None
 
     def absorb(self, other: Constants) -> None:
         """Watch what another recording watched."""

@@ -56,7 +56,7 @@ class Exposed:
         step = Step(
             index=len(self._tape.steps),
             func=_exposed,
-            args=(Constant(whole, None), self._replayer.device),
+            args=(Constant(whole), self._replayer.device),
             kwargs={},
             outputs=(TensorRef(number, torch.uint8, (memory.nbytes(),), (1,), 0, False, False),),
             reads=(),

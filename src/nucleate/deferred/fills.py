@@ -136,11 +136,15 @@ def fill_of(step: Step) -> Fill | None:
         is_normal = True
         reach = _LARGEST_NORMAL.get(ref.dtype, math.inf) * second
         # It draws again what lies beyond the bounds; where nothing can, it is a plain `normal_`.
-        if not (lower <= first - reach and first + reach <= upper) or not _truncates_by_rejection(func):
+        if (
+            not second > 0
+            or not (lower <= first - reach and first + reach <= upper)
+            or not _truncates_by_rejection(func)
+        ):
             return None
     else:
         return None
-    if not isinstance(first, (int, float)) or not isinstance(second, (int, float)):
+    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in (first, second)):
         return None
     if ref.dtype not in _LARGEST_NORMAL or not is_contiguous(ref) or (is_normal and ref.numel < GROUP):
         return None

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from nucleate.deferred.active import active_records
 from nucleate.deferred.legacy import install_legacy
+from nucleate.deferred.plain import plain_modes
 from nucleate.deferred.pools import install_pools
 from nucleate.deferred.states import install_states
 
@@ -77,6 +78,9 @@ def _install(stack: ExitStack) -> None:
     ) -> Tensor:
         for record in reversed(active_records()):
             if record.holds(tensor):
+                with plain_modes():
+                    # It refuses wrong numbers also on no elements.
+                    trunc_normal(torch.empty(0), mean, std, a, b, torch.Generator())
                 return record.recorder.opaque(trunc_normal, tensor, (mean, std, a, b), generator)
         return trunc_normal(tensor, mean, std, a, b, generator)
 

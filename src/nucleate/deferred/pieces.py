@@ -5,12 +5,13 @@ storage a rank makes its own shard and nothing else, several threads make one pa
 runs while a chunk of it is in the cache. `pieces_of` reads the tape backward for the steps that still matter to a
 storage; where one of them is of another kind the answer is None, and the storage is replayed whole (`replay.py`).
 
-Only operations whose result IEEE 754 defines to the last bit are taken: torch computes others differently in the
-vectorized and in the remaining part of a loop, so that a range would depend on where it begins.
+Only operations on finite numbers whose result IEEE 754 defines to the last bit are taken: torch computes others
+differently in the vectorized and in the remaining part of a loop, so that a range would depend on where it begins.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -30,18 +31,23 @@ aten = torch.ops.aten
 #: threads of its own (`at::internal::GRAIN_SIZE`).
 CHUNK_NUMEL = 1 << 15
 
-# Deeper chains are replayed whole.
+# Deeper chains, and storages that are written bit by bit, are replayed whole.
 _MAX_DEPTH = 32
+_MAX_WRITES = 256
+# Which writes concern a chunk is looked up for so many chunks at once.
+_CHUNKS_PER_BLOCK = 32
 
 _EXACT = {
-    aten.mul, aten.div, aten.add, aten.sub, aten.neg, aten.abs, aten.sqrt, aten.clamp, aten.clamp_min, aten.clamp_max,
+    aten.mul, aten.div, aten.add, aten.sub, aten.neg, aten.abs, aten.clamp, aten.clamp_min, aten.clamp_max,
     aten.relu, aten.sign,
 }  # fmt: skip
 _EXACT_IN_PLACE = {
-    aten.mul_, aten.div_, aten.add_, aten.sub_, aten.neg_, aten.abs_, aten.sqrt_, aten.clamp_, aten.clamp_min_,
+    aten.mul_, aten.div_, aten.add_, aten.sub_, aten.neg_, aten.abs_, aten.clamp_, aten.clamp_min_,
     aten.clamp_max_, aten.relu_, aten.sign_,
 }  # fmt: skip
 _SUMS = {aten.add, aten.add_, aten.sub, aten.sub_}
+_ARITHMETIC = _SUMS | {aten.mul, aten.mul_}
+_QUOTIENTS = {aten.div, aten.div_}
 _COPIES = {aten._to_copy, aten.clone}
 _CONSTANTS = {
     aten.zeros: 0, aten.ones: 1, aten.zeros_like: 0, aten.ones_like: 1, aten.new_zeros: 0, aten.new_ones: 1,
@@ -104,7 +110,7 @@ class _Copy(_Write):
 
     def apply(self, begin: int, out: Tensor, cursors: Cursors) -> None:
         if isinstance(self.source, Constant):
-            out.copy_(self.source.value().view(-1)[begin : begin + out.numel()])
+            out.copy_(self.source.tensor.detach().view(-1)[begin : begin + out.numel()])
         else:
             out.copy_(self.source.read(begin, out.numel(), cursors))
 
@@ -147,15 +153,20 @@ class Pieces:
             out: One-dimensional, contiguous and on the CPU: as many elements as are wanted.
             cursors: Where the caller stands in the random streams.
         """
-        # What is only filled needs no cache; and threads meet in Python less often.
-        step = CHUNK_NUMEL if len(self.writes) > 1 else 4 * CHUNK_NUMEL
-        for begin in range(0, out.numel(), step):
-            self.make_chunk(start + begin, out[begin : begin + step], cursors)
+        # What is only drawn needs no cache, and torch never splits it; so threads meet in Python less often.
+        is_drawn = len(self.writes) == 1 and isinstance(self.writes[0], _Random)
+        step = 4 * CHUNK_NUMEL if is_drawn else CHUNK_NUMEL
+        block = step * _CHUNKS_PER_BLOCK
+        for first in range(0, out.numel(), block):
+            last = min(out.numel(), first + block)
+            writes = [write for write in self.writes if write.start < start + last and start + first < write.stop]
+            for begin in range(first, last, step):
+                self.make_chunk(start + begin, out[begin : min(last, begin + step)], cursors, writes)
 
-    def make_chunk(self, start: int, out: Tensor, cursors: Cursors) -> None:
-        """Make a range in one go; see `make`."""
+    def make_chunk(self, start: int, out: Tensor, cursors: Cursors, writes: list[_Write] | None = None) -> None:
+        """Make a range in one go, by those of `writes` that concern it; see `make`."""
         stop = start + out.numel()
-        for write in self.writes:
+        for write in self.writes if writes is None else writes:
             begin, end = max(start, write.start), min(stop, write.stop)
             if begin < end:
                 write.apply(begin - write.start, out[begin - start : end - start], cursors)
@@ -170,9 +181,22 @@ class Pieces:
         return (-1, start) if position is None else (position.run.number, position.offset + start)
 
     def prepare(self) -> None:
-        """Execute the steps that the states it begins at depend on, so that threads need not."""
+        """Execute the steps that the states it begins at depend on, so that threads need not.
+
+        Raises:
+            DeferredEditError: A real tensor that it reads was edited.
+        """
         for position in self._positions():
             self.program.nearest(position)
+        for constant in self._constants():
+            constant.check()
+
+    def _constants(self) -> Iterator[Constant]:
+        for write in self.writes:
+            if isinstance(write, _Copy) and isinstance(write.source, Constant):
+                yield write.source
+            for source in _sources(write):
+                yield from source.pieces._constants()
 
     def _positions(self) -> Iterator[Position]:
         for write in self.writes:
@@ -232,6 +256,8 @@ class _Reader:
                 if write is None:
                     return None
                 writes.append(write)
+                if len(writes) > _MAX_WRITES:
+                    return None
             if storage in step.creates:
                 break
             if writes and writes[-1].blind and writes[-1].start == 0 and writes[-1].stop * dtype.itemsize == size_bytes:
@@ -270,6 +296,9 @@ class _Reader:
                 return None
             if any(isinstance(arg, _Source) for arg in kwargs.values()):
                 return None
+            # Zeros of both signs are equal, and which of them is the larger one depends on the instructions.
+            if packet not in _ARITHMETIC and any(isinstance(arg, _Source) for arg in args[int(not in_place) :]):
+                return None
             return _Elementwise(start, stop, not in_place, step.func, args, kwargs)
         return None
 
@@ -280,9 +309,14 @@ class _Reader:
             plain = tensor.layout == torch.strided and tensor.shape == ref.size and tensor.device.type == "cpu"
             if not plain or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
                 return None
+            # What is done to a NaN keeps or loses its payload, depending on the instructions.
+            if not _casts_exactly(tensor.dtype, ref.dtype) or not bool(tensor.detach().isfinite().all()):
+                return None
             return _Copy(start, stop, True, value)
         source = self._argument(value, step, ref, depth)
-        return _Copy(start, stop, True, source) if isinstance(source, _Source) else None
+        if not isinstance(source, _Source) or not _casts_exactly(source.pieces.dtype, ref.dtype):
+            return None
+        return _Copy(start, stop, True, source)
 
     def _argument(self, value: Any, step: Step, ref: TensorRef, depth: int) -> Any:
         """Return a number as it is and a tensor of the written one's shape as a source."""
@@ -306,8 +340,21 @@ def _is_exact(step: Step, ref: TensorRef) -> bool:
     # A factor on the second operand may be fused into the addition. Integers are divided in the default dtype.
     packet = step.func.overloadpacket  # type: ignore[attr-defined]
     scaled = packet in _SUMS and (len(step.args) > 2 or step.kwargs.get("alpha", 1) != 1)
+    numbers = [arg for arg in step.args if _is_number(arg)]
+    # Of finite numbers only a quotient by zero is none, and the bits of that depend on the instructions.
+    if not all(map(math.isfinite, numbers)) or (packet in _QUOTIENTS and 0 in numbers):
+        return False
     dtypes = [ref.dtype, *(arg.dtype for arg in step.args if isinstance(arg, TensorRef))]
     return not scaled and "out" not in step.kwargs and all(dtype.is_floating_point for dtype in dtypes)
+
+
+def _casts_exactly(source: torch.dtype, target: torch.dtype) -> bool:
+    # What becomes of a number that an integer cannot hold depends on the instructions.
+    if source == target:
+        return True
+    if source.is_floating_point:
+        return target.is_floating_point
+    return not source.is_complex
 
 
 def _is_number(value: Any) -> bool:

@@ -46,6 +46,8 @@ _TOKEN_BYTES = 16
 # Tokens are unique in the process, and a program recognizes those of the others.
 _numbers = count()
 _programs: weakref.WeakSet[RandomProgram] = weakref.WeakSet()
+# Programs whose tapes have been joined share runs.
+_lock = threading.RLock()
 
 
 @dataclass(slots=True, eq=False)
@@ -110,7 +112,6 @@ class RandomProgram:
         self._tokens: dict[bytes, Position] = {}
         self._generators: dict[int, torch.Generator] = {}
         self._remembered: deque[tuple[Run, int]] = deque()
-        self._lock = threading.RLock()
         self._workspace = Workspace()
         _programs.add(self)
 
@@ -157,7 +158,7 @@ class RandomProgram:
 
     def state_at(self, position: Position) -> Tensor:
         """Return the generator's true state at a position."""
-        with self._lock, plain_modes():
+        with _lock, plain_modes():
             offset, state = self.nearest(position)
             if offset != position.offset:
                 state = streams.moved(position.run.device, state, position.offset - offset, self._workspace)
@@ -166,7 +167,7 @@ class RandomProgram:
 
     def nearest(self, position: Position) -> tuple[int, Tensor]:
         """Return the last known state at or before a position, and its offset in the position's run."""
-        with self._lock, plain_modes():
+        with _lock, plain_modes():
             unknown = [position.run]
             while unknown[-1].state is None:
                 assert unknown[-1].behind is not None
@@ -179,7 +180,7 @@ class RandomProgram:
 
     def remember(self, run: Run, offset: int, state: Tensor) -> None:
         """Keep a state for what is asked for next, which usually lies behind it."""
-        with self._lock:
+        with _lock:
             if run.nearest(offset)[0] == offset:
                 return
             insort(run.known, (offset, state), key=_offset)

@@ -448,7 +448,7 @@ class Recorder(TorchDispatchMode):
         if not isinstance(leaf, Tensor):
             return leaf
         if self.exposed.holds(leaf):
-            return Constant(self.exposed.view(leaf).clone(), 0)
+            return Constant(self.exposed.view(leaf).clone())
         if self.tape.number(leaf) is not None:
             return self.tape.ref(leaf)
         if leaf.is_meta:

@@ -69,23 +69,37 @@ class Constant:
     """A real tensor that a step read.
 
     Attributes:
-        tensor: The tensor, or a clone where cloning is cheap.
-        version: Its version counter when it was read, or None where later writes are meant to be seen.
+        tensor: The tensor itself, or a clone where cloning is cheap.
+        seen: Its version counter and a sum over its bytes when it was read, or None for a clone, and where later writes
+            are meant to be seen.
     """
 
     tensor: Tensor
-    version: int | None
+    seen: tuple[int, int] | None = None
 
-    def value(self) -> Tensor:
-        """Return the tensor, refusing one that was written to since it was read."""
-        if self.version is not None and self.tensor._version != self.version:
+    def check(self) -> None:
+        """Refuse a tensor that was written to since it was read."""
+        if self.seen is not None and self.seen != marks(self.tensor):
             from nucleate.errors import DeferredEditError
 
             raise DeferredEditError(
                 f"a real tensor of shape {tuple(self.tensor.shape)} that the constructor copied into a deferred "
                 "parameter was edited in place after `init_module`. Edit a clone of it, or edit it inside the context."
             )
-        return self.tensor
+
+    def value(self) -> Tensor:
+        """Return the tensor, refusing one that was written to since it was read."""
+        self.check()
+        return self.tensor.detach()
+
+
+def marks(tensor: Tensor) -> tuple[int, int]:
+    """Return what tells that a contiguous tensor was written: its version, and for writes through `.data` a sum."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        words = tensor.detach().view(-1).view(torch.uint8)
+        rest = words.numel() % 8
+        total = words[: words.numel() - rest].view(torch.int64).sum() + words[words.numel() - rest :].sum()
+        return tensor._version, int(total)
 
 
 @dataclass(slots=True, eq=False)

@@ -110,7 +110,7 @@ class Values:
             held_bytes -= self._known[oldest][1].nbytes()
             self._forget(oldest)
         whole = TensorRef(storage, torch.uint8, (size_bytes,), (1,), 0, False, False)
-        constant = Constant(torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory), None)
+        constant = Constant(torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory))
         step = Step(
             index=len(self._tape.steps),
             func=aten.copy_.default,

@@ -2,7 +2,7 @@
 
 A shard is a box of a tensor. Where its rows are long, each is made straight into its place. Where they are short, as
 in a shard of the last dimension, some whole rows at a time are made in a small buffer and their middle is kept, which
-costs the draws of all but no memory.
+costs the draws of all.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def parts_of(pieces: Pieces, base: int, shape: Sequence[int], offsets: Sequence[
         return
     inner = math.prod(whole[1:])
     rows = out.view(size)
-    if len(whole) == 2 and size[1] < MIN_RANGE_NUMEL:
+    if len(whole) == 2 and size[1] < MIN_RANGE_NUMEL and inner <= BUFFER_NUMEL:
         yield Columns(pieces, base + first[0] * inner, rows, inner, first[1])
         return
     for row in range(size[0]):
@@ -175,8 +175,12 @@ def make_parts(parts: Sequence[Part], num_threads: int) -> None:
             _make(stretch)
 
     with ThreadPoolExecutor(num_threads, thread_name_prefix="nucleate-materialize") as pool:
-        for done in [pool.submit(make, stretch) for stretch in stretches]:
-            done.result()
+        try:
+            for done in [pool.submit(make, stretch) for stretch in stretches]:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _make(parts: Sequence[Part]) -> None:

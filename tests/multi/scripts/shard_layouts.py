@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from nucleate.deferred import deferred
 from nucleate.deferred.fills import Fill
@@ -65,11 +66,18 @@ def tensor_parallel_and_rows(model: Net) -> None:
 
 
 def uneven_columns(model: Net) -> None:
+    distribute(model, lambda parameter: Shard(1) if parameter.dim() == 2 else Replicate())
+
+
+def every_third_row(model: Net) -> None:
+    distribute(model, lambda parameter: _StridedShard(0, split_factor=3))
+
+
+def distribute(model: Net, place: Callable[[Any], Any]) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            place = Shard(1) if parameter.dim() == 2 else Replicate()
-            sharded = distribute_tensor(parameter.detach(), mesh, [place], src_data_rank=None)
+            sharded = distribute_tensor(parameter.detach(), mesh, [place(parameter)], src_data_rank=None)
             setattr(module, name, nn.Parameter(sharded))
 
 
@@ -81,6 +89,8 @@ LAYOUTS: dict[str, tuple[Callable[[Net], None], int, int, Callable[[int], float]
     "short columns": (columns, 304, 500, lambda n: 1.0),
     "tensor parallel and rows": (tensor_parallel_and_rows, 304, 500, lambda n: 1.0),
     "uneven columns": (uneven_columns, 301, 503, lambda n: 1.0),
+    # Not one box of the whole.
+    "every third row": (every_third_row, 48, 96, lambda n: 1.0),
 }
 
 
