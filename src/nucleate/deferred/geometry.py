@@ -20,6 +20,9 @@ aten = torch.ops.aten
 #: Elementwise operations on tensors up to this many elements are run on ones.
 SMALL_NUMEL = 1 << 14
 
+# Stand-ins may take so many elements, for as long as one operation runs.
+_STAND_IN_NUMEL = 1 << 22
+
 # Their results' shapes follow from their arguments' shapes and numbers, never from values.
 _BY_SHAPE = {aten.cat, aten.stack, aten.triu, aten.tril, aten.diag, aten.diagonal_copy}
 _RANGES = {aten.arange, aten.linspace}
@@ -63,6 +66,42 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
     if ranges or (given and small and (elementwise or packet in _BY_SHAPE) and not func._schema.is_mutable):
         return map_leaves(func(*map_leaves(args, _ones), **map_leaves(kwargs, _ones)), to_meta)
     return func(*map_leaves(args, to_meta), **map_leaves(kwargs, to_meta))
+
+
+def result_on_stand_ins(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return an operation's result as meta tensors, found by running it on real tensors of the same geometry.
+
+    For operations whose meta kernels are missing or wrong, but whose result's geometry does not depend on values.
+
+    Args:
+        func: The aten overload, not a random one.
+        args: Its positional arguments; tensors on any device.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        Exception: Whatever the operation raises on ones and zeros, or that this would take much memory.
+    """
+    given = list(tensors((args, kwargs)))
+    if (
+        sum(tensor.numel() for tensor in given) > _STAND_IN_NUMEL
+        or _overlap_in_part(given)
+        or any(map(_overlaps, given))
+    ):
+        raise NotImplementedError
+    originals: dict[int, tuple[Tensor, Any]] = {}
+
+    def stand_in(leaf: Any) -> Any:
+        real = _ones(leaf)
+        if isinstance(leaf, Tensor):
+            if not leaf.is_floating_point() and not leaf.is_complex():
+                real.zero_()  # a valid index
+            originals[id(real)] = real, leaf
+        return real
+
+    result = func(*map_leaves(args, stand_in), **map_leaves(kwargs, stand_in))
+    if any(real.size() != leaf.size() for real, leaf in originals.values()):
+        raise NotImplementedError("an `out=` that is resized")
+    return map_leaves(result, lambda leaf: originals[id(leaf)][1] if id(leaf) in originals else to_meta(leaf))
 
 
 def is_doubtful(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

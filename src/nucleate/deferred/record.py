@@ -23,7 +23,7 @@ from nucleate.deferred.bounds import check_bounds
 from nucleate.deferred.constants import Constants
 from nucleate.deferred.effects import needed_by, overwritten_by, read_by, written_by
 from nucleate.deferred.exposed import Exposed
-from nucleate.deferred.geometry import is_doubtful, is_plain, result_on_meta, to_meta, trust
+from nucleate.deferred.geometry import is_doubtful, is_plain, result_on_meta, result_on_stand_ins, to_meta, trust
 from nucleate.deferred.random_program import Position, default_generator
 from nucleate.deferred.replay import Replayer, view
 from nucleate.deferred.states import States
@@ -383,9 +383,15 @@ class Recorder(TorchDispatchMode):
     ) -> tuple[Any, Tensor | None]:
         """Find the result's geometry; where that needs values, run the operation for real and keep only that."""
         try:
-            if traits.wrong_on_meta or is_doubtful(func, args, kwargs):
+            if traits.looks_at_values:
                 raise NotImplementedError
-            return result_on_meta(func, args, kwargs, traits.fills), None
+            if not traits.wrong_on_meta and not is_doubtful(func, args, kwargs):
+                return result_on_meta(func, args, kwargs, traits.fills), None
+            if traits.is_random or not (traits.wrong_on_meta or torch.Tag.pointwise in func.tags):
+                raise NotImplementedError
+            result = result_on_stand_ins(func, args, kwargs)
+            trust(func, args, kwargs)
+            return result, None
         except Exception:
             # No meta kernel, a value that is needed, or a plain mistake of the user's: the real run tells.
             real_args, real_kwargs, result, state = self.replayer.execute_unrecorded(step)

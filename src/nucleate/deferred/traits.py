@@ -46,7 +46,10 @@ _GEOMETRIC = {
 class Traits:
     """What a recorder needs to know of an operation, read from its schema once."""
 
-    __slots__ = ("device", "fills", "indexes", "is_random", "mutated", "retargets", "uninitialized", "wrong_on_meta")
+    __slots__ = (
+        "device", "fills", "indexes", "is_random", "looks_at_values", "mutated", "retargets", "uninitialized",
+        "wrong_on_meta",
+    )  # fmt: skip
 
     def __init__(self, func: torch._ops.OpOverload[Any, Any]) -> None:
         packet = func.overloadpacket
@@ -67,7 +70,8 @@ class Traits:
         returns = [argument.type for argument in func._schema.returns]
         answers = not self.mutated and not any("Tensor" in str(kind) for kind in returns) and packet not in _GEOMETRIC
         name = packet.__name__
-        self.wrong_on_meta = answers or name in _WRONG_ON_META or name in _REFUSING
+        self.looks_at_values = answers or name in _REFUSING
+        self.wrong_on_meta = name in _WRONG_ON_META
         self.indexes = packet in CHECKED
         self.device = any(argument.name == "device" for argument in arguments) and packet not in _REAL
 

@@ -187,7 +187,7 @@ class _WholeTraits(Traits):
         self.mutated = [(0, "self", False)] if mutates else []
         self.is_random = is_random
         self.fills = self.uninitialized = self.retargets = self.device = self.indexes = False
-        self.wrong_on_meta = True
+        self.wrong_on_meta = self.looks_at_values = True
 
 
 _PURE = _WholeTraits(False, False)
