@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # Ranks that tidy up one folder of temporary folders at the same time find files gone that they were to remove.
+    if "RANK" in os.environ and config.option.basetemp is None:
+        config.option.basetemp = tempfile.mkdtemp(prefix=f"nucleate-rank{os.environ['RANK']}-")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
