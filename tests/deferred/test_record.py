@@ -161,3 +161,14 @@ def test_lstm_weights_work_after_materialization() -> None:
     output.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert all(a is b for a, b in zip(model._flat_weights, model.parameters(), strict=True))
+
+
+def test_a_number_assigned_to_a_part_makes_nothing_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("values were made while recording")
+
+    monkeypatch.setattr("nucleate.deferred.replay.Replayer._run", refuse)
+    with deferred():
+        layer = nn.Linear(8, 8)
+        layer.weight.data[2:5] = -1.3
+        layer.bias.data.view(2, 4)[0] = torch.zeros(1).expand(4)
