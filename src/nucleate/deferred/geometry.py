@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nucleate.deferred.effects import written_by
 from nucleate.deferred.tape import map_leaves, tensors
+from nucleate.deferred.traits import traits_of
 
 aten = torch.ops.aten
 
@@ -47,7 +49,9 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
     """
     given = list(tensors((args, kwargs)))
     elementwise = torch.Tag.pointwise in func.tags
-    if func._schema.is_mutable and (any(map(_overlaps, _written(func, args, kwargs))) or _overlap_in_part(given)):
+    if func._schema.is_mutable and (
+        any(map(_overlaps, written_by(traits_of(func), args, kwargs))) or _overlap_in_part(given)
+    ):
         raise NotImplementedError("meta kernels do not refuse to write what elements share")
     if len(given) == 1 and args and given[0] is args[0] and _returns_self(func) and (fills or elementwise):
         # Run on one element, it refuses wrong numbers and dtypes.
@@ -154,14 +158,6 @@ def _ones(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).fill_(1)
     return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found.extend(tensors(args[index] if index < len(args) else kwargs.get(argument.name)))
-    return found
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nucleate.deferred.effects import written_by
 from nucleate.deferred.handle import Handle, is_shared
 from nucleate.deferred.refusal import refuse, refuse_shared
 from nucleate.deferred.tape import tensors
+from nucleate.deferred.traits import traits_of
 
 aten = torch.ops.aten
 
@@ -46,12 +48,7 @@ class Lookout(TorchDispatchMode):
             if any(number(tensor) is not None for tensor in tensors((args, kwargs))):
                 name = func.overloadpacket.__name__
                 if func._schema.is_mutable:
-                    written = [
-                        value
-                        for index, argument in enumerate(func._schema.arguments)
-                        if argument.alias_info is not None and argument.alias_info.is_write
-                        for value in tensors(args[index] if index < len(args) else kwargs.get(argument.name))
-                    ]
+                    written = written_by(traits_of(func), args, kwargs)
                     refuse(self.handle, name, edit=any(number(tensor) is not None for tensor in written))
                 if not func.is_view and func not in _COPIES:
                     refuse(self.handle, name, edit=False)

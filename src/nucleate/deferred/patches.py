@@ -6,25 +6,20 @@ whole process as long as at least one context is open in it, and do nothing in t
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from nucleate.deferred.active import active_records
 from nucleate.deferred.legacy import install_legacy
 from nucleate.deferred.plain import plain_modes
-from nucleate.deferred.pools import install_pools
 from nucleate.deferred.states import install_states
-
-if TYPE_CHECKING:
-    from nucleate.deferred.context import Record
+from nucleate.deferred.threads import install_threads
 
 _lock = threading.Lock()
 _installed = ExitStack()
@@ -51,7 +46,7 @@ def patched() -> Iterator[None]:
 def _install(stack: ExitStack) -> None:
     install_legacy(stack)
     install_states(stack)
-    install_pools(stack)
+    install_threads(stack)
     for hook in (
         nn_module.register_module_parameter_registration_hook(_notice),
         nn_module.register_module_buffer_registration_hook(_notice),
@@ -112,30 +107,6 @@ def _install(stack: ExitStack) -> None:
 
     nn.Module.to = move_to  # type: ignore[method-assign, assignment]
     stack.callback(setattr, nn.Module, "to", move)
-
-    # A constructor's threads are part of it; torch's modes are each thread's own.
-    start = threading.Thread.start
-
-    def start_recorded(thread: threading.Thread) -> None:
-        # Without its mode, the thread is one that works for a replay.
-        modes = _get_current_dispatch_mode_stack()
-        recorders = [(record, record.recorder) for record in active_records()]
-        records = [(record, mode.makes_real) for record, mode in recorders if any(other is mode for other in modes)]
-        if records:
-            thread.run = functools.partial(_run_recorded, thread.run, records)  # type: ignore[method-assign]
-        start(thread)
-
-    threading.Thread.start = start_recorded  # type: ignore[method-assign, assignment]
-    stack.callback(setattr, threading.Thread, "start", start)
-
-
-def _run_recorded(run: Callable[[], None], records: list[tuple[Record, bool]]) -> None:
-    with ExitStack() as stack:
-        for record, makes_real in records:
-            # Not if the context has ended before the thread began.
-            if record.recorder.threads:
-                stack.enter_context(record.joined(makes_real))
-        run()
 
 
 def _notice(module: nn.Module, name: str = "", value: Any = None) -> None:

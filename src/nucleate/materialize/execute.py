@@ -7,7 +7,6 @@ meantime, copied into the local shard and freed.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred.fills import is_contiguous
 from nucleate.deferred.replay import view
 from nucleate.errors import UninitializedError, name_list
 from nucleate.materialize.memory import advise_huge_pages
 from nucleate.materialize.parts import Part, make_parts, parts_of
 from nucleate.materialize.plan import Group, Holder, Plan, Target
-from nucleate.materialize.source import Pieces
+from nucleate.materialize.shards import allocate_shards, fill, is_sharded, parts_of_shard, take_back_shards
 
 
 def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
@@ -65,7 +63,7 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
         module._flat_weight_refs = []
     allocated: set[int] = set()
     try:
-        _allocate_shards(model, shard_device or device, allocated)
+        allocate_shards(model, shard_device or device, allocated)
         with ExitStack() as stack:
             for record in plan.records:
                 stack.enter_context(record.making())
@@ -78,7 +76,7 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
     except BaseException:
         # What has no value is still deferred: it can be made later, and must not be used or edited meanwhile. Shards
         # are without memory again, which a later attempt refuses, instead of with memory that nobody wrote.
-        _take_back_shards(model, allocated)
+        take_back_shards(model, allocated)
         plan.restore()
         raise
     finally:
@@ -88,34 +86,6 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
         for module in recurrent:
             module.flatten_parameters()
     _verify(model)
-
-
-def _allocate_shards(model: nn.Module, device: torch.device, addresses: set[int]) -> None:
-    storages: list[torch.UntypedStorage] = []
-
-    def allocated(tensor: Any) -> Tensor:
-        if not _is_sharded(tensor) or not tensor.is_meta:
-            return tensor  # type: ignore[no-any-return]
-        new: Any = torch.empty_like(tensor, device=device)
-        storages.append(new.to_local().untyped_storage())
-        addresses.add(storages[-1].data_ptr())
-        return new  # type: ignore[no-any-return]
-
-    if any(_is_sharded(parameter) and parameter.is_meta for parameter in model.parameters()):
-        # Through `_apply`, so that FSDP takes notice of its new local tensors.
-        model._apply(allocated)
-        advise_huge_pages(storages)
-
-
-def _take_back_shards(model: nn.Module, addresses: set[int]) -> None:
-    def emptied(tensor: Any) -> Tensor:
-        made_here = _is_sharded(tensor) and not tensor.is_meta
-        if not made_here or tensor.to_local().untyped_storage().data_ptr() not in addresses:
-            return tensor  # type: ignore[no-any-return]
-        return torch.empty_like(tensor, device="meta")
-
-    if addresses:
-        model._apply(emptied)
 
 
 def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]:
@@ -130,7 +100,7 @@ def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]
             continue
         shards = [(target, shard) for target in group.targets for shard in _shards(target)]
         if shards and all(map(_shards, group.targets)):
-            boxes = [_box(pieces, target, shard) for target, shard in shards]
+            boxes = [parts_of_shard(pieces, target.ref, shard) for target, shard in shards]
             if any(box is None for box in boxes):
                 rest.append(group)
             else:
@@ -148,27 +118,13 @@ def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]
     return rest
 
 
-def _box(pieces: Pieces, target: Target, shard: Any) -> list[Part] | None:
-    """Return this rank's part of a tensor, or None if its memory is not one contiguous box of it."""
-    ref, local, chunks = target.ref, shard.to_local().detach(), shard.__create_chunk_list__()
-    if not _is_one_box(shard):
-        return None
-    if not chunks or not local.numel():
-        return []
-    chunk = chunks[0]
-    same = local.shape == chunk.sizes and local.dtype == pieces.dtype == ref.dtype
-    if not same or not is_contiguous(ref) or not local.is_contiguous() or local.device.type != "cpu":
-        return None
-    return list(parts_of(pieces, ref.offset, ref.size, chunk.offsets, local))
-
-
 def _install_group(group: Group, storage: torch.UntypedStorage) -> None:
     for target in group.targets:
         value = view(storage, target.ref)
         shards = _shards(target)
         if shards:
             for shard in shards:
-                _fill_shard(shard, value)
+                fill(shard, value)
         else:
             _install(target, value)
 
@@ -184,48 +140,7 @@ def _shards(target: Target) -> list[Any]:
     # Not `get`: the registry of a scripted module has none.
     registries = [(h.module._parameters, h.name) for h in target.holders if h.kind == "parameter"]
     current = [registry[name] for registry, name in registries if name in registry]
-    return list({id(parameter): parameter for parameter in current if _is_sharded(parameter)}.values())
-
-
-def _is_sharded(tensor: Any) -> bool:
-    # What DTensor offers to torch.distributed.checkpoint, and is filled by below. Asking by class would import
-    # torch.distributed.tensor, which takes longer than most models, also where nothing is distributed.
-    return hasattr(tensor, "__create_chunk_list__")
-
-
-def _fill_shard(shard: Any, value: Tensor) -> None:
-    """Copy this rank's part of a whole value into a DTensor's local tensor."""
-    local = shard.to_local()
-    with torch.no_grad():
-        if not _is_one_box(shard):
-            from torch.distributed.tensor import distribute_tensor
-
-            part: Any = distribute_tensor(value, shard.device_mesh, shard.placements, src_data_rank=None)
-            local.copy_(part.to_local())
-            return
-        for chunk in shard.__create_chunk_list__():
-            part = value
-            for dim, (offset, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-                part = part.narrow(dim, offset, length)
-            local.copy_(part)
-
-
-def _is_one_box(shard: Any) -> bool:
-    """Return whether a rank's shard is a box of the whole, and so the one chunk that it says it is."""
-    if len(shard.__create_chunk_list__()) > 1:
-        return False
-    for axis, placement in enumerate(shard.placements):
-        # `_StridedShard` (torch/distributed/tensor/placement_types.py, 2.13) is one if later axes split the same
-        # dimension into as many parts; else it takes every so many-th piece.
-        split_factor = getattr(placement, "split_factor", 1)
-        later = [
-            shard.device_mesh.size(other)
-            for other in range(axis + 1, len(shard.placements))
-            if split_factor > 1 and shard.placements[other].is_shard(placement.dim)
-        ]
-        if split_factor != math.prod(later):
-            return False
-    return True
+    return list({id(parameter): parameter for parameter in current if is_sharded(parameter)}.values())
 
 
 def _install(target: Target, value: Tensor) -> None:

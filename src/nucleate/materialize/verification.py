@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from nucleate.errors import VerificationError, name_list
 from nucleate.materialize.parts import parts_of
 from nucleate.materialize.plan import Group, Plan, Target
 from nucleate.materialize.reference import Reference
+from nucleate.materialize.shards import cut, is_sharded, offsets_of
 
 #: A sample remakes at most so many elements, intermediate results included.
 SAMPLE_NUMEL = 1 << 24
@@ -114,12 +115,13 @@ class Verification:
     def _compare_windows(
         self, fqn: str, actual: Tensor, ref: TensorRef, pieces: Pieces, cursors: Cursors
     ) -> Iterator[Mismatch]:
-        local, offsets = _local(actual)
-        if local.dim() != len(ref.size) or local.dtype != ref.dtype:
-            yield Mismatch(fqn, _other_layout(local, ref.dtype, ref.size))
+        if actual.shape != ref.size or actual.dtype != ref.dtype:
+            yield Mismatch(fqn, _other_layout(actual, ref.dtype, ref.size))
             return
-        if not is_contiguous(ref) or ref.dtype != pieces.dtype:
+        offsets = offsets_of(actual) if is_sharded(actual) else (0,) * actual.dim()
+        if offsets is None or not is_contiguous(ref) or ref.dtype != pieces.dtype:
             return
+        local = (cast(Any, actual).to_local() if is_sharded(actual) else actual).detach()
         for row, rows in _windows(local.shape):
             begin = (offsets[0] + row, *offsets[1:])
             part = local.narrow(0, row, rows).to(self._device)
@@ -244,28 +246,13 @@ def _refuse(mismatches: Iterable[Mismatch], communicator: Communicator) -> None:
 
 def _difference(actual: Tensor, expected: Tensor, device: torch.device) -> str:
     """Say where what a rank holds of a tensor differs from the whole value, or return nothing."""
-    local, offsets = _local(actual)
-    if local.dtype != expected.dtype or local.dim() != expected.dim():
-        return _other_layout(local, expected.dtype, expected.shape)
-    if _is_sharded(actual):
-        for dim, (offset, length) in enumerate(zip(offsets, local.shape, strict=True)):
-            expected = expected.narrow(dim, offset, length)
-    elif local.shape != expected.shape:
-        return _other_layout(local, expected.dtype, expected.shape)
-    return _first_difference(local.to(device), expected, offsets)
-
-
-def _is_sharded(tensor: Any) -> bool:
-    return hasattr(tensor, "__create_chunk_list__")
-
-
-def _local(actual: Any) -> tuple[Tensor, tuple[int, ...]]:
-    """Return what this rank holds of a tensor, and where in the whole it begins."""
-    if not _is_sharded(actual):
-        return actual.detach(), (0,) * actual.dim()
-    local = actual.to_local().detach()
-    chunks = actual.__create_chunk_list__() if local.numel() else []
-    return local, tuple(chunks[0].offsets) if chunks else (0,) * local.dim()
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
+        return _other_layout(actual, expected.dtype, expected.shape)
+    if not is_sharded(actual):
+        return _first_difference(actual.detach().to(device), expected, (0,) * actual.dim())
+    local = cast(Any, actual).to_local().detach().to(device)
+    # Of what is no box of the whole, the place in this rank's part has to do.
+    return _first_difference(local, cut(actual, expected), offsets_of(actual) or (0,) * actual.dim())
 
 
 def _windows(shape: torch.Size) -> list[tuple[int, int]]:

@@ -1,0 +1,121 @@
+"""Shards: what of a tensor this rank holds, for DTensors of any placement, and the memory it has.
+
+DTensors are told by what they offer to torch.distributed.checkpoint: asking by class would import
+torch.distributed.tensor, which takes longer than most models, also where nothing is distributed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nucleate.deferred.fills import is_contiguous
+from nucleate.deferred.tape import TensorRef
+from nucleate.materialize.memory import advise_huge_pages
+from nucleate.materialize.parts import Part, parts_of
+from nucleate.materialize.source import Pieces
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Return whether a tensor is a DTensor."""
+    return hasattr(tensor, "__create_chunk_list__")
+
+
+def offsets_of(shard: Any) -> tuple[int, ...] | None:
+    """Return where in the whole this rank's part of a DTensor begins, or None if the part is no box of the whole."""
+    chunks = shard.__create_chunk_list__()
+    if len(chunks) > 1:
+        return None
+    for axis, placement in enumerate(shard.placements):
+        # `_StridedShard` (torch/distributed/tensor/placement_types.py, 2.13) is one if later axes split the same
+        # dimension into as many parts; else it takes every so many-th piece.
+        split_factor = getattr(placement, "split_factor", 1)
+        later = [
+            shard.device_mesh.size(other)
+            for other in range(axis + 1, len(shard.placements))
+            if split_factor > 1 and shard.placements[other].is_shard(placement.dim)
+        ]
+        if split_factor != math.prod(later):
+            return None
+    return tuple(chunks[0].offsets) if chunks else (0,) * shard.dim()
+
+
+def cut(shard: Any, whole: Tensor) -> Tensor:
+    """Return this rank's part of a whole value.
+
+    Args:
+        shard: A DTensor of the shape of the whole.
+        whole: The value.
+    """
+    offsets = offsets_of(shard)
+    if offsets is None:
+        from torch.distributed.tensor import distribute_tensor
+
+        part: Any = distribute_tensor(whole, shard.device_mesh, shard.placements, src_data_rank=None)
+        return part.to_local()  # type: ignore[no-any-return]
+    for dim, (offset, length) in enumerate(zip(offsets, shard.to_local().shape, strict=True)):
+        whole = whole.narrow(dim, offset if length else 0, length)
+    return whole
+
+
+@torch.no_grad()
+def fill(shard: Any, whole: Tensor) -> None:
+    """Copy this rank's part of a whole value into a DTensor's local tensor."""
+    shard.to_local().copy_(cut(shard, whole))
+
+
+def parts_of_shard(pieces: Pieces, ref: TensorRef, shard: Any) -> list[Part] | None:
+    """Return what makes this rank's part straight into its place, or None where that cannot be.
+
+    Args:
+        pieces: Makes the storage of the whole.
+        ref: The whole on that storage.
+        shard: The DTensor.
+    """
+    local, offsets = shard.to_local().detach(), offsets_of(shard)
+    same_dtype = local.dtype == pieces.dtype == ref.dtype
+    if offsets is None or not same_dtype or not is_contiguous(ref):
+        return None
+    if not local.is_contiguous() or local.device.type != "cpu":
+        return None
+    return list(parts_of(pieces, ref.offset, ref.size, offsets, local))
+
+
+def allocate_shards(model: nn.Module, device: torch.device, addresses: set[int]) -> None:
+    """Give every DTensor on the meta device memory, with nothing in it.
+
+    Args:
+        model: The model.
+        device: Where.
+        addresses: Filled with the addresses of that memory.
+    """
+    storages: list[torch.UntypedStorage] = []
+
+    def allocated(tensor: Any) -> Tensor:
+        if not is_sharded(tensor) or not tensor.is_meta:
+            return tensor  # type: ignore[no-any-return]
+        new: Any = torch.empty_like(tensor, device=device)
+        storages.append(new.to_local().untyped_storage())
+        addresses.add(storages[-1].data_ptr())
+        return new  # type: ignore[no-any-return]
+
+    if any(is_sharded(parameter) and parameter.is_meta for parameter in model.parameters()):
+        # Through `_apply`, so that FSDP takes notice of its new local tensors.
+        model._apply(allocated)
+        advise_huge_pages(storages)
+
+
+def take_back_shards(model: nn.Module, addresses: set[int]) -> None:
+    """Put DTensors whose memory has one of these addresses back on the meta device."""
+
+    def emptied(tensor: Any) -> Tensor:
+        made_here = is_sharded(tensor) and not tensor.is_meta
+        if not made_here or tensor.to_local().untyped_storage().data_ptr() not in addresses:
+            return tensor  # type: ignore[no-any-return]
+        return torch.empty_like(tensor, device="meta")
+
+    if addresses:
+        model._apply(emptied)
