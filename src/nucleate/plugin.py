@@ -1,7 +1,8 @@
-"""The contract that every accelerator, precision and strategy keeps.
+"""The contracts: what every plugin has, and what every accelerator, precision and strategy keeps besides.
 
-Two methods: `module_init_context()` surrounds the model's constructor, `setup(model)` receives the
-constructed model. This file decides nothing else; what each kind adds stands in its base class.
+A plugin has a name and is made from it. Those that `Runtime` is composed of have two methods: `module_init_context()`
+surrounds the model's constructor, `setup(model)` receives the constructed model. This file decides nothing else; what
+each kind adds stands in its base class.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ class Composition:
     device: torch.device
 
 
-class Plugin(ABC):
-    """One swappable part of `Runtime`.
+class Named(ABC):  # noqa: B024 - each kind says what is abstract
+    """What is registered under a name.
 
     Subclasses are final: a plugin implements its kind's base, it does not extend another plugin.
     """
 
     #: The name shown in messages; set by `from_name`, or by the class.
     name: str = ""
-    #: Which kind of plugin this is: "accelerator", "precision" or "strategy".
+    #: Which kind of plugin this is: "accelerator", "precision", "strategy" or "reader".
     kind: ClassVar[str] = ""
 
     @classmethod
@@ -57,6 +58,13 @@ class Plugin(ABC):
         plugin = cls()
         plugin.name = name
         return plugin
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(name={self.name!r})"
+
+
+class Plugin(Named):
+    """One swappable part of `Runtime`."""
 
     @abstractmethod
     def module_init_context(self) -> AbstractContextManager[Any]:
@@ -75,6 +83,3 @@ class Plugin(ABC):
         Raises:
             ConfigurationError: This plugin does not work with the others.
         """
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(name={self.name!r})"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nucleate.deferred import Cursors, deferred, handle_of, pieces, streams
+from nucleate.deferred import Cursors, deferred, handle_of, live_writes, streams
 from nucleate.deferred.context import Record
 from nucleate.deferred.pieces import CHUNK_NUMEL, Pieces
 from nucleate.materialize import materialize
@@ -243,7 +243,7 @@ def test_a_dead_write_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_build_that_fills_otherwise_is_followed_whole_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pieces, streams):
+    for module in (live_writes, streams):
         monkeypatch.setattr(module, "fills_as_described", lambda is_normal, dtype: False)
     monkeypatch.setattr(Pieces, "make", None)
     for make in BY_PIECES[:6]:

@@ -1,22 +1,26 @@
 """Deferred initialization: construction is recorded, values are made later. Knows torch only; usable alone."""
 
 from nucleate.deferred.active import is_recording
-from nucleate.deferred.context import Record, deferred, eager, resumed
+from nucleate.deferred.context import Record, deferred, eager, give, record_of, resumed
 from nucleate.deferred.cursors import Cursors
+from nucleate.deferred.given import Given
 from nucleate.deferred.handle import Handle, handle_of, release
 from nucleate.deferred.held import held_tensors
 from nucleate.deferred.pieces import Pieces
 
 __all__ = [
     "Cursors",
+    "Given",
     "Handle",
     "Pieces",
     "Record",
     "deferred",
     "eager",
+    "give",
     "handle_of",
     "held_tensors",
     "is_recording",
+    "record_of",
     "release",
     "resumed",
 ]

@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nucleate.deferred.active import active, active_record, active_records, turn
+from nucleate.deferred.given import Given, take
 from nucleate.deferred.guard import guard
 from nucleate.deferred.handle import handle_of, is_edited, is_shared, release
 from nucleate.deferred.held import held_tensors
 from nucleate.deferred.impersonate import Impersonation
+from nucleate.deferred.live_writes import pieces_of
 from nucleate.deferred.patches import patched
-from nucleate.deferred.pieces import Pieces, pieces_of
+from nucleate.deferred.pieces import Pieces
 from nucleate.deferred.random_program import default_generator
 from nucleate.deferred.record import Recorder
-from nucleate.deferred.refusal import refuse_shared
+from nucleate.deferred.refusal import refuse_edited, refuse_shared
 from nucleate.deferred.replay import Replayer
-from nucleate.deferred.tape import Tape
-from nucleate.errors import DeferredEditError, DeferredUseError
+from nucleate.deferred.tape import Step, Tape
+from nucleate.errors import DeferredUseError
 
 # A tensor that one record meets may belong to another.
 _records: weakref.WeakSet[Record] = weakref.WeakSet()
@@ -123,10 +126,7 @@ class Record:
         if handle is None:
             return
         if is_edited(tensor, handle):
-            raise DeferredEditError(
-                f"{handle.fqn} was edited outside the context that records it, through a tensor that shares its "
-                "memory; the edit would be lost. Make it inside `init_module`, or after `setup`."
-            )
+            refuse_edited(handle)
         if is_shared(tensor, handle):
             refuse_shared(handle)
         self.join(handle.record)
@@ -147,6 +147,36 @@ class Record:
             for record in list(_records):
                 if record.tape is old:
                     record.tape = record.replayer.tape = record.recorder.tape = self.tape
+
+    def give(self, tensor: Tensor, given: Given) -> None:
+        """Record that a deferred tensor's content is what is given, whatever it was before.
+
+        Args:
+            tensor: A tensor of this record, of the shape of what is given.
+            given: The elements; they are cast to the tensor's dtype when it is made.
+        """
+        with turn, torch._C.DisableTorchFunction(), _disable_current_modes():
+            if self.recorder.exposed.holds(tensor):
+                take(self.recorder.exposed.view(tensor), given)
+            else:
+                ref = self.tape.ref(tensor)
+                is_full = ref.fills(self.tape.size_bytes(ref.storage))
+                step = Step(
+                    index=len(self.tape.steps),
+                    func=take,
+                    args=(ref, given),
+                    kwargs={},
+                    outputs=(),
+                    reads=() if is_full else (ref.storage,),
+                    written=(ref,),
+                    creates=(),
+                    overwrites=(ref.storage,) if is_full else (),
+                    default_dtype=torch.get_default_dtype(),
+                )
+                self.tape.add_step(step)
+            if not tensor.is_inference():
+                # As for any write: the tensors that share its memory have changed as well.
+                torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
 
     def make(
         self, storage: int, device: torch.device, scratch: torch.UntypedStorage | None = None
@@ -205,15 +235,18 @@ class Record:
     def _guard_all(self) -> None:
         alive = [module for ref in self._modules.values() if (module := ref()) is not None]
         self._modules.clear()
-        modules = list({id(m): m for module in alive for m in module.modules()}.values())
-        self.recorder.states.settle_all(tensor for module in modules for _, _, tensor in held_tensors(module))
+        modules = _with_children(alive)
+        barren = set[int]()
+        held = (tensor for module in modules for _, _, tensor in held_tensors(module, barren))
+        self.recorder.states.settle_all(held)
         self.guard(modules)
 
     def guard(self, modules: list[nn.Module]) -> None:
         """Guard the deferred tensors that modules hold, and those that the caller kept."""
         names = _names(modules)
+        barren = set[int]()
         for module in modules:
-            for _, name, tensor in held_tensors(module):
+            for _, name, tensor in held_tensors(module, barren):
                 if handle_of(tensor) is None and self.tape.number(tensor) is not None:
                     prefix = names.get(id(module), type(module).__name__)
                     guard(tensor, self, f"{prefix}.{name}" if prefix else name)
@@ -264,6 +297,38 @@ def deferred(device: torch.device | str = "cpu") -> Iterator[Record]:
         yield record
 
 
+def record_of(tensor: Tensor) -> Record | None:
+    """Return the record of a deferred tensor, also while it is being constructed, or None for any other tensor."""
+    handle = handle_of(tensor)
+    if handle is not None:
+        return handle.record
+    return next((record for record in list(_records) if record.tape.number(tensor) is not None), None)
+
+
+def give(tensor: Tensor, given: Given) -> None:
+    """Let a deferred tensor's content come from elsewhere, such as a file, instead of from its recipe.
+
+    Nothing is read before the tensor is made, and then only the part that is wanted.
+
+    Args:
+        tensor: A deferred tensor of the shape of what is given.
+        given: The elements.
+
+    Raises:
+        DeferredEditError: The tensor was edited where nothing recorded it.
+    """
+    record = record_of(tensor)
+    assert record is not None, "not a deferred tensor"
+    handle = handle_of(tensor)
+    if handle is not None:
+        if is_edited(tensor, handle):
+            refuse_edited(handle)
+        if is_shared(tensor, handle):
+            refuse_shared(handle)
+    record._refuse_other_thread()
+    record.give(tensor, given)
+
+
 @contextmanager
 def eager() -> Iterator[None]:
     """Make real tensors inside a `deferred` context, at once; what is done to deferred ones is still recorded.
@@ -285,7 +350,8 @@ def resumed(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model.
     """
-    held = [tensor for module in model.modules() for _, _, tensor in held_tensors(module)]
+    barren = set[int]()
+    held = [tensor for module in model.modules() for _, _, tensor in held_tensors(module, barren)]
     handles = [(tensor, handle) for tensor in held if (handle := handle_of(tensor)) is not None]
     with ExitStack() as stack:
         for device in dict.fromkeys(handle.record.device for _, handle in handles):
@@ -302,6 +368,18 @@ def resumed(model: nn.Module) -> Iterator[None]:
 
 def _guard_model(record: Record, model: nn.Module) -> None:
     record.guard(list(model.modules()))
+
+
+def _with_children(modules: list[nn.Module]) -> list[nn.Module]:
+    """Return modules and all that they contain, each once."""
+    found: dict[int, nn.Module] = {}
+    waiting = modules[::-1]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
+    return list(found.values())
 
 
 def _names(modules: list[nn.Module]) -> dict[int, str]:

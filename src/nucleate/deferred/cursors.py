@@ -17,10 +17,10 @@ class Cursors:
     Not to be used by two threads at a time.
 
     Args:
-        program: Knows the states to begin at.
+        program: Knows the states to begin at; None where nothing is drawn.
     """
 
-    def __init__(self, program: RandomProgram) -> None:
+    def __init__(self, program: RandomProgram | None) -> None:
         self._program = program
         self._workspace = Workspace()
         self._streams: list[tuple[Run, Stream]] = []
@@ -37,6 +37,7 @@ class Cursors:
         near = [item for item in self._streams if item[0] is run and item[1].offset <= target]
         best = max(near, key=lambda item: item[1].offset, default=None)
         if best is None or best[1].offset != target:
+            assert self._program is not None
             known, state = self._program.nearest(Position(run, target))
             if best is None or best[1].offset < known:
                 best = (run, Stream(state, known))
@@ -50,4 +51,5 @@ class Cursors:
     def remember(self) -> None:
         """Tell the program where the streams have come to."""
         for run, stream in self._streams:
+            assert self._program is not None
             self._program.remember(run, stream.offset, stream.generator.get_state())

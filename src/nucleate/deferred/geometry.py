@@ -47,7 +47,7 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
     Raises:
         Exception: Whatever the operation raises on such arguments, or on meta tensors: no kernel, values needed.
     """
-    given = list(tensors((args, kwargs)))
+    given = tensors((args, kwargs))
     elementwise = torch.Tag.pointwise in func.tags
     if func._schema.is_mutable and (
         any(map(_overlaps, written_by(traits_of(func), args, kwargs))) or _overlap_in_part(given)
@@ -85,7 +85,7 @@ def result_on_stand_ins(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         Exception: Whatever the operation raises on ones and zeros, or that this would take much memory.
     """
-    given = list(tensors((args, kwargs)))
+    given = tensors((args, kwargs))
     if (
         sum(tensor.numel() for tensor in given) > _STAND_IN_NUMEL
         or _overlap_in_part(given)
@@ -110,7 +110,7 @@ def result_on_stand_ins(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def is_doubtful(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a small operation may have no kernel for its dtypes, which its meta kernel would not say."""
-    given = list(tensors((args, kwargs)))
+    given = tensors((args, kwargs))
     # What changes a shape in place has to happen to the meta tensor itself.
     if not given or not isinstance(func, torch._ops.OpOverload) or torch.Tag.inplace_view in func.tags:
         return False
@@ -123,7 +123,7 @@ def is_doubtful(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 def trust(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Remember that an operation has a kernel for these dtypes."""
-    given = list(tensors((args, kwargs)))
+    given = tensors((args, kwargs))
     # On no elements, kernels take any dtype.
     if isinstance(func, torch._ops.OpOverload) and all(tensor.numel() for tensor in given):
         _trusted.add((func, _dtypes(given)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -11,12 +11,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# What most attributes of a module are.
+_ATOMS = frozenset((bool, int, float, str, bytes, type(None)))
+_EMPTY = frozenset((dict, OrderedDict, list, tuple, set))
 
-def held_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+
+def held_tensors(module: nn.Module, barren: set[int] | None = None) -> Iterator[tuple[str, str, Tensor]]:
     """Yield the tensors that a module itself holds, as (kind, name, tensor).
 
     The kind is `"parameter"`, `"buffer"` or `"attribute"`; attributes are looked for in collections,
     dataclasses and namespaces too, in which the name is that of the attribute.
+
+    Args:
+        module: The module.
+        barren: Shared by the calls for the modules of one model: ids of objects from which no tensor is reached, such
+            as a configuration that every module holds. Such an object is then gone through once.
     """
     for name, parameter in module._parameters.items():
         if parameter is not None:
@@ -26,8 +35,17 @@ def held_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
             yield "buffer", name, buffer
     for name, value in module.__dict__.items():
         if name not in ("_parameters", "_buffers", "_modules"):
-            for tensor in every_tensor(value):
+            if type(value) in _ATOMS or (type(value) in _EMPTY and not value):
+                continue
+            if barren is not None and id(value) in barren:
+                continue
+            found, seen = False, set[int]()
+            for tensor in every_tensor(value, seen):
+                found = True
                 yield "attribute", name, tensor
+            if barren is not None and not found:
+                # All that is reached from here.
+                barren |= seen
 
 
 def every_tensor(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

@@ -191,7 +191,7 @@ class Impersonation(TorchFunctionMode):
 
     def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute with tensors that are all deferred, or all real: torch makes some inside, and compares devices."""
-        given = list(tensors((args, kwargs)))
+        given = tensors((args, kwargs))
         if kwargs.get("out") is not None:
             return func(*args, **kwargs)
         if any(map(self._is_deferred, given)):

@@ -113,6 +113,8 @@ class RandomProgram:
         self._generators: dict[int, torch.Generator] = {}
         self._remembered: deque[tuple[Run, int]] = deque()
         self._workspace = Workspace()
+        # The generator that was located last, and a copy of its state that nobody else holds.
+        self._seen: tuple[torch.Generator | None, Tensor | None] = (None, None)
         _programs.add(self)
 
     def generators(self, default: torch.Generator) -> list[torch.Generator]:
@@ -123,6 +125,7 @@ class RandomProgram:
         """Return the position where the generator stands now."""
         self._generators[id(generator)] = generator
         state = generator.get_state()
+        self._seen = (generator, state)
         key = _key(state)
         position = self._tokens.get(key)
         if position is not None:
@@ -132,7 +135,7 @@ class RandomProgram:
             if key in other._tokens:
                 state = other.state_at(other._tokens[key])
                 break
-        return Position(Run(generator.device.type, state), 0)
+        return Position(Run(generator.device.type, state.clone()), 0)
 
     def position_of(self, state: Tensor) -> Position | None:
         """Return the position that a token stands for, or None for any other state."""
@@ -152,7 +155,9 @@ class RandomProgram:
             after = Position(position.run, position.offset + distance)
         else:
             after = Position(Run(generator.device.type, state, (position, step)), 0)
-        token = _token(generator, next(_numbers))
+        seen, before = self._seen
+        self._seen = (None, None)
+        token = _token(generator, next(_numbers), before if seen is generator else None)
         self._tokens[_key(token)] = after
         generator.set_state(token)
 
@@ -189,11 +194,24 @@ class RandomProgram:
                 old, old_offset = self._remembered.popleft()
                 del old.known[bisect_right(old.known, old_offset, key=_offset) - 1]
 
+    def last_known_states(self) -> list[tuple[torch.Generator, Tensor]]:
+        """Return a state for every generator that holds a token, for when its true one cannot be found."""
+        positions = [(g, self._tokens.get(_key(g.get_state()))) for g in self._generators.values()]
+        return [(generator, _start(position.run)) for generator, position in positions if position is not None]
+
     def true_states(self) -> list[tuple[torch.Generator, Tensor]]:
         """Return the true state of every generator that holds a token."""
         # All at once: making a state draws from the others.
         positions = [(g, self._tokens.get(_key(g.get_state()))) for g in self._generators.values()]
         return [(generator, self.state_at(position)) for generator, position in positions if position is not None]
+
+
+def _start(run: Run) -> Tensor:
+    """Return the state at the start of a run, or of the last one before it of which it is known."""
+    while run.state is None:
+        assert run.behind is not None
+        run = run.behind[0].run
+    return run.state
 
 
 def default_generator(device: torch.device) -> torch.Generator:
@@ -215,8 +233,8 @@ def _key(state: Tensor) -> bytes:
     return ctypes.string_at(state.data_ptr() + offset, _TOKEN_BYTES)
 
 
-def _token(generator: torch.Generator, number: int) -> Tensor:
-    state = generator.get_state()
+def _token(generator: torch.Generator, number: int, state: Tensor | None) -> Tensor:
+    state = generator.get_state() if state is None else state
     if generator.device.type == "cpu":
         words = state[_CPU_WORDS : _CPU_WORDS + _TOKEN_BYTES].view(torch.int64)
         words[0] = _TOKEN_MARK

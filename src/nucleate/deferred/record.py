@@ -24,6 +24,7 @@ from nucleate.deferred.constants import Constants
 from nucleate.deferred.effects import needed_by, overwritten_by, read_by, written_by
 from nucleate.deferred.exposed import Exposed
 from nucleate.deferred.geometry import is_doubtful, is_plain, result_on_meta, result_on_stand_ins, to_meta, trust
+from nucleate.deferred.quick import record_factory, record_fill, remember_fill
 from nucleate.deferred.random_program import Position, default_generator
 from nucleate.deferred.replay import Replayer, view
 from nucleate.deferred.states import States
@@ -102,6 +103,10 @@ class Recorder(TorchDispatchMode):
         self._constants.absorb(other._constants)
         self.handed_out.extend(other.handed_out)
 
+    def hand_out(self, tensor: Tensor) -> None:
+        """Take notice of a deferred tensor that Python is going to hold."""
+        self.handed_out.append(weakref.ref(tensor))
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         # Else the first dispatched operation imports torch._dynamo, which takes longer than most constructors.
@@ -119,7 +124,9 @@ class Recorder(TorchDispatchMode):
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         traits = traits_of(func)
-        given = list(tensors((args, kwargs)))
+        if traits.fills and record_fill(self, func, traits, args, kwargs):
+            return args[0]
+        given = tensors((args, kwargs))
         if not given:
             return self._dispatch_factory(func, traits, args, kwargs)
         for tensor in given:
@@ -138,7 +145,8 @@ class Recorder(TorchDispatchMode):
         holds_nothing = traits.uninitialized and bool(args) and 0 in args[0]
         if self._is_ours(traits, kwargs):
             if not holds_nothing:
-                return self._record(func, traits, args, kwargs)
+                made = record_factory(self, func, traits, args, kwargs)
+                return self._record(func, traits, args, kwargs) if made is None else made
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": self.device}
         return self._run_random(func, traits, args, kwargs) if traits.is_random else func(*args, **kwargs)
@@ -250,7 +258,7 @@ class Recorder(TorchDispatchMode):
         replay_args, replay_kwargs = map_leaves(args, self._capture), map_leaves(kwargs, self._capture)
         if traits.device:
             device = replay_kwargs.get("device")
-            if device is not None or not any(True for _ in tensors((args, kwargs))):
+            if device is not None or not tensors((args, kwargs)):
                 replay_kwargs["device"] = self.device
             if "pin_memory" in kwargs:
                 replay_kwargs.pop("pin_memory")
@@ -277,10 +285,12 @@ class Recorder(TorchDispatchMode):
             if position is not None:
                 self._fail_random(func, traits, args, kwargs)
             raise
+        if traits.fills:
+            remember_fill(func, args)
         if step.overwrites and any(tuple(t.size()) != ref.size for t, ref in zip(written, written_refs, strict=True)):
             # An `out=` that was resized: what lies behind its new end is still there.
             step.reads, step.overwrites = (*reads, *step.overwrites), ()
-        outputs = list(tensors(result))
+        outputs = tensors(result)
         if not all(map(is_plain, outputs)):
             # Without a storage there is nothing to record: it becomes real at once.
             return self._run_unrecorded(step, generator)

@@ -72,6 +72,14 @@ def refuse(handle: Handle, what: str, edit: bool, cause: Exception | None = None
     ) from cause
 
 
+def refuse_edited(handle: Handle) -> NoReturn:
+    """Raise the error for a deferred tensor that was written where nothing recorded it."""
+    raise DeferredEditError(
+        f"{handle.fqn} was edited outside the context that records it, through a tensor that shares its memory; the "
+        "edit would be lost. Make it inside `init_module`, or after `setup`."
+    )
+
+
 def refuse_shared(handle: Handle) -> NoReturn:
     """Raise the error for a deferred tensor whose memory is there already, under another tensor."""
     raise DeferredUseError(

@@ -152,7 +152,7 @@ class Replayer:
             result = step.func(*args, **kwargs)
         finally:
             torch.set_default_dtype(default_dtype)
-        outputs = list(tensors(result))
+        outputs = tensors(result)
         for output, ref in zip(outputs, step.outputs, strict=True):
             if ref.storage not in step.creates:
                 continue
@@ -186,8 +186,14 @@ class Replayer:
 
     def settle(self) -> None:
         """Give every generator that holds a token its true state, as eager construction would have left it."""
-        with self.plain_torch():
-            states = self.random.true_states()
+        try:
+            with self.plain_torch():
+                states = self.random.true_states()
+        except Exception:
+            # A step cannot be run. No generator may be left with a state that is none: the next numbers would be too.
+            for generator, state in self.random.last_known_states():
+                generator.set_state(state)
+            raise
         for generator, state in states:
             generator.set_state(state)
 

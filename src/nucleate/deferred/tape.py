@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from nucleate.deferred.given import Given
+
 if TYPE_CHECKING:
     from nucleate.deferred.random_program import Position
+
+
+_NO_TENSORS = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout))
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,20 +281,41 @@ class Tape:
         return digest.hexdigest()
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in the arguments or results of an aten operation, in order."""
-    if isinstance(value, Tensor):
-        yield value
+def tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in the arguments or results of an aten operation, in order."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    # Several times for each operation, so the classes that most arguments have are told apart at once.
+    kind = type(value)
+    if kind in _NO_TENSORS:
+        return
+    if kind is tuple or kind is list:
+        for item in value:
+            if type(item) not in _NO_TENSORS:
+                _collect(item, found)
+    elif kind is dict:
+        for item in value.values():
+            if type(item) not in _NO_TENSORS:
+                _collect(item, found)
+    elif isinstance(value, Tensor):
+        found.append(value)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from tensors(item)
+            _collect(item, found)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from tensors(item)
+            _collect(item, found)
 
 
 def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     """Rebuild lists, tuples and dicts with every leaf passed through `change`."""
+    kind = type(value)
+    if kind in _NO_TENSORS:
+        return change(value)
     if isinstance(value, (list, tuple)):
         items = [map_leaves(item, change) for item in value]
         return items if isinstance(value, list) else tuple(items)
@@ -311,6 +337,8 @@ def _plain(value: Any, numbers: dict[int, int]) -> Any:
     def describe(leaf: Any) -> Any:
         if isinstance(leaf, TensorRef):
             return replace(leaf, storage=numbers.setdefault(leaf.storage, len(numbers)))
+        if isinstance(leaf, Given):
+            return ("given", leaf.describe())
         if isinstance(leaf, Constant):
             return ("constant", leaf.tensor.dtype, tuple(leaf.tensor.shape), _content(leaf.tensor))
         return type(leaf) if isinstance(leaf, torch.Generator) else leaf

@@ -71,7 +71,7 @@ def _is_cast(func: Any, device: torch.device) -> bool:
 
 def call_whole(recorder: Recorder, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function, recorded as one step."""
-    given = list(tensors((args, kwargs)))
+    given = tensors((args, kwargs))
     replayed = _Replayed(func, recorder.device)
     traits = _traits(func, args, kwargs)
     if traits.mutated or not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in given):
@@ -143,7 +143,7 @@ class _Gradient:
             leaves = [value.detach().requires_grad_(wanted) for value, wanted in zip(values, self.wanted, strict=True)]
             rest = iter(leaves)
             args, kwargs = map_leaves(self._call, lambda leaf: next(rest) if leaf is _Place else leaf)
-            results = list(tensors(self._replayed.run(args, kwargs)))
+            results = tensors(self._replayed.run(args, kwargs))
         pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if g is not None and r.requires_grad]
         inputs = [leaf for leaf in leaves if leaf.requires_grad]
         found = torch.autograd.grad([r for r, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)

@@ -23,6 +23,7 @@ from nucleate.cluster.numerics import (
     fingerprint,
     read_facts,
 )
+from nucleate.deferred.given import take
 from nucleate.deferred.random_program import Run
 from nucleate.deferred.replay import backward_slice, view
 from nucleate.deferred.tape import Constant, Step, TensorRef, map_leaves
@@ -129,6 +130,8 @@ def facts_of(step: Step) -> frozenset[str]:
         step: A recorded step.
     """
     func = step.func
+    if func is take:
+        return frozenset()
     if not isinstance(func, torch._ops.OpOverload):
         # It fills by `normal_` until all is inside the bounds; before torch 2.12, by an `erfinv_` that every capability
         # computes alike.

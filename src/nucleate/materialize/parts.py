@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nucleate.materialize.source import Cursors, Pieces
+from nucleate.report.meter import Meter
 
 #: Shorter ranges are cut out of whole rows.
 MIN_RANGE_NUMEL = 1 << 12
@@ -42,6 +43,11 @@ class Part(ABC):
     pieces: Pieces
     start: int
     out: Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        """How large what is made is."""
+        return self.out.numel() * self.out.element_size()
 
     @property
     @abstractmethod
@@ -105,7 +111,7 @@ class Columns(Part):
 
     def make(self, cursors: Cursors) -> None:
         step = max(1, BUFFER_NUMEL // self.width)
-        buffer = torch.empty(min(step, self.num_rows), self.width, dtype=self.pieces.dtype)
+        buffer = torch.empty(min(step, self.num_rows), self.width, dtype=self.pieces.dtype, device="cpu")
         for row in range(0, self.num_rows, step):
             rows = buffer[: self.num_rows - row]
             self.pieces.make(self.start + row * self.width, rows.view(-1), cursors)
@@ -154,7 +160,7 @@ def _merged(
 
 
 def make_parts(parts: Sequence[Part], num_threads: int) -> None:
-    """Make parts, in the order of the random streams, by several threads.
+    """Make parts, in the order of the random streams and files, by several threads.
 
     Args:
         parts: They must not overlap where they go.
@@ -163,8 +169,13 @@ def make_parts(parts: Sequence[Part], num_threads: int) -> None:
     ordered = sorted(parts, key=lambda part: part.pieces.order(part.start))
     total = sum(part.num_rows * part.row_numel for part in ordered)
     num_threads = max(1, min(num_threads, total // MIN_NUMEL_PER_THREAD))
+    with Meter(sum(part.size_bytes for part in ordered), "making parameters") as meter:
+        _make_all(ordered, total, num_threads, meter)
+
+
+def _make_all(ordered: Sequence[Part], total: int, num_threads: int, meter: Meter) -> None:
     if num_threads == 1:
-        _make(ordered)
+        _make(ordered, meter)
         return
     stretches = list(_stretches(ordered, total, num_threads * _STRETCHES_PER_THREAD))
     # A mode of torch's holds for one thread, and an inference tensor may only be written in that mode.
@@ -172,7 +183,7 @@ def make_parts(parts: Sequence[Part], num_threads: int) -> None:
 
     def make(stretch: Sequence[Part]) -> None:
         with torch.inference_mode(inference):
-            _make(stretch)
+            _make(stretch, meter)
 
     with ThreadPoolExecutor(num_threads, thread_name_prefix="nucleate-materialize") as pool:
         try:
@@ -183,13 +194,14 @@ def make_parts(parts: Sequence[Part], num_threads: int) -> None:
             raise
 
 
-def _make(parts: Sequence[Part]) -> None:
+def _make(parts: Sequence[Part], meter: Meter) -> None:
     every: dict[object, Cursors] = {}
     for part in parts:
         program = part.pieces.program
         if program not in every:
             every[program] = Cursors(program)
         part.make(every[program])
+        meter.add(part.size_bytes)
     for cursors in every.values():
         cursors.remember()
 

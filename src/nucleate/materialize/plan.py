@@ -115,8 +115,9 @@ class Plan:
         groups: dict[tuple[int, int], Group] = {}
         foreign: list[str] = []
         edited: list[str] = []
+        barren = set[int]()
         for prefix, module in model.named_modules():
-            for kind, name, tensor in held_tensors(module):
+            for kind, name, tensor in held_tensors(module, barren):
                 fqn = f"{prefix}.{name}" if prefix else name
                 handle = handle_of(tensor)
                 if handle is None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from nucleate.deferred.cursors import Cursors
+from nucleate.deferred.live_writes import pieces_of
 from nucleate.deferred.mersenne_twister import Workspace, draw
-from nucleate.deferred.pieces import Pieces, pieces_of
+from nucleate.deferred.pieces import Pieces
 from nucleate.deferred.random_program import Position, RandomProgram, Run
 from nucleate.deferred.replay import Replayer
 from nucleate.deferred.streams import moved

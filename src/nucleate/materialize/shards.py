@@ -119,3 +119,25 @@ def take_back_shards(model: nn.Module, addresses: set[int]) -> None:
 
     if addresses:
         model._apply(emptied)
+
+
+def zeros_beside(parameter: Tensor, shape: torch.Size, dtype: torch.dtype, dims: list[int]) -> Tensor:
+    """Return zeros on the mesh of a sharded parameter, sharded as it is where both are sharded in that dim.
+
+    Args:
+        parameter: A sharded tensor.
+        shape: The whole shape of the result, such as that of one statistic for each row of the parameter.
+        dtype: The dtype of the result.
+        dims: The dims in which the result may be sharded.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    assert isinstance(parameter, DTensor)
+    whole = torch.zeros(shape, dtype=dtype, device=parameter.to_local().device)
+    everywhere = [Replicate()] * parameter.device_mesh.ndim
+    wanted = [
+        placement if isinstance(placement, (Shard, _StridedShard)) and placement.dim in dims else Replicate()
+        for placement in parameter.placements
+    ]
+    return DTensor.from_local(whole, parameter.device_mesh, everywhere, run_check=False).redistribute(placements=wanted)

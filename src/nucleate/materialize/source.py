@@ -7,9 +7,9 @@ from typing import Protocol
 
 import torch
 
-from nucleate.deferred import Cursors, Pieces, Record
+from nucleate.deferred import Cursors, Given, Pieces, Record
 
-__all__ = ["Cursors", "Pieces", "Recipe", "Source"]
+__all__ = ["Cursors", "Given", "Pieces", "Recipe", "Source"]
 
 
 class Source(Protocol):
@@ -21,6 +21,10 @@ class Source(Protocol):
 
     def pieces(self, device: torch.device) -> Pieces | None:
         """Return how ranges of the content are made on `device`, or None if it can only be made whole."""
+        ...
+
+    def given(self) -> Given | None:
+        """Return the elements that somebody else has, where the content is just these, cast; else None."""
         ...
 
     def keep(self, storage: torch.UntypedStorage) -> None:
@@ -57,6 +61,11 @@ class Recipe:
     def pieces(self, device: torch.device) -> Pieces | None:
         """Return how ranges are made, for a storage on the CPU that is filled and computed element by element."""
         return self.record.pieces(self.storage) if device.type == "cpu" else None
+
+    def given(self) -> Given | None:
+        """Return what the storage is given from a file, if that is all its recipe does."""
+        pieces = self.record.pieces(self.storage)
+        return None if pieces is None else pieces.given()
 
     def keep(self, storage: torch.UntypedStorage) -> None:
         """Let tensors that share the storage and are made later share this memory."""

@@ -66,7 +66,9 @@ class DDPStrategy(Strategy):
         plan = Plan.of(model)
         plan.release()
         broadcast_real(model, communicator)
-        execute(plan, model, self.device)
+        # A file that cannot be read on one rank must not leave the others waiting in what follows.
+        with communicator.all_or_none("making parameters"):
+            execute(plan, model, self.device)
         verify_replicas(model, communicator)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model

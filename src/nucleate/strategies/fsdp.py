@@ -124,7 +124,9 @@ class FSDPStrategy(Strategy):
         for _, unit in units:
             fully_shard(unit, **self._arguments(root=False))
         fully_shard(model, **self._arguments(root=True))
-        execute(plan, model, self.device, torch.device("cpu") if self.cpu_offload else self.device)
+        # A file that cannot be read on one rank must not leave the others waiting in what follows.
+        with communicator.all_or_none("making parameters"):
+            execute(plan, model, self.device, torch.device("cpu") if self.cpu_offload else self.device)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             for key, value in attributes[name].items():
                 setattr(parameter, key, value)

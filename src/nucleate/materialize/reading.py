@@ -1,0 +1,91 @@
+"""Fill tensors that have memory already, whole or sharded, with what is given: loading into a model that is set up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from nucleate.deferred import Cursors, Given, Pieces
+from nucleate.deferred.given import take
+from nucleate.materialize.parts import Part, make_parts, parts_of
+from nucleate.materialize.shards import fill, is_sharded, offsets_of
+
+
+class GivenBox(Given):
+    """A box of what is given.
+
+    Args:
+        given: The whole.
+        offsets: The box's first index in each dimension.
+        shape: The box's shape.
+    """
+
+    def __init__(self, given: Given, offsets: Sequence[int], shape: Sequence[int]) -> None:
+        self.dtype = given.dtype
+        self.shape = tuple(shape)
+        self._given = given
+        self._offsets = tuple(offsets)
+
+    def read(self, start: int, out: Tensor) -> None:
+        if not self.shape:
+            self._given.read(0, out)
+            return
+        row_numel = math.prod(self.shape[1:])
+        first, rows = start // row_numel, out.numel() // row_numel
+        assert (first * row_numel, rows * row_numel) == (start, out.numel()), "whole rows are read"
+        offsets = (self._offsets[0] + first, *self._offsets[1:])
+        box = out.view(rows, *self.shape[1:])
+        for part in parts_of(Pieces.of(self._given, self.dtype), 0, self._given.shape, offsets, box):
+            part.make(Cursors(None))
+
+    def order(self, start: int) -> tuple[int, int]:
+        return self._given.order(start)
+
+    def describe(self) -> str:
+        return f"{self._given.describe()} from {self._offsets} {self.shape}"
+
+
+@torch.no_grad()
+def read_into(pairs: Sequence[tuple[Tensor, Given]]) -> None:
+    """Read what is given into real tensors; of a DTensor only this rank's part, straight into its place.
+
+    Args:
+        pairs: Tensors and what goes into each, cast to its dtype; the shapes of the wholes are equal.
+    """
+    parts: list[Part] = []
+    rest: list[tuple[Tensor, Given]] = []
+    for tensor, given in pairs:
+        local = _local(tensor)
+        offsets = offsets_of(tensor) if is_sharded(tensor) else (0,) * tensor.dim()
+        plain = local.device.type == "cpu" and local.is_contiguous() and not (local.is_conj() or local.is_neg())
+        if plain and offsets is not None:
+            parts.extend(parts_of(Pieces.of(given, local.dtype), 0, given.shape, offsets, local))
+        else:
+            rest.append((tensor, given))
+    make_parts(parts, torch.get_num_threads())
+    for tensor, given in sorted(rest, key=lambda pair: pair[1].order(0)):
+        _take(tensor, given)
+
+
+def _take(tensor: Tensor, given: Given) -> None:
+    local = _local(tensor)
+    if not is_sharded(tensor):
+        take(local, given)
+        return
+    offsets = offsets_of(tensor)
+    if offsets is not None:
+        take(local, GivenBox(given, offsets, local.shape))
+    else:
+        # No box of the whole: rare enough to make the whole and cut it.
+        whole = torch.empty(tuple(given.shape), dtype=tensor.dtype, device=local.device)
+        take(whole, given)
+        fill(tensor, whole)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local: Tensor = cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+    return local.detach()
