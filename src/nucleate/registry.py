@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
 from nucleate.errors import ConfigurationError, PluginConflictError, PluginLoadError, PluginNotFoundError
-from nucleate.plugin import Plugin
+from nucleate.plugin import Named
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Registry:
         """Return every name that can be asked for, sorted, without importing a plugin."""
         return sorted({*self.builtins, *self._installed})
 
-    def get(self, name: str) -> type[Plugin]:
+    def get(self, name: str) -> type[Named]:
         """Import and return the class registered under `name`.
 
         Raises:
@@ -81,11 +81,11 @@ class Registry:
             )
         return plugin
 
-    def create(self, name: str) -> Plugin:
+    def create(self, name: str) -> Named:
         """Build the plugin registered under `name` with its default options."""
         return self.get(name).from_name(name)
 
-    def choose(self, choice: str | Plugin) -> Plugin:
+    def choose(self, choice: str | Named) -> Named:
         """Return the plugin itself, or build the one that a name stands for.
 
         Args:
@@ -104,9 +104,9 @@ class Registry:
         return choice
 
     @cached_property
-    def _base_class(self) -> type[Plugin]:
+    def _base_class(self) -> type[Named]:
         module, _, attribute = self.base.partition(":")
-        base: type[Plugin] = getattr(import_module(module), attribute)
+        base: type[Named] = getattr(import_module(module), attribute)
         return base
 
     def _not_found(self, name: str) -> str:
@@ -157,5 +157,16 @@ STRATEGIES = Registry(
         "single_device": "nucleate.strategies.single_device:SingleDeviceStrategy",
         "ddp": "nucleate.strategies.ddp:DDPStrategy",
         "fsdp": "nucleate.strategies.fsdp:FSDPStrategy",
+    },
+)
+
+READERS = Registry(
+    kind="reader",
+    group="nucleate.readers",
+    base="nucleate.checkpoint.readers.base:Reader",
+    builtins={
+        "safetensors": "nucleate.checkpoint.readers.safetensors:SafetensorsReader",
+        "dcp": "nucleate.checkpoint.readers.dcp:DCPReader",
+        "torch": "nucleate.checkpoint.readers.torch_file:TorchReader",
     },
 )

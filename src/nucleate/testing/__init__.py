@@ -23,13 +23,17 @@ except ImportError as error:
 
 # Before the suites are imported: their plain asserts then say what the values were, as in a test file.
 pytest.register_assert_rewrite(
-    "nucleate.testing.accelerator", "nucleate.testing.precision", "nucleate.testing.strategy"
+    "nucleate.testing.accelerator",
+    "nucleate.testing.precision",
+    "nucleate.testing.reader",
+    "nucleate.testing.strategy",
 )
 
 from nucleate.testing.accelerator import AcceleratorSuite  # noqa: E402
 from nucleate.testing.memory import PeakMemory, assert_peak_memory_below, peak_memory  # noqa: E402
 from nucleate.testing.models import MODELS, TinyConvNet, TinyModel, TinyOdd, TinyRecurrent, TinyTransformer  # noqa: E402
 from nucleate.testing.precision import PrecisionSuite  # noqa: E402
+from nucleate.testing.reader import ReaderSuite  # noqa: E402
 from nucleate.testing.strategy import StrategySuite  # noqa: E402
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "AcceleratorSuite",
     "PeakMemory",
     "PrecisionSuite",
+    "ReaderSuite",
     "StrategySuite",
     "TinyConvNet",
     "TinyModel",

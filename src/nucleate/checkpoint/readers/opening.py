@@ -1,0 +1,131 @@
+"""The way from a path to the reader of what is there, and the messages where nobody reads it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nucleate.checkpoint.contents import Contents
+from nucleate.checkpoint.readers.base import Reader
+from nucleate.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigurationError,
+    PluginConflictError,
+    PluginLoadError,
+    name_list,
+)
+from nucleate.registry import READERS
+
+_READ = (
+    "Read are safetensors files and folders of them with their index, torch files (.pt, .pth, .bin, .ckpt) and folders "
+    "of them with their index, folders of torch.distributed.checkpoint, and what `save` writes"
+)
+
+
+def open_checkpoint(path: str | os.PathLike[str], reader: str | Reader | None = None) -> Contents:
+    """Return what the checkpoint at `path` holds, from its headers alone.
+
+    Args:
+        path: A file or folder of any format.
+        reader: The name of a reader, or a reader, where it shall not be found by what is at `path`.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at `path`.
+        CheckpointError: No reader knows what is there, or it is damaged.
+        ConfigurationError: There is no such reader.
+    """
+    place = Path(path)
+    found = reader_for(place, reader)
+    try:
+        return found.read(place)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{error.filename or place} cannot be read: {error.strerror or error}.") from error
+
+
+def reader_for(path: str | os.PathLike[str], name: str | Reader | None = None) -> Reader:
+    """Return the reader of what is at `path`: the first that claims it, built-in ones first.
+
+    A plugin that cannot be loaded is passed over, and named if no other reader knows what is there.
+
+    Args:
+        path: A file or folder of any format.
+        name: The name of a reader, or a reader, which is then not asked whether it claims the path.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at `path`.
+        CheckpointError: No reader claims it, or it cannot be read.
+        ConfigurationError: There is no such reader.
+    """
+    place = Path(path)
+    try:
+        exists = os.path.lexists(place)
+        readable = os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0), effective_ids=True)
+    except ValueError:  # a name with a zero byte
+        exists = readable = False
+    if not exists:
+        raise CheckpointNotFoundError(f"there is no checkpoint at {place}: nothing has that name.{_neighbours(place)}")
+    if not place.exists():
+        raise CheckpointNotFoundError(
+            f"there is no checkpoint at {place}: it is a link to {os.readlink(place)}, where nothing is."
+        )
+    if not readable:
+        raise CheckpointError(f"{place} cannot be read: permission denied. Ask its owner, or run as another user.")
+    if name is not None:
+        chosen = READERS.choose(name)
+        assert isinstance(chosen, Reader)
+        return chosen
+    broken: list[str] = []
+    for each in [*READERS.builtins, *(other for other in READERS.names() if other not in READERS.builtins)]:
+        try:
+            reader = READERS.create(each)
+            assert isinstance(reader, Reader)
+            claims = reader.claims(place)
+        except PluginConflictError:
+            raise
+        except Exception as error:
+            if each in READERS.builtins and not isinstance(error, PluginLoadError):
+                raise CheckpointError(f"{place} cannot be read: {error}.") from error
+            broken.append(str(error) if isinstance(error, ConfigurationError) else f"reader {each!r}: {error!r}")
+            continue
+        if claims:
+            return reader
+    raise CheckpointError(_unknown(place) + "".join(f" ({problem})" for problem in broken))
+
+
+def _unknown(place: Path) -> str:
+    """Return the message for something that no reader claims."""
+    if not place.is_dir():
+        kind = "a file" if place.is_file() else "no regular file"
+        return f"{place} is {kind} that no reader knows. {_READ}. Installed readers: {', '.join(READERS.names())}."
+    names = sorted(item.name + "/" * item.is_dir() for item in place.iterdir())
+    if not names:
+        return f"{place} is an empty folder: there is no checkpoint in it. {_READ}."
+    message = f"{place} is a folder without a checkpoint; it holds {name_list(names)}. {_READ}."
+    inner = [name for name in names if name.endswith("/") and _holds_one(place / name)]
+    return message + (f" Did you mean {name_list(str(place / name) for name in inner)}?" if inner else "")
+
+
+def _neighbours(place: Path) -> str:
+    """Return a sentence with what is next to the path and may have been meant."""
+    try:
+        parent = place.parent
+        if not parent.is_dir():
+            return f" There is no folder {parent} either."
+        names = sorted(item.name for item in parent.iterdir() if _holds_one(item))
+    except (OSError, ValueError):
+        return ""
+    return f" Checkpoints in {parent}: {name_list(names)}." if names else f" There are no checkpoints in {parent}."
+
+
+def _holds_one(path: Path) -> bool:
+    """Return whether a built-in reader claims what is at `path`."""
+    if path.name.startswith("."):
+        return False
+    try:
+        readers = [READERS.create(name) for name in READERS.builtins]
+        return any(isinstance(reader, Reader) and reader.claims(path) for reader in readers)
+    except (OSError, PluginLoadError):
+        return False
