@@ -56,7 +56,7 @@ def test_an_entry_knows_the_dict_that_holds_it() -> None:
     assert all(entry.holder is state["train"] for entry in entries_of(state))
 
 
-@pytest.mark.parametrize("state", [[nn.Linear(1, 1)], nn.Linear(1, 1), {0: 1}, {"": 1}, {"a": {1: torch.ones(1)}}])
+@pytest.mark.parametrize("state", [[nn.Linear(1, 1)], 3, {0: 1}, {"": 1}, {"a": {1: torch.ones(1)}}])
 def test_a_state_that_is_not_a_dict_of_names_is_refused(state: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"must be a dict|must be strings"):
         list(entries_of(state))
@@ -82,5 +82,12 @@ def test_a_tied_parameter_has_all_its_keys_and_one_first(keep_vars: bool) -> Non
     assert names.keys(nn.Parameter(torch.ones(1))) == []
 
 
+def test_one_module_by_itself_is_an_entry_whose_keys_have_no_prefix() -> None:
+    model = nn.Linear(1, 1)
+    (entry,) = entries_of(model)
+    assert (entry.path, entry.kind, entry.value, entry.key) == ((), Kind.MODULE, model, "")
+    assert entry.title == "the model"
+
+
 def test_an_entry_is_named_by_its_whole_path() -> None:
-    assert Entry(("a", "b"), Kind.VALUE, 1, {}).key == "a.b"
+    assert Entry(("a", "b"), Kind.VALUE, 1, {}).key == Entry(("a", "b"), Kind.VALUE, 1, {}).title == "a.b"

@@ -99,7 +99,7 @@ def test_a_failed_rename_puts_the_old_one_back(folder: CheckpointFolder, monkeyp
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match="no space"):
         folder.commit(draft)
     assert text(folder.path) == "one"
 
@@ -172,7 +172,7 @@ def test_what_is_no_checkpoint_is_told_as_what_it_is(tmp_path: Path, is_file: bo
 
 
 def test_the_root_is_no_checkpoint() -> None:
-    with pytest.raises(CheckpointError, match="give a folder below it"):
+    with pytest.raises(CheckpointError, match="give a name below it"):
         CheckpointFolder.at("/")
 
 
@@ -180,3 +180,29 @@ def test_a_place_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         CheckpointFolder.at(tmp_path / "file" / "last").draft()
+
+
+def test_a_checkpoint_is_not_lost_when_its_name_was_taken_after_a_kill(folder: CheckpointFolder) -> None:
+    fill(folder.previous, "one")
+    folder.path.mkdir()
+    (folder.path / "config.json").write_text("")
+    with pytest.raises(CheckpointError, match=r"its last whole checkpoint is .*\.last\.previous; but meanwhile"):
+        CheckpointFolder(folder.path, takes_along=True).draft()
+    assert text(folder.previous) == "one"
+    assert (folder.path / "config.json").exists()
+
+
+def test_files_of_others_come_back_after_a_kill_between_the_renames(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.path.mkdir(parents=True)
+    (folder.path / "config.json").write_text("config")
+    ours = CheckpointFolder(folder.path, takes_along=True)
+    draft = ours.draft()
+    (draft / MARKER).write_text("")
+    (draft / "model.safetensors").write_text("new")
+    os.rename(ours.path, ours.previous)  # and killed
+    discard(draft)
+    ours.draft()
+    assert (ours.path / "config.json").read_text() == "config"
+    assert not ours.previous.exists()

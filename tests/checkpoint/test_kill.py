@@ -7,16 +7,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_a_save_that_is_killed_before_any_of_its_steps_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+from tests.checkpoint.test_writer import PLACES
+
+
+def killed(path: Path, format: str | None, how: str) -> dict[str, int]:
     script = Path(__file__).parent / "killed_saves.py"
-    run = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=200)
+    run = subprocess.run([sys.executable, script, path, format or "", how], capture_output=True, text=True, timeout=250)
     assert run.returncode == 0, run.stderr
-    counts = re.search(r"steps=(\d+) kept=(\d+) replaced=(\d+) stranded=(\d+)", run.stdout)
-    assert counts is not None, run.stdout
-    steps, kept, replaced, stranded = map(int, counts.groups())
-    # It was killed before and after the new one took the name, and in between, where neither has it.
-    assert steps >= 15
-    assert kept >= 8
-    assert replaced >= 3
-    assert stranded >= 1
+    counts = re.findall(r"(\w+)=(\d+)", run.stdout)
+    return {name: int(number) for name, number in counts}
+
+
+@pytest.mark.parametrize(("name", "format"), PLACES)
+def test_a_save_that_is_killed_before_any_of_its_steps_leaves_a_whole_checkpoint(
+    tmp_path: Path, name: str, format: str | None
+) -> None:
+    counts = killed(tmp_path / name, format, "steps")
+    # It was killed before and after the new one took the name, and of folders also in between, where neither has it.
+    assert counts["kept"] >= 6
+    assert counts["replaced"] >= 3
+    assert (counts["stranded"] >= 1) == (name == "c")
+
+
+@pytest.mark.parametrize(("name", "format"), PLACES)
+def test_a_save_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(
+    tmp_path: Path, name: str, format: str | None
+) -> None:
+    counts = killed(tmp_path / name, format, "moments")
+    assert counts["kept"] >= 3
+    assert counts["replaced"] >= 3
+    assert counts["kept"] + counts["replaced"] == 30

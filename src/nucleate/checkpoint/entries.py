@@ -18,6 +18,7 @@ from nucleate.checkpoint.tree import KeyPath, key_of
 from nucleate.errors import ConfigurationError, RankDisagreementError
 
 if TYPE_CHECKING:
+    from nucleate.checkpoint.save_group import SaveGroup
     from nucleate.cluster.communicator import Communicator
 
 
@@ -52,20 +53,28 @@ class Entry:
         """The name of its place."""
         return key_of(self.path)
 
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.key or "the model"
 
-def entries_of(state: dict[str, Any], path: KeyPath = ()) -> Iterator[Entry]:
+
+def entries_of(state: dict[str, Any] | nn.Module, path: KeyPath = ()) -> Iterator[Entry]:
     """Yield the entries of `state`, in its order.
 
     A dict that holds a module, an optimizer, an object or a tensor, however deep, is looked into. A dict of
-    plain values is one value.
+    plain values is one value. One module by itself is one entry at the place `()`: its keys have no prefix.
 
     Raises:
         ConfigurationError: The state, or a dict in it, is not a dict with strings as keys.
     """
+    if isinstance(state, nn.Module):
+        yield Entry((), Kind.MODULE, state, {})
+        return
     if not isinstance(state, dict):
         raise ConfigurationError(
             f"the state is a {type(state).__name__}; it must be a dict, such as "
-            '{"model": model, "optimizer": optimizer, "step": step}.'
+            '{"model": model, "optimizer": optimizer, "step": step}, or one module.'
         )
     for name, value in state.items():
         if not isinstance(name, str) or not name:
@@ -95,15 +104,23 @@ def _kind(value: Any) -> Kind | None:
     return Kind.VALUE
 
 
-def agree(entries: list[Entry], communicator: Communicator) -> None:
+def agree(
+    entries: list[Entry], communicator: Communicator | SaveGroup, options: Mapping[str, object] | None = None
+) -> None:
     """Make sure that every rank has the same entries, before their states are asked for.
 
     Their states may be gathered by collectives, so another order on another rank would hang.
 
+    Args:
+        entries: This rank's.
+        communicator: The ranks.
+        options: What else must be the same, by name.
+
     Raises:
         RankDisagreementError: They differ; the message names the first difference.
     """
-    mine = [f"{entry.key}: {entry.kind.value}" for entry in entries]
+    mine = [f"{name}={option!r}" for name, option in (options or {}).items()]
+    mine += [f"{entry.title}: {entry.kind.value}" for entry in entries]
     everyone = communicator.gather_objects(mine)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
@@ -114,7 +131,7 @@ def agree(entries: list[Entry], communicator: Communicator) -> None:
             )
             raise RankDisagreementError(
                 f"the ranks' states differ: rank 0 has {first[0]} where rank {rank} has {first[1]}. Every rank must "
-                "save and load the same state, in the same order."
+                "save and load the same state, in the same order, with the same options."
             )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nucleate.deferred import record_of
 from nucleate.errors import CheckpointError, UsageError
 
 #: Where something stands: the dict keys and list positions on the way to it.
@@ -75,6 +76,17 @@ def has_data(tensor: Tensor) -> bool:
     # A deferred tensor is a meta tensor that says it is on the device it will live on.
     with torch._C.DisableTorchFunction():
         return not tensor.is_meta
+
+
+def check_loadable(tensor: Tensor, key: str) -> None:
+    """Make sure that `tensor` can be loaded into: it has memory, or a recipe that may be replaced.
+
+    Raises:
+        UsageError: It is on the meta device without a recipe.
+        CheckpointError: It is sparse.
+    """
+    if record_of(tensor) is None:
+        check_tensor(tensor, key)
 
 
 def check_tensor(tensor: Tensor, key: str) -> None:

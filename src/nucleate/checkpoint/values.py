@@ -17,6 +17,9 @@ from torch import Tensor
 from nucleate.checkpoint.tree import KeyPath, key_of
 from nucleate.errors import CheckpointError
 
+#: The key of the tensor that holds everything else.
+VALUES = "nucleate.values"
+
 
 def encode(values: Any) -> Tensor:
     """Return `values` as a uint8 tensor `(size_bytes,)`.

@@ -1,29 +1,55 @@
-"""Saves a state as one checkpoint folder, the same for every strategy and number of ranks.
+"""Saves a state as one checkpoint, the same for every strategy and number of ranks.
 
-This file decides the order in which things happen on the ranks. What a state consists of is decided in `entries`
-and `optimizer_state`, how the folder becomes whole in `folder`, and the format in `index` and `dcp`.
+This file decides the order in which things happen on the ranks. What a state consists of is decided in `entries`,
+`snapshot` and `optimizer_state`, how the checkpoint becomes whole in `folder` and `single_file`, what its files hold in
+`writers`, and which old ones go in `retention`.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import nn
 
-from nucleate.checkpoint.entries import Entry, Kind, ParameterNames, agree, entries_of
-from nucleate.checkpoint.folder import CheckpointFolder, discard
-from nucleate.checkpoint.index import VALUES, pack, write_marker
-from nucleate.checkpoint.optimizer_state import named_state
-from nucleate.checkpoint.tree import KeyPath, key_of, split
-from nucleate.errors import CheckpointError
+from nucleate.checkpoint.entries import Kind, agree, entries_of
+from nucleate.checkpoint.folder import CheckpointFolder
+from nucleate.checkpoint.handle import SaveHandle, settle
+from nucleate.checkpoint.lock import SaveLock
+from nucleate.checkpoint.retention import Series, check_keep_last
+from nucleate.checkpoint.save_group import SaveGroup
+from nucleate.checkpoint.single_file import CheckpointFile
+from nucleate.checkpoint.snapshot import Snapshot, filters_for
+from nucleate.checkpoint.target import Target, discard
+from nucleate.checkpoint.writers.base import Writer
+from nucleate.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from nucleate.cluster.communicator import Communicator
 
+#: Endings of a path that stand for one torch file.
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+FORMATS = ("dcp", "safetensors", "torch")
 
-def save(path: str | os.PathLike[str], state: dict[str, Any], communicator: Communicator) -> None:
+
+# Saves from several threads take turns: there is one under way, or waited for, at a time.
+_turn = threading.RLock()
+
+
+def save(
+    path: str | os.PathLike[str],
+    state: dict[str, Any] | nn.Module,
+    communicator: Communicator,
+    *,
+    format: str | None = None,
+    filter: Mapping[str, Callable[[str, Any], bool]] | Callable[[str, Any], bool] | None = None,
+    max_shard_size: int | str = "5GB",
+    asynchronous: bool = False,
+    keep_last: int | str | None = None,
+) -> SaveHandle | None:
     """Save `state` at `path`, replacing the checkpoint that is there.
 
     Every rank calls this with the same state. A save is whole or absent: a process that is killed at any moment
@@ -31,114 +57,156 @@ def save(path: str | os.PathLike[str], state: dict[str, Any], communicator: Comm
     and values rank 0's count. Tied parameters are saved once.
 
     Args:
-        path: A folder; rank 0's path counts. On several nodes it must be on a file system that all share.
+        path: Where; rank 0's counts. An ending `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` stands for one file of
+            that format, any other name for a folder. On several nodes it must be on a file system that all share.
         state: Modules, optimizers, objects with `state_dict` and `load_state_dict`, tensors and plain values, by
-            name; dicts may be nested. An optimizer needs the module that has its parameters in the same state.
+            name; dicts may be nested. An optimizer needs the module that has its parameters in the same state. Or one
+            module by itself, whose keys then have no prefix.
         communicator: The ranks that save together.
+        format: Of a folder: `"dcp"` (the default) or `"safetensors"`, which Hugging Face's libraries read.
+        filter: Entry to a function of key and value that says what of it is saved; `"a.b"` names a nested entry.
+            The function alone where the state is one module.
+        max_shard_size: How large the files of a safetensors folder may be, such as `"5GB"` or a number of bytes.
+        asynchronous: Return as soon as this rank's part is copied to CPU memory, and write in the background.
+        keep_last: Keep that many of the checkpoints that were saved next to each other with `keep_last`, and delete
+            the oldest; `"all"` deletes none. The file `latest` beside them leads to the newest one.
+
+    Returns:
+        With `asynchronous`, a handle to wait for; else None.
 
     Raises:
-        CheckpointError: Something is in the way at `path`, a value cannot be saved, or writing failed.
+        CheckpointError: Something is in the way at `path`, a value cannot be saved, writing failed, or another job
+            saves there; also when an asynchronous save before this one failed and nobody waited for it.
         UsageError: A tensor is still deferred, or an optimizer's parameters are in no module of the state.
-        ConfigurationError: The state is not a dict, or has keys that are not strings.
+        ConfigurationError: The state is not a dict or has keys that are not strings, or options contradict each other.
         RankDisagreementError: The ranks' states differ.
         RankFailedError: One of these happened on another rank.
     """
-    folder = CheckpointFolder.at(communicator.broadcast(os.path.abspath(path)))
-    saving = f"saving the checkpoint {folder.path}"
-    with communicator.all_or_none(saving):
-        entries = list(entries_of(state))
-    agree(entries, communicator)
-    snapshot = _Snapshot()
-    for entry in sorted(entries, key=lambda entry: entry.kind is not Kind.MODULE):
-        # One block for each: a state_dict may gather over the ranks, and must not wait for a rank that failed.
-        with communicator.all_or_none(f"{saving}: {entry.key}"):
-            snapshot.take(entry)
-    draft: Path | None = None
-    with communicator.all_or_none(saving):
-        tensors = snapshot.tensors()
-        if communicator.rank == 0:
-            tensors[VALUES] = pack(snapshot.skeleton, snapshot.keys, snapshot.sharded)
-            draft = folder.draft()
-    try:
-        _write(tensors, communicator.broadcast(draft), folder, communicator)
-    finally:
-        if draft is not None:
-            discard(draft)
+    with _turn:
+        unheard = settle()
+        group, place = SaveGroup.of(communicator, os.path.abspath(path))
+        saving = f"saving the checkpoint {place}"
+        with group.all_or_none(saving):
+            if unheard is not None:
+                raise unheard
+            writer, target = choose(place, format, max_shard_size)
+            series = None if keep_last is None else Series.beside(target.path, check_keep_last(keep_last))
+            entries = list(entries_of(state))
+            snapshot = Snapshot(filters_for(filter, entries))
+        options = {"format": writer.format, "max_shard_size": max_shard_size, "asynchronous": asynchronous}
+        agree(entries, group, {**options, "keep_last": keep_last})
+        for entry in sorted(entries, key=lambda entry: entry.kind is not Kind.MODULE):
+            # One block for each: a state_dict may gather over the ranks, and must not wait for a rank that failed.
+            with group.all_or_none(f"{saving}: {entry.title}"):
+                snapshot.take(entry)
+        with group.all_or_none(saving):
+            snapshot.close(group.rank)
+            writer.check(snapshot)
+        snapshot.agree(group)
+        job = SaveJob(snapshot, writer, target, series, group)
+        job.prepare(copied=asynchronous)
+        if not asynchronous:
+            job.run()
+            return None
+        try:
+            return SaveHandle(target.path, job.run)
+        except BaseException:
+            job.clean_up()
+            raise
 
 
-def _write(
-    tensors: dict[str, Tensor], draft: Path | None, folder: CheckpointFolder, communicator: Communicator
-) -> None:
-    from nucleate.checkpoint import dcp
+def choose(path: str, format: str | None, max_shard_size: int | str) -> tuple[Writer, Target]:
+    """Return who writes, and where, by the ending of a path and what was asked for.
 
-    assert draft is not None, "rank 0 made it"
-    dcp.write(tensors, draft, communicator.rank, communicator.world_size)
-    with communicator.all_or_none(f"saving the checkpoint {folder.path}"):
-        if communicator.rank == 0:
-            # Rank 0 must see what the other ranks wrote.
-            dcp.headers(draft)
-            try:
-                write_marker(draft, communicator.world_size)
-                folder.commit(draft)
-            except OSError as error:
-                raise CheckpointError(f"a checkpoint cannot be written to {folder.path}: {error}") from error
+    Raises:
+        ConfigurationError: They contradict each other.
+    """
+    suffix = Path(path).suffix.lower()
+    if format not in (None, *FORMATS):
+        raise ConfigurationError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}.")
+    implied = "safetensors" if suffix == ".safetensors" else "torch" if suffix in TORCH_SUFFIXES else None
+    if implied is not None and format not in (None, implied):
+        raise ConfigurationError(
+            f"format={format!r} contradicts the path {path}: the ending {suffix} stands for one {implied} file. Leave "
+            "the format out, or give a path of another ending."
+        )
+    if implied is None and format == "torch":
+        raise ConfigurationError(
+            f"format='torch' is one file, so the path {path} needs one of the endings {', '.join(TORCH_SUFFIXES)}."
+        )
+    from nucleate.checkpoint.writers import safetensors
+
+    max_shard_bytes = safetensors.parse_size(max_shard_size)
+    if implied == "safetensors":
+        return safetensors.SafetensorsFileWriter(), CheckpointFile.at(path)
+    if implied == "torch":
+        from nucleate.checkpoint.writers.torch_file import TorchFileWriter
+
+        return TorchFileWriter(), CheckpointFile.at(path)
+    resolved = CheckpointFolder.at(path).path
+    if format == "safetensors":
+        return safetensors.SafetensorsFolderWriter(max_shard_bytes), CheckpointFolder(resolved, takes_along=True)
+    from nucleate.checkpoint.writers.dcp import DcpWriter
+
+    return DcpWriter(), CheckpointFolder(resolved)
 
 
-class _Snapshot:
-    """The state of all entries: modules first, then what goes by their parameters' names."""
+class SaveJob:
+    """The part of a save that touches the disk: a lock, a draft, and the name at the end."""
 
-    def __init__(self) -> None:
-        self.skeleton: dict[str, Any] = {}
-        self.keys: dict[KeyPath, str] = {}
-        self.sharded: dict[str, list[int]] = {}
-        self._tensors: dict[KeyPath, Tensor] = {}
-        self._modules: dict[KeyPath, tuple[Any, Any]] = {}
-        self._names: ParameterNames | None = None
+    def __init__(
+        self, snapshot: Snapshot, writer: Writer, target: Target, series: Series | None, group: SaveGroup
+    ) -> None:
+        self._snapshot: Snapshot | None = snapshot
+        self._writer = writer
+        self._target = target
+        self._series = series
+        self._group = group
+        self._lock: SaveLock | None = None
+        self._draft: Path | None = None
+        self._saving = f"saving the checkpoint {target.path}"
 
-    def take(self, entry: Entry) -> None:
-        """Add what `entry` holds now; tensors are not copied."""
-        tree = entry.value
-        if entry.kind is Kind.MODULE:
-            assert self._names is None, "modules come first"
-            tree = dict(entry.value.state_dict(keep_vars=True))
-            self._modules[entry.path] = (entry.value, tree)
-        elif entry.kind is Kind.OPTIMIZER:
-            tree = named_state(entry, self._parameter_names())
-        elif entry.kind is Kind.OBJECT:
-            tree = entry.value.state_dict()
-        node = self.skeleton
-        for part in entry.path[:-1]:
-            node = node.setdefault(part, {})
-        node[entry.path[-1]] = split(tree, entry.path, self._tensors)
+    def prepare(self, copied: bool) -> None:
+        """Make sure that this job may write, and copy the state where training is to go on."""
+        try:
+            with self._group.all_or_none(self._saving):
+                if self._group.rank == 0:
+                    self._target.make_parent()
+                    try:
+                        self._lock = SaveLock(self._target.path)
+                    except OSError as error:
+                        raise self._target.failure(error) from error
+                    self._draft = self._target.draft()
+                if copied:
+                    assert self._snapshot is not None
+                    self._snapshot.freeze()
+        except BaseException:
+            self.clean_up()
+            raise
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors to write by key, tied ones once, and set `keys` and `sharded`.
+    def run(self) -> None:
+        """Write the draft, give it its name, and delete what is old."""
+        try:
+            draft = self._group.broadcast(self._draft)
+            assert draft is not None, "rank 0 made it"
+            assert self._snapshot is not None, "a job runs once"
+            self._writer.write(self._snapshot, draft, self._group)
+            with self._group.all_or_none(self._saving):
+                if self._group.rank == 0:
+                    self._target.commit(draft)
+                    if self._series is not None:
+                        self._series.add(self._target.path)
+                # In here: when `save` returns on any rank, nothing of it is left.
+                self.clean_up()
+        finally:
+            # An error keeps this frame, and the copy of the state must go.
+            self._snapshot = None
+            self.clean_up()
 
-        Raises:
-            CheckpointError: Two of them would have the same key, or one is not reduced over the ranks yet.
-        """
-        from nucleate.checkpoint.dcp import is_unreduced, sharded_dims
-
-        names = self._parameter_names()
-        written: dict[str, Tensor] = {}
-        places: dict[str, KeyPath] = {}
-        for path, tensor in self._tensors.items():
-            key = self.keys[path] = names.first(path)
-            if key != key_of(path):
-                continue
-            # DCP would take one rank's summand for the whole (torch/distributed/checkpoint/planner_helpers.py, 2.13).
-            if is_unreduced(tensor):
-                raise CheckpointError(f"{key} is a DTensor that is not reduced yet. Save `tensor.full_tensor()`.")
-            if key in written or key == VALUES:
-                raise CheckpointError(
-                    f"two tensors of the state are both called {key}: {path} and {places.get(key, VALUES)}. Rename one."
-                )
-            written[key], places[key] = tensor, path
-            if (dims := sharded_dims(tensor)) is not None:
-                self.sharded[key] = dims
-        return written
-
-    def _parameter_names(self) -> ParameterNames:
-        if self._names is None:
-            self._names = ParameterNames(self._modules)
-        return self._names
+    def clean_up(self) -> None:
+        """Give up what was not given its name; nothing of it is left."""
+        if self._draft is not None:
+            discard(self._draft)
+        if self._lock is not None:
+            self._lock.release()
+        self._draft = self._lock = None

@@ -1,0 +1,120 @@
+"""A name on disk that a save gives to what it has written; files and folders alike."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from nucleate.errors import CheckpointError
+
+T = TypeVar("T", bound="Target")
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """Where one checkpoint is, or will be.
+
+    Attributes:
+        path: Its place; absolute, without symbolic links.
+    """
+
+    path: Path
+
+    @classmethod
+    def at(cls: type[T], path: str | os.PathLike[str]) -> T:
+        """Return the target at `path`, where there need not be anything.
+
+        Raises:
+            CheckpointError: `path` is the root of the file system.
+        """
+        resolved = Path(path).resolve()
+        if not resolved.name:
+            raise CheckpointError(
+                f"{resolved} cannot be a checkpoint; give a name below it, such as {resolved / 'last'}."
+            )
+        return cls(resolved)
+
+    @abstractmethod
+    def draft(self) -> Path:
+        """Tidy up after a killed save, and return the place to write the next checkpoint to.
+
+        The caller holds the lock on the name (`SaveLock`).
+
+        Raises:
+            CheckpointError: Something is in the way that is not a checkpoint, or it cannot be written there.
+        """
+
+    @abstractmethod
+    def commit(self, draft: Path) -> None:
+        """Give a finished draft the checkpoint's name.
+
+        Args:
+            draft: What `draft` returned, with every file in it already on disk.
+
+        Raises:
+            CheckpointError: Something that is not a checkpoint got in the way meanwhile, or the disk failed.
+        """
+
+    def make_parent(self) -> None:
+        """Make the folder that it is to be in.
+
+        Raises:
+            CheckpointError: That cannot be.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self.failure(error) from error
+
+    def failure(self, error: OSError) -> CheckpointError:
+        """Return the error to raise where the system refused something."""
+        return CheckpointError(f"a checkpoint cannot be written to {self.path}: {error}")
+
+    def sweep(self) -> None:
+        """Delete what killed saves left."""
+        for leftover in self.path.parent.glob(f".{_escape(self.path.name)}.draft-*"):
+            delete(leftover)
+
+    def fresh(self) -> Path:
+        """Return a hidden name beside it that nothing has."""
+        return self.path.with_name(f".{self.path.name}.draft-{uuid.uuid4().hex[:8]}")
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discard(draft: Path) -> None:
+    """Delete a draft that will not become a checkpoint; what cannot be deleted is left to the next save."""
+    try:
+        delete(draft)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Put the names in `folder` on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems know no such thing for folders; they keep their own order.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _escape(name: str) -> str:
+    """Return `name` as a glob pattern that matches only itself."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -1,0 +1,181 @@
+"""A folder in the format of torch.distributed.checkpoint (DCP): a file for each rank, and an index.
+
+This file is the only one that knows DCP's writing side. It is imported where it is used, since DCP takes a while to
+import.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
+
+from nucleate.checkpoint.folder import write_marker
+from nucleate.checkpoint.held import Box, HeldTensor
+from nucleate.checkpoint.readers.dcp import DCPReader
+from nucleate.checkpoint.save_group import SaveGroup
+from nucleate.checkpoint.snapshot import Snapshot
+from nucleate.checkpoint.values import VALUES
+from nucleate.checkpoint.writers import output
+from nucleate.checkpoint.writers.base import Writer
+from nucleate.deferred.given import take
+from nucleate.errors import CheckpointError, name_list
+from nucleate.report.meter import Meter
+
+# How much DCP copies from an accelerator ahead of its turn; its default.
+_COPY_AHEAD_BYTES = 10_000_000
+
+
+@final
+class DcpWriter(Writer):
+    """Writes a DCP folder; what is no tensor goes into one more tensor."""
+
+    format: ClassVar[str] = "dcp"
+
+    def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
+        tensors = list(snapshot.tensors)
+        if snapshot.values is not None:
+            values = snapshot.values
+            tensors.append(HeldTensor(VALUES, values.dtype, tuple(values.shape), None, (Box((0,), values),)))
+        what = f"writing a checkpoint to {draft}"
+        with group.all_or_none(what):
+            if group.rank == 0:
+                # What DCP says of a full disk is "unexpected pos".
+                output.check_room(draft, snapshot.size_bytes)
+        reads = any(box.given is not None for held in tensors for box in held.boxes)
+        meter = Meter(sum(held.held_bytes for held in tensors), "writing")
+        files = _Files()
+        with _translated(what, draft, files), group.noticing(), meter:
+            # Not `save`, which only adds a warning where there is a single process (2.13), and a filter for warnings
+            # must not be set in a thread beside training.
+            _save_state_dict(
+                {},
+                # Ahead of its turn nothing may be read: see `_Planner.resolve_data`.
+                _Storage(draft, files, copy_ahead_bytes=0 if reads else _COPY_AHEAD_BYTES),
+                process_group=group.process_group,
+                no_dist=group.world_size == 1,
+                planner=_Planner(tensors, meter),
+            )
+        with group.all_or_none(what):
+            if group.rank == 0:
+                # Rank 0 must see what the other ranks wrote.
+                DCPReader().read(draft)
+                write_marker(draft, self.format, group.world_size)
+
+
+class _Files(FileSystem):
+    """Files that remember what interrupted a write: torch's serialization makes a RuntimeError of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.interrupt: BaseException | None = None
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            yield _Watched(stream, self) if "w" in mode else stream  # type: ignore[misc]
+
+
+class _Watched:
+    """A stream that tells its files of a Ctrl-C."""
+
+    def __init__(self, stream: Any, files: _Files) -> None:
+        self._stream = stream
+        self._files = files
+
+    def write(self, data: Any) -> Any:
+        try:
+            return self._stream.write(data)
+        except (KeyboardInterrupt, SystemExit) as interrupt:
+            self._files.interrupt = interrupt
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Storage(FileSystemWriter):
+    """DCP's storage, which does not put the path of this machine into the file."""
+
+    def __init__(self, folder: Path, files: _Files, copy_ahead_bytes: int) -> None:
+        super().__init__(folder, sync_files=True, per_thread_copy_ahead=copy_ahead_bytes)
+        self.fs = files
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans to write what this rank holds; who writes what is decided already."""
+
+    def __init__(self, tensors: list[HeldTensor], meter: Meter) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._meter = meter
+        self._tensors = tensors
+        self._boxes: dict[tuple[str, tuple[int, ...]], Box] = {}
+        given = [box.values for held in tensors for box in held.boxes if box.given is not None]
+        largest = max((values.numel() * values.element_size() for values in given), default=0)
+        self._buffer: Any = torch.UntypedStorage(largest)
+
+    def create_local_plan(self) -> SavePlan:
+        self._boxes = {(held.key, box.begin): box for held in self._tensors for box in held.boxes}
+        self.plan = SavePlan([_item(held, box) for held in self._tensors for box in held.boxes])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        offset = write_item.index.offset
+        assert offset is not None
+        # It is asked for when it is its turn to be written.
+        box = self._boxes[write_item.index.fqn, tuple(offset)]
+        if box.given is None:
+            values = box.values.resolve_conj().resolve_neg()
+        else:
+            # All in one buffer: the tensor before is written by now, but DCP keeps it until the end
+            # (`_write_files_from_queue` in torch/distributed/checkpoint/filesystem.py, 2.13).
+            memory = self._buffer[: box.values.numel() * box.values.element_size()]
+            values = torch.empty(0, dtype=box.values.dtype, device="cpu")
+            values.set_(memory, 0, box.values.shape, box.values.stride())
+            take(values, box.given)
+        self._meter.add(values.numel() * values.element_size())
+        return values
+
+
+def _item(held: HeldTensor, box: Box) -> WriteItem:
+    begin = torch.Size(box.begin)
+    return WriteItem(
+        index=MetadataIndex(held.key, begin),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=begin, sizes=box.values.shape),
+            properties=TensorProperties(dtype=held.dtype),
+            size=torch.Size(held.shape),
+        ),
+    )
+
+
+@contextmanager
+def _translated(what: str, folder: Path, files: _Files) -> Iterator[None]:
+    """Raise DCP's errors as ours."""
+    try:
+        yield
+    # A CheckpointException is a BaseException (torch/distributed/checkpoint/api.py, 2.13).
+    except CheckpointException as error:
+        if files.interrupt is not None:
+            raise files.interrupt from error
+        for failure, _ in error.failures.values():
+            if isinstance(failure, (KeyboardInterrupt, SystemExit)):
+                raise failure from error
+        failed = [f"rank {rank}: {type(failure).__name__}: {failure}" for rank, (failure, _) in error.failures.items()]
+        room = f" ({free} bytes are free there now)" if (free := output.free_bytes(folder)) is not None else ""
+        raise CheckpointError(f"{what} failed{room}. {name_list(failed)}") from error

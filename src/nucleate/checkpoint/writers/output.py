@@ -1,0 +1,341 @@
+"""Boxes of tensors to their places in files: every rank writes its own, straight from memory where it can.
+
+This file decides how bytes reach the disk; which tensor goes where is a format's decision. A file is made at its full
+size before, so that a disk that is full is noticed before hours are spent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from nucleate.checkpoint.held import HeldTensor
+from nucleate.checkpoint.save_group import SaveGroup
+from nucleate.deferred import Given
+from nucleate.deferred.given import take_range
+from nucleate.errors import CheckpointError, RankDisagreementError
+from nucleate.report.meter import Meter
+
+#: What one thread copies at a time of a tensor that cannot be written as it lies in memory.
+STAGING_BYTES = 16 << 20
+#: What one thread reads at a time of a tensor that is in another file.
+_READ_BYTES = 4 << 20
+_MAX_THREADS = 4
+
+# What a file system that cannot reserve space answers.
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM)
+
+
+#: A part of a box, its first index in the tensor, where that goes, the file, and where the values are read from.
+_Slab: TypeAlias = "tuple[Tensor, tuple[int, ...], Place, int, Given | None]"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor goes.
+
+    Attributes:
+        file: The name of the file in the draft; empty where the draft is the file.
+        offset: The place of the first element, in bytes.
+        dtype: Of the tensor.
+        shape: Of the tensor.
+    """
+
+    file: str
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def create(path: Path, size_bytes: int, head: bytes = b"") -> None:
+    """Make a file of its full size, with its first bytes.
+
+    Raises:
+        CheckpointError: There is no room, or it cannot be written there.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            reserve(descriptor, size_bytes)
+            written = 0
+            while written < len(head):
+                written += os.pwrite(descriptor, head[written:], written)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise failure(path, error, size_bytes) from error
+
+
+def reserve(descriptor: int, size_bytes: int) -> None:
+    """Give a file its size, with space on disk where the file system can reserve it.
+
+    Raises:
+        OSError: There is no room.
+    """
+    if not size_bytes:
+        return
+    fallocate = _fallocate()
+    # Not `os.posix_fallocate`: where the file system cannot, it writes to every block.
+    if fallocate is not None and fallocate(descriptor, 0, 0, size_bytes) != 0:
+        number = ctypes.get_errno()
+        if number not in _CANNOT_RESERVE:
+            raise OSError(number, os.strerror(number))
+    os.ftruncate(descriptor, size_bytes)
+
+
+def failure(path: Path, error: OSError, size_bytes: int | None = None) -> CheckpointError:
+    """Return the error to raise where writing a file failed.
+
+    Args:
+        path: The file, or the folder that it was to be in.
+        error: What the system said.
+        size_bytes: How large it was to be.
+    """
+    message = f"{path} cannot be written: {error.strerror or error}."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = free_bytes(path.parent)
+        message += "" if size_bytes is None else f" {size_bytes} bytes are needed."
+        message += "" if free is None else f" {free} bytes are free."
+        message += " Make room, or save elsewhere."
+    elif error.errno == errno.ENOENT:
+        message += " If several nodes save together, they must share the file system."
+    return CheckpointError(message)
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return how much room there is on the disk of a folder, as far as the system tells."""
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return None
+    return disk.f_bavail * disk.f_frsize
+
+
+def check_room(folder: Path, size_bytes: int) -> None:
+    """Make sure that there is room in a folder.
+
+    Raises:
+        CheckpointError: There is not.
+    """
+    free = free_bytes(folder)
+    if free is not None and free < size_bytes:
+        raise failure(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), size_bytes)
+
+
+def write(tensors: Sequence[HeldTensor], places: Mapping[str, Place], draft: Path, group: SaveGroup, what: str) -> None:
+    """Write what this rank holds to its places, and to disk; all ranks together.
+
+    Args:
+        tensors: What this rank holds.
+        places: The place of each tensor, by key; the same on every rank.
+        draft: Where the files are, each of its full size.
+        group: The ranks.
+        what: What is being done, for messages.
+
+    Raises:
+        CheckpointError: Writing failed, or the ranks together do not hold every element once.
+        RankDisagreementError: This rank's tensors are not those that the places are for.
+        RankFailedError: It failed on another rank.
+    """
+    with group.all_or_none(what):
+        _check(tensors, places)
+        _write_all(tensors, places, draft)
+    held = sum(group.gather_objects(sum(one.held_bytes for one in tensors)))
+    wanted = sum(math.prod(place.shape) * place.dtype.itemsize for place in places.values())
+    if held != wanted:
+        raise CheckpointError(
+            f"{what}: the ranks together hold {held} bytes of tensors that have {wanted}. Parts of a tensor are on no "
+            "rank, or on two that do not know of each other."
+        )
+
+
+def _check(tensors: Sequence[HeldTensor], places: Mapping[str, Place]) -> None:
+    for held in tensors:
+        place = places.get(held.key)
+        if held.boxes and (place is None or (place.dtype, place.shape) != (held.dtype, held.shape)):
+            there = "missing" if place is None else f"{place.dtype} {place.shape}"
+            raise RankDisagreementError(
+                f"{held.key} is {held.dtype} {held.shape} here but {there} on rank 0. Every rank must save the same."
+            )
+
+
+def _write_all(tensors: Sequence[HeldTensor], places: Mapping[str, Place], draft: Path) -> None:
+    names = dict.fromkeys(places[held.key].file for held in tensors if held.boxes)
+    descriptors: dict[str, int] = {}
+    try:
+        for name in names:
+            path = draft / name if name else draft
+            try:
+                descriptors[name] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise failure(path, error) from error
+        slabs = (
+            (slab, begin, place, descriptors[place.file], box.given)
+            for held in tensors
+            for box in held.boxes
+            for place in (places[held.key],)
+            for slab, begin in _slabs(
+                box.values,
+                box.begin,
+                (STAGING_BYTES if box.given is None else _READ_BYTES) // held.dtype.itemsize,
+            )
+        )
+        with Meter(sum(held.held_bytes for held in tensors), "writing") as meter:
+            _in_threads(slabs, draft, meter)
+        for name, descriptor in descriptors.items():
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise failure(draft / name if name else draft, error) from error
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _in_threads(slabs: Iterator[_Slab], draft: Path, meter: Meter) -> None:
+    """Write the slabs by a few threads. Plain threads: an executor takes no work once the interpreter ends."""
+    lock = threading.Lock()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while not failures:
+                with lock:
+                    item = next(slabs, None)
+                if item is None:
+                    return
+                slab, begin, place, descriptor, given = item
+                try:
+                    if given is None:
+                        _write_slab(slab, begin, place, descriptor)
+                    else:
+                        _copy_slab(given, slab, begin, place, descriptor)
+                except OSError as error:
+                    raise failure(draft / place.file if place.file else draft, error) from error
+                meter.add(slab.numel() * place.dtype.itemsize)
+        except BaseException as error:
+            failures.append(error)
+
+    others = [threading.Thread(target=work, name="nucleate-write") for _ in range(_num_threads() - 1)]
+    for thread in others:
+        thread.start()
+    work()
+    for thread in others:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _num_threads() -> int:
+    try:
+        return max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0))))
+    except AttributeError:  # not on macOS
+        return max(1, min(_MAX_THREADS, os.cpu_count() or 1))
+
+
+def _slabs(values: Tensor, begin: tuple[int, ...], limit: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Yield parts of a box of at most `limit` elements, in order, with their first indices in the tensor."""
+    if values.numel() <= limit:
+        if values.numel():
+            yield values, begin
+        return
+    dim = next(dim for dim, length in enumerate(values.shape) if length > 1)
+    step = max(1, limit // (values.numel() // values.shape[dim]))
+    for first in range(0, values.shape[dim], step):
+        rows = values.narrow(dim, first, min(step, values.shape[dim] - first))
+        yield from _slabs(rows, (*begin[:dim], begin[dim] + first, *begin[dim + 1 :]), limit)
+
+
+def _write_slab(slab: Tensor, begin: tuple[int, ...], place: Place, descriptor: int) -> None:
+    # In this order: what is conjugated on an accelerator is resolved there.
+    plain = slab.detach().resolve_conj().resolve_neg().contiguous().cpu()
+    itemsize = place.dtype.itemsize
+    address = plain.data_ptr()
+    for offset, numel in runs(begin, tuple(slab.shape), place.shape):
+        _pwrite(descriptor, address, numel * itemsize, place.offset + offset * itemsize)
+        address += numel * itemsize
+
+
+def _copy_slab(given: Given, slab: Tensor, begin: tuple[int, ...], place: Place, descriptor: int) -> None:
+    """Write what somebody else has; the slab only says how much of it."""
+    for offset, numel in runs(begin, tuple(slab.shape), place.shape):
+        plain = torch.empty(numel, dtype=place.dtype)
+        take_range(plain, given, offset)
+        _pwrite(
+            descriptor, plain.data_ptr(), numel * place.dtype.itemsize, place.offset + offset * place.dtype.itemsize
+        )
+
+
+def runs(begin: Sequence[int], shape: Sequence[int], whole: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where a box lies in a tensor that is stored row by row, as (first element, number of elements).
+
+    Args:
+        begin: The box's first index, for each dimension.
+        shape: Its shape; not empty.
+        whole: The tensor's shape.
+
+    Examples:
+        >>> list(runs((1, 0), (2, 4), (5, 4)))  # rows: one run
+        [(4, 8)]
+        >>> list(runs((0, 2), (2, 2), (2, 4)))  # columns
+        [(2, 2), (6, 2)]
+    """
+    inner = len(shape)
+    while inner > 0 and shape[inner - 1] == whole[inner - 1]:
+        inner -= 1
+    # Dimensions from `inner` on are whole, so the one before is one stretch for each index of those before it.
+    outer = max(0, inner - 1)
+    strides = [math.prod(whole[dim + 1 :]) for dim in range(len(whole))]
+    numel = math.prod(shape[outer:])
+    last = sum(first * stride for first, stride in zip(begin[outer:], strides[outer:], strict=True))
+    for index in itertools.product(*(range(b, b + n) for b, n in zip(begin[:outer], shape[:outer], strict=True))):
+        yield last + sum(place * stride for place, stride in zip(index, strides, strict=False)), numel
+
+
+def _pwrite(descriptor: int, address: int, size_bytes: int, offset: int) -> None:
+    done = 0
+    while done < size_bytes:
+        # At most what the system writes in one call anyway (write(2): 0x7ffff000 bytes).
+        count = _system_pwrite()(descriptor, address + done, min(size_bytes - done, 1 << 30), offset + done)
+        if count > 0:
+            done += count
+            continue
+        number = ctypes.get_errno() if count < 0 else errno.ENOSPC
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+@functools.cache
+def _system_pwrite() -> Callable[[int, int, int, int], int]:
+    # `os.pwrite` wants an object with a buffer, and without NumPy torch's memory has none.
+    library = ctypes.CDLL(None, use_errno=True)
+    function = getattr(library, "pwrite64", library.pwrite)
+    function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64)
+    function.restype = ctypes.c_ssize_t
+    result: Callable[[int, int, int, int], int] = function
+    return result
+
+
+@functools.cache
+def _fallocate() -> Callable[[int, int, int, int], int] | None:
+    library = ctypes.CDLL(None, use_errno=True)
+    function = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
+    if function is None:  # not on macOS
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    function.restype = ctypes.c_int
+    result: Callable[[int, int, int, int], int] = function
+    return result

@@ -1,0 +1,212 @@
+"""Safetensors: a folder as Hugging Face knows it, or a single file; every rank writes its own parts.
+
+This file decides the layout: which tensors share a file, and in which order. The format is
+https://github.com/huggingface/safetensors#format: eight bytes with the header's length, the header in JSON, the tensors
+without holes.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, final
+
+import torch
+
+from nucleate.checkpoint.folder import write_marker
+from nucleate.checkpoint.held import Box, HeldTensor
+from nucleate.checkpoint.save_group import SaveGroup
+from nucleate.checkpoint.snapshot import Snapshot
+from nucleate.checkpoint.values import VALUES
+from nucleate.checkpoint.writers import output
+from nucleate.checkpoint.writers.base import Writer
+from nucleate.checkpoint.writers.output import Place
+from nucleate.errors import CheckpointError, ConfigurationError, name_list
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+VALUES_FILE = "nucleate.values.safetensors"
+#: The field of a single file's metadata that holds everything that is no tensor.
+VALUES_FIELD = "nucleate"
+#: A name of one shard of several.
+SHARD_PATTERN = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+
+# The names that safetensors has for dtypes (safetensors/torch.py, `_TYPES`, 0.8).
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.complex64: "C64",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+}
+# The library refuses longer ones (safetensors/src/tensor.rs, `MAX_HEADER_SIZE`, 0.8).
+_MAX_HEADER_BYTES = 100_000_000
+# Where tensors begin: what maps the file finds them aligned for every dtype and vector unit.
+_ALIGNMENT = 64
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(size: int | str) -> int:
+    """Return a size in bytes.
+
+    Args:
+        size: A number of bytes, or a text such as `"5GB"` or `"500MiB"`.
+
+    Raises:
+        ConfigurationError: It is neither, or not at least 1.
+
+    Examples:
+        >>> parse_size("5GB"), parse_size("1.5 KiB"), parse_size(7)
+        (5000000000, 1536, 7)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
+    if isinstance(size, bool) or found is None or found[2] not in _UNITS or float(found[1]) * _UNITS[found[2]] < 1:
+        raise ConfigurationError(
+            f"max_shard_size={size!r} must be a number of bytes of at least 1, or a text such as '5GB' or '500MiB'."
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+class _SafetensorsWriter(Writer):
+    """What the folder and the single file share."""
+
+    format: ClassVar[str] = "safetensors"
+
+    def check(self, snapshot: Snapshot) -> None:
+        wrong = [f"{held.key} ({held.dtype})" for held in snapshot.tensors if held.dtype not in _DTYPES]
+        if wrong:
+            raise CheckpointError(
+                f"safetensors has no name for the dtype of {name_list(wrong)}. Convert them, or save as a folder with "
+                'format="dcp" or as a torch file (.pt).'
+            )
+        if any(held.key == "__metadata__" for held in snapshot.tensors):
+            raise CheckpointError(
+                "a tensor is called __metadata__, a name that safetensors keeps for itself. Rename it."
+            )
+
+
+@final
+class SafetensorsFolderWriter(_SafetensorsWriter):
+    """Writes a folder that Hugging Face's libraries read, of files of a chosen size.
+
+    Args:
+        max_shard_bytes: How large a file's tensors may be together; a single tensor may be larger.
+    """
+
+    def __init__(self, max_shard_bytes: int) -> None:
+        self._max_shard_bytes = max_shard_bytes
+
+    def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
+        what = f"writing {draft}"
+        places: dict[str, Place] = {}
+        with group.all_or_none(what):
+            if group.rank == 0:
+                places = self._create(snapshot, draft)
+        output.write(snapshot.tensors, group.broadcast(places), draft, group, what)
+        with group.all_or_none(what):
+            if group.rank == 0:
+                write_marker(draft, self.format, group.world_size)
+
+    def _create(self, snapshot: Snapshot, draft: Path) -> dict[str, Place]:
+        shards = _shards(snapshot.tensors, self._max_shard_bytes)
+        places: dict[str, Place] = {}
+        for number, tensors in enumerate(shards, start=1):
+            name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            places.update(_create(draft, name, tensors, {"format": "pt"}))
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": snapshot.size_bytes},
+                "weight_map": {key: places[key].file for key in sorted(places)},
+            }
+            text = (json.dumps(index, indent=2) + "\n").encode()
+            output.create(draft / INDEX, len(text), text)
+        assert snapshot.values is not None, "on rank 0 it is there"
+        values = snapshot.values
+        held = HeldTensor(VALUES, values.dtype, tuple(values.shape), None, (Box((0,), values),))
+        head, _ = _header([held], {})
+        data = head + ctypes.string_at(values.data_ptr(), values.numel())
+        output.create(draft / VALUES_FILE, len(data), data)
+        return places
+
+
+@final
+class SafetensorsFileWriter(_SafetensorsWriter):
+    """Writes one file; what is no tensor goes into its metadata."""
+
+    def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
+        what = f"writing {draft}"
+        places: dict[str, Place] = {}
+        with group.all_or_none(what):
+            if group.rank == 0:
+                assert snapshot.values is not None, "on rank 0 it is there"
+                values = ctypes.string_at(snapshot.values.data_ptr(), snapshot.values.numel())
+                metadata = {"format": "pt", VALUES_FIELD: base64.b64encode(values).decode()}
+                places = _create(draft, "", snapshot.tensors, metadata)
+        output.write(snapshot.tensors, group.broadcast(places), draft, group, what)
+
+
+def _shards(tensors: Sequence[HeldTensor], max_bytes: int) -> list[list[HeldTensor]]:
+    """Return the tensors of each file: in order, as many as fit, at least one; one file where there are none."""
+    shards: list[list[HeldTensor]] = [[]]
+    size_bytes = 0
+    for held in tensors:
+        if shards[-1] and size_bytes + held.size_bytes > max_bytes:
+            shards.append([])
+            size_bytes = 0
+        shards[-1].append(held)
+        size_bytes += held.size_bytes
+    return shards
+
+
+def _create(draft: Path, name: str, tensors: Sequence[HeldTensor], metadata: dict[str, str]) -> dict[str, Place]:
+    """Make one file with everything but its tensors, and return where these go."""
+    # Wide dtypes first: then every tensor is aligned, although nothing may lie between two.
+    ordered = sorted(tensors, key=lambda held: -held.dtype.itemsize)
+    head, offsets = _header(ordered, metadata)
+    path = draft / name if name else draft
+    if len(head) > _MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"the header of {path} would have {len(head)} bytes, but safetensors reads at most {_MAX_HEADER_BYTES}: "
+            "there are too many tensors, or values that are too large for one file. Save to a folder instead."
+        )
+    output.create(path, len(head) + sum(held.size_bytes for held in ordered), head)
+    return {
+        held.key: Place(name, len(head) + offset, held.dtype, held.shape)
+        for held, offset in zip(ordered, offsets, strict=True)
+    }
+
+
+def _header(tensors: Sequence[HeldTensor], metadata: dict[str, str]) -> tuple[bytes, list[int]]:
+    """Return what stands before the tensors, and the offset of each from there."""
+    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offsets: list[int] = []
+    end = 0
+    for held in tensors:
+        offsets.append(end)
+        end += math.prod(held.shape) * held.dtype.itemsize
+        entries[held.key] = {
+            "dtype": _DTYPES[held.dtype],
+            "shape": list(held.shape),
+            "data_offsets": [offsets[-1], end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, offsets

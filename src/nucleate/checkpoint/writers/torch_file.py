@@ -1,0 +1,137 @@
+"""One torch file, as `torch.save` writes it, with the tensors written by the ranks that hold them.
+
+`torch.save` writes the shell: the nested state with room for every tensor. Then each rank puts its own parts into that
+room, as in every other format, so that no rank ever holds more than a few MiB beyond what it has.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from nucleate.checkpoint.save_group import SaveGroup
+from nucleate.checkpoint.snapshot import Snapshot
+from nucleate.checkpoint.tree import KeyPath, join
+from nucleate.checkpoint.writers import output
+from nucleate.checkpoint.writers.base import Writer
+from nucleate.checkpoint.writers.output import Place
+from nucleate.errors import CheckpointError
+
+#: The item of the state that says what tensors do not.
+FIELD = "nucleate"
+VERSION = 1
+
+
+@final
+class TorchFileWriter(Writer):
+    """Writes a file that `torch.load(weights_only=True)` reads."""
+
+    format: ClassVar[str] = "torch"
+
+    def check(self, snapshot: Snapshot) -> None:
+        if not snapshot.is_bare and FIELD in snapshot.skeleton:
+            raise CheckpointError(
+                f"the state has an entry called {FIELD}, a name that torch files of nucleate keep for themselves. "
+                "Rename it, or save to a folder."
+            )
+
+    def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
+        what = f"writing {draft}"
+        places: dict[str, Place] = {}
+        with group.all_or_none(what):
+            if group.rank == 0:
+                places = _create(snapshot, draft)
+        output.write(snapshot.tensors, group.broadcast(places), draft, group, what)
+        with group.all_or_none(what):
+            if group.rank == 0:
+                try:
+                    _seal(draft)
+                except OSError as error:
+                    raise output.failure(draft, error) from error
+
+
+def _create(snapshot: Snapshot, draft: Path) -> dict[str, Place]:
+    """Write a file with everything but the tensors' bytes, and return where those go."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        empty = {held.key: torch.empty(held.shape, dtype=held.dtype, device="cpu") for held in snapshot.tensors}
+
+    def tensor_at(place: KeyPath) -> Tensor | None:
+        key = snapshot.keys.get(place)
+        return None if key is None else empty[key]
+
+    state = join(snapshot.skeleton, (), tensor_at)
+    for path in snapshot.modules:
+        state = _with_versions(state, path, snapshot.versions.get(path))
+    if not snapshot.is_bare and snapshot.is_complete:
+        state[FIELD] = {"version": VERSION, "sharded": snapshot.sharded, "modules": snapshot.modules}
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True), open(draft, "xb") as file:
+            torch.save(state, file)
+            output.reserve(file.fileno(), os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise output.failure(draft, error, snapshot.size_bytes) from error
+    with FakeTensorMode():
+        shell = torch.load(draft, weights_only=True)
+    places: dict[str, Place] = {}
+    for path, key in snapshot.keys.items():
+        tensor: Any = shell
+        for part in path:
+            tensor = tensor[part]
+        places[key] = Place("", tensor.untyped_storage()._checkpoint_offset, tensor.dtype, tuple(tensor.shape))
+    return places
+
+
+def _with_versions(state: Any, path: KeyPath, versions: Any) -> Any:
+    """Return the state with the module's part as `state_dict` returns it, an ordered dict with versions."""
+    if path:
+        state[path[0]] = _with_versions(state[path[0]], path[1:], versions)
+        return state
+    ordered = OrderedDict(state)
+    if versions is not None:
+        ordered._metadata = copy.copy(versions)  # type: ignore[attr-defined]
+    return ordered
+
+
+def _seal(path: Path) -> None:
+    """Write the check sums, which `torch.load` does not ask for and all else that reads zip archives does."""
+    with open(path, "r+b") as file:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            directory = archive.start_dir
+        sums: dict[str, int] = {}
+        for record in records:
+            file.seek(record.header_offset + 26)
+            name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+            begin = record.header_offset + 30 + name_bytes + extra_bytes
+            sums[record.filename] = _check_sum(file.fileno(), begin, record.file_size)
+            if sums[record.filename] != record.CRC:
+                os.pwrite(file.fileno(), struct.pack("<L", sums[record.filename]), record.header_offset + 14)
+                if record.flag_bits & 8:
+                    # Said once more behind the data.
+                    os.pwrite(file.fileno(), struct.pack("<L", sums[record.filename]), begin + record.file_size + 4)
+        place = directory
+        for record in records:
+            file.seek(place + 28)
+            lengths = struct.unpack("<HHH", file.read(6))
+            os.pwrite(file.fileno(), struct.pack("<L", sums[record.filename]), place + 16)
+            place += 46 + sum(lengths)
+        os.fsync(file.fileno())
+
+
+def _check_sum(descriptor: int, begin: int, size_bytes: int) -> int:
+    value = 0
+    for offset in range(begin, begin + size_bytes, output.STAGING_BYTES):
+        wanted = min(output.STAGING_BYTES, begin + size_bytes - offset)
+        value = zlib.crc32(os.pread(descriptor, wanted, offset), value)
+    return value
