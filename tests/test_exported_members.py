@@ -22,18 +22,25 @@ PUBLIC = {
         Accelerator Precision RandomState Runtime Strategy __version__ seed_everything
     """,
     "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator",
-    "nucleate.checkpoint": "load save",
+    "nucleate.checkpoint": """
+        ConvertReport Finding KeyMap LoadReport Reader SaveHandle Selection VerifyReport add_prefix convert load
+        load_raw open_checkpoint save strip_prefix verify
+    """,
+    "nucleate.checkpoint.readers": "Reader open_checkpoint reader_for",
+    "nucleate.checkpoint.writers": "Writer",
+    "nucleate.cli": "main",
     "nucleate.cluster": "Communicator Environment",
     "nucleate.deferred": (
-        "Cursors Handle Pieces Record deferred eager handle_of held_tensors is_recording release resumed"
+        "Cursors Given Handle Pieces Record deferred eager give handle_of held_tensors is_recording record_of release "
+        "resumed"
     ),
     "nucleate.materialize": "Plan execute materialize",
     "nucleate.precision": "FullPrecision HalfPrecision MixedPrecision Precision",
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",
     "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy",
     "nucleate.testing": """
-        MODELS AcceleratorSuite PeakMemory PrecisionSuite StrategySuite TinyConvNet TinyModel TinyOdd TinyRecurrent
-        TinyTransformer assert_peak_memory_below peak_memory
+        MODELS AcceleratorSuite PeakMemory PrecisionSuite ReaderSuite StrategySuite TinyConvNet TinyModel TinyOdd
+        TinyRecurrent TinyTransformer assert_peak_memory_below peak_memory
     """,
     "nucleate.wrappers": "DataLoaderWrapper ModuleWrapper OptimizerWrapper",
 }

@@ -10,10 +10,10 @@ import builtins
 import random
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from os import PathLike
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,16 @@ from nucleate.materialize.verification import Verification
 from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
 from nucleate.registry import ACCELERATORS, PRECISIONS, STRATEGIES
+from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
 from nucleate.wrappers.module import ModuleWrapper, backward_allowed
 from nucleate.wrappers.optimizer import OptimizerWrapper, check_optimizer, repoint
+
+if TYPE_CHECKING:
+    from nucleate.checkpoint import KeyMap, LoadReport
+    from nucleate.checkpoint.handle import SaveHandle
 
 T = TypeVar("T")
 
@@ -258,7 +263,8 @@ class Runtime:
                 check_optimizer(optimizer, names, model, self._strategy.shards)
             plan = Plan.of(model)
             numerics = numerics_of(plan, self._device) if self.world_size > 1 else None
-        verify_same_model(plan.digest(), self._communicator, numerics, {"verify": self._verify})
+        if self.world_size > 1:
+            verify_same_model(plan.digest(), self._communicator, numerics, {"verify": self._verify})
         with self._communicator.all_or_none("setup"):
             # The plan lists the tensors as they are now.
             del plan
@@ -267,7 +273,8 @@ class Runtime:
                 model = self._precision.setup(model)
             model = self._accelerator.setup(model)
             verification = Verification(model, self._verify == "all", self._device) if self._verify else None
-            forward_module = self._strategy.setup(model)
+            with metered(self.is_global_zero):
+                forward_module = self._strategy.setup(model)
             renewed = dict(model.named_parameters(remove_duplicate=False))
             for optimizer in optimizers:
                 repoint(optimizer, names, renewed)
@@ -461,35 +468,112 @@ class Runtime:
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
-    def save(self, path: str | PathLike[str], state: dict[str, Any]) -> None:
-        """Write the whole training state to a folder; every rank calls it. See `nucleate.checkpoint.save`."""
+    def save(
+        self,
+        path: str | PathLike[str],
+        state: dict[str, Any] | nn.Module,
+        *,
+        format: str | None = None,
+        filter: Mapping[str, Callable[[str, Any], bool]] | Callable[[str, Any], bool] | None = None,
+        max_shard_size: int | str = "5GB",
+        asynchronous: bool = False,
+        keep_last: int | str | None = None,
+    ) -> SaveHandle | None:
+        """Write a training state, or one model, to a folder or a file; every rank calls it.
+
+        It is whole or absent, whatever moment a process is killed at. See `nucleate.checkpoint.save`.
+
+        Args:
+            path: `.safetensors`, `.pt`, `.pth`, `.bin` and `.ckpt` stand for one file, any other name for a folder.
+            state: Modules, optimizers, objects with a `state_dict`, tensors and plain values by name; or one module.
+            format: Of a folder: `"dcp"` (the default) or `"safetensors"`, which Hugging Face's libraries read.
+            filter: Name in `state` to a function of key and value that says what of it is saved.
+            max_shard_size: How large the files of a safetensors folder may be.
+            asynchronous: Return once the state is copied to CPU memory, and write in the background.
+            keep_last: Keep that many checkpoints beside one another, and a pointer `latest` to the newest.
+
+        Returns:
+            With `asynchronous`, a handle to wait for; else None.
+        """
         from nucleate.checkpoint import save
 
         self.launch()
-        save(path, state, self._communicator)
+        with metered(self.is_global_zero):
+            return save(
+                path,
+                state,
+                self._communicator,
+                format=format,
+                filter=filter,
+                max_shard_size=max_shard_size,
+                asynchronous=asynchronous,
+                keep_last=keep_last,
+            )
 
     def load(
         self,
         path: str | PathLike[str],
-        state: dict[str, Any] | None = None,
+        state: dict[str, Any] | nn.Module | None = None,
         strict: bool = True,
         *,
         remainder: bool | None = None,
-    ) -> dict[str, Any]:
-        """Read a folder that `save` wrote into `state`, in place. See `nucleate.checkpoint.load`.
+        reader: str | None = None,
+    ) -> LoadReport:
+        """Read a checkpoint into `state`, in place. See `nucleate.checkpoint.load`.
 
         Args:
             path: What was given to `save`.
             state: What to load into, as it was given to `save`, or a part of it.
-            strict: Refuse keys that are missing or unexpected inside of what is asked for.
+            strict: Refuse keys that are missing, unexpected or of another shape inside of what is asked for.
             remainder: Return what `state` does not ask for, too, whole on every rank. By default only without a
                 `state`: no rank should hold an optimizer's state that it does not own only because it loads a model.
+            reader: The format's name, where it cannot be told from the files.
+
+        Returns:
+            What was loaded, missing, and so on; as a dict, the remainder.
         """
         from nucleate.checkpoint import load
 
         self.launch()
         wanted = state is None if remainder is None else remainder
-        return load(path, state, self._communicator, strict=strict, remainder=wanted)
+        with metered(self.is_global_zero):
+            return load(path, state, self._communicator, strict=strict, remainder=wanted, reader=reader)
+
+    def load_raw(
+        self,
+        path: str | PathLike[str],
+        model: nn.Module,
+        strict: bool = True,
+        *,
+        prefix: str = "",
+        keys: KeyMap | None = None,
+        reader: str | None = None,
+        mmap: bool = False,
+    ) -> LoadReport:
+        """Load a model's weights from a file or folder of any format. See `nucleate.checkpoint.load_raw`.
+
+        A deferred model is bound to the files, and `setup` reads of each tensor what this rank owns; any other model is
+        filled in place.
+
+        Args:
+            path: A safetensors or torch file, a Hugging Face folder, a folder of torch.distributed.checkpoint, or what
+                `save` wrote.
+            model: The model, deferred, real or set up.
+            strict: Refuse keys that are missing, unexpected or of another shape. Otherwise deferred tensors that are
+                missing are made by their recipes.
+            prefix: Only the keys that begin with this, without it.
+            keys: Other names for keys: a dict of regular expressions and replacements, a function, or a list of these.
+            reader: The format's name, where it cannot be told from the files.
+            mmap: Let deferred tensors on the CPU lie in the file's own pages where they can.
+
+        Returns:
+            What was loaded, missing, unexpected, mismatched, cast and tied.
+        """
+        from nucleate.checkpoint import load_raw
+
+        self.launch()
+        with metered(self.is_global_zero):
+            return load_raw(path, model, self._communicator, strict, prefix=prefix, keys=keys, reader=reader, mmap=mmap)
 
     # -- inside --------------------------------------------------------------------------------------------
 

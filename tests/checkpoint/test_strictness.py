@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate.checkpoint import dcp, load, save
+from nucleate.checkpoint import load, save
 from nucleate.cluster import Communicator
 from nucleate.errors import (
     CheckpointError,
@@ -42,7 +41,7 @@ def test_missing_unexpected_and_mismatched_are_told_together_before_anything_cha
     message = str(error.value)
     assert "3 missing in the checkpoint: absent, model.new.weight, model.new.bias" in message
     assert "2 unexpected in the checkpoint: model.old.weight, model.old.bias" in message
-    assert "2 of another shape: model.same.weight is (3, 2) here but (2, 2) in the checkpoint" in message
+    assert "2 of another shape or dtype: model.same.weight is (3, 2) here but (2, 2) in the checkpoint" in message
     assert "Nothing was changed." in message
     assert bits(model) == before
     assert state["step"] == 0
@@ -59,20 +58,24 @@ def test_not_strict_loads_what_is_in_both_and_hands_over_the_rest(tmp_path: Path
     save(tmp_path / "c", {"model": saved}, solo)
     model = nn.ModuleDict({"same": nn.Linear(2, 2), "new": nn.Linear(2, 2)})
     kept = model["new"].weight.detach().clone()
-    with pytest.warns(UserWarning, match=r"left as they were: model\.new\.weight, model\.new\.bias"):
+    with pytest.warns(UserWarning, match=r"not in it: model\.new\.weight, model\.new\.bias"):
         rest = load(tmp_path / "c", {"model": model}, solo, strict=False)
     assert torch.equal(model["same"].weight, saved["same"].weight)
     assert torch.equal(model["new"].weight, kept)
     assert torch.equal(rest["model"]["old.weight"], saved["old"].weight)
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_another_shape_is_always_refused(tmp_path: Path, solo: Communicator, strict: bool) -> None:
+def test_another_shape_is_refused_and_left_alone_where_that_was_asked_for(tmp_path: Path, solo: Communicator) -> None:
     save(tmp_path / "c", {"model": nn.Linear(2, 2), "t": torch.ones(3)}, solo)
+    target = torch.zeros(2)
     with pytest.raises(ShapeMismatchError, match=r"t is \(2,\) here but \(3,\) in the checkpoint"):
-        load(tmp_path / "c", {"t": torch.ones(2)}, solo, strict=strict)
+        load(tmp_path / "c", {"t": target}, solo)
     with pytest.raises(ShapeMismatchError, match=r"model\.weight is \(3, 2\) here but \(2, 2\)"):
-        load(tmp_path / "c", {"model": nn.Linear(2, 3)}, solo, strict=strict)
+        load(tmp_path / "c", {"model": nn.Linear(2, 3)}, solo)
+    with pytest.warns(UserWarning, match=r"not fitting: t \(\(2,\) here but \(3,\) in the checkpoint\)"):
+        report = load(tmp_path / "c", {"t": target}, solo, strict=False)
+    assert [one.key for one in report.mismatched] == ["t"]
+    assert not target.any()
 
 
 @pytest.mark.parametrize(("saved", "here"), [(torch.int64, torch.float32), (torch.float32, torch.int64)])
@@ -136,8 +139,8 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path, solo: Communicator,
 
 
 def test_a_state_that_is_not_a_dict_is_refused(tmp_path: Path, solo: Communicator) -> None:
-    with pytest.raises(ConfigurationError, match="the state is a Linear; it must be a dict"):
-        save(tmp_path / "c", nn.Linear(1, 1), solo)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="the state is a list; it must be a dict"):
+        save(tmp_path / "c", [nn.Linear(1, 1)], solo)  # type: ignore[arg-type]
 
 
 def test_no_checkpoint_is_an_error_that_a_caller_would_catch(tmp_path: Path, solo: Communicator) -> None:
@@ -159,14 +162,14 @@ def data_file(folder: Path) -> Path:
 def test_a_file_that_was_cut_short_is_noticed_before_anything_changes(saved: Path, solo: Communicator) -> None:
     os.truncate(data_file(saved), data_file(saved).stat().st_size - 1)
     target = torch.zeros(1000)
-    with pytest.raises(CheckpointError, match=r"is damaged: __0_0\.distcp has \d+ of \d+ bytes"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp, which has \d+ bytes: .* cut short"):
         load(saved, {"t": target}, solo)
     assert not target.any()
 
 
 def test_a_file_that_is_gone_is_named(saved: Path, solo: Communicator) -> None:
     data_file(saved).unlink()
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is missing"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp .*is missing"):
         load(saved, None, solo)
 
 
@@ -174,7 +177,7 @@ def test_bytes_that_were_overwritten_are_an_error_of_ours(saved: Path, solo: Com
     data = bytearray(data_file(saved).read_bytes())
     data[:] = bytes(len(data))
     data_file(saved).write_bytes(data)
-    with pytest.raises(CheckpointError, match="reading the checkpoint at .* failed"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged"):
         load(saved, None, solo)
 
 
@@ -184,7 +187,7 @@ def test_an_index_that_would_run_code_is_not_run(saved: Path, solo: Communicator
             return (os.mkdir, (str(tmp_path / "made"),))
 
     (saved / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(CheckpointError, match=r"asks for \w+\.mkdir, which has no place"):
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
         load(saved, None, solo)
     assert not (tmp_path / "made").exists()
 
@@ -193,20 +196,18 @@ def test_an_index_that_points_outside_the_folder_is_not_followed(
     saved: Path, solo: Communicator, tmp_path: Path
 ) -> None:
     shutil.copy(data_file(saved), tmp_path / "elsewhere")
-    metadata = dcp.headers(saved)
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
     for item in metadata.storage_data.values():
         item.relative_path = "../elsewhere"
-    buffer = io.BytesIO()
-    pickle.dump(metadata, buffer)
-    (saved / ".metadata").write_bytes(buffer.getvalue())
-    with pytest.raises(CheckpointError, match="points outside the folder"):
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"names files outside of its folder: .*elsewhere"):
         load(saved, None, solo)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({"a": 1}), pickle.dumps(None)])
 def test_a_damaged_index_is_an_error_of_ours(saved: Path, solo: Communicator, content: bytes) -> None:
     (saved / ".metadata").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
         load(saved, None, solo)
 
 

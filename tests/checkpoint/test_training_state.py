@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nucleate.checkpoint import load, save
-from nucleate.checkpoint.index import Index
+from nucleate.checkpoint import load, open_checkpoint, save
 from nucleate.cluster import Communicator
 from nucleate.precision.base import Precision
 from nucleate.registry import PRECISIONS, STRATEGIES
@@ -82,7 +81,7 @@ def test_a_run_with_everything_wrapped_goes_on_exactly(tmp_path: Path, solo: Com
 def test_the_keys_of_a_wrapped_model_are_the_models_own(tmp_path: Path, solo: Communicator) -> None:
     run = Run.start(seed=1)
     save(tmp_path / "c", {"model": run.model}, solo)
-    index = Index.read(tmp_path / "c")
-    assert set(index.skeleton["model"]) == set(run.model.state_dict())
+    contents = open_checkpoint(tmp_path / "c")
+    assert set(contents.skeleton["model"]) == set(run.model.state_dict())
     original: Any = run.model.module
     load(tmp_path / "c", {"model": original}, solo)

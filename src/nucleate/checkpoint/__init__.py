@@ -1,11 +1,40 @@
-"""Whole training states on disk: one folder format for every strategy and number of ranks.
+"""Checkpoints of any format, of one model or of a whole training state, into any strategy.
 
-`save` and `load` are the way in. The rest of the package is theirs: `entries` says what a state consists of,
-`tree` and `values` take it apart, `optimizer_state` gives names to an optimizer's numbers, `plan` compares,
-`index` and `dcp` are the format, `folder` makes it whole or absent.
+`save`, `load` and `load_raw` are the way in. The rest of the package is theirs. Reading: `readers` say what a file or
+folder holds, as `contents` made of `stored` tensors in `files`; `plan` compares it with what is asked for, `key_map`
+gives other names to keys, `load_report` says what came of it. Writing: `snapshot` is what is written and `held` which
+part of it this rank has, `writers` are the formats, `folder` and `single_file` make a checkpoint whole or absent,
+`retention` keeps the last few. Both: `entries` says what a state consists of, `tree` and `values` take it apart,
+`optimizer_state` gives names to an optimizer's numbers. `convert` and `verify` work on files alone: `selection`
+chooses, `sweep` reads.
 """
 
+from nucleate.checkpoint.converter import ConvertReport, convert
+from nucleate.checkpoint.handle import SaveHandle
+from nucleate.checkpoint.key_map import KeyMap, add_prefix, strip_prefix
+from nucleate.checkpoint.load_report import Finding, LoadReport
 from nucleate.checkpoint.loader import load
+from nucleate.checkpoint.raw import load_raw
+from nucleate.checkpoint.readers import Reader, open_checkpoint
+from nucleate.checkpoint.selection import Selection
+from nucleate.checkpoint.verifier import VerifyReport, verify
 from nucleate.checkpoint.writer import save
 
-__all__ = ["load", "save"]
+__all__ = [
+    "ConvertReport",
+    "Finding",
+    "KeyMap",
+    "LoadReport",
+    "Reader",
+    "SaveHandle",
+    "Selection",
+    "VerifyReport",
+    "add_prefix",
+    "convert",
+    "load",
+    "load_raw",
+    "open_checkpoint",
+    "save",
+    "strip_prefix",
+    "verify",
+]

@@ -1,4 +1,4 @@
-"""Loads a checkpoint folder into a state, after everything has been compared.
+"""Loads a checkpoint into a state, after everything has been compared.
 
 This file decides what each kind of entry takes from a checkpoint, and the order in which things happen on the
 ranks. What fits is decided in `plan`.
@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nucleate.checkpoint.entries import Entry, Kind, ParameterNames, agree, entries_of
-from nucleate.checkpoint.folder import CheckpointFolder
-from nucleate.checkpoint.index import Index
+from nucleate.checkpoint.load_report import Finding, LoadReport
+from nucleate.checkpoint.module_keys import Ties, plan_module
 from nucleate.checkpoint.optimizer_state import plan_optimizer
 from nucleate.checkpoint.plan import Plan
+from nucleate.checkpoint.readers import open_checkpoint
+from nucleate.checkpoint.retention import resolve
 from nucleate.checkpoint.tree import KeyPath, check_tensor, key_of, split
-from nucleate.errors import name_list
+from nucleate.materialize.shards import is_sharded
 
 if TYPE_CHECKING:
     from nucleate.cluster.communicator import Communicator
@@ -28,124 +29,111 @@ if TYPE_CHECKING:
 
 def load(
     path: str | os.PathLike[str],
-    state: dict[str, Any] | None,
+    state: Any,
     communicator: Communicator,
     strict: bool = True,
     *,
     remainder: bool = True,
-) -> dict[str, Any]:
-    """Load the checkpoint at `path` into `state`, and return what was not asked for.
+    reader: str | None = None,
+) -> LoadReport:
+    """Load the checkpoint at `path` into `state`, and report what was done.
 
-    Modules and tensors are filled in place, optimizers and objects through their `load_state_dict`, plain values
-    are replaced in the dict that holds them. A rank reads only what it holds of sharded tensors. Every comparison
-    is made before anything changes; only a disk that fails while tensors are read can leave a mix.
+    Modules and tensors are filled in place, or bound to the files where they are deferred; optimizers and objects are
+    loaded through their `load_state_dict`, plain values are replaced in the dict that holds them. A rank reads only
+    what it holds of sharded tensors. Every comparison is made before anything changes; only a disk that fails while
+    tensors are read can leave a mix.
 
     Args:
-        path: What was given to `save`; rank 0's path counts.
-        state: What to load into, as it was given to `save`, or a part of it; None for all into the remainder.
+        path: What was given to `save`, or any other checkpoint; rank 0's path counts.
+        state: What to load into, as it was given to `save`, or a part of it; None for all into the report.
         communicator: The ranks that load together.
-        strict: Refuse keys that are missing or unexpected inside of what is asked for. Otherwise what is missing
-            stays as it is, with a warning, and what is unexpected goes to the remainder. Shapes must always fit.
+        strict: Refuse keys that are missing, unexpected or of another shape or dtype inside of what is asked for.
+            Otherwise what is missing or does not fit stays as it is (or is made by its recipe), with a warning, and
+            what is unexpected goes to the report.
         remainder: Read what was not asked for, whole, on every rank. False saves that memory.
+        reader: The format's name, where it cannot be told from the files.
 
     Returns:
-        What the state did not ask for, tensors on the CPU; empty with `remainder=False`.
+        What was loaded, missing and so on; as a dict, what the state did not ask for, tensors on the CPU. Empty with
+        `remainder=False`.
 
     Raises:
         CheckpointNotFoundError: There is no checkpoint at `path`.
         CheckpointKeyError: Keys are missing or unexpected.
         ShapeMismatchError: Tensors have other shapes.
         CheckpointError: The checkpoint is damaged, something in it is of another kind, or reading failed.
-        UsageError: A tensor is still deferred, or an optimizer's parameters are in no module of the state.
+        UsageError: A tensor has neither memory nor a recipe, an optimizer's parameters are deferred or in no module
+            of the state.
         ConfigurationError: The state is not a dict, or has keys that are not strings.
         RankDisagreementError: The ranks' states differ.
         RankFailedError: One of these happened on another rank.
     """
-    from nucleate.checkpoint import dcp
-
-    folder = CheckpointFolder.at(communicator.broadcast(os.path.abspath(path)))
-    loading = f"loading the checkpoint {folder.path}"
+    where = communicator.broadcast(os.path.abspath(path))
+    loading = f"loading the checkpoint {where}"
     with communicator.all_or_none(loading):
-        plan = Plan(Index.read(folder.locate()))
+        plan = Plan(open_checkpoint(resolve(where), reader))
         entries = list(entries_of({} if state is None else state))
     agree(entries, communicator)
     modules: dict[KeyPath, tuple[Any, Any]] = {}
     names = ParameterNames({})
-    rest: dict[str, Any] = {}
     for entry in sorted(entries, key=lambda entry: entry.kind is not Kind.MODULE):
         with communicator.all_or_none(f"{loading}: {entry.key}"):
             if entry.kind is Kind.MODULE:
                 modules[entry.path] = (entry.value, entry.value.state_dict(keep_vars=True))
                 names = ParameterNames(modules)
-            elif plan.index.has(entry.path):
+            elif plan.contents.has(entry.path):
                 _PLANNERS[entry.kind](plan, entry, names)
             else:
-                plan.missing.append(entry.key)
+                plan.miss(entry.key)
     with communicator.all_or_none(loading):
-        stored: dict[str, str] = {}
+        ties = Ties(compares=communicator.rank == 0)
         for place, (module, state_dict) in modules.items():
-            if plan.index.has(place):
-                _plan_module(plan, place, state_dict, names, stored)
-                plan.finish.append((key_of(place), partial(module.load_state_dict, state_dict)))
+            if plan.contents.has(place):
+                _plan_module(plan, place, module, state_dict, names, ties)
             else:
-                plan.missing.append(key_of(place))
+                plan.miss(key_of(place) or "the module")
         plan.check(strict)
         if remainder:
-            rest = _remainder(plan, entries)
-    for targets in plan.passes:
-        dcp.read(targets, plan.index.folder, plan.index.metadata, distributed=communicator.world_size > 1)
+            plan.report.update(_remainder(plan, entries))
+    with communicator.all_or_none(loading):
+        plan.execute()
     order = {entry.key: place for place, entry in enumerate(entries)}
     for key, finish in sorted(plan.finish, key=lambda item: order[item[0]]):
         with communicator.all_or_none(f"{loading}: {key}"):
             finish()
     # Last: where warnings are errors, this one must not leave the other ranks waiting.
-    if plan.missing and communicator.rank == 0:
-        warnings.warn(f"{loading}: not in it, and left as they were: {name_list(plan.missing)}.", stacklevel=2)
-    return rest
+    if plan.summary and communicator.rank == 0:
+        warnings.warn(f"{loading}: {plan.summary}", stacklevel=2)
+    return plan.report
 
 
-def _plan_module(plan: Plan, path: KeyPath, state_dict: Any, names: ParameterNames, stored: dict[str, str]) -> None:
+def _plan_module(plan: Plan, path: KeyPath, module: Any, state_dict: Any, names: ParameterNames, ties: Ties) -> None:
     """Add the reading of a module to `plan`: straight into its parameters.
 
     Args:
         plan: Receives what to read and what does not fit.
         path: Where the module stands in the state.
-        state_dict: The module's own; what is no tensor is replaced in it.
+        module: The module.
+        state_dict: The module's own.
         names: The keys of the parameters of all modules.
-        stored: For tied tensors: the first key of each that is read already, to the key it is stored under.
+        ties: What is read already, for tied tensors.
     """
-    saved = plan.index.at(path)
+    saved = plan.contents.at(path)
     if not isinstance(saved, dict):
-        plan.mismatched.append(f"{key_of(path)} is a module here but not in the checkpoint")
+        plan.unfit.append(f"{key_of(path)} is a module here but not in the checkpoint")
         return
-    absent: list[KeyPath] = []
-    for fqn, value in state_dict.items():
-        place = (*path, fqn)
-        if not isinstance(value, Tensor):
-            if fqn in saved:
-                state_dict[fqn] = plan.tree(place)
-            else:
-                plan.missing.append(key_of(place))
-            continue
-        check_tensor(value, key_of(place))
-        key, first = plan.index.keys.get(place), names.first(place)
-        if key is None:
-            absent.append(place)
-        elif first not in stored:
-            stored[first] = key
-            plan.fill(place, value)
-        elif stored[first] != key:
-            plan.mismatched.append(f"{key_of(place)} is tied to {first} here but not in the checkpoint")
-    # A tied tensor is there if it is there under one of its names.
-    plan.missing.extend(key_of(place) for place in absent if names.first(place) not in stored)
-    leftover = [(*path, fqn) for fqn in saved if fqn not in state_dict]
-    plan.leftover.extend(leftover)
-    plan.unexpected.extend(map(key_of, leftover))
+    stored = {fqn: plan.contents.keys[(*path, fqn)] for fqn in saved if (*path, fqn) in plan.contents.keys}
+    used = plan_module(plan, module, state_dict, path, stored, path, names, ties)
+    wanted = {used[fqn] for fqn in used if fqn in state_dict}
+    for fqn in saved:
+        key = plan.contents.keys.get((*path, fqn))
+        if fqn not in state_dict and (key is None or (key not in wanted and key in used.values())):
+            size_bytes = plan.contents.tensors[key].size_bytes if key is not None else 0
+            plan.leftover.append((*path, fqn))
+            plan.report.unexpected.append(Finding(key_of((*path, fqn)), size_bytes))
 
 
 def _plan_object(plan: Plan, entry: Entry, names: ParameterNames) -> None:
-    from nucleate.checkpoint.dcp import is_sharded
-
     # What it holds now says which of its tensors are sharded, and how; their values do not matter.
     current: dict[KeyPath, Tensor] = {}
     split(entry.value.state_dict(), entry.path, current)
@@ -153,8 +141,8 @@ def _plan_object(plan: Plan, entry: Entry, names: ParameterNames) -> None:
     def target(place: KeyPath, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         have = current.get(place)
         if have is not None and is_sharded(have) and have.shape == shape:
-            return torch.zeros_like(have, dtype=dtype)
-        return torch.zeros(shape, dtype=dtype)
+            return torch.empty_like(have, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
     tree = plan.tree(entry.path, target)
     plan.finish.append((entry.key, lambda: entry.value.load_state_dict(tree)))
@@ -162,10 +150,10 @@ def _plan_object(plan: Plan, entry: Entry, names: ParameterNames) -> None:
 
 def _plan_tensor(plan: Plan, entry: Entry, names: ParameterNames) -> None:
     check_tensor(entry.value, entry.key)
-    if entry.path in plan.index.keys:
-        plan.fill(entry.path, entry.value)
+    if entry.path in plan.contents.keys:
+        plan.fill(entry.key, plan.contents.tensors[plan.contents.keys[entry.path]], entry.value)
     else:
-        plan.mismatched.append(f"{entry.key} is a tensor here but not in the checkpoint")
+        plan.unfit.append(f"{entry.key} is a tensor here but not in the checkpoint")
 
 
 def _plan_value(plan: Plan, entry: Entry, names: ParameterNames) -> None:
@@ -201,7 +189,7 @@ def _remainder(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
             holder = holder.setdefault(part, {})
         holder[place[-1]] = plan.tree(place)
 
-    visit(plan.index.skeleton, ())
+    visit(plan.contents.skeleton, ())
     for place in plan.leftover:
         put(place)
     return found

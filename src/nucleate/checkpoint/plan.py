@@ -7,58 +7,94 @@ kind of entry wants is for the loader.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint.index import Index
+from nucleate.checkpoint.contents import Contents
+from nucleate.checkpoint.load_report import Finding, LoadReport, keys
+from nucleate.checkpoint.mapped import Mapper
+from nucleate.checkpoint.stored import StoredTensor
 from nucleate.checkpoint.tree import KeyPath, join, key_of
+from nucleate.deferred import Given, give, record_of
 from nucleate.errors import CheckpointError, CheckpointKeyError, ShapeMismatchError, name_list
+from nucleate.materialize.reading import read_into
 
 
-@dataclass
 class Plan:
     """A load, before a byte is changed.
 
+    Args:
+        contents: What the checkpoint holds.
+        maps: Let deferred tensors that the file already holds as they are to be lie in the file's own pages.
+
     Attributes:
-        index: What the checkpoint holds.
-        passes: Key to tensor to fill; more than one pass where two tensors want the same key.
+        contents: What the checkpoint holds.
+        report: What is found on the way.
         finish: What to call when the tensors are filled, with what it is called in messages.
-        missing: What was asked for and is not in the checkpoint.
-        unexpected: What is in the checkpoint, inside something asked for, and has no place there.
-        leftover: Where the things are that `unexpected` names.
-        mismatched: What is in both and is of another kind, as sentences.
-        wrong_shapes: What is in both and has another shape, as sentences.
+        leftover: Where the things are that `report.unexpected` names.
+        unfit: What is in both and is of another kind, as sentences; refused in any case.
     """
 
-    index: Index
-    passes: list[dict[str, Tensor]] = field(default_factory=list)
-    finish: list[tuple[str, Callable[[], object]]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    leftover: list[KeyPath] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
-    wrong_shapes: list[str] = field(default_factory=list)
+    def __init__(self, contents: Contents, maps: bool = False) -> None:
+        self.contents = contents
+        self.report = LoadReport(contents.path, contents.format)
+        self.finish: list[tuple[str, Callable[[], object]]] = []
+        self.leftover: list[KeyPath] = []
+        self.unfit: list[str] = []
+        self._wrong_shapes = False
+        self._mapper = Mapper() if maps else None
+        self._deferred: list[tuple[Tensor, Given]] = []
+        self._real: list[tuple[Tensor, Given]] = []
 
-    def fill(self, path: KeyPath, target: Tensor) -> None:
-        """Read the tensor saved at `path` into `target`, or note that it does not fit.
+    def fill(self, name: str, stored: StoredTensor, target: Tensor) -> None:
+        """Read a tensor into `target`, or note that it does not fit.
 
         Args:
-            path: A place at which a tensor was saved.
-            target: A tensor with memory; it is detached and written in place.
+            name: What messages call the target.
+            stored: Where it comes from.
+            target: A tensor with memory, which is written in place, or a deferred one.
         """
-        key = self.index.keys[path]
-        shape, dtype = self.index.shape(key), self.index.dtype(key)
-        if shape != target.shape:
-            self.wrong_shapes.append(
-                f"{key_of(path)} is {tuple(target.shape)} here but {tuple(shape)} in the checkpoint"
-            )
-        elif dtype != target.dtype and not (dtype.is_floating_point and target.dtype.is_floating_point):
-            self.mismatched.append(f"{key_of(path)} is {target.dtype} here but {dtype} in the checkpoint")
+        if stored.shape != tuple(target.shape):
+            self._wrong_shapes = True
+            detail = f"{tuple(target.shape)} here but {stored.shape} in the checkpoint"
+        elif stored.dtype != target.dtype and not (stored.dtype.is_floating_point and target.dtype.is_floating_point):
+            detail = f"{target.dtype} here but {stored.dtype} in the checkpoint"
         else:
-            self._read(key, target.detach())
+            if stored.dtype != target.dtype:
+                self.report.cast.append(Finding(name, stored.size_bytes, f"{stored.dtype} -> {target.dtype}"))
+            self.report.loaded.append(Finding(name, stored.size_bytes))
+            self._read(stored, target)
+            return
+        self.report.mismatched.append(Finding(name, stored.size_bytes, detail))
+
+    def whole(self, name: str, stored: StoredTensor, like: Tensor | None) -> Tensor | None:
+        """Return a new tensor on the CPU that is filled when the plan is executed, or note that it does not fit.
+
+        Args:
+            name: What messages call it.
+            stored: Where it comes from.
+            like: What it takes the place of and must have the shape of, if that matters.
+        """
+        if like is not None and stored.shape != tuple(like.shape):
+            self._wrong_shapes = True
+            detail = f"{tuple(like.shape)} here but {stored.shape} in the checkpoint"
+            self.report.mismatched.append(Finding(name, stored.size_bytes, detail))
+            return None
+        tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+        self.report.loaded.append(Finding(name, stored.size_bytes))
+        self._read(stored, tensor)
+        return tensor
+
+    def miss(self, name: str, tensor: Tensor | None = None) -> None:
+        """Note that the checkpoint lacks something."""
+        size_bytes = 0 if tensor is None else tensor.numel() * tensor.element_size()
+        self.report.missing.append(Finding(name, size_bytes))
+
+    def tie(self, name: str, first: str, stored: StoredTensor) -> None:
+        """Note that a name stands for what is loaded under another one."""
+        self.report.tied.append(Finding(name, stored.size_bytes, f"= {first}"))
 
     def tree(self, path: KeyPath, target: Callable[[KeyPath, torch.Size, torch.dtype], Tensor] | None = None) -> Any:
         """Return what was saved at `path`, with tensors that are filled when the plan is executed.
@@ -67,57 +103,92 @@ class Plan:
             path: A place at which something was saved.
             target: Returns a tensor to fill for a place, a shape and a dtype; without it they are new, on the CPU.
         """
-        new: dict[str, Tensor] = {}
+        # By where they lie: several names may stand for the same bytes, thousands in a file made for that.
+        new: dict[Any, Tensor] = {}
 
         def tensor_at(place: KeyPath) -> Tensor | None:
-            key = self.index.keys.get(place)
+            key = self.contents.keys.get(place)
             if key is None:
                 return None
-            shape, dtype = self.index.shape(key), self.index.dtype(key)
+            stored = self.contents.tensors[key]
             if target is None:
-                if key not in new:
-                    new[key] = torch.zeros(shape, dtype=dtype)
-                    self._read(key, new[key])
-                return new[key]
-            tensor = target(place, shape, dtype)
-            self._read(key, tensor)
+                where = (stored.dtype, stored.shape, stored.chunks)
+                if where not in new:
+                    new[where] = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+                    self._read(stored, new[where])
+                return new[where]
+            tensor = target(place, torch.Size(stored.shape), stored.dtype)
+            self._read(stored, tensor)
             return tensor
 
-        return join(self.index.at(path), path, tensor_at)
-
-    def _read(self, key: str, target: Tensor) -> None:
-        for targets in self.passes:
-            if key not in targets:
-                targets[key] = target
-                return
-        self.passes.append({key: target})
+        return join(self.contents.at(path), path, tensor_at)
 
     def check(self, strict: bool) -> None:
         """Raise if the checkpoint and what it is loaded into do not fit together.
 
         Args:
-            strict: Also refuse missing and unexpected keys.
+            strict: Refuse keys that are missing, unexpected or of another shape or dtype.
 
         Raises:
             CheckpointKeyError: Keys are missing or unexpected.
             ShapeMismatchError: Tensors have other shapes.
             CheckpointError: Something else is not what it was.
         """
+        report = self.report
+        wrong = [f"{one.key} is {one.detail}" for one in report.mismatched]
         problems = {
-            "missing in the checkpoint": self.missing if strict else [],
-            "unexpected in the checkpoint": self.unexpected if strict else [],
-            "of another shape": self.wrong_shapes,
-            "of another kind": self.mismatched,
+            "missing in the checkpoint": keys(report.missing) if strict else [],
+            "unexpected in the checkpoint": keys(report.unexpected) if strict else [],
+            "of another shape or dtype": wrong if strict else [],
+            "of another kind": self.unfit,
         }
         lines = [f"  {len(found)} {what}: {name_list(found)}" for what, found in problems.items() if found]
         if not lines:
             return
         advice = "Nothing was changed."
-        if not (self.wrong_shapes or self.mismatched):
-            advice += " Pass strict=False to load only what is in both."
-        message = "\n".join([f"the checkpoint at {self.index.folder} does not fit:", *lines, advice])
-        if strict and (self.missing or self.unexpected):
+        if not self.unfit:
+            advice += " Pass strict=False to load only what is in both and fits."
+        if not self.contents.is_complete and report.missing and not report.loaded:
+            advice += " It is not one that `save` wrote; `load_raw` loads the weights of others into a model."
+        message = "\n".join([f"the checkpoint at {self.contents.path} does not fit:", *lines, advice])
+        if strict and (report.missing or report.unexpected):
             raise CheckpointKeyError(message)
-        if self.wrong_shapes:
+        if strict and self._wrong_shapes:
             raise ShapeMismatchError(message)
         raise CheckpointError(message)
+
+    def execute(self) -> None:
+        """Bind deferred tensors to the files, and read into all others.
+
+        Raises:
+            CheckpointError: A file has changed since its headers were read, or the disk fails.
+        """
+        read_into(self._real)
+        for tensor, _ in self._real:
+            if not tensor.is_inference():
+                # Reading went around autograd, which has to see a write: what it saved of the old value is stale.
+                torch.autograd.graph.increment_version(tensor)
+        for tensor, given in self._deferred:
+            give(tensor, given)
+
+    def _read(self, stored: StoredTensor, target: Tensor) -> None:
+        if record_of(target) is None:
+            self._real.append((target, stored))
+        else:
+            self._deferred.append((target, stored if self._mapper is None else self._mapper.given(stored)))
+
+    @property
+    def summary(self) -> str:
+        """What was not loaded, as a sentence; empty where all was."""
+        report = self.report
+        parts = [
+            f"{what}: {name_list(map(str, found))}"
+            for what, found in (("not in it", report.missing), ("not fitting", report.mismatched))
+            if found
+        ]
+        return f"{'; '.join(parts)}; these are left as they were, or made by their recipes." if parts else ""
+
+
+def missing_key(path: KeyPath) -> str:
+    """Return the name of a place in messages."""
+    return key_of(path) or "the module"

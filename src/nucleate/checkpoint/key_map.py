@@ -1,0 +1,97 @@
+"""Other names for the keys of a checkpoint, while it is read: nothing is converted on disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
+
+from nucleate.errors import CheckpointKeyError, ConfigurationError, name_list
+
+#: Regular expressions and what replaces them, as `re.sub` takes them, all of them in order; or a function of a key
+#: that returns the new one, or None for a key to leave out; or several of these, one after the other.
+KeyMap: TypeAlias = "Mapping[str, str] | Callable[[str], str | None] | Iterable[KeyMap]"
+
+
+def strip_prefix(prefix: str) -> Callable[[str], str | None]:
+    """Return a key map that keeps only the keys that begin with `prefix`, without it.
+
+    >>> strip_prefix("model.")("model.head.weight")
+    'head.weight'
+    """
+    return lambda key: key[len(prefix) :] if key.startswith(prefix) else None
+
+
+def add_prefix(prefix: str) -> Callable[[str], str | None]:
+    """Return a key map that puts `prefix` before every key.
+
+    >>> add_prefix("backbone.")("head.weight")
+    'backbone.head.weight'
+    """
+    return lambda key: prefix + key
+
+
+def map_keys(keys: Iterable[str], key_map: KeyMap | None) -> dict[str, str]:
+    """Apply a key map.
+
+    Args:
+        keys: The keys of a checkpoint.
+        key_map: See `KeyMap`; None leaves them as they are.
+
+    Returns:
+        New key to old key, in the order of the old ones.
+
+    Raises:
+        ConfigurationError: It is no key map, or a function returned something else than a string or None.
+        CheckpointKeyError: It gives one name to two keys.
+    """
+    steps = list(_steps(key_map)) if key_map is not None else []
+    found: dict[str, str] = {}
+    twice: list[str] = []
+    for key in keys:
+        new: str | None = key
+        for step in steps:
+            if new is None:
+                break
+            new = step(new)
+            if new is not None and not isinstance(new, str):
+                raise ConfigurationError(
+                    f"a key map returned {new!r} for {key!r}; it must return the new key, or None to leave it out."
+                )
+        if new is None:
+            continue
+        if new in found:
+            twice.append(f"{found[new]} and {key} both become {new}")
+        found[new] = key
+    if twice:
+        raise CheckpointKeyError(
+            f"the key map gives one name to several keys: {name_list(twice)}. Leave one of each out by returning None."
+        )
+    return found
+
+
+def _steps(key_map: KeyMap) -> Iterable[Callable[[str], str | None]]:
+    if isinstance(key_map, Mapping):
+        for pattern, replacement in key_map.items():
+            yield _substitution(pattern, replacement)
+    elif callable(key_map):
+        yield key_map
+    elif isinstance(key_map, Iterable) and not isinstance(key_map, str):
+        for one in key_map:
+            yield from _steps(one)
+    else:
+        raise ConfigurationError(
+            f"{key_map!r} is no key map. Give a dict of regular expressions and replacements, such as "
+            "{'^model\\\\.': ''}, a function of a key, or a list of these."
+        )
+
+
+def _substitution(pattern: str, replacement: str) -> Callable[[str], str]:
+    try:
+        compiled = re.compile(pattern)
+        compiled.sub(replacement, "")
+    except (re.error, TypeError) as error:
+        raise ConfigurationError(
+            f"the key map has {pattern!r}: {replacement!r}, which is no regular expression with a replacement: {error}."
+        ) from error
+    return lambda key: compiled.sub(replacement, key)

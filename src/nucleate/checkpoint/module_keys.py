@@ -1,0 +1,273 @@
+"""What a module asks of a checkpoint: its tensors by name, and its own hooks that rename what older versions wrote."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+
+from nucleate.checkpoint.entries import ParameterNames
+from nucleate.checkpoint.plan import Plan
+from nucleate.checkpoint.stored import StoredTensor
+from nucleate.checkpoint.tree import KeyPath, check_loadable, key_of
+from nucleate.deferred import record_of
+from nucleate.errors import CheckpointError, name_list
+from nucleate.materialize.shards import is_sharded
+
+
+def renamed(
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    names: Mapping[str, str],
+    plan: Plan,
+    versions: Mapping[str, int],
+) -> dict[str, str]:
+    """Let the module's `load_state_dict` pre-hooks rename and drop keys, as torch would.
+
+    Args:
+        module: The module.
+        state_dict: Its own, `keep_vars=True`.
+        names: Names for the module to keys of the checkpoint.
+        plan: Knows the tensors.
+        versions: The versions of the modules inside, by name, as they were saved.
+
+    Raises:
+        CheckpointError: A hook computes with a value, which nobody has read yet, or it refuses the checkpoint.
+    """
+    hooked = [(name, part) for name, part in module.named_modules() if part._load_state_dict_pre_hooks]
+    if not hooked:
+        return dict(names)
+    tensors = plan.contents.tensors
+    stands_for: dict[int, str] = {}
+    state: OrderedDict[str, Any] = OrderedDict()
+    for name, key in names.items():
+        state[name] = torch.empty(tensors[key].shape, dtype=tensors[key].dtype, device="meta")
+        stands_for[id(state[name])] = key
+    errors: list[str] = []
+    for name, part in hooked:
+        metadata = {"version": versions[name]} if name in versions else {}
+        for hook in part._load_state_dict_pre_hooks.values():
+            hook(state, f"{name}." if name else "", metadata, True, [], [], errors)
+    if errors:
+        raise CheckpointError(f"{type(module).__name__} refuses {plan.contents.path}: {name_list(errors)}")
+    computed = [name for name, value in state.items() if id(value) not in stands_for]
+    if computed:
+        raise CheckpointError(
+            f"{type(module).__name__} computes {computed[0]} from what it loads (a hook of `load_state_dict`), which "
+            "needs the values. Set the model up, read the file with `runtime.load(path)`, and give its tensors to "
+            "`model.load_state_dict`."
+        )
+    # A hook names what the modules inside call it, which the hooks of `state_dict` may have renamed on the way out, as
+    # those of torch's activation checkpointing do.
+    outside = {id(value): name for name, value in state_dict.items()}
+    inside = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    return {
+        name if name in state_dict else outside.get(id(inside.get(name)), name): stands_for[id(value)]
+        for name, value in state.items()
+    }
+
+
+def plan_module(
+    plan: Plan,
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    path: KeyPath,
+    stored: Mapping[str, str],
+    place: KeyPath | None,
+    names: ParameterNames,
+    ties: Ties,
+) -> dict[str, str]:
+    """Add the reading of a module to a plan: straight into its parameters and buffers.
+
+    What a state dict holds besides, such as `get_extra_state()`, is read whole and handed back at the end.
+
+    Args:
+        plan: Receives what to read and what does not fit.
+        module: The module.
+        state_dict: Its own, `keep_vars=True`.
+        path: Where the module stands in the state, for messages.
+        stored: Names for the module to keys of the checkpoint.
+        place: Where in the checkpoint its values that are no tensors stand, if that is known.
+        names: The names of its tensors, of which tied ones have several.
+        ties: What was read under another name before.
+
+    Returns:
+        The names that the module's own hooks made of `stored`.
+
+    Raises:
+        CheckpointError: The module does something of its own with what it loads, and is deferred.
+    """
+    versions = _versions(plan, module, place)
+    stored = renamed(module, state_dict, stored, plan, versions)
+    own = _own(module, state_dict)
+    handed: dict[str, Any] = {}
+    for fqn, value in state_dict.items():
+        if fqn in own:
+            continue
+        key = stored.get(fqn) if isinstance(value, Tensor) else None
+        name = key_of((*path, fqn))
+        if key is not None:
+            read = plan.whole(name, plan.contents.tensors[key], None if _is_extra(fqn) else value)
+            if read is not None:
+                handed[fqn] = read
+        elif place is not None and plan.contents.has((*place, fqn)):
+            handed[fqn] = plan.tree((*place, fqn))
+        else:
+            plan.miss(name, value if isinstance(value, Tensor) else None)
+    optional = _optional(module, versions)
+    own = {fqn: value for fqn, value in own.items() if fqn in stored or fqn not in optional}
+    _plan_tensors(plan, stored, own, path, names, ties)
+    if any(record_of(value) is not None for value in own.values()):
+        _refuse_own_ways(module, [fqn for fqn in handed if not _is_extra(fqn)], key_of(path))
+        # Also with nothing in it: on ranks where the module is real there is something to do, in step with this one.
+        plan.finish.append((key_of(path), partial(_set_extra_states, module, handed)))
+    else:
+        # Its tensors are filled already, and copying each to itself is nothing; but hooks and overrides are called.
+        # With the versions that it has now, as what it is filled with has the names of now.
+        filled: Any = OrderedDict({**state_dict, **handed})
+        filled._metadata = getattr(state_dict, "_metadata", None)
+        plan.finish.append((key_of(path), partial(module.load_state_dict, filled)))
+    return stored
+
+
+def _versions(plan: Plan, module: nn.Module, place: KeyPath | None) -> Mapping[str, int]:
+    """Return the versions of a module and those inside, as they were saved."""
+    if plan.contents.is_complete:
+        # `save` keeps none, and takes what the modules of its time said.
+        return {name: part._version for name, part in module.named_modules()}
+    return plan.contents.versions.get(place, {}) if place is not None else {}
+
+
+def _optional(module: nn.Module, versions: Mapping[str, int]) -> set[str]:
+    """Return the keys that old checkpoints lack, and torch does not miss: the counters of batch norms."""
+    # `_NormBase._load_from_state_dict` (torch/nn/modules/batchnorm.py, 2.13).
+    return {
+        f"{name}.num_batches_tracked" if name else "num_batches_tracked"
+        for name, part in module.named_modules()
+        if isinstance(part, _NormBase) and versions.get(name, 0) < 2
+    }
+
+
+def _own(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict that lie in the module's memory; others are copies, or made for it."""
+    inside = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    return {fqn: t for fqn, t in state_dict.items() if isinstance(t, Tensor) and _memory(t) in inside}
+
+
+def _memory(tensor: Any) -> int:
+    local = tensor.to_local() if is_sharded(tensor) else tensor
+    with torch._C.DisableTorchFunction():
+        try:
+            return int(local.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):
+            return id(tensor)  # a subclass without memory of its own
+
+
+def _is_extra(fqn: str) -> bool:
+    return fqn.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX
+
+
+def _set_extra_states(module: Any, values: dict[str, Any]) -> None:
+    for fqn, value in values.items():
+        module.get_submodule(fqn.rpartition(".")[0]).set_extra_state(value)
+
+
+def _refuse_own_ways(module: nn.Module, copies: list[str], where: str) -> None:
+    """Raise if a deferred module does something of its own with what it loads, for which there is nothing yet."""
+    found = [f"its `state_dict` holds a copy of {fqn}" for fqn in copies]
+    for name, part in module.named_modules():
+        override = type(part)._load_from_state_dict
+        # That of batch norms fills in a counter that old checkpoints lack.
+        if override is not nn.Module._load_from_state_dict and override.__module__ != "torch.nn.modules.batchnorm":
+            found.append(f"{name or type(part).__name__} overrides `_load_from_state_dict`")
+        if part._load_state_dict_post_hooks:
+            found.append(f"{name or type(part).__name__} has a hook that is called after loading")
+    if found:
+        raise CheckpointError(
+            f"{where or type(module).__name__} does something of its own with what it loads: {name_list(found)}. That "
+            "needs values, and a deferred model has none. Load it after `setup`."
+        )
+
+
+def _plan_tensors(
+    plan: Plan,
+    stored: Mapping[str, str],
+    own: Mapping[str, Tensor],
+    path: KeyPath,
+    names: ParameterNames,
+    ties: Ties,
+) -> None:
+    absent: list[tuple[KeyPath, Tensor]] = []
+    for fqn, value in own.items():
+        place = (*path, fqn)
+        check_loadable(value, key_of(place))
+        key = stored.get(fqn)
+        if key is None:
+            absent.append((place, value))
+        else:
+            ties.add(plan, place, names.first(place), plan.contents.tensors[key], value)
+    for place, value in absent:
+        first = ties.loaded(names.first(place))
+        if first is None:
+            plan.miss(key_of(place), value)
+        else:
+            # A tied tensor is there if it is there under one of its names.
+            plan.tie(key_of(place), *first)
+
+
+class Ties:
+    """Which tensors are read already, under which name: a tied one is read once.
+
+    Args:
+        compares: Whether this rank compares what a checkpoint holds twice; one rank is enough.
+    """
+
+    def __init__(self, compares: bool) -> None:
+        self._read: dict[str, tuple[str, StoredTensor]] = {}
+        self._compares = compares
+
+    def add(self, plan: Plan, place: KeyPath, shared: str, stored: StoredTensor, tensor: Tensor) -> None:
+        """Read a tensor, or make sure that it was read with the same values under another name.
+
+        Args:
+            plan: Receives it.
+            place: Where the tensor stands.
+            shared: A name that all tensors tied to it share.
+            stored: Where it is in the checkpoint.
+            tensor: The tensor.
+        """
+        name, first = key_of(place), self._read.get(shared)
+        if first is None:
+            self._read[shared] = (name, stored)
+            plan.fill(name, stored, tensor)
+        elif stored.is_same(first[1]) or not self._compares or has_same_values(stored, first[1]):
+            plan.tie(name, first[0], stored)
+        else:
+            plan.unfit.append(
+                f"{name} is tied to {first[0]} here but not in the checkpoint, which holds different values for them"
+            )
+
+    def loaded(self, shared: str) -> tuple[str, StoredTensor] | None:
+        """Return under which name a tensor is read, and from where."""
+        return self._read.get(shared)
+
+
+def has_same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Return whether two stored tensors hold the same bytes, read a part at a time."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    step = 1 << 20
+    for start in range(0, one.numel, step):
+        count = min(step, one.numel - start)
+        left, right = (torch.empty(count, dtype=one.dtype, device="cpu") for _ in range(2))
+        one.read(start, left)
+        other.read(start, right)
+        if not torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
+            return False
+    return True

@@ -1,0 +1,94 @@
+"""Write a checkpoint of any format again in any other, bit for bit and in constant memory. DST is whole or absent."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+
+from nucleate.cli import text
+from nucleate.errors import ConfigurationError
+
+HELP = "write a checkpoint in another format"
+
+_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+    **{name: name for name in ("bfloat16", "float16", "float32", "float64")},
+}
+# The first that is no part of `(?=` or `(?<=`.
+_EQUALS = re.compile(r"(?<!\(\?)(?<!\(\?<)=")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments."""
+    parser.add_argument("source", metavar="SRC", help="a file or folder of any format")
+    parser.add_argument(
+        "target", metavar="DST", help="FILE.safetensors, FILE.pt, .pth, .bin or .ckpt for one file, else a folder"
+    )
+    parser.add_argument("--format", choices=("safetensors", "dcp", "torch"), help="of DST, where it is a folder")
+    parser.add_argument(
+        "--dtype", choices=sorted(_DTYPES), metavar="DTYPE", help="cast models to bf16, fp16, fp32, ..."
+    )
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of safetensors files (default 5GB)")
+    parser.add_argument("--only", default="", metavar="ENTRY", help="only this entry of a training state, as the whole")
+    parser.add_argument("--prefix", default="", help="only tensors whose names begin so, without it")
+    parser.add_argument(
+        "--keys",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="REGEX=REPL",
+        help="rename tensors: what REGEX finds becomes REPL, one after the other",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the checkpoint at DST")
+    parser.add_argument("--reader", metavar="NAME", help="the format of SRC, where it cannot be told from the files")
+
+
+def sources(args: argparse.Namespace) -> list[str]:
+    """Return the paths that must be there."""
+    return [args.source]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, with a progress bar."""
+    keys = [_renaming(each) for each in args.keys]
+    import torch
+
+    from nucleate.checkpoint.converter import convert
+    from nucleate.checkpoint.selection import Selection
+    from nucleate.report.memory import format_bytes
+    from nucleate.report.meter import metered
+
+    with metered(True):
+        report = convert(
+            args.source,
+            args.target,
+            format=args.format,
+            dtype=getattr(torch, _DTYPES[args.dtype]) if args.dtype else None,
+            max_shard_size=args.max_shard_size,
+            selection=Selection(only=args.only, prefix=args.prefix, keys=keys or None),
+            reader=args.reader,
+            overwrite=args.force,
+        )
+    details = [text.count(report.num_tensors, "tensor"), format_bytes(report.size_bytes)]
+    if report.num_cast:
+        details.append(f"{report.num_cast:,} cast to {_DTYPES[args.dtype]}")
+    if report.num_tied:
+        details.append(f"{report.num_tied:,} tied")
+    sys.stdout.write(
+        f"{report.target} ({report.format}): {', '.join(details)}, in {report.seconds:.1f} s from {report.source} "
+        f"({report.source_format})\n"
+    )
+    return 0
+
+
+def _renaming(argument: str) -> dict[str, str]:
+    parts = _EQUALS.split(argument, maxsplit=1)
+    if len(parts) != 2 or not parts[0]:
+        raise ConfigurationError(
+            f"--keys {argument!r} must be REGEX=REPL, such as '^model\\.=' or 'layers\\.(\\d+)=h.\\1'."
+        )
+    return {parts[0]: parts[1]}
