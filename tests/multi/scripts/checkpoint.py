@@ -258,9 +258,10 @@ def what_does_not_fit_is_refused_on_every_rank_before_anything_changes(comm: Com
     before = whole(model)
     with pytest.raises(CheckpointKeyError, match="1 missing in the checkpoint: extra"):
         load(path / "c", {"model": model, "extra": torch.ones(1)}, comm)
+    save(path / "d", {"model": nn.ParameterDict({"single": nn.Parameter(torch.ones(1, 6))})}, comm)
     wrong = fully_shard(nn.ParameterDict({"single": nn.Parameter(torch.ones(1, 5))}))
     with pytest.raises(ShapeMismatchError, match=r"model\.single is \(1, 5\) here but \(1, 6\) in the checkpoint"):
-        load(path / "c", {"model": wrong}, comm, strict=False)
+        load(path / "d", {"model": wrong}, comm)
     assert_same(whole(model), before)
 
 
@@ -303,6 +304,19 @@ def states_that_differ_are_refused_everywhere(comm: Communicator, path: Path) ->
     state = {"model": model, "step": 1} if comm.rank == 0 else {"step": 1, "model": model}
     fails_everywhere(comm, path / "save" / "c", lambda: save(path / "save" / "c", state, comm), RankDisagreementError)
     fails_everywhere(comm, path / "load" / "c", lambda: load(path / "load" / "c", state, comm), RankDisagreementError)
+
+
+def options_that_differ_are_refused_everywhere(comm: Communicator, path: Path) -> None:
+    model = plain()
+    for number, options in enumerate(({"format": "safetensors"}, {"asynchronous": True}, {"keep_last": 2})):
+        mine: dict[str, Any] = dict(options) if comm.rank == 1 else {}
+        place = path / str(number) / "c"
+        fails_everywhere(
+            comm,
+            place,
+            lambda place=place, mine=mine: save(place, {"model": model}, comm, **mine),
+            RankDisagreementError,
+        )
 
 
 def state_of_one_rank_alone_is_refused(comm: Communicator, path: Path) -> None:
@@ -358,6 +372,7 @@ CHECKS: list[Callable[[Communicator, Path], None]] = [
     a_state_dict_that_fails_on_one_rank_fails_everywhere,
     a_disk_that_fails_on_one_rank_fails_everywhere,
     states_that_differ_are_refused_everywhere,
+    options_that_differ_are_refused_everywhere,
     state_of_one_rank_alone_is_refused,
     optimizers_with_factored_state_resume_exactly,
     a_tensor_that_is_not_reduced_is_refused,
