@@ -4,6 +4,7 @@ python -m tests.bench                                  # everything, at full siz
 python -m tests.bench init --size 1b --runs 5 --write  # one section, into docs/benchmarks.md
 python -m tests.bench step imports                     # two of them
 python -m tests.bench init --size 1m --runs 1          # a try
+python -m tests.bench load --size 10m --runs 1         # another
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.bench.construct import WAYS
+from tests.bench.load import WAYS as LOAD_WAYS
+from tests.bench.load_section import PARTS, load
 from tests.bench.machine import describe
 from tests.bench.model import INITS, SIZES
 from tests.bench.page import write_section
 from tests.bench.sections import Section, construct, imports, record, step
 
+BENCHMARKS = ("init", "record", "load", "step", "imports")
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
@@ -28,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     benchmarks: dict[str, Callable[[], Section]] = {
         "init": lambda: construct(args.size, args.runs, args.inits, args.ways),
-        "step": lambda: step(args.step_sizes, args.runs, quick=args.quick),
+        "load": lambda: load(args.size, args.runs, args.parts, args.load_ways, args.files),
         "record": lambda: record(args.runs),
+        "step": lambda: step(args.step_sizes, args.runs, quick=args.quick),
         "imports": lambda: imports(args.runs),
     }
     faults = []
@@ -59,19 +64,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("benchmarks", nargs="*", metavar="init|record|step|imports", help="which to run; all of them by default")
+    add("benchmarks", nargs="*", metavar="|".join(BENCHMARKS), help="which to run; all of them by default")
     add("--runs", type=int, default=5, help="fresh processes for each number (default 5)")
-    add("--size", choices=SIZES, default="1b", help="the model of init (default 1b)")
+    add("--size", choices=SIZES, default="1b", help="the model of init and of load (default 1b)")
     add("--inits", nargs="+", choices=INITS, default=list(INITS), help="how that model is initialized")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to construct it")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the tables of load")
+    add("--load-ways", nargs="+", choices=LOAD_WAYS, default=list(LOAD_WAYS), help="ways to load")
+    add("--files", type=Path, help="a folder for the checkpoints of load, which stay there; 13 GB at size 1b")
     add("--step-sizes", nargs="+", choices=SIZES, default=["micro", "1m", "10m"], help="the models of step")
     add("--quick", action="store_true", help="only few steps: not to be believed")
     add("--write", action="store_true", help="write the tables into the docs")
     add("--page", type=Path, default=PAGE, help="the page that --write changes")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.benchmarks if name not in ("init", "record", "step", "imports")]
+    unknown = [name for name in args.benchmarks if name not in BENCHMARKS]
     if unknown:
-        parser.error(f"no benchmark {unknown[0]!r}: there are init, record, step and imports")
+        parser.error(f"no benchmark {unknown[0]!r}: there are {', '.join(BENCHMARKS)}")
     if args.runs < 1:
         parser.error(f"--runs {args.runs} must be at least 1")
     if "eager" not in args.ways:

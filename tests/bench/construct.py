@@ -81,7 +81,7 @@ def fabric(strategy: str, empty_init: bool) -> Callable[[], Build]:
         chosen: Any = strategy
         if strategy == "model_parallel":
             chosen = ModelParallelStrategy(
-                lambda model, mesh: _shard(model, mesh["data_parallel"]), data_parallel_size=2, tensor_parallel_size=1
+                lambda model, mesh: shard(model, mesh["data_parallel"]), data_parallel_size=2, tensor_parallel_size=1
             )
         devices = 1 if strategy == "auto" else 2
         instance = Fabric(accelerator="cpu", strategy=chosen, devices=devices)
@@ -136,17 +136,17 @@ def eager_on_ranks() -> Build:
 
 
 def raw_shard_after_eager() -> Build:
-    mesh = _mesh()
-    return lambda make: _shard(make(), mesh)
+    mesh = mesh_of_ranks()
+    return lambda make: shard(make(), mesh)
 
 
 def raw_shard_on_meta() -> Build:
-    mesh = _mesh()
+    mesh = mesh_of_ranks()
 
     def build(make: Callable[[], nn.Module]) -> object:
         with torch.device("meta"):
             model = make()
-        _shard(model, mesh)
+        shard(model, mesh)
         model.to_empty(device="cpu")
         reset(model)
         return model
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         every = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(every, mine)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        report({key: _over_ranks([one[key] for one in every]) for key in mine})
+        report({key: over_ranks([one[key] for one in every]) for key in mine})
     if dist.is_initialized():
         dist.barrier()
         time.sleep(0.2)
@@ -288,21 +288,21 @@ def _whole(tensor: Tensor) -> Tensor:
     return gathered.detach().contiguous()
 
 
-def _over_ranks(values: list[Any]) -> Any:
+def over_ranks(values: list[Any]) -> Any:
     """Return the worst number; of texts the one that all ranks have."""
     if isinstance(values[0], str):
         return values[0] if len(set(values)) == 1 else "the ranks differ"
     return max(values)
 
 
-def _mesh() -> Any:
+def mesh_of_ranks() -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     dist.init_process_group("gloo")
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
-def _shard(model: Any, mesh: Any) -> Any:
+def shard(model: Any, mesh: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     for block in blocks_of(model):

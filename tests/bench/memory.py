@@ -7,7 +7,11 @@ peak is too short to be seen.
 from __future__ import annotations
 
 import mmap
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import IO
 
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = "5"  # proc_pid_clear_refs(5)
@@ -35,10 +39,53 @@ class Peak:
     def __init__(self) -> None:
         Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
         self._base = _kib("RssAnon")
+        self._base_rss = _kib("VmRSS")
 
     def added_bytes(self) -> int:
         """Return the most anonymous memory since then, less what there was."""
         return max(0, _kib("VmHWM") - _kib("RssFile") - _kib("RssShmem") - self._base) * 1024
+
+    def added_rss_bytes(self) -> int:
+        """Return the most memory since then, mapped files included, less what there was."""
+        return max(0, _kib("VmHWM") - self._base_rss) * 1024
+
+
+class SampledPeak:
+    """The peak of anonymous memory where files are mapped meanwhile, which `Peak` cannot tell from it.
+
+    Another process looks every few milliseconds: a thread of this one would wait for the interpreter's lock. What
+    comes and goes in between is not seen.
+    """
+
+    _PROGRAM = """
+import select, sys
+page, highest = int(sys.argv[2]), 0
+with open(f"/proc/{sys.argv[1]}/statm", "rb", buffering=0) as statm:
+    print(flush=True)
+    while True:
+        last = select.select([sys.stdin], [], [], 0.004)[0]
+        statm.seek(0)
+        _, resident, shared, *_ = statm.read().split()
+        highest = max(highest, (int(resident) - int(shared)) * page)
+        if last:
+            break
+print(highest)
+"""
+
+    def __init__(self) -> None:
+        arguments = [sys.executable, "-IS", "-c", self._PROGRAM, str(os.getpid()), str(mmap.PAGESIZE)]
+        self._watcher = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read().readline()
+        self._base = _kib("RssAnon")
+
+    def added_bytes(self) -> int:
+        """Return the most that was seen, less what there was at first; looks no longer."""
+        highest = int(self._watcher.communicate()[0])
+        return max(0, highest - self._base * 1024)
+
+    def _read(self) -> IO[str]:
+        assert self._watcher.stdout is not None
+        return self._watcher.stdout
 
 
 def _kib(field: str, path: Path = _STATUS) -> int:

@@ -82,7 +82,7 @@ def construct(size: str, runs: int, inits: Sequence[str] = INITS, ways: Iterable
         if eager.failure is not None:
             raise RuntimeError(f"eager construction failed: {eager.failure}")
         expected = {key: eager.values(key)[0] for key in ("weights", "stream")}
-        parts.append(f"### {_millions(parameters)} parameters, {_HOW[init]}")
+        parts.append(f"### {millions(parameters)} parameters, {_HOW[init]}")
         for ranks, baseline in ((1, "eager"), (2, "eager-ranks"), (4, "eager-ranks-4")):
             rows = {name: one for name, one in taken.items() if WAYS[name].ranks == ranks}
             if rows:
@@ -111,7 +111,7 @@ def step(sizes: Sequence[str], runs: int, loops: Iterable[str] = LOOPS, quick: b
         config = SIZES[size]
         tokens = f"{config.batch_size} x {config.context} tokens a step"
         how = "one thread" if threads else "torch's own number of threads"
-        parts.append(f"### {_millions(num_parameters(config))} parameters, {tokens}, {how}")
+        parts.append(f"### {millions(num_parameters(config))} parameters, {tokens}, {how}")
         parts.append(_step_table(taken))
         ours = taken.get("nucleate")
         if ours is not None and (ours.failure or not ours.every("same_losses", True)):
@@ -129,12 +129,12 @@ def record(runs: int) -> Section:
     rows = []
     for name, one in taken.items():
         if one.failure is not None:
-            rows.append([names[name], f"failed: {_escaped(one.failure)}", "", ""])
+            rows.append([names[name], f"failed: {escaped(one.failure)}", "", ""])
             continue
         peak = f"{one.median('peak_bytes') / 2**20:.1f}"
-        rows.append([names[name], f"{one.median('first_use_s'):.2f}", _seconds(one.values("wall_s")), peak])
+        rows.append([names[name], f"{one.median('first_use_s'):.2f}", seconds(one.values("wall_s")), peak])
     faults = [f"record nucleate: {one.failure}" for name, one in taken.items() if name == "nucleate" and one.failure]
-    return Section(_table(["Llama 70B", "first use, s", "construct, s", "peak, MiB"], rows), taken, faults)
+    return Section(table(["Llama 70B", "first use, s", "construct, s", "peak, MiB"], rows), taken, faults)
 
 
 def imports(runs: int, names: Iterable[str] = IMPORTS) -> Section:
@@ -142,16 +142,16 @@ def imports(runs: int, names: Iterable[str] = IMPORTS) -> Section:
     taken = take({name: partial(_import, IMPORTS[name][1]) for name in names}, runs, what="import")
     every_torch = [seconds for one in taken.values() for seconds in one.values("torch_s")]
     torch_s = statistics.median(every_torch) if every_torch else float("nan")
-    rows = [["`import torch` itself", _seconds(every_torch), "1.00", ""]]
+    rows = [["`import torch` itself", seconds(every_torch), "1.00", ""]]
     for name, one in taken.items():
         label = IMPORTS[name][0]
         if one.failure is not None:
             rows.append([label, f"failed: {one.failure}", "", ""])
             continue
         over = one.median("over_s") / torch_s
-        rows.append([label, _seconds(one.values("over_s")), f"{over:.2f}", f"{one.median('modules'):.0f}"])
+        rows.append([label, seconds(one.values("over_s")), f"{over:.2f}", f"{one.median('modules'):.0f}"])
     faults = [f"import {name}: {one.failure}" for name, one in taken.items() if one.failure and "nucleate" in name]
-    return Section(_table(["after `import torch`", "s", "x torch", "modules loaded"], rows), taken, faults)
+    return Section(table(["after `import torch`", "s", "x torch", "modules loaded"], rows), taken, faults)
 
 
 def _construct(name: str, size: str, init: str) -> Numbers:
@@ -175,13 +175,13 @@ def _construct_table(rows: dict[str, Series], baseline: Series, expected: dict[s
     for name, one in rows.items():
         label = WAYS[name].label
         if one.failure is not None:
-            cells.append([label, f"does not run: {_escaped(one.failure)}", *[""] * 8])
+            cells.append([label, f"does not run: {escaped(one.failure)}", *[""] * 8])
             continue
         cells.append(
             [
                 label,
                 f"{one.median('first_use_s'):.2f}",
-                _seconds(one.values("wall_s")),
+                seconds(one.values("wall_s")),
                 f"{one.median('wall_s') / baseline.median('wall_s'):.2f}" if baseline.runs else "",
                 f"{one.median('cpu_s'):.2f}",
                 f"{one.median('part_cpu_s'):.2f}" if WAYS[name].ours else "",
@@ -190,14 +190,14 @@ def _construct_table(rows: dict[str, Series], baseline: Series, expected: dict[s
                 *("yes" if one.every(key, expected[key]) else "**no**" for key in ("weights", "stream")),
             ]
         )
-    return _table(header, cells)
+    return table(header, cells)
 
 
 def _step_table(taken: dict[str, Series]) -> str:
     cells = []
     for name, one in taken.items():
         if one.failure is not None:
-            cells.append([LOOPS[name], f"failed: {_escaped(one.failure)}", *[""] * 4])
+            cells.append([LOOPS[name], f"failed: {escaped(one.failure)}", *[""] * 4])
             continue
         added = [seconds * 1e6 for seconds in one.values("added_s")]
         cells.append(
@@ -210,7 +210,7 @@ def _step_table(taken: dict[str, Series]) -> str:
                 "yes" if one.every("same_losses", True) else "**no**",
             ]
         )
-    return _table(["", "raw step, ms", "added, µs", "runs", "added", "same losses"], cells)
+    return table(["", "raw step, ms", "added, µs", "runs", "added", "same losses"], cells)
 
 
 def _faults(one: Series, expected: dict[str, str]) -> list[str]:
@@ -219,12 +219,12 @@ def _faults(one: Series, expected: dict[str, str]) -> list[str]:
     return [f"the {key} are not eager's" for key, value in expected.items() if not one.every(key, value)]
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
-def _seconds(values: list[Any]) -> str:
+def seconds(values: list[Any]) -> str:
     """Write the median, and how far the runs lie apart."""
     if not values:
         return ""
@@ -233,11 +233,11 @@ def _seconds(values: list[Any]) -> str:
     return middle if len(values) == 1 else f"{middle} ({low} to {high})"
 
 
-def _millions(parameters: int) -> str:
+def millions(parameters: int) -> str:
     if parameters >= 10**9:
         return f"{parameters / 1e9:.2f} billion"
     return f"{parameters / 1e6:.2g} million" if parameters < 10**8 else f"{parameters / 1e6:.0f} million"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     return text.replace("|", "\\|")

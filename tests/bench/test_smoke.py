@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import mmap
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.bench.__main__ import PAGE, main
+from tests.bench.__main__ import BENCHMARKS, PAGE, main
+from tests.bench.checkpoint_files import SHAPES, Files, drop, fingerprint, is_cached, make, read_all
+from tests.bench.checkpoint_files import num_parameters as num_loaded
 from tests.bench.construct import WAYS, digest
-from tests.bench.measure import MeasurementError, in_process, take
-from tests.bench.memory import Peak, prefault
+from tests.bench.load import WAYS as LOAD_WAYS
+from tests.bench.load import change
+from tests.bench.load_section import Goal, load
+from tests.bench.measure import MeasurementError, Series, in_process, take
+from tests.bench.memory import Peak, SampledPeak, prefault
 from tests.bench.model import SIZES, Decoder, num_parameters
 from tests.bench.page import write_section
 from tests.bench.sections import LOOPS, Section, construct, imports, step
@@ -23,6 +31,17 @@ WITH_FABRIC = find_spec("lightning") is not None
 
 OURS = [name for name, way in WAYS.items() if way.ours]
 FABRIC = [name for name in WAYS if name.startswith("fabric") and name != "fabric-fsdp"]
+
+#: What a way to load imports besides torch, safetensors and transformers.
+PACKAGES = {
+    "accelerate": "accelerate",
+    "accelerate-in-model": "accelerate",
+    "fabric": "lightning",
+    "fabric-ranks": "lightning",
+    "fastsafetensors": "fastsafetensors",
+    "runai": "runai_model_streamer",
+}
+LOADED = [name for name in LOAD_WAYS if find_spec(PACKAGES.get(name, "torch")) is not None]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +95,112 @@ def test_imports_are_measured() -> None:
     assert section.faults == []
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def loaded(files: Path) -> Section:
+    """Every way to load from files in memory into bf16, once: each is a process or two."""
+    return load("micro", 1, ["bf16", "ranks"], LOADED, files)
+
+
+def test_every_way_to_load_gives_the_weights_of_the_files(loaded: Section, files: Path) -> None:
+    expected = Files(files, "micro", "bf16").weights()
+    assert {name: one.failure for name, one in loaded.series.items() if one.failure is not None} == {}
+    assert {name for name, one in loaded.series.items() if one.values("weights") != [expected]} == set()
+    assert len(loaded.series) == len(LOADED)
+
+
+def test_nucleate_also_has_the_buffers_that_are_in_no_file(loaded: Section) -> None:
+    assert loaded.faults == []
+    assert loaded.series["ranks nucleate-fsdp"].values("buffers") == ["True"]
+    # Torch's meta device forgets how they are made.
+    assert loaded.series["bf16 safe-open"].values("buffers") == ["False"]
+
+
+def test_weights_are_cast_while_they_are_loaded(files: Path) -> None:
+    section = load("micro", 1, ["fp32"], ["nucleate", "transformers", "dcp"], files)
+    expected = Files(files, "micro", "bf16").weights()
+    assert [one.values("weights") for one in section.series.values()] == [[expected]] * 3
+    assert "| fp32 to bf16, peak RSS of transformers | ≤ 0.35 | " in section.text
+
+
+def test_a_goal_says_whether_it_is_met() -> None:
+    assert Goal("", 0.5, 0.5).is_met
+    assert not Goal("", 0.51, 0.5).is_met
+    assert Goal("", 0.95, 0.9, at_least=True).is_met
+    assert Goal("", None, 0.9).row()[-1] == "not measured"
+
+
+def test_weights_that_are_not_those_of_the_files_are_a_fault(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = {"load_s": 1.0, "weights": "other", "buffers": "True"}
+    numbers = dict.fromkeys(
+        ("first_use_s", "cpu_s", "ready_s", "peak_bytes", "rss_bytes", "kept_bytes", "rss_over_kept"), 1.0
+    )
+    series = {"nucleate": Series([right | numbers | {"threads": 1}])}
+    monkeypatch.setattr("tests.bench.load_section.take", lambda *args, **kwargs: series)
+    section = load("micro", 1, ["bf16"], ["nucleate"], files)
+    assert section.faults == ["load bf16 nucleate: the weights are wrong"]
+    assert "| **no** | yes |" in section.text
+
+
+def test_what_a_model_without_values_costs_is_measured() -> None:
+    section = load("micro", 1, ["fixed"])
+    assert section.series["fixed nucleate"].failure is None
+    assert section.series["fixed nucleate"].median("first_s") < section.series["fixed meta"].median("first_s")
+
+
+def test_checkpoints_are_made_once_and_hold_what_is_said(tmp_path: Path) -> None:
+    make(tmp_path, "micro")
+    files = Files(tmp_path, "micro", "fp32")
+    before = files.torch_file.stat().st_mtime_ns
+    make(tmp_path, "micro")
+    assert files.torch_file.stat().st_mtime_ns == before
+    state = torch.load(files.torch_file, weights_only=True)
+    assert sum(value.numel() for value in state.values()) == num_loaded(SHAPES["micro"])
+    assert fingerprint((key, value.bfloat16()) for key, value in state.items()) == files.weights()
+    assert len(files.shards) == 5
+    assert read_all(files.shards) == files.size_bytes > 4 * num_loaded(SHAPES["micro"])
+    assert 1.09e9 < num_loaded(SHAPES["1b"]) < 1.11e9
+
+
+def test_a_file_that_is_dropped_is_not_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2**22))
+    assert is_cached(path)
+    try:
+        drop([path])
+    except RuntimeError:  # A file system in memory: a cold measurement stops there.
+        dropped = False
+    else:
+        dropped = True
+    assert is_cached(path) is not dropped
+
+
+def test_what_is_changed_in_place_twice_is_what_it_was() -> None:
+    model = Decoder(SIZES["micro"])
+    before = digest(model)
+    change(model)
+    assert digest(model) != before
+    change(model)
+    assert digest(model) == before
+
+
+def test_a_sampled_peak_sees_memory_but_not_mapped_files(tmp_path: Path) -> None:
+    num_bytes = 64 * 2**20
+    path = tmp_path / "file"
+    path.write_bytes(bytes(num_bytes))
+    sampled = SampledPeak()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[:: mmap.PAGESIZE]) == 0
+    memory = bytearray(num_bytes // 2)
+    time.sleep(0.5)
+    del memory
+    assert 0.9 * num_bytes / 2 < sampled.added_bytes() < 1.2 * num_bytes / 2
+
+
 def test_a_table_is_written_into_its_section_of_the_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n\n<!-- step -->\nold\n<!-- /step -->\n\nafter\n")
@@ -91,7 +216,7 @@ def test_a_table_is_written_into_its_section_of_the_page(tmp_path: Path, capfd: 
 def test_the_page_has_a_section_for_every_benchmark(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text(encoding="utf-8"))
-    for name in ("init", "record", "step", "imports"):
+    for name in BENCHMARKS:
         write_section(page, name, f"the numbers of {name}")
         assert f"the numbers of {name}" in page.read_text()
     with pytest.raises(ValueError, match="needs exactly one section"):
