@@ -54,7 +54,9 @@ def tests(session: nox.Session) -> None:
     """Run the tests that need one process, and the doctests."""
     install(session, "-e", ".[examples]", group="test")
     elsewhere = [f"--ignore=tests/{folder}" for folder in ("multi", "examples", "bench", "gpu")]
-    pytest(session, "--doctest-modules", "src/nucleate", "tests", *elsewhere)
+    # Each worker is a process with its own memory, and a file's tests stay together.
+    workers = ("-n", "auto", "--dist", "loadfile")
+    pytest(session, *workers, "--doctest-modules", "src/nucleate", "tests", *elsewhere)
 
 
 @nox.session

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from nucleate.cluster import process_group
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +35,14 @@ def nothing_left_behind() -> Iterator[None]:
     after = _settings()
     torch.set_default_dtype(torch.float32)
     assert after == before
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_group_left_behind() -> Iterator[None]:
+    """End the process group of a single process: which file comes next in this process is chance."""
+    yield
+    if "RANK" not in os.environ and process_group.is_running():
+        process_group.stop()
 
 
 def _settings() -> dict[str, object]:
