@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -260,3 +261,22 @@ def test_memory_of_another_dtype_is_read() -> None:
     give(model.weight, Lying(torch.randn(16, 16)))
     materialize(model)
     assert model.weight.dtype == torch.float64
+
+
+def test_a_buffer_that_was_first_used_in_inference_mode_serves_everywhere() -> None:
+    def load() -> Tensor:
+        out = torch.empty(700, dtype=torch.bfloat16)
+        take_range(out, held(700, dtype=torch.float64), 0)
+        return out
+
+    def first() -> None:
+        with torch.inference_mode():
+            found.append(load().clone())
+        found.append(load())
+
+    found: list[Tensor] = []
+    thread = threading.Thread(target=first)
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1], held(700, dtype=torch.float64).tensor.bfloat16())

@@ -8,6 +8,7 @@ made, and a rank that owns a part of it reads that part and nothing else.
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 _CAST_NUMEL = 1 << 15
 #: Elements that are read at a time where they go through a buffer.
 _BUFFER_NUMEL = 1 << 18
+# Each thread keeps its buffer: new memory would have to be found and cleared by the system for every tensor.
+_kept = threading.local()
 #: The same for another device, where a large buffer makes the better copy.
 _PINNED_NUMEL = 1 << 24
 
@@ -102,10 +105,20 @@ def take_range(out: Tensor, given: Given, start: int) -> None:
     if out.dtype == given.dtype:
         given.read(start, out)
         return
-    buffer = torch.empty(min(out.numel(), _BUFFER_NUMEL), dtype=given.dtype, device="cpu")
+    buffer = _buffer(min(out.numel(), _BUFFER_NUMEL), given.dtype)
     for first in range(0, out.numel(), _BUFFER_NUMEL):
         part = out[first : first + _BUFFER_NUMEL]
         held = buffer[: part.numel()]
         given.read(start + first, held)
         for begin in range(0, part.numel(), _CAST_NUMEL):
             part[begin : begin + _CAST_NUMEL].copy_(held[begin : begin + _CAST_NUMEL])
+
+
+def _buffer(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return memory of this thread, with anything in it."""
+    size_bytes = numel * dtype.itemsize
+    memory: Tensor | None = getattr(_kept, "memory", None)
+    if memory is None or memory.numel() < size_bytes:
+        with torch.inference_mode(False):  # It is used outside of that as well.
+            memory = _kept.memory = torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
+    return memory[:size_bytes].view(dtype)
