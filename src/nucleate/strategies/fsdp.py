@@ -114,7 +114,9 @@ class FSDPStrategy(Strategy):
 
         plan = Plan.of(model)
         units = find_units(model, self.wrap)
-        _refuse_unshardable(model, units, plan)
+        # What is asked here a meta tensor answers as well, and without the guard's detour.
+        with torch._C.DisableTorchFunctionSubclass():
+            _refuse_unshardable(model, units, plan)
         communicator = Communicator(self.environment, self.device)
         plan.release()
         # Each rank cuts its shard from its own copy of a real parameter, so the copies have to be one model's.
