@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nucleate import Runtime
-from nucleate.checkpoint import LoadReport, files
+from nucleate.checkpoint import LoadReport, files, raw
 from nucleate.errors import (
     CheckpointError,
     CheckpointKeyError,
@@ -117,15 +118,18 @@ def test_a_deferred_model_reads_nothing_before_setup(
     assert sum(read) == sum(tensor.nbytes for tensor in make(1).state_dict().values())
 
 
+def save_unfitting(path: Path) -> None:
+    """Save a checkpoint that lacks a tensor, has one too many, and one of another shape."""
+    stored = weights(make(1))
+    del stored["body.0.bias"]
+    save_file({**stored, "extra": torch.zeros(3), "head.weight": torch.zeros(41, 16)}, path)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_strict_refuses_missing_unexpected_and_mismatched_before_anything_changes(
     runtime: Runtime, tmp_path: Path, way: Any
 ) -> None:
-    stored = weights(make(1))
-    del stored["body.0.bias"]
-    stored["extra"] = torch.zeros(3)
-    stored["head.weight"] = torch.zeros(41, 16)
-    save_file(stored, tmp_path / "m.safetensors")
+    save_unfitting(tmp_path / "m.safetensors")
     errors: list[CheckpointError] = []
 
     def refused(model: nn.Module) -> None:
@@ -147,11 +151,7 @@ def test_strict_refuses_missing_unexpected_and_mismatched_before_anything_change
 def test_not_strict_takes_what_fits_and_leaves_the_rest_to_its_recipe(
     runtime: Runtime, tmp_path: Path, way: Any
 ) -> None:
-    stored = weights(make(1))
-    del stored["body.0.bias"]
-    stored["extra"] = torch.zeros(3)
-    stored["head.weight"] = torch.zeros(41, 16)
-    save_file(stored, tmp_path / "m.safetensors")
+    save_unfitting(tmp_path / "m.safetensors")
     reports: list[LoadReport] = []
 
     def load(model: nn.Module) -> None:
@@ -381,3 +381,19 @@ def test_a_copy_of_a_mapped_parameter_has_memory_of_its_own(runtime: Runtime, pa
         assert torch.equal(weight, expected)
         with torch.no_grad():
             weight.zero_()
+
+
+def test_a_file_that_is_cut_short_behind_its_header_is_an_error_before_anything_has_changed(
+    runtime: Runtime, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = raw.plan_module
+
+    def cut(*args: Any) -> dict[str, str]:
+        os.truncate(path, path.stat().st_size - 8)
+        return plain(*args)
+
+    monkeypatch.setattr(raw, "plan_module", cut)
+    model = runtime.setup(make(2))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors ends at byte .* cut short after it was opened"):
+        runtime.load_raw(path, model)
+    assert same(model.state_dict(), weights(make(2)))

@@ -96,6 +96,15 @@ class DataFile:
                 "while it is read; load it again."
             )
 
+    def check_length(self) -> None:
+        """Make sure that the file is as long as it was when it was opened.
+
+        Raises:
+            CheckpointError: It was cut short.
+        """
+        if os.fstat(self._descriptor).st_size < self.size_bytes:
+            raise self._cut_short(0, self.size_bytes)
+
     def read_into(self, address: int, size_bytes: int, offset: int) -> None:
         """Copy bytes to memory.
 
@@ -111,7 +120,7 @@ class DataFile:
         while done < size_bytes:
             # At most what the system reads in one call anyway (read(2): 0x7ffff000 bytes).
             wanted = min(size_bytes - done, 1 << 30)
-            copied = _pread()(self._descriptor, address + done, wanted, offset + done)
+            copied = system_call("pread")(self._descriptor, address + done, wanted, offset + done)
             if copied > 0:
                 done += copied
             elif copied == 0:
@@ -190,11 +199,17 @@ def first_bytes(path: Path, size_bytes: int) -> bytes:
 
 
 @functools.cache
-def _pread() -> Callable[[int, int, int, int], int]:
-    # `os.preadv` wants an object with a buffer, and without NumPy torch's memory has none. Without the interpreter's
-    # lock, as all calls through ctypes.
+def system_call(name: str) -> Callable[[int, int, int, int], int]:
+    """Return `pread` or `pwrite`, called with a descriptor, an address, a number of bytes and an offset.
+
+    Python's own want an object with a buffer, and without NumPy torch's memory has none. They run without the
+    interpreter's lock, as all calls through ctypes.
+
+    Args:
+        name: Which of the two.
+    """
     library = ctypes.CDLL(None, use_errno=True)
-    function = getattr(library, "pread64", library.pread)
+    function = getattr(library, f"{name}64", None) or getattr(library, name)
     function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64)
     function.restype = ctypes.c_ssize_t
     result: Callable[[int, int, int, int], int] = function

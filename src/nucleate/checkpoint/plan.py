@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from nucleate.checkpoint.contents import Contents
+from nucleate.checkpoint.files import DataFile
 from nucleate.checkpoint.load_report import Finding, LoadReport, keys
 from nucleate.checkpoint.mapped import Mapper
 from nucleate.checkpoint.stored import StoredTensor
-from nucleate.checkpoint.tree import KeyPath, join, key_of
+from nucleate.checkpoint.tree import KeyPath, join
 from nucleate.deferred import Given, give, record_of
 from nucleate.errors import CheckpointError, CheckpointKeyError, ShapeMismatchError, name_list
 from nucleate.materialize.reading import read_into
@@ -132,7 +133,7 @@ class Plan:
         Raises:
             CheckpointKeyError: Keys are missing or unexpected.
             ShapeMismatchError: Tensors have other shapes.
-            CheckpointError: Something else is not what it was.
+            CheckpointError: Something else is not what it was, or a file was cut short since its header was read.
         """
         report = self.report
         wrong = [f"{one.key} is {one.detail}" for one in report.mismatched]
@@ -144,6 +145,7 @@ class Plan:
         }
         lines = [f"  {len(found)} {what}: {name_list(found)}" for what, found in problems.items() if found]
         if not lines:
+            self._check_files()
             return
         advice = "Nothing was changed."
         if not self.unfit:
@@ -156,6 +158,13 @@ class Plan:
         if strict and self._wrong_shapes:
             raise ShapeMismatchError(message)
         raise CheckpointError(message)
+
+    def _check_files(self) -> None:
+        """Raise if a file was cut short since its header was read, before any tensor has changed."""
+        chunks = (chunk for _, given in self._real if isinstance(given, StoredTensor) for chunk in given.chunks)
+        for file in {id(chunk.file): chunk.file for chunk in chunks}.values():
+            if isinstance(file, DataFile):
+                file.check_length()
 
     def execute(self) -> None:
         """Bind deferred tensors to the files, and read into all others.
@@ -187,8 +196,3 @@ class Plan:
             if found
         ]
         return f"{'; '.join(parts)}; these are left as they were, or made by their recipes." if parts else ""
-
-
-def missing_key(path: KeyPath) -> str:
-    """Return the name of a place in messages."""
-    return key_of(path) or "the module"

@@ -31,6 +31,7 @@ from nucleate.errors import (
     RankFailedError,
     ShapeMismatchError,
 )
+from tests.multi.checks import run_checks
 
 Optimizer = torch.optim.Optimizer
 
@@ -403,13 +404,6 @@ if __name__ == "__main__":
     communicator = Communicator(environment, torch.device("cpu"))
     command, folder = sys.argv[1], Path(sys.argv[2])
     if command == "checks":
-        for check in CHECKS:
-            place = folder / check.__name__
-            if environment.global_rank == 0:
-                place.mkdir()
-            communicator.barrier()
-            check(communicator, place)
-            sys.stdout.write(f"{check.__name__}\n")
-            sys.stdout.flush()
+        run_checks(CHECKS, communicator, folder)
     else:
         {"killed": killed, "survived": survived}[command](communicator, folder / "last")

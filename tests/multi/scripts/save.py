@@ -27,6 +27,7 @@ from nucleate.checkpoint.writer import SaveJob
 from nucleate.checkpoint.writers import output
 from nucleate.cluster import Communicator, Environment, process_group
 from nucleate.errors import CheckpointError, NucleateError, RankDisagreementError, RankFailedError
+from tests.multi.checks import run_checks
 from tests.multi.scripts.checkpoint import adamw, full, hybrid, plain, sharded, train
 
 PLACES: list[tuple[str, str | None]] = [("c", None), ("c", "safetensors"), ("c.safetensors", None), ("c.pt", None)]
@@ -323,14 +324,7 @@ if __name__ == "__main__":
     communicator = Communicator(environment, torch.device("cpu"))
     command, folder = sys.argv[1], Path(sys.argv[2])
     if command == "checks":
-        for check in CHECKS:
-            place = folder / check.__name__
-            if environment.global_rank == 0:
-                place.mkdir()
-            communicator.barrier()
-            check(communicator, place)
-            sys.stdout.write(f"{check.__name__}\n")
-            sys.stdout.flush()
+        run_checks(CHECKS, communicator, folder)
     elif command == "killed":
         killed(communicator, folder, int(sys.argv[3]), sys.argv[4] == "asynchronous")
     else:

@@ -21,6 +21,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from nucleate.checkpoint.files import system_call
 from nucleate.checkpoint.held import HeldTensor
 from nucleate.checkpoint.save_group import SaveGroup
 from nucleate.deferred import Given
@@ -309,24 +310,13 @@ def _pwrite(descriptor: int, address: int, size_bytes: int, offset: int) -> None
     done = 0
     while done < size_bytes:
         # At most what the system writes in one call anyway (write(2): 0x7ffff000 bytes).
-        count = _system_pwrite()(descriptor, address + done, min(size_bytes - done, 1 << 30), offset + done)
+        count = system_call("pwrite")(descriptor, address + done, min(size_bytes - done, 1 << 30), offset + done)
         if count > 0:
             done += count
             continue
         number = ctypes.get_errno() if count < 0 else errno.ENOSPC
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
-
-
-@functools.cache
-def _system_pwrite() -> Callable[[int, int, int, int], int]:
-    # `os.pwrite` wants an object with a buffer, and without NumPy torch's memory has none.
-    library = ctypes.CDLL(None, use_errno=True)
-    function = getattr(library, "pwrite64", library.pwrite)
-    function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64)
-    function.restype = ctypes.c_ssize_t
-    result: Callable[[int, int, int, int], int] = function
-    return result
 
 
 @functools.cache
