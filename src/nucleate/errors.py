@@ -9,6 +9,7 @@ NucleateError
 ├── MissingDependencyError (ImportError)        an extra is not installed
 ├── UsageError (RuntimeError)                   a method called at the wrong time or on the wrong object
 ├── NonFiniteGradientError (ArithmeticError)    gradients are NaN or infinite
+├── ConversionError (ValueError)                a weight that cannot be quantized, such as one with a NaN
 ├── VerificationError (RuntimeError)            `verify` found a value that its recipe does not make
 ├── DeferredError (RuntimeError)                about tensors that are still recipes
 │   ├── DeferredUseError                        computed with before `setup`
@@ -61,6 +62,10 @@ class UsageError(NucleateError, RuntimeError):
 
 class NonFiniteGradientError(NucleateError, ArithmeticError):
     """Gradients are NaN or infinite where finite ones are needed."""
+
+
+class ConversionError(NucleateError, ValueError):
+    """A tensor cannot be converted: its values or its shape do not allow it."""
 
 
 class VerificationError(NucleateError, RuntimeError):

@@ -82,7 +82,26 @@ def filled() -> Tensor:
     return torch.full((ROWS, COLUMNS), 3.5, dtype=torch.float64)
 
 
+def stacked() -> Tensor:
+    return torch.stack([torch.randn(COLUMNS) for _ in range(ROWS)])
+
+
+def joined_side_by_side() -> Tensor:
+    # As the experts of a mixture: gates and values of each one behind another.
+    gates = torch.stack([torch.randn(2, COLUMNS) for _ in range(5)])
+    values = torch.stack([torch.rand(3, COLUMNS).to(torch.bfloat16).float() for _ in range(5)])
+    weight = torch.cat([gates, values, torch.empty(5, 0, COLUMNS)], dim=1).mul_(0.5)
+    return torch.cat([weight.view(25, COLUMNS), torch.zeros(12, COLUMNS)])
+
+
+def stacked_along_the_last_dimension() -> Tensor:
+    return torch.stack([torch.randn(ROWS, 1).view(ROWS) for _ in range(COLUMNS)], dim=-1)
+
+
 BY_PIECES: list[Callable[[], Tensor]] = [
+    stacked,
+    joined_side_by_side,
+    stacked_along_the_last_dimension,
     fill_and_scale,
     drawn_twice,
     a_row_set_to_zero,
@@ -162,7 +181,18 @@ def many_small_writes() -> Tensor:
     return weight
 
 
+def joined_of_other_layouts() -> Tensor:
+    return torch.cat([torch.randn(COLUMNS, 7).t(), torch.randn(COLUMNS, 30).t()])
+
+
+def joined_with_itself() -> Tensor:
+    weight = torch.randn(ROWS, COLUMNS)
+    return torch.cat([weight, weight])
+
+
 WHOLE: list[Callable[[], Tensor]] = [
+    joined_of_other_layouts,
+    joined_with_itself,
     cast_to_unsigned,
     clamped_by_a_tensor,
     divided_by_zero,

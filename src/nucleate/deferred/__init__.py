@@ -1,7 +1,9 @@
 """Deferred initialization: construction is recorded, values are made later. Knows torch only; usable alone."""
 
 from nucleate.deferred.active import is_recording
-from nucleate.deferred.context import Record, deferred, eager, give, record_of, resumed
+from nucleate.deferred.context import Record, convert, deferred, eager, give, record_of, resumed
+from nucleate.deferred.conversion import Conversion, Layout, Output
+from nucleate.deferred.converted_given import ConvertedGiven
 from nucleate.deferred.cursors import Cursors
 from nucleate.deferred.given import Given
 from nucleate.deferred.handle import Handle, handle_of, release
@@ -9,11 +11,16 @@ from nucleate.deferred.held import held_tensors
 from nucleate.deferred.pieces import Pieces
 
 __all__ = [
+    "Conversion",
+    "ConvertedGiven",
     "Cursors",
     "Given",
     "Handle",
+    "Layout",
+    "Output",
     "Pieces",
     "Record",
+    "convert",
     "deferred",
     "eager",
     "give",

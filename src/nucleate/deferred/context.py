@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nucleate.deferred.active import active, active_record, active_records, turn
+from nucleate.deferred.conversion import Conversion, converted
 from nucleate.deferred.given import Given, take
 from nucleate.deferred.guard import guard
 from nucleate.deferred.handle import handle_of, is_edited, is_shared, release
@@ -178,6 +179,43 @@ class Record:
                 # As for any write: the tensors that share its memory have changed as well.
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
 
+    def convert(self, tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
+        """Record a conversion of a deferred tensor as one step, and return what it makes, deferred.
+
+        Args:
+            tensor: A tensor of this record.
+            conversion: What to make of it.
+        """
+        with turn, torch._C.DisableTorchFunction(), _disable_current_modes():
+            if self.recorder.exposed.holds(tensor):
+                return tuple(map(self.recorder.adopt, converted(self.recorder.exposed.view(tensor), conversion)))
+            ref = self.tape.ref(tensor)
+            layout = conversion.layout(ref.size, ref.dtype)
+            outs = tuple(torch.empty(out.shape, dtype=out.dtype, device="meta") for out in layout.outputs)
+            step = Step(
+                index=len(self.tape.steps),
+                func=converted,
+                args=(ref, conversion),
+                kwargs={},
+                outputs=(),
+                reads=(ref.storage,),
+                written=(),
+                creates=tuple(map(self.tape.add_storage, outs)),
+                overwrites=(),
+                default_dtype=torch.get_default_dtype(),
+            )
+            step.outputs = tuple(map(self.tape.ref, outs))
+            self.tape.add_step(step)
+            for out in outs:
+                self.recorder.hand_out(out)
+            return outs
+
+    def converted(self, storage: int) -> Step | None:
+        """Return the conversion that makes a storage of the tape, if nothing has written to it since."""
+        writers = self.tape.writers(storage)
+        step = self.tape.steps[writers[0]] if len(writers) == 1 else None
+        return step if step is not None and step.func is converted else None
+
     def make(
         self, storage: int, device: torch.device, scratch: torch.UntypedStorage | None = None
     ) -> torch.UntypedStorage:
@@ -193,9 +231,16 @@ class Record:
             self.tape.keep_made(storage, made)
         return made
 
-    def pieces(self, storage: int) -> Pieces | None:
-        """Return how ranges of one storage of the tape are made, or None; see `nucleate.deferred.pieces`."""
-        return None if self.tape.made(storage) is not None else pieces_of(self.tape, self.replayer.random, storage)
+    def pieces(self, storage: int, end: int | None = None) -> Pieces | None:
+        """Return how ranges of one storage of the tape are made, or None; see `nucleate.deferred.pieces`.
+
+        Args:
+            storage: The storage's number.
+            end: As it was before the step with this index; by default, as it is at the end.
+        """
+        if end is None and self.tape.made(storage) is not None:
+            return None
+        return pieces_of(self.tape, self.replayer.random, storage, end)
 
     @contextmanager
     def making(self) -> Iterator[None]:
@@ -319,6 +364,12 @@ def give(tensor: Tensor, given: Given) -> None:
     """
     record = record_of(tensor)
     assert record is not None, "not a deferred tensor"
+    _refuse_stale(tensor, record)
+    record.give(tensor, given)
+
+
+def _refuse_stale(tensor: Tensor, record: Record) -> None:
+    """Raise if a deferred tensor is not what its record says, or is being constructed by another thread."""
     handle = handle_of(tensor)
     if handle is not None:
         if is_edited(tensor, handle):
@@ -326,7 +377,30 @@ def give(tensor: Tensor, given: Given) -> None:
         if is_shared(tensor, handle):
             refuse_shared(handle)
     record._refuse_other_thread()
-    record.give(tensor, given)
+
+
+def convert(tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
+    """Make several tensors of one: codes and scales of a weight, for example.
+
+    Of a deferred tensor this records one step, and what it returns is deferred as well. When that is made, ranges of
+    the tensor are made, converted and forgotten, so that it is never whole in memory. A real tensor is converted now.
+
+    Args:
+        tensor: The tensor, deferred or real. It is not changed.
+        conversion: What to make of it.
+
+    Returns:
+        The outputs that the conversion's layout lists.
+
+    Raises:
+        ConversionError: The tensor cannot be converted. What only its values can tell is found when they are made.
+        DeferredEditError: The tensor was edited where nothing recorded it.
+    """
+    record = record_of(tensor)
+    if record is None:
+        return converted(tensor, conversion)
+    _refuse_stale(tensor, record)
+    return record.convert(tensor, conversion)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from nucleate.deferred.fills import fill_of, fills_as_described, is_contiguous
 from nucleate.deferred.given import take
-from nucleate.deferred.pieces import Computed, Copied, Drawn, Filled, Pieces, Read, Source, Write
+from nucleate.deferred.pieces import Computed, Copied, Drawn, Filled, Joined, Pieces, Read, Source, Write
 from nucleate.deferred.random_program import RandomProgram
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef
 
@@ -41,15 +41,16 @@ _CONSTANTS = {
 _FULL = {aten.full: 1, aten.full_like: 1, aten.new_full: 2}
 
 
-def pieces_of(tape: Tape, program: RandomProgram, storage: int) -> Pieces | None:
+def pieces_of(tape: Tape, program: RandomProgram, storage: int, end: int | None = None) -> Pieces | None:
     """Return how ranges of a storage are made, or None if it can only be made whole.
 
     Args:
         tape: The tape.
         program: The random program of its steps.
         storage: The storage's number on the tape.
+        end: As it was before the step with this index; by default, as it is at the end.
     """
-    pieces = _Reader(tape, program).pieces(storage, len(tape.steps), 0)
+    pieces = _Reader(tape, program).pieces(storage, len(tape.steps) if end is None else end, 0)
     if pieces is None or not pieces.numel:
         return None
     pieces.prepare()
@@ -123,6 +124,8 @@ class _Reader:
             return self._copy(start, step.args[1], step, ref, depth)
         if packet in _COPIES and isinstance(step.args[0], TensorRef):
             return self._copy(start, step.args[0], step, ref, depth)
+        if packet is aten.cat or packet is aten.stack:
+            return self._join(step, ref, depth)
         if packet in _EXACT or packet in _EXACT_IN_PLACE:
             in_place = packet in _EXACT_IN_PLACE
             if (in_place and step.args[0] != ref) or not _is_exact(step, ref):
@@ -161,19 +164,41 @@ class _Reader:
             return Read(start, stop, True, only.given, only.first + source.start - only.start)
         return Copied(start, stop, True, source)
 
+    def _join(self, step: Step, ref: TensorRef, depth: int) -> Write | None:
+        """Return the write of `cat` or `stack`: a row up to their dimension takes of each tensor what is behind it."""
+        values = step.args[0]
+        dim = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)
+        dim += len(ref.size) if dim < 0 else 0
+        if "out" in step.kwargs:
+            return None
+        num_rows = math.prod(ref.size[:dim])
+        sources, bounds = [], [0]
+        for value in values:
+            if isinstance(value, Constant) and not value.tensor.numel():
+                continue
+            source = self._source(value, step, ref, depth) if isinstance(value, TensorRef) else None
+            if source is None or source.pieces.dtype != ref.dtype:
+                return None
+            sources.append(source)
+            bounds.append(bounds[-1] + value.numel // num_rows)
+        return Joined(ref.offset, ref.offset + ref.numel, True, sources, bounds) if sources else None
+
     def _argument(self, value: Any, step: Step, ref: TensorRef, depth: int) -> Any:
         """Return a number as it is and a tensor of the written one's shape as a source."""
         if value is None or _is_number(value):
             return value
-        if not isinstance(value, TensorRef) or value.size != ref.size or value.conj or value.neg:
+        if not isinstance(value, TensorRef) or value.size != ref.size:
             return _UNKNOWN
+        source = self._source(value, step, ref, depth)
+        return _UNKNOWN if source is None else source
+
+    def _source(self, value: TensorRef, step: Step, ref: TensorRef, depth: int) -> Source | None:
+        """Return where a tensor that a step reads lies, if ranges of it can be made."""
         # On the storage that is written it would be the old value.
-        if not is_contiguous(value) or value.storage == ref.storage:
-            return _UNKNOWN
+        if value.conj or value.neg or not is_contiguous(value) or value.storage == ref.storage:
+            return None
         pieces = self.pieces(value.storage, step.index, depth + 1)
-        if pieces is None or pieces.dtype != value.dtype:
-            return _UNKNOWN
-        return Source(pieces, value.offset)
+        return None if pieces is None or pieces.dtype != value.dtype else Source(pieces, value.offset)
 
 
 _UNKNOWN = object()

@@ -9,6 +9,7 @@ replayed whole (`replay.py`).
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,29 @@ class Read(Write):
 
 
 @dataclass(slots=True)
+class Joined(Write):
+    """Several storages side by side, as `cat` and `stack` lay them.
+
+    Attributes:
+        sources: Where each lies.
+        bounds: Of each the first element within one row of the whole, and how long a row is.
+    """
+
+    sources: Sequence[Source]
+    bounds: Sequence[int]
+
+    def apply(self, begin: int, out: Tensor, cursors: Cursors) -> None:
+        done = 0
+        while done < out.numel():
+            row, column = divmod(begin + done, self.bounds[-1])
+            number = bisect_right(self.bounds, column) - 1
+            source, first, last = self.sources[number], self.bounds[number], self.bounds[number + 1]
+            end = min(out.numel(), done + last - column)
+            source.pieces.make(source.start + row * (last - first) + column - first, out[done:end], cursors)
+            done = end
+
+
+@dataclass(slots=True)
 class Computed(Write):
     """An operation on each element by itself."""
 
@@ -156,8 +180,9 @@ class Pieces:
             out: One-dimensional, contiguous and on the CPU: as many elements as are wanted.
             cursors: Where the caller stands in the random streams.
         """
-        only = self._only_read()
+        only = self._only_read() or self._only_joined()
         if only is not None:
+            # It needs no cache, or what it consists of sees to that.
             only.apply(start - only.start, out, cursors)
             return
         # What is only drawn needs no cache, and torch never splits it; so threads meet in Python less often.
@@ -193,6 +218,11 @@ class Pieces:
         """Return the write that is all there is, if it is a read of the whole."""
         write = self.writes[0]
         whole = len(self.writes) == 1 and isinstance(write, Read) and (write.start, write.stop) == (0, self.numel)
+        return write if whole else None  # type: ignore[return-value]
+
+    def _only_joined(self) -> Joined | None:
+        write = self.writes[0]
+        whole = len(self.writes) == 1 and isinstance(write, Joined) and (write.start, write.stop) == (0, self.numel)
         return write if whole else None  # type: ignore[return-value]
 
     def order(self, start: int) -> tuple[int, int]:
@@ -242,7 +272,9 @@ class Pieces:
                 yield from source.pieces._positions()
 
 
-def _sources(write: Write) -> list[Source]:
+def _sources(write: Write) -> Sequence[Source]:
+    if isinstance(write, Joined):
+        return write.sources
     if isinstance(write, Copied):
         return [write.source] if isinstance(write.source, Source) else []
     return [arg for arg in write.args if isinstance(arg, Source)] if isinstance(write, Computed) else []

@@ -80,10 +80,12 @@ class Replayer:
         with self.plain_torch():
             return self._run(backward_slice(self.tape, [number]), [number], device, scratch)[number]
 
-    def contents(self, steps: list[Step], storages: Sequence[int]) -> dict[int, torch.UntypedStorage]:
-        """Return what a slice makes of several storages."""
+    def contents(
+        self, steps: list[Step], storages: Sequence[int], device: torch.device | None = None
+    ) -> dict[int, torch.UntypedStorage]:
+        """Return what a slice makes of several storages, on a device or on the one that they stand for."""
         with self.plain_torch():
-            return self._run(steps, storages, self.device)
+            return self._run(steps, storages, device or self.device)
 
     def execute_unrecorded(self, step: Step) -> tuple[tuple[Any, ...], dict[str, Any], Any, Tensor | None]:
         """Run a step that is not on the tape yet, on real values.

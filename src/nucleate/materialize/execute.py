@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from nucleate.deferred.replay import view
 from nucleate.errors import UninitializedError, name_list
+from nucleate.materialize.conversions import Conversions
 from nucleate.materialize.memory import advise_huge_pages
 from nucleate.materialize.parts import Part, make_parts, parts_of
 from nucleate.materialize.plan import Group, Holder, Plan, Target
 from nucleate.materialize.reading import read_into
-from nucleate.materialize.shards import allocate_shards, fill, is_sharded, parts_of_shard, take_back_shards
+from nucleate.materialize.shards import allocate_shards, fill, parts_of_shard, take_back_shards
 from nucleate.materialize.source import Given
 
 
@@ -72,7 +73,7 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
             rest = _read_shards(_make_in_parts(plan.groups, device), device)
             scratch = _scratch(rest, device)
             for group in rest:
-                sharded = all(_shards(target) for target in group.targets)
+                sharded = all(target.shards() for target in group.targets)
                 _install_group(group, group.source.make(device, scratch if sharded else None))
             del scratch
     except BaseException:
@@ -92,16 +93,17 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
 
 def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]:
     """Make what can be made range by range: shards straight into their place. Return the other groups."""
+    conversions = Conversions(groups, device)
     parts: list[Part] = []
     rest: list[Group] = []
     made: list[tuple[Group, torch.UntypedStorage]] = []
-    for group in groups:
+    for group in conversions.rest:
         pieces = group.source.pieces(device)
         if pieces is None:
             rest.append(group)
             continue
-        shards = [(target, shard) for target in group.targets for shard in _shards(target)]
-        if shards and all(map(_shards, group.targets)):
+        shards = [(target, shard) for target in group.targets for shard in target.shards()]
+        if shards and all(target.shards() for target in group.targets):
             boxes = [parts_of_shard(pieces, target.ref, shard) for target, shard in shards]
             if any(box is None for box in boxes):
                 rest.append(group)
@@ -118,8 +120,9 @@ def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]
         flat = torch.empty(0, dtype=pieces.dtype, device=device).set_(storage, 0, (pieces.numel,), (1,))
         parts.extend(parts_of(pieces, 0, flat.shape, (0,), flat))
     advise_huge_pages(storage for _, storage in made)
+    parts.extend(conversions.parts())
     make_parts(parts, torch.get_num_threads())
-    for group, storage in made:
+    for group, storage in (*made, *conversions.finish()):
         group.source.keep(storage)
         _install_group(group, storage)
     return rest
@@ -131,9 +134,9 @@ def _read_shards(groups: Sequence[Group], device: torch.device) -> list[Group]:
     pairs: list[tuple[Tensor, Given]] = []
     for group in groups:
         given = group.source.given() if device.type != "cpu" else None
-        shards = [shard for target in group.targets for shard in _shards(target)]
+        shards = [shard for target in group.targets for shard in target.shards()]
         whole = given is not None and all(tuple(shard.shape) == tuple(given.shape) for shard in shards)
-        if given is not None and whole and shards and all(map(_shards, group.targets)):
+        if given is not None and whole and shards and all(target.shards() for target in group.targets):
             pairs.extend((shard, given) for shard in shards)
         else:
             rest.append(group)
@@ -144,7 +147,7 @@ def _read_shards(groups: Sequence[Group], device: torch.device) -> list[Group]:
 def _install_group(group: Group, storage: torch.UntypedStorage) -> None:
     for target in group.targets:
         value = view(storage, target.ref)
-        shards = _shards(target)
+        shards = target.shards()
         if shards:
             for shard in shards:
                 fill(shard, value)
@@ -154,16 +157,8 @@ def _install_group(group: Group, storage: torch.UntypedStorage) -> None:
 
 def _scratch(groups: Sequence[Group], device: torch.device) -> torch.UntypedStorage | None:
     """Return memory for the largest value of which only a shard is kept, so that it is taken and touched once."""
-    sizes = [group.source.size_bytes for group in groups if all(_shards(target) for target in group.targets)]
+    sizes = [group.source.size_bytes for group in groups if all(target.shards() for target in group.targets)]
     return torch.UntypedStorage(max(sizes), device=device) if sizes else None
-
-
-def _shards(target: Target) -> list[Any]:
-    """Return the distinct DTensors that a strategy has put in the target's place."""
-    # Not `get`: the registry of a scripted module has none.
-    registries = [(h.module._parameters, h.name) for h in target.holders if h.kind == "parameter"]
-    current = [registry[name] for registry, name in registries if name in registry]
-    return list({id(parameter): parameter for parameter in current if is_sharded(parameter)}.values())
 
 
 def _install(target: Target, value: Tensor) -> None:

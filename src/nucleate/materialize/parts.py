@@ -32,22 +32,20 @@ _STRETCHES_PER_THREAD = 6
 
 @dataclass(frozen=True, slots=True)
 class Part(ABC):
-    """A part of a storage and where it goes.
+    """A part of a storage that is made.
 
     Attributes:
         pieces: Makes it.
         start: The first element of the storage that is made.
-        out: Where it goes.
     """
 
     pieces: Pieces
     start: int
-    out: Tensor
 
     @property
+    @abstractmethod
     def size_bytes(self) -> int:
         """How large what is made is."""
-        return self.out.numel() * self.out.element_size()
 
     @property
     @abstractmethod
@@ -68,8 +66,19 @@ class Part(ABC):
         """Make it."""
 
 
+@dataclass(frozen=True, slots=True)
 class Range(Part):
-    """Elements that follow one another in the storage, into memory where they do as well."""
+    """Elements that follow one another in the storage, into memory where they do as well.
+
+    Attributes:
+        out: Where they go.
+    """
+
+    out: Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        return self.out.numel() * self.out.element_size()
 
     @property
     def num_rows(self) -> int:
@@ -91,12 +100,18 @@ class Columns(Part):
     """The same columns of a number of rows.
 
     Attributes:
+        out: Where they go.
         width: How long a whole row is.
         column: The first column wanted.
     """
 
+    out: Tensor
     width: int
     column: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.out.numel() * self.out.element_size()
 
     @property
     def num_rows(self) -> int:
@@ -130,7 +145,7 @@ def parts_of(pieces: Pieces, base: int, shape: Sequence[int], offsets: Sequence[
     """
     if not out.numel():
         return
-    whole, first, size = _merged(shape, offsets, out.shape)
+    whole, first, size = merged(shape, offsets, out.shape)
     if len(whole) == 1:
         yield Range(pieces, base + first[0], out.view(-1))
         return
@@ -143,7 +158,7 @@ def parts_of(pieces: Pieces, base: int, shape: Sequence[int], offsets: Sequence[
         yield from parts_of(pieces, base + (first[0] + row) * inner, whole[1:], first[1:], rows[row])
 
 
-def _merged(
+def merged(
     shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
 ) -> tuple[list[int], list[int], list[int]]:
     """Merge dimensions that the box covers into the one before them."""

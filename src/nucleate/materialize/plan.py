@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from nucleate.deferred.handle import is_edited
 from nucleate.deferred.replay import backward_slice
 from nucleate.deferred.tape import TensorRef
 from nucleate.errors import DeferredEditError, UninitializedError, UsageError, name_list
+from nucleate.materialize.shards import is_sharded
 from nucleate.materialize.source import Recipe
 
 
@@ -63,6 +65,13 @@ class Target:
     def size_bytes(self) -> int:
         """How large its value is, in bytes."""
         return self.ref.numel * self.ref.dtype.itemsize
+
+    def shards(self) -> list[Any]:
+        """Return the distinct DTensors that a strategy has put in its place."""
+        # Not `get`: the registry of a scripted module has none.
+        registries = [(h.module._parameters, h.name) for h in self.holders if h.kind == "parameter"]
+        current = [registry[name] for registry, name in registries if name in registry]
+        return list({id(parameter): parameter for parameter in current if is_sharded(parameter)}.values())
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nucleate.deferred.fills import is_contiguous
 from nucleate.deferred.tape import TensorRef
 from nucleate.materialize.memory import advise_huge_pages
-from nucleate.materialize.parts import Part, parts_of
+from nucleate.materialize.parts import Part, merged, parts_of
 from nucleate.materialize.source import Pieces
 
 
@@ -41,6 +41,15 @@ def offsets_of(shard: Any) -> tuple[int, ...] | None:
         if split_factor != math.prod(later):
             return None
     return tuple(chunks[0].offsets) if chunks else (0,) * shard.dim()
+
+
+def flat_start(shard: Any) -> int | None:
+    """Return at which element of the whole this rank's part of a DTensor begins, or None if it is no one stretch."""
+    offsets = offsets_of(shard)
+    if offsets is None:
+        return None
+    whole, first, _ = merged(shard.shape, offsets, shard.to_local().shape)
+    return first[0] if len(whole) == 1 else None
 
 
 def cut(shard: Any, whole: Tensor) -> Tensor:

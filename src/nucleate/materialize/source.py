@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from nucleate.deferred import Cursors, Given, Pieces, Record
+from nucleate.deferred.tape import Step
 
 __all__ = ["Cursors", "Given", "Pieces", "Recipe", "Source"]
 
@@ -25,6 +26,10 @@ class Source(Protocol):
 
     def given(self) -> Given | None:
         """Return the elements that somebody else has, where the content is just these, cast; else None."""
+        ...
+
+    def conversion(self) -> Step | None:
+        """Return the recorded conversion that the storage is an output of, if it is one."""
         ...
 
     def keep(self, storage: torch.UntypedStorage) -> None:
@@ -66,6 +71,10 @@ class Recipe:
         """Return what the storage is given from a file, if that is all its recipe does."""
         pieces = self.record.pieces(self.storage)
         return None if pieces is None else pieces.given()
+
+    def conversion(self) -> Step | None:
+        """Return the recorded conversion that the storage is an output of, if it is one and was not made before."""
+        return self.record.converted(self.storage) if self.record.tape.made(self.storage) is None else None
 
     def keep(self, storage: torch.UntypedStorage) -> None:
         """Let tensors that share the storage and are made later share this memory."""

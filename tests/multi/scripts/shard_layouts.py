@@ -17,9 +17,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from nucleate.deferred import deferred
+from nucleate.deferred import convert, deferred
 from nucleate.deferred.fills import Fill
 from nucleate.materialize import Plan, execute
+from tests.deferred.rows import Rows
 
 made = 0
 real_make = Fill.make
@@ -43,6 +44,9 @@ class Net(nn.Module):
         nn.init.normal_(self.up.weight, 0.1, 0.02)
         nn.init.trunc_normal_(self.down.weight, std=0.02)
         self.down.weight.data.mul_(0.7)
+        # Rows of codes are converted where they are kept.
+        codes, scales = convert(nn.init.normal_(torch.empty(height, width)), Rows())
+        self.codes, self.scales = (nn.Parameter(part, requires_grad=False) for part in (codes, scales))
         # Made whole on each rank, whatever is kept of it.
         self.own = nn.Linear(16, 16)
         nn.init.orthogonal_(self.own.weight)
@@ -79,14 +83,14 @@ def distribute(model: Net, place: Callable[[Any], Any]) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             sharded = distribute_tensor(parameter.detach(), mesh, [place(parameter)], src_data_rank=None)
-            setattr(module, name, nn.Parameter(sharded))
+            setattr(module, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
 
 #: Name to how a model is laid out, its width and height, and which part of all a rank may make on `n` ranks.
 LAYOUTS: dict[str, tuple[Callable[[Net], None], int, int, Callable[[int], float]]] = {
     "rows": (rows, 300, 501, lambda n: 1 / n),
-    # The rows of one of its three matrices are short.
-    "long columns": (columns, 32768, 12, lambda n: (2 / n + 1) / 3),
+    # The rows of one of its four matrices are short, those of another one are converted whole.
+    "long columns": (columns, 32768, 12, lambda n: (2 / n + 2) / 4),
     "short columns": (columns, 304, 500, lambda n: 1.0),
     "tensor parallel and rows": (tensor_parallel_and_rows, 304, 500, lambda n: 1.0),
     "uneven columns": (uneven_columns, 301, 503, lambda n: 1.0),

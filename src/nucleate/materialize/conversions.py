@@ -1,0 +1,292 @@
+"""Conversions of a plan: every recorded conversion is run once, for all that is wanted of what it makes.
+
+Where ranges of the source can be made, those that matter to this rank are made, converted and forgotten, by several
+threads. Else the source is made whole first. What is wanted of an output is all of it, or a rank's shard, which is
+written straight into its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nucleate.deferred import Conversion, Layout, Record
+from nucleate.deferred.fills import is_contiguous
+from nucleate.deferred.replay import backward_slice, view
+from nucleate.deferred.tape import Step, TensorRef
+from nucleate.errors import ConversionError
+from nucleate.materialize.memory import advise_huge_pages
+from nucleate.materialize.parts import Part
+from nucleate.materialize.plan import Group
+from nucleate.materialize.shards import flat_start
+from nucleate.materialize.source import Cursors, Pieces
+
+
+@dataclass(slots=True)
+class Wanted:
+    """A range of the elements of an output, and where it goes.
+
+    Attributes:
+        number: Which output.
+        first: The first element.
+        out: Where they go, one-dimensional.
+    """
+
+    number: int
+    first: int
+    out: Tensor
+
+
+@dataclass(slots=True)
+class Job:
+    """One conversion that was recorded.
+
+    Attributes:
+        record: The record.
+        step: The step on its tape.
+        fqn: What messages call it.
+        groups: The outputs that the model holds, by number.
+        wanted: What is to be made of the outputs.
+        whole: The storages of outputs that are made whole, by number.
+    """
+
+    record: Record
+    step: Step
+    fqn: str
+    groups: dict[int, Group] = field(default_factory=dict)
+    wanted: list[Wanted] = field(default_factory=list)
+    whole: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Lay out what is converted."""
+        self.layout = self.conversion.layout(self.source.size, self.source.dtype)
+
+    @property
+    def source(self) -> TensorRef:
+        """The tensor that is converted."""
+        return self.step.args[0]  # type: ignore[no-any-return]
+
+    @property
+    def conversion(self) -> Conversion:
+        """What is done to it."""
+        return self.step.args[1]  # type: ignore[no-any-return]
+
+    def want_whole(self, number: int, device: torch.device) -> None:
+        """Make an output whole."""
+        if number not in self.whole:
+            output = self.layout.outputs[number]
+            self.whole[number] = torch.UntypedStorage(output.numel * output.dtype.itemsize, device=device)
+            self.wanted.append(Wanted(number, 0, self.flat(number)))
+
+    def flat(self, number: int) -> Tensor:
+        """Return an output that is made whole, one-dimensional."""
+        output, storage = self.layout.outputs[number], self.whole[number]
+        return torch.empty(0, dtype=output.dtype, device=storage.device).set_(storage, 0, (output.numel,), (1,))
+
+    def want_shards(self, number: int, device: torch.device) -> bool:
+        """Make the shards of an output that this rank holds straight in their places, if that is possible.
+
+        Returns:
+            Whether it is, and there are only shards.
+        """
+        found: list[Wanted] = []
+        for target in self.groups[number].targets:
+            shards = target.shards()
+            for shard in shards:
+                local, ref = shard.to_local().detach(), target.ref
+                start = flat_start(shard)
+                plain = local.is_contiguous() and local.dtype == ref.dtype == self.layout.outputs[number].dtype
+                if start is None or not plain or not is_contiguous(ref) or local.device != device:
+                    return False
+                found.append(Wanted(number, ref.offset + start, local.view(-1)))
+            if not shards:
+                return False
+        self.wanted.extend(found)
+        return True
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Return the ranges of blocks that what is wanted comes from, without overlaps."""
+        ranges = []
+        for wanted in self.wanted:
+            per_block = self.layout.outputs[wanted.number].per_block
+            if wanted.out.numel():
+                ranges.append((wanted.first // per_block, -(-(wanted.first + wanted.out.numel()) // per_block)))
+        merged: list[tuple[int, int]] = []
+        for first, last in sorted(ranges):
+            if merged and first <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+            else:
+                merged.append((first, last))
+        return merged
+
+    def convert(self, values: Tensor, first: int, last: int) -> None:
+        """Convert the blocks `[first, last)` into what is wanted of them.
+
+        Args:
+            values: The values of these blocks.
+            first: The first block.
+            last: The one behind the last.
+        """
+        outs: list[Tensor] = []
+        copies: list[tuple[Tensor, Tensor]] = []
+        for number, output in enumerate(self.layout.outputs):
+            start, stop = output.range(first, last)
+            out: Tensor | None = None
+            for wanted in self.wanted:
+                begin, end = max(start, wanted.first), min(stop, wanted.first + wanted.out.numel())
+                if wanted.number != number or begin >= end:
+                    continue
+                place = wanted.out[begin - wanted.first : end - wanted.first]
+                if out is None and (begin, end) == (start, stop):
+                    out = place
+                    continue
+                # Blocks that are not wanted whole, or that are wanted twice.
+                if out is None:
+                    out = torch.empty(stop - start, dtype=output.dtype, device=values.device)
+                copies.append((place, out[begin - start : end - start]))
+            outs.append(torch.empty(stop - start, dtype=output.dtype, device=values.device) if out is None else out)
+        try:
+            self.conversion.convert(values, outs)
+        except ConversionError as error:
+            raise ConversionError(f"{self.fqn}: {error}") from error
+        for place, part in copies:
+            place.copy_(part)
+
+    def convert_whole(self, values: Tensor) -> None:
+        """Convert all that is wanted, given all values, one-dimensional."""
+        for first, last in self.blocks():
+            # A few large calls are what an accelerator wants.
+            step = self.layout.chunk_blocks if values.device.type == "cpu" else last - first
+            for block in range(first, last, step):
+                stop = min(last, block + step)
+                part = values[block * self.layout.block_numel : stop * self.layout.block_numel]
+                self.convert(part, block, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks(Part):
+    """Blocks of a tensor that are made, converted and forgotten.
+
+    Attributes:
+        job: The conversion.
+        first: The first block.
+        last: The one behind the last.
+        numel: How many elements these blocks have.
+    """
+
+    job: Job
+    first: int
+    last: int
+    numel: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.numel * self.pieces.dtype.itemsize
+
+    @property
+    def num_rows(self) -> int:
+        return self.last - self.first
+
+    @property
+    def row_numel(self) -> int:
+        return self.job.layout.block_numel
+
+    def cut(self, first: int, last: int) -> Part:
+        begin, end = first * self.row_numel, min(self.numel, last * self.row_numel)
+        return Blocks(self.pieces, self.start + begin, self.job, self.first + first, self.first + last, end - begin)
+
+    def make(self, cursors: Cursors) -> None:
+        layout = self.job.layout
+        buffer = torch.empty(min(self.numel, layout.chunk_blocks * layout.block_numel), dtype=self.pieces.dtype)
+        for block in range(self.first, self.last, layout.chunk_blocks):
+            begin = (block - self.first) * layout.block_numel
+            values = buffer[: self.numel - begin]
+            self.pieces.make(self.start + begin, values, cursors)
+            self.job.convert(values, block, min(self.last, block + layout.chunk_blocks))
+
+
+class Conversions:
+    """The conversions that a plan's groups are outputs of.
+
+    Args:
+        groups: The groups.
+        device: Where values are made.
+
+    Attributes:
+        rest: The groups that are no outputs of conversions.
+    """
+
+    def __init__(self, groups: Iterable[Group], device: torch.device) -> None:
+        self._device = device
+        self._jobs: dict[tuple[int, int], Job] = {}
+        # The conversion, and the number of its output, that another one converts further.
+        self._before: dict[tuple[int, int], tuple[Job, int]] = {}
+        self._done: set[tuple[int, int]] = set()
+        self.rest: list[Group] = []
+        for group in groups:
+            step = group.source.conversion()
+            if step is None:
+                self.rest.append(group)
+                continue
+            job = self._job(group.source.record, step, group.targets[0].fqn)
+            job.groups[step.creates.index(group.source.storage)] = group
+        for job in self._jobs.values():
+            for number in job.groups:
+                if number not in job.whole and not job.want_shards(number, device):
+                    job.want_whole(number, device)
+        advise_huge_pages(storage for job in self._jobs.values() for storage in job.whole.values())
+
+    def parts(self) -> Iterator[Part]:
+        """Yield what can be made in ranges. What cannot is made by `finish`, afterwards."""
+        if self._device.type != "cpu":
+            return
+        for key, job in self._jobs.items():
+            pieces = self._pieces(key, job)
+            if pieces is None:
+                continue
+            self._done.add(key)
+            for first, last in job.blocks():
+                start, stop = (min(job.source.numel, block * job.layout.block_numel) for block in (first, last))
+                yield Blocks(pieces, job.source.offset + start, job, first, last, stop - start)
+
+    def finish(self) -> Iterator[tuple[Group, torch.UntypedStorage]]:
+        """Make what is left, and yield the groups that are made whole, with their storages."""
+        for key in sorted(self._jobs, key=lambda key: key[1]):
+            job = self._jobs[key]
+            if key not in self._done:
+                job.convert_whole(self._values(key, job))
+        for job in self._jobs.values():
+            yield from ((group, job.whole[number]) for number, group in job.groups.items() if number in job.whole)
+
+    def _job(self, record: Record, step: Step, fqn: str) -> Job:
+        key = (id(record.tape), step.index)
+        if key not in self._jobs:
+            self._jobs[key] = job = Job(record, step, fqn)
+            before = record.converted(job.source.storage)
+            if before is not None:
+                earlier = self._job(record, before, fqn)
+                number = before.creates.index(job.source.storage)
+                earlier.want_whole(number, self._device)
+                self._before[key] = earlier, number
+        return self._jobs[key]
+
+    def _pieces(self, key: tuple[int, int], job: Job) -> Pieces | None:
+        """Return how ranges of the source are made, as it was when it was converted, or None."""
+        if key in self._before or not is_contiguous(job.source):
+            return None
+        pieces = job.record.pieces(job.source.storage, job.step.index)
+        return pieces if pieces is not None and pieces.dtype == job.source.dtype else None
+
+    def _values(self, key: tuple[int, int], job: Job) -> Tensor:
+        if key in self._before:
+            earlier, number = self._before[key]
+            storage = earlier.whole[number]
+        else:
+            storages = [job.source.storage]
+            steps = backward_slice(job.record.tape, storages, job.step.index)
+            storage = job.record.replayer.contents(steps, storages, self._device)[storages[0]]
+        return view(storage, job.source).reshape(-1)
