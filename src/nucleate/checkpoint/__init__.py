@@ -2,7 +2,8 @@
 
 `save`, `load` and `load_raw` are the way in. The rest of the package is theirs. Reading: `readers` say what a file or
 folder holds, as `contents` made of `stored` tensors in `files`; `plan` compares it with what is asked for, `key_map`
-gives other names to keys, `load_report` says what came of it. Writing: `snapshot` is what is written and `held` which
+gives other names to keys, `load_report` says what came of it, and a module that holds something else than it
+stores has a `stored_form`. Writing: `snapshot` is what is written and `held` which
 part of it this rank has, `writers` are the formats, `folder` and `single_file` make a checkpoint whole or absent,
 `retention` keeps the last few. Both: `entries` says what a state consists of, `tree` and `values` take it apart,
 `optimizer_state` gives names to an optimizer's numbers. `convert` and `verify` work on files alone: `selection`
@@ -17,6 +18,7 @@ from nucleate.checkpoint.loader import load
 from nucleate.checkpoint.raw import load_raw
 from nucleate.checkpoint.readers import Reader, open_checkpoint
 from nucleate.checkpoint.selection import Selection
+from nucleate.checkpoint.stored_form import StoredForm, Taken
 from nucleate.checkpoint.verifier import VerifyReport, verify
 from nucleate.checkpoint.writer import save
 
@@ -28,6 +30,8 @@ __all__ = [
     "Reader",
     "SaveHandle",
     "Selection",
+    "StoredForm",
+    "Taken",
     "VerifyReport",
     "add_prefix",
     "convert",

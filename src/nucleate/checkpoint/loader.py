@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nucleate.checkpoint.entries import Entry, Kind, ParameterNames, agree, entries_of
 from nucleate.checkpoint.load_report import Finding, LoadReport
-from nucleate.checkpoint.module_keys import Ties, plan_module
+from nucleate.checkpoint.module_keys import Prepare, Ties, plan_module
 from nucleate.checkpoint.optimizer_state import plan_optimizer
 from nucleate.checkpoint.plan import Plan
 from nucleate.checkpoint.readers import open_checkpoint
@@ -35,6 +35,7 @@ def load(
     *,
     remainder: bool = True,
     reader: str | None = None,
+    prepare: Prepare | None = None,
 ) -> LoadReport:
     """Load the checkpoint at `path` into `state`, and report what was done.
 
@@ -52,6 +53,7 @@ def load(
             what is unexpected goes to the report.
         remainder: Read what was not asked for, whole, on every rank. False saves that memory.
         reader: The format's name, where it cannot be told from the files.
+        prepare: Called with each module and what is stored for it, by its names, before the two are compared.
 
     Returns:
         What was loaded, missing and so on; as a dict, what the state did not ask for, tensors on the CPU. Empty with
@@ -79,6 +81,8 @@ def load(
     for entry in sorted(entries, key=lambda entry: entry.kind is not Kind.MODULE):
         with communicator.all_or_none(f"{loading}: {entry.key}"):
             if entry.kind is Kind.MODULE:
+                if prepare is not None:
+                    prepare(entry.value, {n: plan.contents.tensors[k] for n, k in _stored(plan, entry.path).items()})
                 modules[entry.path] = (entry.value, entry.value.state_dict(keep_vars=True))
                 names = ParameterNames(modules)
             elif plan.contents.has(entry.path):
@@ -122,7 +126,7 @@ def _plan_module(plan: Plan, path: KeyPath, module: Any, state_dict: Any, names:
     if not isinstance(saved, dict):
         plan.unfit.append(f"{key_of(path)} is a module here but not in the checkpoint")
         return
-    stored = {fqn: plan.contents.keys[(*path, fqn)] for fqn in saved if (*path, fqn) in plan.contents.keys}
+    stored = _stored(plan, path)
     used = plan_module(plan, module, state_dict, path, stored, path, names, ties)
     wanted = {used[fqn] for fqn in used if fqn in state_dict}
     for fqn in saved:
@@ -131,6 +135,14 @@ def _plan_module(plan: Plan, path: KeyPath, module: Any, state_dict: Any, names:
             size_bytes = plan.contents.tensors[key].size_bytes if key is not None else 0
             plan.leftover.append((*path, fqn))
             plan.report.unexpected.append(Finding(key_of((*path, fqn)), size_bytes))
+
+
+def _stored(plan: Plan, path: KeyPath) -> dict[str, str]:
+    """Return the names of a module's tensors to their keys in the checkpoint."""
+    saved = plan.contents.at(path) if plan.contents.has(path) else None
+    if not isinstance(saved, dict):
+        return {}
+    return {fqn: plan.contents.keys[(*path, fqn)] for fqn in saved if (*path, fqn) in plan.contents.keys}
 
 
 def _plan_object(plan: Plan, entry: Entry, names: ParameterNames) -> None:

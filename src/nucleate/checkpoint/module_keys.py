@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,14 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from nucleate.checkpoint.entries import ParameterNames
 from nucleate.checkpoint.plan import Plan
 from nucleate.checkpoint.stored import StoredTensor
+from nucleate.checkpoint.stored_form import StoredForm
 from nucleate.checkpoint.tree import KeyPath, check_loadable, key_of
-from nucleate.deferred import record_of
-from nucleate.errors import CheckpointError, name_list
+from nucleate.deferred import Given, record_of
+from nucleate.errors import CheckpointError, ConversionError, name_list
 from nucleate.materialize.shards import is_sharded
+
+#: Brings a module into the form of what is stored for it, given by the module's own names.
+Prepare = Callable[[nn.Module, Mapping[str, Given]], None]
 
 
 def renamed(
@@ -104,7 +108,14 @@ def plan_module(
         CheckpointError: The module does something of its own with what it loads, and is deferred.
     """
     versions = _versions(plan, module, place)
+    whole_state = state_dict
     stored = renamed(module, state_dict, stored, plan, versions)
+    forms = {name: part for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, StoredForm)}
+    absent: list[tuple[KeyPath, Tensor | None]] = []
+    for part in dict.fromkeys(forms.values()):
+        prefixes = [f"{name}." if name else "" for name, other in forms.items() if other is part]
+        stored = _plan_form(plan, part, stored, path, prefixes, names, ties, absent)
+        state_dict = {fqn: value for fqn, value in state_dict.items() if not fqn.startswith(tuple(prefixes))}
     own = _own(module, state_dict)
     handed: dict[str, Any] = {}
     for fqn, value in state_dict.items():
@@ -122,18 +133,82 @@ def plan_module(
             plan.miss(name, value if isinstance(value, Tensor) else None)
     optional = _optional(module, versions)
     own = {fqn: value for fqn, value in own.items() if fqn in stored or fqn not in optional}
-    _plan_tensors(plan, stored, own, path, names, ties)
-    if any(record_of(value) is not None for value in own.values()):
+    _plan_tensors(plan, stored, own, path, names, ties, absent)
+    if any(record_of(value) is not None for value in (*module.parameters(), *module.buffers())):
         _refuse_own_ways(module, [fqn for fqn in handed if not _is_extra(fqn)], key_of(path))
         # Also with nothing in it: on ranks where the module is real there is something to do, in step with this one.
         plan.finish.append((key_of(path), partial(_set_extra_states, module, handed)))
     else:
         # Its tensors are filled already, and copying each to itself is nothing; but hooks and overrides are called.
         # With the versions that it has now, as what it is filled with has the names of now.
-        filled: Any = OrderedDict({**state_dict, **handed})
-        filled._metadata = getattr(state_dict, "_metadata", None)
-        plan.finish.append((key_of(path), partial(module.load_state_dict, filled)))
+        filled: Any = OrderedDict({**whole_state, **handed})
+        filled._metadata = getattr(whole_state, "_metadata", None)
+        plan.finish.append((key_of(path), partial(_load_filled, module, filled, forms)))
     return stored
+
+
+def _plan_form(
+    plan: Plan,
+    part: StoredForm,
+    stored: Mapping[str, str],
+    path: KeyPath,
+    prefixes: list[str],
+    names: ParameterNames,
+    ties: Ties,
+    absent: list[tuple[KeyPath, Tensor | None]],
+) -> dict[str, str]:
+    """Add the reading of a module that says itself how it is filled, and return the names that it leaves.
+
+    Args:
+        plan: Receives what to read and what does not fit.
+        part: The module.
+        stored: Names for the whole module to keys of the checkpoint.
+        path: Where the whole module stands in the state.
+        prefixes: What the names of `part` begin with: several where it stands in several places.
+        names: The names of the whole module's tensors.
+        ties: What was read under another name before.
+        absent: Receives what is not stored, unless it is tied to something that is.
+    """
+    tensors = plan.contents.tensors
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in stored)), prefixes[0])
+    mine = {name[len(prefix) :]: tensors[key] for name, key in stored.items() if name.startswith(prefix)}
+    assert isinstance(part, nn.Module)
+    where = key_of((*path, *filter(None, (prefix.removesuffix("."),)))) or type(part).__name__
+    try:
+        taken = part.take_stored(mine)
+    except (CheckpointError, ConversionError) as error:
+        plan.unfit.append(f"{where}: {error}")
+        return {name: key for name, key in stored.items() if not name.startswith(tuple(prefixes))}
+    for name, given in taken.given.items():
+        target, place = getattr(part, name), (*path, f"{prefix}{name}")
+        check_loadable(target, key_of(place))
+        assert given.shape == tuple(target.shape)
+        if given is mine.get(name):
+            # As it is: it may be tied to a tensor of another module.
+            ties.add(plan, place, names.first(place), mine[name], target)
+        else:
+            plan.take(key_of(place), given, target, where)
+    for name in taken.missing:
+        absent.append(((*path, f"{prefix}{name}"), None))
+    left, used = dict(stored), taken.used & mine.keys()
+    for name in used:
+        ties.took(key_of((*path, f"{prefix}{name}")), mine[name])
+        del left[f"{prefix}{name}"]
+    for other in prefixes:
+        for name in used:
+            key = left.pop(f"{other}{name}", None)
+            if key is not None:
+                first = key_of((*path, f"{prefix}{name}"))
+                ties.same(plan, (*path, f"{other}{name}"), first, tensors[key])
+    return left
+
+
+def _load_filled(module: nn.Module, filled: Any, forms: Mapping[str, StoredForm]) -> None:
+    for name, part in forms.items():
+        # What it computes of its tensors has changed with them.
+        assert isinstance(part, nn.Module)
+        part.state_dict(destination=filled, prefix=f"{name}." if name else "", keep_vars=True)
+    module.load_state_dict(filled)
 
 
 def _versions(plan: Plan, module: nn.Module, place: KeyPath | None) -> Mapping[str, int]:
@@ -184,6 +259,8 @@ def _refuse_own_ways(module: nn.Module, copies: list[str], where: str) -> None:
     for name, part in module.named_modules():
         override = type(part)._load_from_state_dict
         # That of batch norms fills in a counter that old checkpoints lack.
+        if isinstance(part, StoredForm):
+            continue
         if override is not nn.Module._load_from_state_dict and override.__module__ != "torch.nn.modules.batchnorm":
             found.append(f"{name or type(part).__name__} overrides `_load_from_state_dict`")
         if part._load_state_dict_post_hooks:
@@ -202,8 +279,8 @@ def _plan_tensors(
     path: KeyPath,
     names: ParameterNames,
     ties: Ties,
+    absent: list[tuple[KeyPath, Tensor | None]],
 ) -> None:
-    absent: list[tuple[KeyPath, Tensor]] = []
     for fqn, value in own.items():
         place = (*path, fqn)
         check_loadable(value, key_of(place))
@@ -212,10 +289,10 @@ def _plan_tensors(
             absent.append((place, value))
         else:
             ties.add(plan, place, names.first(place), plan.contents.tensors[key], value)
-    for place, value in absent:
+    for place, tensor in absent:
         first = ties.loaded(names.first(place))
         if first is None:
-            plan.miss(key_of(place), value)
+            plan.miss(key_of(place), tensor)
         else:
             # A tied tensor is there if it is there under one of its names.
             plan.tie(key_of(place), *first)
@@ -246,12 +323,29 @@ class Ties:
         if first is None:
             self._read[shared] = (name, stored)
             plan.fill(name, stored, tensor)
-        elif stored.is_same(first[1]) or not self._compares or has_same_values(stored, first[1]):
+        else:
+            self.same(plan, place, shared, stored)
+
+    def same(self, plan: Plan, place: KeyPath, shared: str, stored: StoredTensor) -> None:
+        """Make sure that what was read under another name has the values of a stored tensor.
+
+        Args:
+            plan: Receives what does not fit.
+            place: Where the tensor stands.
+            shared: The name that it was read under.
+            stored: Where it is in the checkpoint.
+        """
+        name, first = key_of(place), self._read[shared]
+        if stored.is_same(first[1]) or not self._compares or has_same_values(stored, first[1]):
             plan.tie(name, first[0], stored)
         else:
             plan.unfit.append(
                 f"{name} is tied to {first[0]} here but not in the checkpoint, which holds different values for them"
             )
+
+    def took(self, name: str, stored: StoredTensor) -> None:
+        """Note that a module has taken what is stored under a name."""
+        self._read.setdefault(name, (name, stored))
 
     def loaded(self, shared: str) -> tuple[str, StoredTensor] | None:
         """Return under which name a tensor is read, and from where."""

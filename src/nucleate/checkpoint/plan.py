@@ -6,6 +6,7 @@ kind of entry wants is for the loader.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,32 @@ from nucleate.checkpoint.mapped import Mapper
 from nucleate.checkpoint.stored import StoredTensor
 from nucleate.checkpoint.tree import KeyPath, join
 from nucleate.deferred import Given, give, record_of
-from nucleate.errors import CheckpointError, CheckpointKeyError, ShapeMismatchError, name_list
+from nucleate.errors import CheckpointError, CheckpointKeyError, ConversionError, ShapeMismatchError, name_list
 from nucleate.materialize.reading import read_into
+
+
+class _Named(Given):
+    """What a module made of what is stored for it, which says whose it is where it cannot be made.
+
+    Args:
+        given: The elements.
+        name: The module's.
+    """
+
+    def __init__(self, given: Given, name: str) -> None:
+        self.dtype, self.shape, self._given, self._name = given.dtype, given.shape, given, name
+
+    def read(self, start: int, out: Tensor) -> None:
+        try:
+            self._given.read(start, out)
+        except ConversionError as error:
+            raise ConversionError(f"{self._name}: {error}") from error
+
+    def order(self, start: int) -> tuple[int, int]:
+        return self._given.order(start)
+
+    def describe(self) -> str:
+        return self._given.describe()
 
 
 class Plan:
@@ -69,6 +94,18 @@ class Plan:
             self._read(stored, target)
             return
         self.report.mismatched.append(Finding(name, stored.size_bytes, detail))
+
+    def take(self, name: str, given: Given, target: Tensor, module: str) -> None:
+        """Fill `target` with what a module made of what is stored for it; see `StoredForm`.
+
+        Args:
+            name: What messages call the target.
+            given: The elements, of the target's shape.
+            target: A tensor with memory, or a deferred one.
+            module: What messages call the module.
+        """
+        self.report.loaded.append(Finding(name, math.prod(given.shape) * given.dtype.itemsize))
+        self._read(_Named(given, module), target)
 
     def whole(self, name: str, stored: StoredTensor, like: Tensor | None) -> Tensor | None:
         """Return a new tensor on the CPU that is filled when the plan is executed, or note that it does not fit.
@@ -180,11 +217,12 @@ class Plan:
         for tensor, given in self._deferred:
             give(tensor, given)
 
-    def _read(self, stored: StoredTensor, target: Tensor) -> None:
+    def _read(self, given: Given, target: Tensor) -> None:
         if record_of(target) is None:
-            self._real.append((target, stored))
-        else:
-            self._deferred.append((target, stored if self._mapper is None else self._mapper.given(stored)))
+            self._real.append((target, given))
+            return
+        maps = self._mapper is not None and isinstance(given, StoredTensor)
+        self._deferred.append((target, self._mapper.given(given) if maps else given))  # type: ignore[union-attr, arg-type]
 
     @property
     def summary(self) -> str:

@@ -16,7 +16,7 @@ from nucleate.checkpoint.contents import Contents
 from nucleate.checkpoint.entries import ParameterNames
 from nucleate.checkpoint.key_map import KeyMap, map_keys
 from nucleate.checkpoint.load_report import Finding, LoadReport
-from nucleate.checkpoint.module_keys import Ties, plan_module
+from nucleate.checkpoint.module_keys import Prepare, Ties, plan_module
 from nucleate.checkpoint.plan import Plan
 from nucleate.checkpoint.readers import open_checkpoint
 from nucleate.checkpoint.retention import resolve
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nucleate.cluster.communicator import Communicator
 
 
-def load_raw(
+def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
     path: str | os.PathLike[str],
     model: nn.Module,
     communicator: Communicator,
@@ -37,6 +37,7 @@ def load_raw(
     keys: KeyMap | None = None,
     reader: str | None = None,
     mmap: bool = False,
+    prepare: Prepare | None = None,
 ) -> LoadReport:
     """Load a model's tensors from a checkpoint of any format.
 
@@ -55,6 +56,7 @@ def load_raw(
         reader: The format's name, where it cannot be told from the files.
         mmap: Let deferred tensors on the CPU lie in the file's own pages where dtype and layout are the file's: ready
             at once, without memory of their own until they are written. The file must not be changed meanwhile.
+        prepare: Called with the model and what is stored for it, by its names, before the two are compared.
 
     Returns:
         What was loaded, missing, unexpected, mismatched, cast and tied.
@@ -76,9 +78,11 @@ def load_raw(
                 "other state use `load`."
             )
         plan = Plan(open_checkpoint(resolve(where), reader), maps=mmap)
-        state_dict: dict[str, Any] = model.state_dict(keep_vars=True)
         prefix = prefix or _only_module(plan.contents)
         stored = _stored(plan.contents, prefix, keys)
+        if prepare is not None:
+            prepare(model, {name: plan.contents.tensors[key] for name, key in stored.items()})
+        state_dict: dict[str, Any] = model.state_dict(keep_vars=True)
         place = _place(plan.contents, prefix) if keys is None else None
         names = ParameterNames({(): (model, state_dict)})
         ties = Ties(compares=communicator.rank == 0)

@@ -1,8 +1,9 @@
 """How numbers are kept and computed. A new one implements `Precision` and registers under `nucleate.precision`."""
 
 from nucleate.precision.base import Precision
+from nucleate.precision.fixed_dtype import FixedDtype
 from nucleate.precision.full import FullPrecision
 from nucleate.precision.half import HalfPrecision
 from nucleate.precision.mixed import MixedPrecision
 
-__all__ = ["FullPrecision", "HalfPrecision", "MixedPrecision", "Precision"]
+__all__ = ["FixedDtype", "FullPrecision", "HalfPrecision", "MixedPrecision", "Precision"]

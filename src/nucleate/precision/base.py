@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nucleate.deferred import Given
 from nucleate.plugin import Plugin
 
 
@@ -40,6 +41,31 @@ class Precision(Plugin):
     @abstractmethod
     def setup(self, model: nn.Module) -> nn.Module:
         """Bring the parameters of `model` to this precision, in place."""
+
+    def before_load(self, model: nn.Module, stored: Mapping[str, Given]) -> None:
+        """Bring a model into the form of what is about to be loaded into it, before `setup`. Does nothing by default.
+
+        Called before the two are compared, with the model's deferred tensors being recorded as in `setup`, so that a
+        checkpoint of quantized layers meets quantized layers.
+
+        Args:
+            model: The model.
+            stored: What the checkpoint holds for it: the names that the model may ask for, to the elements.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be loaded with this precision.
+        """
+
+    def quantization_config(self, model: nn.Module) -> dict[str, Any] | None:
+        """Return what a Hugging Face configuration calls `quantization_config`, for a model that is set up.
+
+        Args:
+            model: The model.
+
+        Returns:
+            None, as here, for a precision that does not quantize.
+        """
+        return None
 
     def forward_context(self) -> AbstractContextManager[object]:
         """Return the context that surrounds every forward call."""

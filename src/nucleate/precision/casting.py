@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from nucleate.precision.fixed_dtype import FixedDtype
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ATOMS = (type(None), bool, int, float, str)
 
@@ -36,15 +38,23 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Buffers are kept: rounding a table such as RoPE's `inv_freq` loses what no later cast brings back. The
     exception is the running statistics of a normalization with weights, whose kernels refuse to mix dtypes
-    ("expected scalar type BFloat16 but found Float", torch 2.13 on CPU).
+    ("expected scalar type BFloat16 but found Float", torch 2.13 on CPU). Parameters that a `FixedDtype` module names
+    are kept, too.
 
     Args:
         model: The module to cast, real or deferred.
         dtype: One of the floating point dtypes.
     """
     sharing: dict[int, list[nn.Parameter]] = defaultdict(list)
+    fixed = {
+        id(module._parameters[name])
+        for module in model.modules()
+        if isinstance(module, FixedDtype)
+        for name in module.fixed_dtype
+        if name in module._parameters
+    }
     for parameter in model.parameters():  # Each object once, however often it is tied.
-        if parameter.dtype in FLOATING and parameter.dtype != dtype:
+        if parameter.dtype in FLOATING and parameter.dtype != dtype and id(parameter) not in fixed:
             plain = type(parameter) is nn.Parameter and not parameter.is_sparse
             sharing[parameter.untyped_storage()._cdata if plain else -id(parameter)].append(parameter)
     for parameters in sharing.values():

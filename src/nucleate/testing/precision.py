@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from nucleate.precision.base import Precision
+from nucleate.precision.fixed_dtype import FixedDtype
 from nucleate.runtime import Runtime
 from nucleate.testing.models import MODELS, TinyConvNet, TinyModel, TinyOdd, TinyTransformer
 
@@ -27,11 +28,14 @@ class PrecisionSuite(ABC):
         updates: How much 20 steps of SGD must lower the loss of a tiny model, as a factor. A precision that cannot
             train, such as one for inference, sets None.
         cannot_run: Tiny models whose forward torch cannot run in this precision on this accelerator.
+        quantizes: Whether it replaces layers by quantized ones (`nucleate.precision.FixedDtype`), whose weights are
+            frozen.
     """
 
     accelerator: str = "cpu"
     updates: float | None = 0.9
     cannot_run: tuple[type[TinyModel], ...] = ()
+    quantizes: bool = False
 
     @abstractmethod
     def make_precision(self) -> Precision:
@@ -52,6 +56,16 @@ class PrecisionSuite(ABC):
         return Runtime(
             accelerator=self.accelerator, strategy="single_device", devices=1, precision=self.make_precision()
         )
+
+    def set_up(self, model: TinyModel, lr: float = 0.1) -> tuple[Runtime, Any, Any]:
+        """Return a new runtime, the model set up by it, and an optimizer of what trains of it."""
+        runtime = self.make_runtime()
+        if self.quantizes:
+            wrapped = runtime.setup(model)
+            trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+            return runtime, wrapped, runtime.setup_optimizers(torch.optim.SGD(trained, lr=lr))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return runtime, *runtime.setup(model, torch.optim.SGD(trained, lr=lr))
 
     # --- the contract
 
@@ -90,11 +104,24 @@ class PrecisionSuite(ABC):
         flags = {name: parameter.requires_grad for name, parameter in before.items()}
         assert precision.setup(model) is model
         after = dict(model.named_parameters(remove_duplicate=False))
-        assert list(after) == list(before)
+        fixed = _fixed(model)
+        assert self.quantizes or not fixed
+        assert [name for name in after if name not in fixed] == [name for name in before if name not in fixed]
+        for name in fixed:
+            assert not after[name].requires_grad, f"{name} is part of a quantized weight, which cannot train"
         for name, parameter in after.items():
+            if name in fixed:
+                continue
             assert parameter is before[name], f"{name} is another object: ties and optimizers lose it"
             assert parameter.dtype == precision.dtype, name
             assert parameter.requires_grad == flags[name], name
+
+    def test_it_makes_weights_smaller_if_it_quantizes(self, precision: Precision) -> None:
+        model = TinyTransformer(width=128).to(precision.dtype)
+        before = sum(parameter.nbytes for parameter in model.blocks.parameters())
+        precision.setup(model)
+        after = sum(parameter.nbytes for parameter in model.blocks.parameters())
+        assert after < 0.7 * before if self.quantizes else after == before
 
     @each_model
     def test_setup_keeps_the_values_of_buffers(self, precision: Precision, model_class: type[TinyModel]) -> None:
@@ -109,6 +136,9 @@ class PrecisionSuite(ABC):
         }
         precision.setup(model)
         for name, buffer in model.named_buffers():
+            # A quantized layer may have some of its own.
+            if name not in before and self.quantizes:
+                continue
             if name not in statistics:
                 assert buffer.dtype == before[name].dtype, f"{name} was rounded"
             assert torch.equal(buffer.to(before[name].dtype), before[name]), name
@@ -171,12 +201,10 @@ class PrecisionSuite(ABC):
     def test_it_trains(self, device: torch.device, model_class: type[TinyModel]) -> None:
         if self.updates is None:
             pytest.skip("this precision does not train")
-        runtime = self.make_runtime()
         torch.manual_seed(0)
-        with runtime.init_module(empty_init=False):
+        with self.make_runtime().init_module(empty_init=False):
             model = model_class()
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        model, optimizer = runtime.setup(model, torch.optim.SGD(parameters, lr=0.1))
+        runtime, model, optimizer = self.set_up(model)
         batch = model.sample(8).to(device)
         losses = []
         for _ in range(20):
@@ -190,17 +218,20 @@ class PrecisionSuite(ABC):
     def test_gradients_are_unscaled_before_they_are_clipped(self, device: torch.device) -> None:
         if self.updates is None:
             pytest.skip("this precision does not train")
-        runtime = self.make_runtime()
         torch.manual_seed(0)
-        with runtime.init_module(empty_init=False):
+        with self.make_runtime().init_module(empty_init=False):
             model = TinyOdd()
-        model, optimizer = runtime.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        runtime, model, optimizer = self.set_up(model)
         runtime.backward(model.loss(model(model.sample().to(device))))
+        if self.quantizes:
+            assert not runtime.precision.scales_gradients, "what it compares with would have to be unscaled"
+            gradients = [p.grad.float().clone() for p in model.parameters() if p.grad is not None]
+        else:
+            reference = TinyOdd().to(device)
+            reference.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+            reference.loss(reference(reference.sample().to(device))).backward()
+            gradients = [p.grad for p in reference.parameters() if p.grad is not None]
         norm = runtime.clip_gradients(model, optimizer, max_norm=1e-3)
-        reference = TinyOdd().to(device)
-        reference.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
-        reference.loss(reference(reference.sample().to(device))).backward()
-        gradients = [p.grad for p in reference.parameters() if p.grad is not None]
         expected = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
         assert norm is not None
         torch.testing.assert_close(norm.float().cpu(), expected.cpu(), rtol=0.05, atol=1e-3)
@@ -223,8 +254,7 @@ class PrecisionSuite(ABC):
     def test_its_state_survives_a_checkpoint(self, device: torch.device) -> None:
         runtime = self.make_runtime()
         if self.updates is not None:
-            model = TinyOdd()
-            model, optimizer = runtime.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            runtime, model, optimizer = self.set_up(TinyOdd())
             runtime.backward(model.loss(model(model.sample().to(device))))
             optimizer.step()
         state = runtime.precision.state_dict()
@@ -234,6 +264,17 @@ class PrecisionSuite(ABC):
         fresh = self.make_runtime().precision
         fresh.load_state_dict(torch.load(file, weights_only=True))
         assert _plain(fresh.state_dict()) == _plain(state)
+
+
+def _fixed(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that are part of quantized weights."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, FixedDtype)
+        for name in module.fixed_dtype
+        if isinstance(module, nn.Module) and module._parameters.get(name) is not None
+    }
 
 
 def _process_state(device: torch.device) -> tuple[object, ...]:
