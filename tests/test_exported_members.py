@@ -19,28 +19,29 @@ SOURCE = Path(nucleate.__file__).parent
 
 PUBLIC = {
     "nucleate": """
-        Accelerator Precision RandomState Runtime Strategy __version__ seed_everything
+        Accelerator Integration Precision RandomState Runtime Strategy __version__ seed_everything
     """,
     "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator",
     "nucleate.checkpoint": """
-        ConvertReport Finding KeyMap LoadReport Reader SaveHandle Selection VerifyReport add_prefix convert load
-        load_raw open_checkpoint save strip_prefix verify
+        ConvertReport Finding KeyMap LoadReport Reader SaveHandle Selection StoredForm Taken VerifyReport add_prefix
+        convert load load_raw open_checkpoint save strip_prefix verify
     """,
     "nucleate.checkpoint.readers": "Reader open_checkpoint reader_for",
     "nucleate.checkpoint.writers": "Writer",
     "nucleate.cli": "main",
     "nucleate.cluster": "Communicator Environment",
     "nucleate.deferred": (
-        "Cursors Given Handle Pieces Record deferred eager give handle_of held_tensors is_recording record_of release "
-        "resumed"
+        "Conversion ConvertedGiven Cursors Given Handle Layout Output Pieces Record convert deferred eager give "
+        "handle_of held_tensors is_recording record_of release resumed"
     ),
+    "nucleate.integrations": "Integration",
     "nucleate.materialize": "Plan execute materialize",
-    "nucleate.precision": "FullPrecision HalfPrecision MixedPrecision Precision",
+    "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",
-    "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy",
+    "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy declare_units",
     "nucleate.testing": """
-        MODELS AcceleratorSuite PeakMemory PrecisionSuite ReaderSuite StrategySuite TinyConvNet TinyModel TinyOdd
-        TinyRecurrent TinyTransformer assert_peak_memory_below peak_memory
+        MODELS AcceleratorSuite IntegrationSuite PeakMemory PrecisionSuite ReaderSuite StrategySuite TinyConvNet
+        TinyModel TinyOdd TinyRecurrent TinyTransformer assert_peak_memory_below peak_memory
     """,
     "nucleate.wrappers": "DataLoaderWrapper ModuleWrapper OptimizerWrapper",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -161,6 +162,13 @@ def test_an_absent_but_known_name_carries_its_install_line(asked: str) -> None:
     with pytest.raises(PluginNotFoundError, match=r"\(pip install nucleate-bitsandbytes\)"):
         plugins.get(asked)
     assert plugins.names() == []
+
+
+@pytest.mark.parametrize("asked", ["bnb-nf4", "bnb-nf4-dq", "bnb-fp4", "bnb-fp4-dq", "bnb-int8", "bnb-int8-training"])
+def test_the_quantized_precisions_say_what_installs_them(asked: str) -> None:
+    without_plugins = dataclasses.replace(PRECISIONS, group="nobody.offers.this")
+    with pytest.raises(PluginNotFoundError, match=r"\(pip install nucleate-bitsandbytes\)"):
+        without_plugins.get(asked)
 
 
 def test_an_installed_name_needs_no_install_line(site: Site) -> None:

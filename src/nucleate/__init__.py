@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nucleate.accelerators import Accelerator as Accelerator
+    from nucleate.integrations import Integration as Integration
     from nucleate.precision import Precision as Precision
     from nucleate.runtime import Runtime as Runtime
     from nucleate.seed import RandomState as RandomState
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 # `import nucleate` costs next to nothing.
 _PUBLIC = {
     "Accelerator": "nucleate.accelerators",
+    "Integration": "nucleate.integrations",
     "Precision": "nucleate.precision",
     "RandomState": "nucleate.seed",
     "Runtime": "nucleate.runtime",

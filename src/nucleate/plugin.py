@@ -45,7 +45,7 @@ class Named(ABC):  # noqa: B024 - each kind says what is abstract
 
     #: The name shown in messages; set by `from_name`, or by the class.
     name: str = ""
-    #: Which kind of plugin this is: "accelerator", "precision", "strategy" or "reader".
+    #: Which kind of plugin this is: "accelerator", "precision", "strategy", "integration" or "reader".
     kind: ClassVar[str] = ""
 
     @classmethod

@@ -111,7 +111,7 @@ class Registry:
 
     def _not_found(self, name: str) -> str:
         message = f"no {self.kind} plugin named {name!r}."
-        close = difflib.get_close_matches(name, [*self.names(), *self.known], n=3)
+        close = difflib.get_close_matches(name, sorted({*self.names(), *self.known}), n=3)
         if close:
             message += f" Did you mean {' or '.join(map(repr, close))}?"
         message += f" Installed: {', '.join(self.names())}."
@@ -147,6 +147,10 @@ PRECISIONS = Registry(
         "bf16-mixed": "nucleate.precision.mixed:MixedPrecision",
         "16-mixed": "nucleate.precision.mixed:MixedPrecision",
     },
+    known={
+        f"bnb-{mode}": "pip install nucleate-bitsandbytes"
+        for mode in ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training")
+    },
 )
 
 STRATEGIES = Registry(
@@ -169,4 +173,13 @@ READERS = Registry(
         "dcp": "nucleate.checkpoint.readers.dcp:DCPReader",
         "torch": "nucleate.checkpoint.readers.torch_file:TorchReader",
     },
+)
+
+#: By the name of the library's top-level module.
+INTEGRATIONS = Registry(
+    kind="integration",
+    group="nucleate.integrations",
+    base="nucleate.integrations.base:Integration",
+    builtins={},
+    known={"transformers": "pip install nucleate-transformers"},
 )

@@ -10,7 +10,7 @@ import builtins
 import random
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -24,14 +24,15 @@ from nucleate.accelerators.base import Accelerator
 from nucleate.cluster.agreement import verify_same_model
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
-from nucleate.deferred import deferred, eager, is_recording, resumed
+from nucleate.deferred import Given, deferred, eager, is_recording, resumed
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
+from nucleate.integrations.base import Integration
 from nucleate.materialize import Plan
 from nucleate.materialize.dependence import numerics_of
 from nucleate.materialize.verification import Verification
 from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
-from nucleate.registry import ACCELERATORS, PRECISIONS, STRATEGIES
+from nucleate.registry import ACCELERATORS, INTEGRATIONS, PRECISIONS, STRATEGIES
 from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
 from nucleate.strategies.base import Strategy
@@ -65,6 +66,8 @@ class Runtime:
         num_nodes: How many nodes there must be.
         precision: `"32-true"`, `"64-true"`, `"bf16-true"`, `"16-true"`, `"bf16-mixed"`, `"16-mixed"`, the name of an
             installed plugin, or a `Precision`.
+        plugins: Names of installed integrations, or `Integration` objects, which know how another library makes its
+            models. None takes each that is installed and whose library has been imported when a model is constructed.
         verify: Let `setup` make parameters and buffers a second time, sequentially and whole, and compare them bit for
             bit with what it installed on this rank; and compare every element of what several ranks hold. True takes a
             sample of all kinds of recipes, of at most 2**24 elements; `"all"` takes everything. See
@@ -93,6 +96,7 @@ class Runtime:
         devices: int | str = "auto",
         num_nodes: int = 1,
         precision: str | int | Precision = "32-true",
+        plugins: Sequence[str | Integration] | None = None,
         verify: bool | str = False,
     ) -> None:
         if not isinstance(verify, bool) and verify != "all":
@@ -117,10 +121,17 @@ class Runtime:
         self._environment = environment
         self._device = self._accelerator.select(environment.local_rank)
         self._communicator = Communicator(environment, self._device)
-        composition = Composition(self._accelerator, self._precision, self._strategy, environment, self._device)
-        for part in (self._accelerator, self._precision, self._strategy):
-            part.check(composition)
         self._launched = False
+        self._composition = Composition(self._accelerator, self._precision, self._strategy, environment, self._device)
+        for part in (self._accelerator, self._precision, self._strategy):
+            part.check(self._composition)
+        if isinstance(plugins, (str, Integration)):
+            raise ConfigurationError(f"plugins={plugins!r} must be a list, such as [{plugins!r}].")
+        self._only_plugins = None if plugins is None else list(plugins)
+        # Those that are active by now, by name. The others may never be needed: they are looked up, not imported.
+        self._integrations: dict[str, Integration] = {}
+        for choice in self._only_plugins or ():
+            self._add_integration(cast(Integration, INTEGRATIONS.choose(choice)))
         # What has been set up: the original models, and what was returned for each.
         self._models: weakref.WeakKeyDictionary[nn.Module, ModuleWrapper] = weakref.WeakKeyDictionary()
 
@@ -192,6 +203,8 @@ class Runtime:
 
                 process_group.start(self._environment, self._accelerator.backend, self._strategy.timeout, self._device)
             self._strategy.connect(self._device, self._environment)
+            for integration in self._integrations.values():
+                integration.connect(self._device, self._environment)
             self._launched = True
         return function(self, *args, **kwargs) if function is not None else None
 
@@ -225,6 +238,8 @@ class Runtime:
                 stack.enter_context(deferred(self._device))
             elif empty_init is not None:
                 stack.enter_context(eager())
+            for integration in self._active_integrations():
+                stack.enter_context(integration.module_init_context())
             yield
 
     @contextmanager
@@ -261,10 +276,14 @@ class Runtime:
             names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
             for optimizer in optimizers:
                 check_optimizer(optimizer, names, model, self._strategy.shards)
+            integrations = self._active_integrations()
+            for integration in integrations:
+                model = integration.setup(model)
             plan = Plan.of(model)
             numerics = numerics_of(plan, self._device) if self.world_size > 1 else None
         if self.world_size > 1:
-            verify_same_model(plan.digest(), self._communicator, numerics, {"verify": self._verify})
+            settings = {"verify": self._verify, "precision": repr(self._precision)}
+            verify_same_model(plan.digest(), self._communicator, numerics, settings)
         with self._communicator.all_or_none("setup"):
             # The plan lists the tensors as they are now.
             del plan
@@ -272,6 +291,8 @@ class Runtime:
             with resumed(model):
                 model = self._precision.setup(model)
             model = self._accelerator.setup(model)
+        # Apart from what precedes: a strategy exchanges tensors, and would wait for a rank that failed before.
+        with self._communicator.all_or_none("setup"):
             verification = Verification(model, self._verify == "all", self._device) if self._verify else None
             with metered(self.is_global_zero):
                 forward_module = self._strategy.setup(model)
@@ -281,6 +302,9 @@ class Runtime:
         if verification is not None:
             verification.run(self._communicator)
         wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy)
+        for integration in integrations:
+            for method in integration.inference_methods(model):
+                wrapped.mark_inference_method(method)
         self._models[model] = wrapped
         if not optimizers:
             return wrapped
@@ -537,7 +561,15 @@ class Runtime:
         self.launch()
         wanted = state is None if remainder is None else remainder
         with metered(self.is_global_zero):
-            return load(path, state, self._communicator, strict=strict, remainder=wanted, reader=reader)
+            return load(
+                path,
+                state,
+                self._communicator,
+                strict=strict,
+                remainder=wanted,
+                reader=reader,
+                prepare=self._prepare_to_load,
+            )
 
     def load_raw(
         self,
@@ -573,9 +605,39 @@ class Runtime:
 
         self.launch()
         with metered(self.is_global_zero):
-            return load_raw(path, model, self._communicator, strict, prefix=prefix, keys=keys, reader=reader, mmap=mmap)
+            return load_raw(
+                path,
+                model,
+                self._communicator,
+                strict,
+                prefix=prefix,
+                keys=keys,
+                reader=reader,
+                mmap=mmap,
+                prepare=self._prepare_to_load,
+            )
 
     # -- inside --------------------------------------------------------------------------------------------
+
+    def _prepare_to_load(self, model: nn.Module, stored: Mapping[str, Given]) -> None:
+        """Let the precision give a model the form of what is loaded, as long as it is not set up."""
+        if not isinstance(model, ModuleWrapper) and model not in self._models:
+            with resumed(model):
+                self._precision.before_load(model, stored)
+
+    def _add_integration(self, integration: Integration) -> None:
+        integration.check(self._composition)
+        if self._launched:
+            integration.connect(self._device, self._environment)
+        self._integrations[integration.name] = integration
+
+    def _active_integrations(self) -> list[Integration]:
+        """Return the integrations that `plugins` names, or those whose library has been imported."""
+        if self._only_plugins is None:
+            for name in INTEGRATIONS.names():
+                if name in sys.modules and name not in self._integrations:
+                    self._add_integration(cast(Integration, INTEGRATIONS.create(name)))
+        return list(self._integrations.values())
 
     def _agree_on_generators(self) -> None:
         """Give every rank the generator states of rank 0."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from nucleate.errors import ConfigurationError
-from nucleate.strategies import FSDPStrategy
+from nucleate.strategies import FSDPStrategy, declare_units
 from nucleate.strategies.wrap_policy import find_units
 
 
@@ -84,7 +86,6 @@ def test_what_cannot_be_sharded_is_refused_by_name_before_anything_changes() -> 
 
     runtime = Runtime(accelerator="cpu", strategy="fsdp")
     cases = {
-        r"without a dimension: 0\.extra": lambda: nn.Parameter(torch.tensor(1.0)),
         r"not contiguous: 0\.extra": lambda: nn.Parameter(torch.ones(3, 4).t()),
         r"one dtype, but in the root .*0\.extra is torch.float64": lambda: nn.Parameter(torch.ones(3).double()),
     }
@@ -98,6 +99,21 @@ def test_what_cannot_be_sharded_is_refused_by_name_before_anything_changes() -> 
             with pytest.raises(ConfigurationError, match=message):
                 runtime.setup(model)
             assert "deferred" in repr(model[0].weight)
+
+
+def test_parameters_that_are_not_trained_may_have_other_dtypes() -> None:
+    from nucleate import Runtime
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].codes = nn.Parameter(torch.arange(5, dtype=torch.uint8), requires_grad=False)
+    model[0].scale = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
+    runtime = Runtime(accelerator="cpu", strategy="fsdp")
+    runtime.launch()
+    model = runtime.strategy.setup(model)
+    model(torch.ones(2, 4)).sum().backward()
+    assert model[0].weight.grad is not None
+    assert model[0].codes.full_tensor().tolist() == [0, 1, 2, 3, 4]
+    assert model[0].scale.dtype == torch.float64
 
 
 def test_different_parameters_in_one_memory_are_refused_unless_they_do_not_overlap() -> None:
@@ -118,3 +134,32 @@ def test_different_parameters_in_one_memory_are_refused_unless_they_do_not_overl
     with runtime.init_module():
         model = Views(overlap=0)
     runtime.setup(model)
+
+
+class Stages(nn.Module):
+    """Blocks within repeated stages, and repeated layers elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Sequential(Block(), nn.LayerNorm(4)) for _ in range(2))
+        self.tail = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def test_auto_takes_what_was_declared_and_repeated_blocks_elsewhere() -> None:
+    model = Stages()
+    assert names(find_units(model, "auto")) == ["tail.1", "tail.0", "stages.1", "stages.0"]
+    declare_units(module for module in model.modules() if isinstance(module, (Block, nn.Identity)))
+    assert names(find_units(model, "auto")) == ["tail.1", "tail.0", "stages.1.0", "stages.0.0"]
+    assert names(find_units(copy.deepcopy(model), "auto")) == names(find_units(model, "auto"))
+    assert names(find_units(model, {nn.LayerNorm})) == [
+        "stages.1.1",
+        "stages.1.0.norm",
+        "stages.0.1",
+        "stages.0.0.norm",
+    ]
+
+
+def test_what_is_declared_is_no_unit_where_it_shares_parameters_or_is_the_root() -> None:
+    model = Model()
+    declare_units([model, model.embedding, model.blocks[1], nn.ReLU()])
+    assert names(find_units(model, "auto")) == ["blocks.2", "blocks.1", "blocks.0"]

@@ -1,11 +1,13 @@
 """Shards: every process holds a part of each parameter and gathers a unit at a time (torch's FSDP2).
 
 Parameters are sharded while they are still deferred; each rank then makes its part. What may be configured are
-policies, passed as keywords; what FSDP2 cannot shard is refused by name before anything is changed.
+policies, passed as keywords; what FSDP2 cannot shard is refused by name before anything is changed. Only parameters
+without a dimension, such as a temperature, are no error: every rank keeps them, and their gradients are averaged here.
 """
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from itertools import pairwise
@@ -70,6 +72,8 @@ class FSDPStrategy(Strategy):
         self.num_replicas = num_replicas
         self.timeout = timeout
         self._mesh: DeviceMesh | None = None
+        # Models whose gradients are accumulated without being exchanged.
+        self._accumulating: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def check(self, composition: Composition) -> None:
         """Refuse a number of replicas that does not divide the number of processes.
@@ -123,9 +127,10 @@ class FSDPStrategy(Strategy):
         broadcast_real(model, communicator)
         hooks = {name: p._post_accumulate_grad_hooks for name, p in model.named_parameters(remove_duplicate=False)}
         attributes = {name: _attributes(p) for name, p in model.named_parameters(remove_duplicate=False)}
+        scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
         for _, unit in units:
-            fully_shard(unit, **self._arguments(root=False))
-        fully_shard(model, **self._arguments(root=True))
+            fully_shard(unit, **self._arguments(root=False), ignored_params=scalars)
+        fully_shard(model, **self._arguments(root=True), ignored_params=scalars)
         # A file that cannot be read on one rank must not leave the others waiting in what follows.
         with communicator.all_or_none("making parameters"):
             execute(plan, model, self.device, torch.device("cpu") if self.cpu_offload else self.device)
@@ -134,6 +139,8 @@ class FSDPStrategy(Strategy):
                 setattr(parameter, key, value)
             if hooks[name]:
                 parameter._post_accumulate_grad_hooks = hooks[name]
+        for parameter in scalars:
+            self._average_gradient(parameter, weakref.ref(model))
         verify_replicas(model, communicator)
         return model
 
@@ -141,9 +148,11 @@ class FSDPStrategy(Strategy):
     def no_backward_sync(self, module: nn.Module) -> Iterator[None]:
         """Accumulate gradients, which are kept whole on every rank meanwhile."""
         module.set_requires_gradient_sync(False)  # type: ignore[operator]
+        self._accumulating.add(module)
         try:
             yield
         finally:
+            self._accumulating.discard(module)
             module.set_requires_gradient_sync(True)  # type: ignore[operator]
 
     def mark_forward_method(self, module: nn.Module, name: str) -> None:
@@ -151,6 +160,22 @@ class FSDPStrategy(Strategy):
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         register_fsdp_forward_method(module, name)
+
+    def _average_gradient(self, parameter: nn.Parameter, model: weakref.ref[nn.Module]) -> None:
+        """Have the gradient of a parameter that every rank keeps averaged over all of them, as those of shards are."""
+        import torch.distributed as dist
+
+        def average(parameter: torch.Tensor) -> None:
+            # What was exchanged before is equal on all ranks, so that the average of the sum is right as well.
+            if model() not in self._accumulating and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(self.environment.world_size)
+
+        if parameter.requires_grad:
+            handle = parameter.register_post_accumulate_grad_hook(average)
+            hooks = parameter._post_accumulate_grad_hooks
+            # Before the user's own, which see what an optimizer would.
+            hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
 
     def _arguments(self, root: bool) -> dict[str, Any]:
         from dataclasses import replace
@@ -174,11 +199,6 @@ def _attributes(parameter: nn.Parameter) -> dict[str, Any]:
 
 def _refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]], plan: Plan) -> None:
     parameters = dict(model.named_parameters())
-    scalars = [name for name, p in parameters.items() if p.dim() == 0]
-    if scalars:
-        raise ConfigurationError(
-            f"FSDP cannot shard parameters without a dimension: {name_list(scalars)}. Give them the shape (1,)."
-        )
     strided = [name for name, p in parameters.items() if not p.is_contiguous()]
     if strided:
         raise ConfigurationError(
@@ -194,14 +214,17 @@ def _refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]], pl
     owner = {id(p): name for name, unit in [("", model), *reversed(units)] for p in unit.parameters()}
     dtypes: dict[str, dict[torch.dtype, str]] = {}
     for name, parameter in parameters.items():
-        if parameter.is_floating_point():
+        # What is not trained may have any: gradients are what must be alike (`FSDPParamGroup._init_mp_dtypes` in
+        # torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, 2.13). Each is gathered as bytes.
+        if parameter.requires_grad and parameter.dim() > 0:
             dtypes.setdefault(owner[id(parameter)], {}).setdefault(parameter.dtype, name)
     for unit_name, found in dtypes.items():
         if len(found) > 1:
             listed = ", ".join(f"{name} is {dtype}" for dtype, name in found.items())
             raise ConfigurationError(
-                f"the parameters of one FSDP unit must have one dtype, but in {unit_name or 'the root'} {listed}. Cast "
-                "them alike, or name a module that holds only one dtype in `wrap`."
+                "the trained parameters of one FSDP unit must have one dtype, but in "
+                f"{unit_name or 'the root'} {listed}. Cast them alike, freeze those of one dtype, or name a module "
+                "that holds only one dtype in `wrap`."
             )
     for group in plan.groups:
         views = [t for t in group.targets if any(holder.kind == "parameter" for holder in t.holders)]

@@ -1,8 +1,8 @@
 """Which modules become units of their own: gathered for their forward, freed after it.
 
-A policy is a set of classes, a predicate, or `"auto"`, which finds repeated blocks by itself. Whatever the policy
-says, tied parameters stay together: a module that shares a parameter with the rest of the model is left to its
-parent's unit, since a parameter can belong to one unit only.
+A policy is a set of classes, a predicate, or `"auto"`, which takes what was declared (`declare_units`) and finds
+repeated blocks elsewhere by itself. Whatever the policy says, tied parameters stay together: a module that shares a
+parameter with the rest of the model is left to its parent's unit, since a parameter can belong to one unit only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,21 @@ WrapPolicy = Literal["auto"] | Iterable[type[nn.Module]] | Callable[[str, nn.Mod
 _WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
+# On the module itself, so that copies of a model have it as well.
+_DECLARED = "_nucleate_unit"
+
+
+def declare_units(modules: Iterable[nn.Module]) -> None:
+    """Say of modules that each is a good unit by itself: `wrap="auto"` takes them.
+
+    Args:
+        modules: Modules whose forward is called from outside. Those without parameters are passed over.
+    """
+    for module in modules:
+        if any(True for _ in module.parameters()):
+            module.__dict__[_DECLARED] = True
+
+
 def find_units(model: nn.Module, policy: WrapPolicy) -> list[tuple[str, nn.Module]]:
     """Return the modules to shard on their own, innermost first, without the root.
 
@@ -31,7 +46,7 @@ def find_units(model: nn.Module, policy: WrapPolicy) -> list[tuple[str, nn.Modul
         ConfigurationError: A class in the policy occurs nowhere in the model.
     """
     if policy == "auto":
-        chosen = list(_repeated_blocks(model))
+        chosen = list(_declared_or_repeated(model))
     elif callable(policy):
         chosen = [(name, module) for name, module in model.named_modules() if policy(name, module)]
     else:
@@ -60,9 +75,22 @@ def find_units(model: nn.Module, policy: WrapPolicy) -> list[tuple[str, nn.Modul
     ]
 
 
-def _repeated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost blocks that a list or sequence repeats: siblings of one class, with parameters."""
-    found: list[str] = []
+def _declared_or_repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what was declared, and the repeated blocks that have nothing to do with it, outermost first."""
+    declared = {name for name, module in model.named_modules() if _DECLARED in module.__dict__}
+    repeated = {name for name, _ in _repeated_blocks(model, declared)}
+    return [(name, module) for name, module in model.named_modules() if name in declared or name in repeated]
+
+
+def _repeated_blocks(model: nn.Module, declared: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the outermost blocks that a list or sequence repeats: siblings of one class, with parameters.
+
+    Args:
+        model: The model.
+        declared: Names of units; what is inside of one or has one inside is no block.
+    """
+    found = list(declared)
+    around = {".".join(parts[:end]) for parts in (name.split(".") for name in declared) for end in range(len(parts))}
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in found):
             continue
@@ -77,7 +105,7 @@ def _repeated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for _, child in children:
             counts[type(child)] = counts.get(type(child), 0) + 1
         for child_name, child in children:
-            if counts[type(child)] > 1:
+            if counts[type(child)] > 1 and child_name not in declared and child_name not in around:
                 found.append(child_name)
                 yield child_name, child
 

@@ -24,12 +24,14 @@ except ImportError as error:
 # Before the suites are imported: their plain asserts then say what the values were, as in a test file.
 pytest.register_assert_rewrite(
     "nucleate.testing.accelerator",
+    "nucleate.testing.integration",
     "nucleate.testing.precision",
     "nucleate.testing.reader",
     "nucleate.testing.strategy",
 )
 
 from nucleate.testing.accelerator import AcceleratorSuite  # noqa: E402
+from nucleate.testing.integration import IntegrationSuite  # noqa: E402
 from nucleate.testing.memory import PeakMemory, assert_peak_memory_below, peak_memory  # noqa: E402
 from nucleate.testing.models import MODELS, TinyConvNet, TinyModel, TinyOdd, TinyRecurrent, TinyTransformer  # noqa: E402
 from nucleate.testing.precision import PrecisionSuite  # noqa: E402
@@ -39,6 +41,7 @@ from nucleate.testing.strategy import StrategySuite  # noqa: E402
 __all__ = [
     "MODELS",
     "AcceleratorSuite",
+    "IntegrationSuite",
     "PeakMemory",
     "PrecisionSuite",
     "ReaderSuite",

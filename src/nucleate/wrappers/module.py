@@ -61,6 +61,7 @@ class ModuleWrapper(nn.Module):
             _precision=precision,
             _strategy=strategy,
             _forward_methods=set(),
+            _inference_methods=set(),
             _forward_depth=0,
             _parameters=original._parameters,
             _buffers=original._buffers,
@@ -101,6 +102,17 @@ class ModuleWrapper(nn.Module):
             raise UsageError(f"mark_forward_method({name!r}): {type(self.module).__name__} has no method of that name.")
         self._strategy.mark_forward_method(self.forward_module, name)
         self._forward_methods.add(name)
+
+    def mark_inference_method(self, name: str) -> None:
+        """Let a method that needs no gradients go through the precision, and through a strategy that gathers.
+
+        Unlike a forward method it does not enter a strategy that exchanges gradients, so that one rank may call it.
+
+        Args:
+            name: A method of the model.
+        """
+        self._strategy.mark_forward_method(self.forward_module, name)
+        self._inference_methods.add(name)
 
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         precision: Precision = self._precision
@@ -180,6 +192,8 @@ class ModuleWrapper(nn.Module):
             method = getattr(self.module, name)
             return functools.wraps(method)(lambda *args, **kwargs: self._run_method(name, args, kwargs))
         value = getattr(self.module, name)
+        if name in self.__dict__["_inference_methods"]:
+            return functools.wraps(value)(lambda *args, **kwargs: self._run(value, args, kwargs))
         if (
             inspect.ismethod(value)
             and value.__self__ is self.module

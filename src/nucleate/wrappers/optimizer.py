@@ -139,7 +139,22 @@ def repoint(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[
         optimizer: The user's optimizer.
         names: The FQN of each parameter that it has, by the parameter's id.
         parameters: The parameters by FQN, as the strategy left them.
+
+    Raises:
+        ConfigurationError: The precision has quantized one, and what is left of it does not train.
     """
+    frozen = [
+        names[id(parameter)]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad and not parameters[names[id(parameter)]].is_floating_point()
+    ]
+    if frozen:
+        raise ConfigurationError(
+            f"{type(optimizer).__name__} has {name_list(frozen)}, which the precision has quantized and which cannot "
+            "train. Set the model up alone, build the optimizer on those of its parameters that require gradients, and "
+            "call `runtime.setup_optimizers(optimizer)`."
+        )
     for group in optimizer.param_groups:
         # In place: some optimizers (LBFGS) keep the list itself.
         group["params"][:] = [parameters[names[id(parameter)]] for parameter in group["params"]]
