@@ -1,0 +1,124 @@
+"""The loops over a weight, chunk by chunk: code that Python can run, and that TorchScript runs without Python's lock.
+
+Each chunk takes a dozen operations of some microseconds. Threads that go back to Python after each one spend their time
+on handing the lock to one another: two are slower than one. As TorchScript one call does all chunks, and two threads
+take half the time. TorchScript is deprecated, but nothing else in torch does that without a compiler at hand; where it
+is gone, Python runs the same functions and gets the same bits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import ParamSpec
+
+import torch
+from torch import Tensor
+
+_P = ParamSpec("_P")
+
+
+def largest_of_rows(rows: Tensor, mask: int, per_chunk: int, magnitudes: Tensor, largest: Tensor) -> None:
+    """Write the largest magnitude of each row.
+
+    Magnitudes of floats are in the same order as their bits without the sign, NaN is the largest of them, and for
+    integers it is several times as fast.
+
+    Args:
+        rows: The bits of floats, integers `(rows, columns)`.
+        mask: All bits but the sign's.
+        per_chunk: How many rows are done at a time.
+        magnitudes: Scratch for a chunk, `(per_chunk, columns)`.
+        largest: Where they go, `(rows,)`.
+    """
+    for first in range(0, rows.size(0), per_chunk):
+        num = min(per_chunk, rows.size(0) - first)
+        chunk = magnitudes.narrow(0, 0, num)
+        torch.bitwise_and(rows.narrow(0, first, num), mask, out=chunk)
+        torch.amax(chunk, [1], out=largest.narrow(0, first, num))
+
+
+def four_bit_codes(
+    blocks: Tensor,
+    to_bins: Tensor,
+    inverses: Tensor,
+    book: list[Tensor],
+    is_sure: bool,
+    scratch: list[Tensor],
+    codes: Tensor,
+) -> None:
+    """Write the packed 4-bit codes of blocks.
+
+    Args:
+        blocks: Floats `(blocks, blocksize)`.
+        to_bins: What makes a block's values numbers of bins, `(blocks, 1)`.
+        inverses: What makes a block's values scaled ones, `(blocks,)`.
+        book: The table, midpoints and codes of a codebook.
+        is_sure: Whether each bin of the table has a code.
+        scratch: For a chunk of blocks: floats `(chunk, blocksize)`, and flat int32, uint8, and int16 in the same
+            memory as uint8.
+        codes: Where they go, `(blocks * blocksize / 2,)`.
+    """
+    table, midpoints, sorted_codes = book[0], book[1], book[2]
+    columns = blocks.size(1)
+    per_chunk = scratch[0].size(0)
+    middle = table.size(0) // 2
+    for first in range(0, blocks.size(0), per_chunk):
+        num = min(per_chunk, blocks.size(0) - first)
+        chunk = blocks.narrow(0, first, num)
+        scaled = scratch[0].narrow(0, 0, num)
+        torch.mul(chunk, to_bins.narrow(0, first, num), out=scaled)
+        bins = scratch[1].narrow(0, 0, num * columns)
+        bins.copy_(scaled.view(-1)).add_(middle)
+        found = scratch[2].narrow(0, 0, num * columns)
+        torch.index_select(table, 0, bins, out=found)
+        if not is_sure and int(found.amax()) > 15:
+            # Bins with a midpoint in them.
+            unsure = torch.nonzero(found > 15).squeeze(1)
+            values = torch.index_select(chunk.view(-1), 0, unsure).float()
+            rows = torch.div(unsure, columns, rounding_mode="floor")
+            exact = values * torch.index_select(inverses.narrow(0, first, num), 0, rows)
+            found.index_copy_(0, unsure, torch.index_select(sorted_codes, 0, torch.bucketize(exact, midpoints)))
+        # Two codes to a byte, the first in the upper half: of the 16 bits `b a` (a comes first in memory), times
+        # 0x1001, the bits 8 to 15 are `a b`.
+        pairs = scratch[3].narrow(0, 0, num * columns // 2)
+        pairs.mul_(4097).bitwise_right_shift_(8)
+        codes.narrow(0, first * columns // 2, num * columns // 2).copy_(pairs)
+
+
+def int8_codes(rows: Tensor, factors: Tensor, halves: Tensor, scaled: Tensor, bits: Tensor, codes: Tensor) -> None:
+    """Write the 8-bit codes of rows.
+
+    Adding 1.5 * 2^23 to a float32 of less than 2^22 rounds it to an integer, halves to even as `round` does, and leaves
+    that in the lowest bits. torch's `round` splits its work over threads of its own however little that is.
+
+    Args:
+        rows: Floats `(rows, columns)`.
+        factors: What makes a row's values codes before rounding, `(rows, 1)`.
+        halves: Scratch for a chunk of rows of float16; without any, rows are not rounded to float16 first.
+        scaled: Scratch for a chunk of rows of float32.
+        bits: The same memory as int32.
+        codes: Where they go, `(rows, columns)`.
+    """
+    per_chunk = scaled.size(0)
+    for first in range(0, rows.size(0), per_chunk):
+        num = min(per_chunk, rows.size(0) - first)
+        chunk = rows.narrow(0, first, num)
+        if halves.numel() > 0:
+            chunk = halves.narrow(0, 0, num).copy_(chunk)
+        products = scaled.narrow(0, 0, num)
+        products.copy_(chunk).mul_(factors.narrow(0, first, num)).add_(12582912.0)
+        codes.narrow(0, first, num).copy_(bits.narrow(0, 0, num))
+
+
+@cache
+def without_lock(kernel: Callable[_P, None]) -> Callable[_P, None]:
+    """Return a function of this file as TorchScript; as it is where there is none."""
+    try:
+        # From its text, since `torch.jit.script` warns.
+        unit = torch.jit.CompilationUnit(inspect.getsource(kernel))
+        script: Callable[_P, None] = getattr(unit, kernel.__name__)
+    except Exception:
+        return kernel
+    return script
