@@ -1,0 +1,100 @@
+"""What the quantized layers have in common: parameters that are neither trained nor cast, and the inputs they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nucleate.errors import NucleateError, UsageError
+from nucleate_bitsandbytes.layers.four_bit_weight import DTYPES
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """Let a graph of `torch.compile` break at a function, whose operators read and exchange memory."""
+    return cast(F, torch.compiler.disable(function))
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter that is not trained; one that is a parameter already stays the same object, for ties."""
+    if isinstance(tensor, nn.Parameter):
+        tensor.requires_grad_(False)
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def trained(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter; one that is a parameter already stays the same object, trained or not."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def kept_apply(fn: Callable[[Tensor], Tensor], kept: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """Return a function for `Module._apply` that moves some tensors, but never casts them.
+
+    Args:
+        fn: What `Module.to`, `half` and the like would do to each tensor.
+        kept: The tensors of which the dtype says what they are.
+    """
+    ids = {id(tensor) for tensor in kept if tensor is not None}
+
+    def applied(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        if id(tensor) in ids and result.dtype != tensor.dtype:
+            return tensor.to(result.device)
+        return result
+
+    return applied
+
+
+class RefusedError(NucleateError):
+    """What a state dict holds does not fit a layer; the message goes to torch's list."""
+
+
+def check_bias(layer: nn.Linear, bias: Any) -> None:
+    """Raise RefusedError where a state dict has a bias of another shape than the layer."""
+    if isinstance(bias, Tensor) and layer.bias is not None and bias.shape != layer.bias.shape:
+        raise RefusedError(f"bias is {tuple(bias.shape)} there and {tuple(layer.bias.shape)} here.")
+
+
+def laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a value laid out as a parameter is: this rank's shard of it where that is sharded."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+        return value
+    whole = value.detach().to(parameter.device)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def compute_input(input: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+    """Return an input in the dtype to multiply in: the layer's, or else autocast's, or else its own.
+
+    Raises:
+        UsageError: No kernel multiplies in that dtype.
+    """
+    if compute_dtype is None:
+        device = input.device.type
+        is_cast = input.is_floating_point() and torch.is_autocast_enabled(device)
+        compute_dtype = torch.get_autocast_dtype(device) if is_cast else input.dtype
+    if compute_dtype not in DTYPES or not input.is_floating_point():
+        raise UsageError(
+            f"a quantized layer got an input of {input.dtype}; it takes {', '.join(map(str, DTYPES))}. Cast it, or "
+            "give the layer a compute_dtype."
+        )
+    return input.to(compute_dtype)
+
+
+def refuse_mismatch(layer: Any, input: Tensor) -> None:
+    """Raise UsageError where an input's width or device is not the layer's: kernels would read other memory."""
+    if not input.dim() or input.shape[-1] != layer.in_features:
+        raise UsageError(
+            f"an input of shape {tuple(input.shape)} does not fit a layer of {layer.in_features} input features "
+            f"({layer.out_features} output features)."
+        )
+    if input.device != layer.weight.device:
+        raise UsageError(
+            f"the input is on {input.device} but the quantized weight on {layer.weight.device}. Move one to the other."
+        )

@@ -1,0 +1,184 @@
+"""What the quantized layers are filled with from a checkpoint whose tensors nobody has read yet.
+
+The counterpart of `loading4bit` and `loading8bit`, which take tensors. Here every large tensor stays in its file, and a
+full-precision weight is quantized while it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nucleate.checkpoint import Taken
+from nucleate.deferred import ConvertedGiven, Given
+from nucleate.errors import CheckpointError, name_list
+from nucleate_bitsandbytes.layers.four_bit_weight import NESTED_BLOCKSIZE, nested_quant_map, quant_map, unpacked
+from nucleate_bitsandbytes.quantizers import DoubleQuant, FourBit, Int8Rows
+
+if TYPE_CHECKING:
+    from nucleate_bitsandbytes.layers.linear4bit import Linear4bit
+    from nucleate_bitsandbytes.layers.linear8bit import Linear8bit
+
+_PACKED = "weight.quant_state.bitsandbytes__"
+
+
+class Known(Given):
+    """A small tensor in memory.
+
+    Args:
+        tensor: The tensor.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype, self.shape, self._tensor = tensor.dtype, tuple(tensor.shape), tensor
+
+    def read(self, start: int, out: Tensor) -> None:
+        out.copy_(self._tensor.reshape(-1)[start : start + out.numel()])
+
+    def order(self, start: int) -> tuple[int, int]:
+        return (0, start)
+
+    def describe(self) -> str:
+        return f"{self.dtype} {self._tensor.tolist()}"
+
+
+def take4bit(layer: Linear4bit, stored: Mapping[str, Given]) -> Taken:
+    """Say what a 4-bit layer is filled with: codes and statistics of its own format, or a full-precision weight.
+
+    Raises:
+        CheckpointError: What is stored is neither.
+    """
+    given, missing = _bias(layer, stored)
+    if not any(name.startswith("weight.") for name in stored):
+        if "weight" not in stored:
+            return Taken(given, frozenset(given), (*missing, "weight"))
+        weight = _full(stored["weight"], (layer.out_features, layer.in_features), "absmax, quant_map, quant_state")
+        conversion, dtype = FourBit(layer.quant_type, layer.blocksize), layer.quantized_dtype
+        given["weight"], given["absmax"] = (ConvertedGiven(weight, conversion, number, dtype) for number in range(2))
+        if layer.nested:
+            for number, name in enumerate(("absmax", "nested_absmax", "nested_offset")):
+                given[name] = ConvertedGiven(ConvertedGiven(weight, conversion, 1, dtype), DoubleQuant(), number)
+        return Taken(given, frozenset(("weight", "bias")) & stored.keys(), missing)
+    held = _format(layer)
+    values = description(stored)
+    there: dict[str, object] = {"quant_type": values.get("quant_type"), "blocksize": values.get("blocksize")}
+    there["nested_blocksize"] = values.get("nested_blocksize") if "weight.nested_absmax" in stored else None
+    here: dict[str, object] = {"quant_type": layer.quant_type, "blocksize": layer.blocksize}
+    here["nested_blocksize"] = NESTED_BLOCKSIZE if layer.nested else None
+    differing = [
+        f"{name} is {there[name]!r} there and {here[name]!r} here" for name in here if there[name] != here[name]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"the stored weight has another format than this layer, {held}: {name_list(differing)}. Set the model up "
+            "with the precision that the checkpoint was made with, or load the full-precision weights."
+        )
+    shape = (layer.out_features, layer.in_features)
+    if values.get("shape") != list(shape):
+        raise CheckpointError(f"it was quantized from the shape {values.get('shape')} and is {shape} here.")
+    names = {"weight": "weight", "weight.absmax": "absmax"}
+    maps = {"weight.quant_map": quant_map(layer.quant_type, torch.device("cpu"))}
+    if layer.nested:
+        names["weight.nested_absmax"] = "nested_absmax"
+        maps["weight.nested_quant_map"] = nested_quant_map(torch.device("cpu"))
+        given["nested_offset"] = Known(torch.tensor(float(str(values.get("nested_offset"))), dtype=torch.float32))
+    lacking = [name for name in (*names, *maps) if name not in stored]
+    if lacking:
+        raise CheckpointError(f"the codes of its weight are there, but {name_list(lacking)} are not.")
+    for name, known in maps.items():
+        if not torch.equal(_read(stored[name]).float(), known):
+            raise CheckpointError(f"{name} holds other values than the codes of {layer.quant_type} stand for.")
+    for name, own in names.items():
+        given[own] = _fitting(name, stored[name], getattr(layer, own))
+    used = {*names, *maps, "bias", next(name for name in stored if name.startswith(_PACKED))}
+    return Taken(given, frozenset(used) & stored.keys(), missing)
+
+
+def take8bit(layer: Linear8bit, stored: Mapping[str, Given]) -> Taken:
+    """Say what an 8-bit layer is filled with: codes and scales, or a full-precision weight.
+
+    Raises:
+        CheckpointError: What is stored is neither.
+    """
+    given, missing = _bias(layer, stored)
+    used = frozenset(("weight", "SCB", "weight_format", "bias")) & stored.keys()
+    if "weight" not in stored:
+        return Taken(given, frozenset(given), (*missing, "weight"))
+    if "SCB" not in stored:
+        weight = _full(stored["weight"], (layer.out_features, layer.in_features), "SCB")
+        # As it would be if it had been loaded before the layer was quantized.
+        given["weight"], given["SCB"] = (
+            ConvertedGiven(weight, Int8Rows(), number, layer.compute_dtype) for number in range(2)
+        )
+        return Taken(given, used, missing)
+    if "weight_format" in stored and int(_read(stored["weight_format"])) != 0:
+        raise CheckpointError("weight_format is not 0: the codes are stored in an order that is no longer in use.")
+    for name in ("weight", "SCB"):
+        given[name] = _fitting(name, stored[name], getattr(layer, name))
+    return Taken(given, used, missing)
+
+
+def description(stored: Mapping[str, Given]) -> Mapping[str, object]:
+    """Return what bitsandbytes says of a 4-bit weight, from what is stored for its layer.
+
+    Raises:
+        CheckpointError: It is not there, or nothing that can be read.
+    """
+    names = [name for name in stored if name.startswith(_PACKED)]
+    if len(names) != 1:
+        raise CheckpointError(f"there should be one {_PACKED}nf4 or __fp4, but there are {name_list(stored)}.")
+    given = stored[names[0]]
+    if given.dtype != torch.uint8 or len(given.shape) != 1 or given.shape[0] > 1 << 16:
+        raise CheckpointError(f"{names[0]} is {given.dtype} {given.shape}, not a few bytes.")
+    try:
+        values = dict(unpacked(_read(given)))
+    except ValueError as error:
+        raise CheckpointError(f"{names[0]} does not describe a quantized weight: {error}.") from error
+    if names[0] != f"{_PACKED}{values.get('quant_type')}":
+        raise CheckpointError(f"{names[0]} says that quant_type is {values.get('quant_type')!r}.")
+    return values
+
+
+def _bias(layer: Linear4bit | Linear8bit, stored: Mapping[str, Given]) -> tuple[dict[str, Given], tuple[str, ...]]:
+    if layer.bias is None:
+        return {}, ()
+    if "bias" not in stored:
+        return {}, ("bias",)
+    if stored["bias"].shape != (layer.out_features,) or not stored["bias"].dtype.is_floating_point:
+        raise CheckpointError(
+            f"bias is {stored['bias'].dtype} {stored['bias'].shape} in the checkpoint and {layer.bias.dtype} "
+            f"{(layer.out_features,)} here."
+        )
+    return {"bias": stored["bias"]}, ()
+
+
+def _full(weight: Given, shape: tuple[int, int], statistics: str) -> Given:
+    if not weight.dtype.is_floating_point:
+        raise CheckpointError(
+            f"weight is {weight.dtype} {weight.shape} in the checkpoint, without the statistics ({statistics}) that "
+            f"say what it means. Allowed is a whole quantized state, or a floating point weight of shape {shape}."
+        )
+    if tuple(weight.shape) != shape:
+        raise CheckpointError(f"weight is {tuple(weight.shape)} in the checkpoint and {shape} here.")
+    return weight
+
+
+def _fitting(name: str, given: Given, tensor: Tensor) -> Given:
+    if given.shape != tuple(tensor.shape) or given.dtype != tensor.dtype:
+        raise CheckpointError(
+            f"{name} is {given.dtype} {given.shape} in the checkpoint and {tensor.dtype} {tuple(tensor.shape)} here."
+        )
+    return given
+
+
+def _format(layer: Linear4bit) -> str:
+    return f"{layer.quant_type}{'-dq' if layer.nested else ''} with blocksize {layer.blocksize}"
+
+
+def _read(given: Given) -> Tensor:
+    out = torch.empty(given.shape, dtype=given.dtype, device="cpu")
+    given.read(0, out.view(-1))
+    return out

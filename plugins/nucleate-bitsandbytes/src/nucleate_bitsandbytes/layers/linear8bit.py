@@ -1,0 +1,168 @@
+"""A linear layer whose weight has eight bits per element and a scale per row (LLM.int8()).
+
+Codes and scales are parameters like any others. What a state dict may hold is `loading8bit`'s to decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nucleate.checkpoint import StoredForm, Taken
+from nucleate.deferred import Given
+from nucleate.errors import ConfigurationError, UsageError
+from nucleate.precision import FixedDtype
+from nucleate_bitsandbytes.layers.frozen import compute_input, frozen, kept_apply, refuse_mismatch, trained, uncompiled
+from nucleate_bitsandbytes.layers.lazy import take8bit
+from nucleate_bitsandbytes.layers.loading8bit import load_weight
+from nucleate_bitsandbytes.layers.products import Product8bit, dequantized8bit
+
+
+class Linear8bit(nn.Linear, FixedDtype, StoredForm):
+    """Computes `input @ weight.T + bias` for an int8 weight, which is frozen.
+
+    Outputs, gradients and state dict are those of `bitsandbytes.nn.Linear8bitLt(has_fp16_weights=False)`, bit for bit.
+    In eval mode the input is quantized too, and integers are multiplied. In train mode on a CPU, as there, the weight
+    is dequantized.
+
+    Args:
+        in_features: How many columns the weight has.
+        out_features: How many rows it has.
+        codes: int8 `(out_features, in_features)`; may be deferred.
+        scales: The largest magnitude of each row, float32 `(out_features,)`; may be deferred.
+        bias: `(out_features,)`; trained if it is a parameter that is.
+        threshold: Columns in which an input's magnitude reaches this are not quantized; 0 quantizes all.
+        compute_dtype: The dtype to compute in; None takes autocast's, or else the input's.
+
+    Raises:
+        ConfigurationError: Codes, scales or bias do not have these shapes and dtypes.
+    """
+
+    fixed_dtype = ("weight", "SCB")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None = None,
+        *,
+        threshold: float = 0.0,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # that of nn.Linear would make a weight
+        for name, tensor, dtype, shape in (
+            ("codes", codes, torch.int8, (out_features, in_features)),
+            ("scales", scales, torch.float32, (out_features,)),
+            ("bias", bias, None, (out_features,)),
+        ):
+            if tensor is not None and (tuple(tensor.shape) != shape or dtype not in (None, tensor.dtype)):
+                raise ConfigurationError(
+                    f"an int8 weight of shape {(out_features, in_features)}: {name} is {tensor.dtype} "
+                    f"{tuple(tensor.shape)} instead of {dtype or tensor.dtype} {shape}."
+                )
+        if threshold < 0:
+            raise ConfigurationError(f"threshold={threshold} must be at least 0.")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.threshold = threshold
+        self.compute_dtype = compute_dtype
+        self.weight = frozen(codes)
+        self.SCB = frozen(scales)
+        self.register_parameter("bias", None if bias is None else trained(bias))
+
+    def dequantize(self, dtype: torch.dtype = torch.float16) -> Tensor:
+        """Return the weight `(out_features, in_features)` that the codes stand for.
+
+        Args:
+            dtype: Its dtype.
+
+        Raises:
+            UsageError: The weight is sharded now.
+        """
+        self._refuse_unusable()
+        return dequantized8bit(self.weight.detach(), self.SCB.detach(), dtype)
+
+    def _refuse_unusable(self) -> None:
+        if isinstance(self.weight, DTensor):
+            raise UsageError(
+                "this rank holds a shard of the quantized weight, of which nothing can be computed. Call the module "
+                "that FSDP gathers (or `unshard()` on it), not the layer in it."
+            )
+        if self.SCB.dtype != torch.float32:
+            raise UsageError(
+                f"the scales of an int8 layer ({self.in_features} to {self.out_features} features) are "
+                f"{self.SCB.dtype} now, which loses what the weight was. Something cast them past the layer: FSDP's "
+                "`mixed_precision` casts parameters that are not trained as well, and so do `*-true` precisions. Leave "
+                "`param_dtype` out, or use the precision of this package; the layer casts its input to compute_dtype."
+            )
+
+    @uncompiled
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute `input @ weight.T + bias`.
+
+        Args:
+            input: `(..., in_features)`.
+
+        Returns:
+            `(..., out_features)`, in the dtype of the input.
+
+        Raises:
+            UsageError: The input has another width, device or kind of dtype, or the weight is sharded now.
+        """
+        refuse_mismatch(self, input)
+        self._refuse_unusable()
+        values = compute_input(input, self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(values.dtype)
+        rows = values.reshape(-1, self.in_features)
+        if not rows.shape[0]:
+            zeros = values.new_zeros(1, 1).expand(self.out_features, self.in_features)
+            return nn.functional.linear(values, zeros, bias).to(input.dtype)
+        # Whoever exchanges the parameter's memory before backward does not exchange that of these.
+        codes, scales = self.weight.detach(), self.SCB.detach()
+        # bitsandbytes has no quick integer kernels for training on these devices, and dequantizes.
+        threshold = None if self.training and input.device.type in ("cpu", "xpu") else self.threshold
+        product: Tensor = Product8bit.apply(rows, bias, None, codes, scales, threshold)  # type: ignore[no-untyped-call]
+        return product.view(*input.shape[:-1], self.out_features).to(input.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(kept_apply(fn, [self.weight, self.SCB]), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}SCB"] = destination.pop(f"{prefix}SCB")  # behind the bias, as bitsandbytes has it
+        # By rows: the only order that is left of those that bitsandbytes once had.
+        destination[f"{prefix}weight_format"] = torch.zeros((), dtype=torch.uint8, device="cpu")
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        with torch.no_grad():
+            state_dict = load_weight(self, state_dict, prefix, *lists)
+        if state_dict is not None:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    def take_stored(self, stored: Mapping[str, Given]) -> Taken:
+        """Say what is read from a checkpoint, while it is still in its files."""
+        return take8bit(self, stored)
+
+    def reset_parameters(self) -> None:
+        """Refuse: there is nothing that could be initialized in place.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(
+            "the weight of an int8 layer is quantized and cannot be initialized. Initialize before `setup`."
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the layer as nn.Linear does, and its format."""
+        compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
+        return f"{super().extra_repr()}, int8, threshold={self.threshold}{compute}"
