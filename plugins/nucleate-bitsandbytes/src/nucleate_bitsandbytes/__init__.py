@@ -1,0 +1,5 @@
+"""4-bit and 8-bit linear layers for nucleate. Importing this does not import bitsandbytes."""
+
+from nucleate_bitsandbytes.precision import BitsandbytesPrecision
+
+__all__ = ["BitsandbytesPrecision"]

@@ -1,0 +1,148 @@
+"""The precision: linear layers are quantized while their weights arrive, everything else is kept in a compute dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Self, final
+
+import torch
+from torch import nn
+
+from nucleate.deferred import Given
+from nucleate.errors import ConfigurationError
+from nucleate.precision import FullPrecision, HalfPrecision, Precision
+
+MODES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training")
+
+
+@final
+class BitsandbytesPrecision(Precision):
+    """Quantizes linear layers with the formats of bitsandbytes.
+
+    Layers are replaced in `setup`, while the model is deferred: each weight is quantized as it is read or made, a few
+    rows at a time, and is never whole in full precision. The weights are frozen, but for `"int8-training"`; parameters
+    that you add (LoRA) train.
+
+    Args:
+        mode: `"nf4"` or `"fp4"`: 4 bits for each weight and a scale for each 64 (QLoRA, arXiv:2305.14314); with
+            `"-dq"` the scales are quantized too. `"int8"`: 8 bits and a scale for each row (LLM.int8(),
+            arXiv:2208.07339). `"int8-training"`: weights stay in `compute_dtype` and train, the product is computed in
+            8 bits.
+        compute_dtype: What weights are quantized from, what products are computed in and what all other parameters
+            are: bfloat16, float16 or float32.
+        skip: Names of modules that are left alone, see `nucleate_bitsandbytes.selection.linears_of`. By default
+            `"lm_head"`. Layers tied to others are always left alone.
+        blocksize: How many weights share a scale in the 4-bit modes.
+        threshold: In the 8-bit modes, columns of the input with a larger value than this are computed in full; 0 for
+            none.
+
+    Raises:
+        ConfigurationError: An argument is not one of these.
+    """
+
+    def __init__(
+        self,
+        mode: str = "nf4",
+        *,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        skip: Sequence[str] | None = None,
+        blocksize: int = 64,
+        threshold: float = 6.0,
+    ) -> None:
+        if mode not in MODES:
+            raise ConfigurationError(f"BitsandbytesPrecision has no mode {mode!r}; it has {', '.join(MODES)}.")
+        if compute_dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ConfigurationError(
+                f"compute_dtype={compute_dtype} must be torch.bfloat16, torch.float16 or torch.float32."
+            )
+        if isinstance(skip, str):
+            raise ConfigurationError(f"skip={skip!r} must be a list of names, such as [{skip!r}].")
+        if blocksize not in (64, 128, 256, 512, 1024, 2048, 4096):
+            raise ConfigurationError(f"blocksize={blocksize!r} must be a power of two from 64 to 4096.")
+        if not isinstance(threshold, (int, float)) or not threshold >= 0:
+            raise ConfigurationError(
+                f"threshold={threshold!r} must be a number that is not negative; 0 puts every column in 8 bits."
+            )
+        self.name = f"bnb-{mode}"
+        self.mode = mode
+        self.skip = None if skip is None else tuple(skip)
+        self.blocksize = blocksize
+        self.threshold = threshold
+        # Everything but the linear layers is its business.
+        full = compute_dtype == torch.float32
+        self._base: Precision = FullPrecision(compute_dtype) if full else HalfPrecision(compute_dtype)
+
+    @classmethod
+    def from_name(cls, name: str) -> Self:
+        """Build `"bnb-nf4"` and its like."""
+        return cls(name.removeprefix("bnb-"))
+
+    def __repr__(self) -> str:
+        # Ranks compare it: shards of weights that are quantized in two ways would be neither.
+        return (
+            f"BitsandbytesPrecision({self.mode!r}, compute_dtype={self.dtype}, skip={self.skip}, "
+            f"blocksize={self.blocksize}, threshold={self.threshold})"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self._base.dtype
+
+    def module_init_context(self) -> AbstractContextManager[object]:
+        """Return the context in which factories make floating point tensors of the compute dtype."""
+        return self._base.module_init_context()
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        """Cast the parameters of `model` and replace its linear layers by quantized ones, in place.
+
+        Raises:
+            ConfigurationError: `skip` names no module of the model.
+            ConversionError: A real weight has values that are not finite. Of a deferred one, that is found when it is
+                made.
+        """
+        from nucleate_bitsandbytes.replacement import quantize
+
+        self._base.setup(model)
+        return quantize(model, self)
+
+    def before_load(self, model: nn.Module, stored: Mapping[str, Given]) -> None:
+        """Replace the linear layers for which a checkpoint holds quantized weights.
+
+        Raises:
+            CheckpointError: They are quantized in another way.
+        """
+        from nucleate_bitsandbytes.replacement import prepare
+
+        prepare(model, self, stored)
+
+    def quantization_config(self, model: nn.Module) -> dict[str, Any] | None:
+        """Return what transformers' `BitsAndBytesConfig` says of this; None where floats are stored."""
+        if self.mode == "int8-training":
+            return None
+        config: dict[str, Any] = {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": self.mode == "int8",
+            "load_in_4bit": self.mode != "int8",
+            "llm_int8_threshold": self.threshold,
+            # Without a list it would look for the head by itself.
+            "llm_int8_skip_modules": [fqn for fqn, module in model.named_modules() if type(module) is nn.Linear],
+        }
+        if self.mode != "int8":
+            config["bnb_4bit_quant_type"] = self.mode.removesuffix("-dq")
+            config["bnb_4bit_use_double_quant"] = self.mode.endswith("-dq")
+            config["bnb_4bit_compute_dtype"] = str(self.dtype).removeprefix("torch.")
+        return config
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """Return the context that surrounds forward."""
+        return self._base.forward_context()
+
+    def convert_input(self, data: Any) -> Any:
+        """Cast floating point tensors to the compute dtype."""
+        return self._base.convert_input(data)
+
+    def convert_output(self, data: Any) -> Any:
+        """Cast floating point tensors to the default dtype."""
+        return self._base.convert_output(data)

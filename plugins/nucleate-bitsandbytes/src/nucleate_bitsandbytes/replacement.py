@@ -1,0 +1,187 @@
+"""Puts quantized layers where linear layers were, in a deferred model or a real one."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from nucleate.deferred import Given, convert
+from nucleate.errors import CheckpointError, ConfigurationError, ConversionError, name_list
+from nucleate_bitsandbytes.layers import FourBitWeight, Linear4bit, Linear8bit, Linear8bitTraining
+from nucleate_bitsandbytes.layers.lazy import description
+from nucleate_bitsandbytes.quantizers import DoubleQuant, FourBit, Int8Rows
+from nucleate_bitsandbytes.quantizers.four_bit import QuantType
+from nucleate_bitsandbytes.selection import linears_of
+
+if TYPE_CHECKING:
+    from nucleate_bitsandbytes.precision import BitsandbytesPrecision
+
+# What a checkpoint holds beside the codes of a quantized weight, and nothing else holds.
+_MARKS = re.compile(r"(?P<fqn>.*)\.(weight\.quant_state\.bitsandbytes__(?P<quant_type>\w+)|SCB)")
+
+# Set in a module for which a quantized checkpoint has said which layers are quantized.
+_SETTLED = "_nucleate_bitsandbytes_settled"
+#: Fewer weights than this, two megabytes in half precision, nobody quantizes to save memory.
+_WORTH_A_WARNING = 1 << 20
+
+
+def quantize(model: nn.Module, precision: BitsandbytesPrecision) -> nn.Module:
+    """Replace the linear layers of a model, in place, and return it, or the layer that takes its place.
+
+    Args:
+        model: The model.
+        precision: Says how, and which are left alone.
+
+    Raises:
+        ConfigurationError: See `linears_of`.
+        ConversionError: A real weight cannot be quantized.
+    """
+    layers = {}
+    # What a quantized checkpoint has in full was left alone on purpose by whoever made it.
+    settled = {id(part) for module in model.modules() if _SETTLED in vars(module) for part in module.modules()}
+    _warn_of_rest(model, precision)
+    for fqn, linear in linears_of(model, precision.skip):
+        if id(linear) in settled:
+            continue
+        try:
+            layers[linear] = _layer(linear, precision)
+        except ConversionError as error:
+            raise ConversionError(f"{fqn or 'model'}.weight: {error}") from error
+    return _replace(model, layers)
+
+
+def prepare(model: nn.Module, precision: BitsandbytesPrecision, stored: Mapping[str, Given]) -> None:
+    """Replace the linear layers for which a checkpoint holds quantized weights, in the format that it has them in.
+
+    The others of the model stay as they are: the checkpoint has them in full.
+
+    Args:
+        model: The model.
+        precision: Says which layers are left alone.
+        stored: What the checkpoint holds, by the model's names.
+
+    Raises:
+        CheckpointError: It holds quantized weights for layers that are left alone, or in another format.
+    """
+    found = {match["fqn"]: match["quant_type"] for name in stored if (match := _MARKS.fullmatch(name))}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plain = {fqn: quant_type for fqn, quant_type in found.items() if type(modules.get(fqn)) is nn.Linear}
+    if not plain:
+        return
+    wanted = {linear for _, linear in linears_of(model, precision.skip)}
+    alone = [fqn for fqn in plain if modules[fqn] not in wanted]
+    if alone:
+        raise CheckpointError(
+            f"{name_list(alone)} of the checkpoint are quantized, but precision {precision.name!r} leaves these layers "
+            f"alone: they are named by skip={list(precision.skip or ())!r}, tied, or kept in full by the model. Give "
+            "`skip` without them."
+        )
+    family = precision.mode.removesuffix("-dq")
+    other = {fqn: quant_type or "int8" for fqn, quant_type in plain.items() if (quant_type or "int8") != family}
+    if other:
+        fqn, held = next(iter(other.items()))
+        raise CheckpointError(
+            f"the checkpoint holds {fqn}.weight as {held}, but the precision is {precision.name!r}. Use "
+            f"precision='bnb-{held}', or load the checkpoint that it was quantized from."
+        )
+    layers = {}
+    for fqn, quant_type in plain.items():
+        mine = {name.removeprefix(f"{fqn}."): given for name, given in stored.items() if name.startswith(f"{fqn}.")}
+        try:
+            # One that stands in several places has several names.
+            linear = cast(nn.Linear, modules[fqn])
+            if linear not in layers:
+                layers[linear] = _layer(linear, precision, description(mine) if quant_type else None)
+        except (CheckpointError, ConfigurationError) as error:
+            raise CheckpointError(f"{fqn}: {error}") from error
+    vars(model)[_SETTLED] = True
+    _replace(model, layers)
+
+
+def _warn_of_rest(model: nn.Module, precision: BitsandbytesPrecision) -> None:
+    """Warn where most of a model is in layers of other classes: nobody asks for four bits to get sixteen."""
+    others: dict[str, int] = {}
+    num_others = num_linear = 0
+    for fqn, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            num_linear += module.in_features * module.out_features if isinstance(module, nn.Linear) else 0
+            continue
+        weights = [p for p in module._parameters.values() if p is not None and p.dim() > 1 and p.is_floating_point()]
+        if weights:
+            others.setdefault(f"{fqn} ({type(module).__name__})".lstrip(), sum(p.numel() for p in weights))
+            num_others += sum(p.numel() for p in weights)
+    if num_others > max(num_linear, _WORTH_A_WARNING):
+        largest = sorted(others, key=lambda name: -others[name])
+        warnings.warn(
+            f"precision {precision.name!r} quantizes torch.nn.Linear only, which has {num_linear} weights of this "
+            f"{type(model).__name__}; {num_others} others stay in {precision.dtype}: {name_list(largest, 3)}.",
+            stacklevel=2,
+        )
+
+
+def _layer(
+    linear: nn.Linear, precision: BitsandbytesPrecision, described: Mapping[str, object] | None = None
+) -> nn.Module:
+    """Return the layer that takes a linear layer's place; described: the 4-bit format, if it is not the precision's."""
+    shape, dtype = (linear.in_features, linear.out_features), precision.dtype
+    layer: nn.Module
+    if precision.mode == "int8-training":
+        layer = Linear8bitTraining(
+            *shape, linear.weight, linear.bias, threshold=precision.threshold, compute_dtype=dtype
+        )
+    elif precision.mode == "int8":
+        codes, scales = convert(linear.weight, Int8Rows())
+        layer = Linear8bit(*shape, codes, scales, linear.bias, threshold=precision.threshold, compute_dtype=dtype)
+    else:
+        quant_type: QuantType = "nf4" if precision.mode.startswith("nf4") else "fp4"
+        is_nested = precision.mode.endswith("-dq")
+        blocksize, dtype = precision.blocksize, linear.weight.dtype
+        if described is not None:
+            is_nested = "nested_offset" in described
+            blocksize = described["blocksize"]  # type: ignore[assignment]
+            dtype = getattr(torch, str(described.get("dtype")), dtype)
+        codes, absmax = convert(linear.weight, FourBit(quant_type, blocksize))
+        nested_absmax: Tensor | None = None
+        offset: Tensor | None = None
+        if is_nested:
+            absmax, nested_absmax, offset = convert(absmax, DoubleQuant())
+        weight = FourBitWeight(
+            codes=codes,
+            absmax=absmax,
+            quant_type=quant_type,
+            blocksize=blocksize,
+            dtype=dtype,
+            nested_absmax=nested_absmax,
+            offset=offset,
+        )
+        layer = Linear4bit(*shape, weight, linear.bias, compute_dtype=precision.dtype)
+    for name, value in vars(linear).items():
+        # Hooks, and what users hang on a module.
+        if name not in vars(layer) or name.endswith("_hooks") or name == "training":
+            vars(layer)[name] = value
+    return layer
+
+
+def _replace(model: nn.Module, layers: Mapping[nn.Linear, nn.Module]) -> nn.Module:
+    for parent in list(model.modules()):
+        names = [name for name, child in parent._modules.items() if isinstance(child, nn.Linear) and child in layers]
+        for name in names:
+            child = parent._modules[name]
+            assert isinstance(child, nn.Linear)
+            parent._modules[name] = layers[child]
+        if names and isinstance(parent, nn.TransformerEncoderLayer):
+            # Its fast path multiplies with the weights itself (torch/nn/modules/transformer.py, 2.13), and asks this.
+            parent.activation_relu_or_gelu = 0
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(
+            isinstance(part, nn.TransformerEncoderLayer) and part.activation_relu_or_gelu == 0
+            for part in encoder.layers
+        ):
+            # It packs what it hands to that path without the padding, and decided so when it was made.
+            encoder.use_nested_tensor = False
+    return layers[model] if isinstance(model, nn.Linear) and model in layers else model
