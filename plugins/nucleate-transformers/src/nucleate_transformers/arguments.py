@@ -1,0 +1,44 @@
+"""Arguments of `from_pretrained` that say what a `Runtime` says already, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nucleate.errors import ConfigurationError
+
+_PLACES = "The runtime places the model: leave it out, and choose Runtime(accelerator=..., strategy=...)."
+_QUANTIZES = (
+    "The runtime quantizes: leave it out, and choose Runtime(precision='bnb-nf4') or another mode of "
+    "nucleate-bitsandbytes, which quantizes each weight as it is read."
+)
+_REFUSED = {
+    **dict.fromkeys(("device_map", "max_memory", "offload_folder", "offload_buffers"), _PLACES),
+    **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config"), _PLACES),
+    **dict.fromkeys(("quantization_config", "load_in_8bit", "load_in_4bit"), _QUANTIZES),
+    "gguf_file": "GGUF files are read whole by transformers. Load them outside of init_module.",
+}
+
+
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse keywords of `from_pretrained` that contradict a runtime.
+
+    Raises:
+        ConfigurationError: One of them is there, and neither None nor False.
+    """
+    for name, advice in _REFUSED.items():
+        value = arguments.get(name)
+        if value is not None and value is not False:
+            raise ConfigurationError(f"from_pretrained({name}={value!r}) inside init_module. {advice}")
+
+
+def refuse_distributed(folder: Any) -> None:
+    """Refuse a folder in which every rank wrote files of its own, which transformers reads into a model at once.
+
+    Raises:
+        ConfigurationError: Always.
+    """
+    raise ConfigurationError(
+        f"{folder} was saved by each rank for itself (shard-*-model-*.safetensors), which cannot be bound to deferred "
+        "weights. Load it outside of init_module, and save it again by save_pretrained in one process."
+    )

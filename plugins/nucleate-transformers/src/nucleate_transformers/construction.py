@@ -1,0 +1,216 @@
+"""What is patched in transformers while a model is constructed, and how it is put back.
+
+`PreTrainedModel.from_pretrained` and `_from_config` get the dtype of the runtime where none is given, and refuse what
+the runtime decides. Between reading files and converting what they hold, transformers 5.23 has one seam:
+`_load_pretrained_model` opens the files and calls `convert_and_load_state_dict_in_model` with their tensors. Here it
+gets deferred ones (`binding.py`); renaming, merging, casting, tying and initializing are transformers' own from there
+on, and all of it is recorded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, core_model_loading, modeling_utils
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from nucleate import Precision
+from nucleate.cluster import Communicator
+from nucleate_transformers.arguments import refuse_arguments, refuse_distributed
+from nucleate_transformers.binding import Binding, defers
+from nucleate_transformers.quantized import mark_loaded, quantization_of, refuse_unknown, take_quantized
+
+
+@contextmanager
+def construction(communicator: Communicator, device: torch.device, precision: Precision) -> Iterator[None]:
+    """Have transformers construct models as a runtime wants them; nested contexts are one.
+
+    Args:
+        communicator: The ranks that construct the model together.
+        device: The device that deferred tensors stand for.
+        precision: Has layers for checkpoints that are quantized, or has not.
+    """
+    if getattr(PreTrainedModel.from_pretrained, "__func__", None) in _ours:
+        yield
+        return
+    with ExitStack() as stack:
+        together = _Together(communicator)
+        # Each has a copy of the function (`auto_class_update`), and reads the configuration before the model's class.
+        for auto in (_BaseAutoModelClass, *_BaseAutoModelClass.__subclasses__()):
+            if "from_pretrained" in vars(auto):
+                _patch(stack, auto, "from_pretrained", functools.partial(_from_auto, together))
+        _patch(stack, PreTrainedModel, "from_pretrained", functools.partial(_from_pretrained, together))
+        _patch(stack, PreTrainedModel, "_from_config", _from_config)
+        _patch(stack, PreTrainedModel, "_load_pretrained_model", functools.partial(_load, device, precision))
+        _patch(stack, modeling_utils, "get_hf_quantizer", functools.partial(_quantizer, device, precision))
+        _patch(stack, modeling_utils, "check_and_set_device_map", functools.partial(_device_map, device))
+        _patch(stack, modeling_utils, "get_distributed_checkpoint_dir", functools.partial(_distributed_folder, device))
+        _patch(stack, modeling_utils, "_tied_params_are_equal", _are_equal)
+        yield
+
+
+#: Those of our functions that stand in a class, to notice a context inside of another.
+_ours: set[Any] = set()
+
+
+def _patch(stack: ExitStack, owner: Any, name: str, ours: Callable[..., Any]) -> None:
+    """Put a function in the place of another, as the same kind of method, until the stack is closed.
+
+    Args:
+        stack: Puts it back.
+        owner: A class or module.
+        name: What the function is called there.
+        ours: Gets the other function first, then, as a method of a class, the class, then what the caller gives.
+    """
+    original = vars(owner)[name]
+    stack.callback(setattr, owner, name, original)
+    plain = getattr(original, "__func__", original)
+
+    @functools.wraps(plain)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return ours(plain, *args, **kwargs)
+
+    if isinstance(original, (classmethod, staticmethod)):
+        _ours.add(replacement)
+        stack.callback(_ours.discard, replacement)
+        setattr(owner, name, type(original)(replacement))
+    else:
+        setattr(owner, name, replacement)
+
+
+class _Together:
+    """Surrounds what ranks load: a rank that cannot find or read a file must not leave the others to construct alone.
+
+    Args:
+        communicator: The ranks.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._inside = False
+
+    @contextmanager
+    def loading(self, cls: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Surround a call of `from_pretrained`. In one inside of another, ranks that failed before would be missing."""
+        if self._inside:
+            yield
+            return
+        path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        self._inside = True
+        try:
+            with self._communicator.all_or_none(f"{cls.__name__}.from_pretrained({str(path)!r})"):
+                yield
+        finally:
+            self._inside = False
+
+
+def _from_auto(together: _Together, plain: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
+    refuse_arguments(kwargs)
+    with together.loading(cls, args, kwargs):
+        return plain(cls, *args, **kwargs)
+
+
+def _from_pretrained(together: _Together, plain: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
+    refuse_arguments(kwargs)
+    if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+        # The precision's: its context has made it the default.
+        kwargs["dtype"] = torch.get_default_dtype()
+    with together.loading(cls, args, kwargs):
+        return plain(cls, *args, **kwargs)
+
+
+def _from_config(plain: Callable[..., Any], cls: Any, config: Any, **kwargs: Any) -> Any:
+    if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+        kwargs["dtype"] = torch.get_default_dtype()
+    return plain(cls, config, **kwargs)
+
+
+def _load(
+    device: torch.device,
+    precision: Precision,
+    plain: Callable[..., Any],
+    model: PreTrainedModel,
+    state_dict: dict[str, Any] | None,
+    checkpoint_files: list[str] | None,
+    load_config: Any,
+    expected_keys: list[str] | None = None,
+) -> Any:
+    if not defers(device):
+        return plain(model, state_dict, checkpoint_files, load_config, expected_keys)
+    taken: dict[str, set[str]] = {}
+    if state_dict is None:
+        assert checkpoint_files is not None
+        binding = Binding(checkpoint_files, load_config.sharded_metadata, device)
+        if quantization_of(model.config) is not None:
+            taken = take_quantized(model, binding.stored, precision, device)
+        state_dict = binding.tensors(set().union(*taken.values()))
+    with ExitStack() as stack:
+        names = vars(core_model_loading)
+        stack.callback(names.__setitem__, "ThreadPoolExecutor", names["ThreadPoolExecutor"])
+        names["ThreadPoolExecutor"] = _Inline
+        loaded = core_model_loading.convert_and_load_state_dict_in_model(model, state_dict, load_config)
+    mark_loaded(model, taken, loaded[0].missing_keys)
+    return loaded
+
+
+def _quantizer(
+    device: torch.device,
+    precision: Precision,
+    plain: Callable[..., Any],
+    config: Any,
+    quantization_config: Any,
+    device_map: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if defers(device) and quantization_of(config) is not None:
+        refuse_unknown(config, precision)
+        # The precision's layers take the place of those that a quantizer of transformers would put in.
+        return None, config, device_map
+    return plain(config, quantization_config, device_map, *args, **kwargs)
+
+
+def _distributed_folder(device: torch.device, plain: Callable[..., Any], *args: Any) -> Any:
+    folder = plain(*args)
+    if folder is not None and defers(device):
+        refuse_distributed(folder)
+    return folder
+
+
+def _device_map(device: torch.device, plain: Callable[..., Any], device_map: Any) -> Any:
+    # What is deferred stands for a tensor on the runtime's device already, and needs no accelerate to get there.
+    if not defers(device):
+        return plain(device_map)
+    return None if device.type == "cpu" else {"": device}
+
+
+def _are_equal(plain: Callable[..., Any], source: torch.Tensor, target: torch.Tensor) -> bool:
+    """Compare two tensors of which a configuration says that they are one; the same bytes need not be read."""
+    with torch._C.DisableTorchFunction():
+        same = source.is_meta and target.is_meta and _place(source) == _place(target)
+    return same or bool(plain(source, target))
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage()._cdata
+    return (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
+class _Inline:
+    """Stands for a pool: there is nothing to wait for, and ranks must record in the same order."""
+
+    def __init__(self, max_workers: int | None = None) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        pass

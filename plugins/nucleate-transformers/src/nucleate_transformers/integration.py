@@ -1,0 +1,59 @@
+"""The integration: what transformers is told while a model is constructed, and what it tells about its models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import final
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from nucleate import Integration, Precision, Strategy
+from nucleate.cluster import Communicator
+from nucleate.plugin import Composition
+from nucleate.precision import FullPrecision
+from nucleate.strategies import declare_units
+from nucleate_transformers.construction import construction
+from nucleate_transformers.folder import save_unsharded
+
+
+@final
+class TransformersIntegration(Integration):
+    """Lets transformers construct, load and run models the way a `Runtime` wants them."""
+
+    name = "transformers"
+
+    def __init__(self) -> None:
+        self._shards = False
+        # Until a runtime shows its own: one that has no layers for quantized checkpoints.
+        self._precision: Precision = FullPrecision()
+
+    def check(self, composition: Composition) -> None:
+        """Learn whether the strategy shards, and which precision has layers for quantized checkpoints."""
+        assert isinstance(composition.strategy, Strategy)
+        assert isinstance(composition.precision, Precision)
+        self._precision = composition.precision
+        self._shards = composition.strategy.shards and composition.environment.world_size > 1
+
+    def module_init_context(self) -> AbstractContextManager[object]:
+        """Return the context in which `from_pretrained` binds weights to their files instead of reading them."""
+        return construction(Communicator(self.environment, self.device), self.device, self._precision)
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        """Declare the blocks that transformers would not split, and have ranks that gather generate equally long."""
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                names = set(part._no_split_modules or ())
+                declare_units(module for module in part.modules() if type(module).__name__ in names)
+                if self._shards:
+                    # What transformers itself sets where FSDP2 shards (transformers/distributed/fsdp.py, 5.23):
+                    # `generate` then goes on with empty steps until every rank has come to an end.
+                    part.__dict__["_is_fsdp_managed_module"] = True
+                    part.__dict__["save_pretrained"] = partial(save_unsharded, part)
+        return model
+
+    def inference_methods(self, model: nn.Module) -> Iterable[str]:
+        """Return `generate` for a model that can."""
+        return ("generate",) if isinstance(model, PreTrainedModel) and model.can_generate() else ()
