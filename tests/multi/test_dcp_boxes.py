@@ -9,13 +9,13 @@ import torch
 
 from nucleate.checkpoint.readers import open_checkpoint
 from tests.checkpoint.readers.reading import same_bits, whole
-from tests.multi.ranks import run_ranks
+from tests.multi.ranks import fork_ranks
 
 
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_tensors_of_every_layout_are_put_together(tmp_path: Path, nproc: int) -> None:
     (tmp_path / "hf").mkdir()
-    run_ranks(Path(__file__).parent / "scripts" / "dcp_boxes.py", nproc, tmp_path)
+    fork_ranks(Path(__file__).parent / "scripts" / "dcp_boxes.py", nproc, tmp_path)
     expected = torch.load(tmp_path / "whole.pt", weights_only=True)
     contents = open_checkpoint(tmp_path / "dcp")
     assert contents.skeleton == {"model": dict.fromkeys(expected), "step": 3}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.multi.exactness import main
-from tests.multi.ranks import run_ranks
+from tests.multi.ranks import fork_ranks
 
 SCRIPT = Path(__file__).with_name("exactness.py")
 
@@ -18,9 +18,9 @@ def test_one_process_makes_what_eager_makes_and_trains_as_eager_trains() -> None
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_make_what_eager_makes_and_train_as_eager_trains(strategy: str) -> None:
-    run_ranks(SCRIPT, 2, strategy, "train", timeout=240)
+    fork_ranks(SCRIPT, 2, strategy, "train", timeout=240)
 
 
 @pytest.mark.parametrize(("strategy", "num_ranks"), [("fsdp", 4), ("hsdp", 4), ("fsdp-linear", 2)])
 def test_other_layouts_make_what_eager_makes(strategy: str, num_ranks: int) -> None:
-    run_ranks(SCRIPT, num_ranks, strategy, "weights", timeout=240)
+    fork_ranks(SCRIPT, num_ranks, strategy, "weights", timeout=240)

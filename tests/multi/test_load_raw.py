@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multi.ranks import run_ranks
+from tests.multi.ranks import fork_ranks
 from tests.multi.scripts.load_raw import CHECKS
 
 SCRIPT = Path(__file__).parent / "scripts" / "load_raw.py"
@@ -12,5 +12,5 @@ SCRIPT = Path(__file__).parent / "scripts" / "load_raw.py"
 
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_every_promise_of_load_raw_holds_on(tmp_path: Path, nproc: int) -> None:
-    lines = run_ranks(SCRIPT, nproc, tmp_path, timeout=180).stdout.splitlines()
+    lines = fork_ranks(SCRIPT, nproc, tmp_path, timeout=180).stdout.splitlines()
     assert all(lines.count(check.__name__) == nproc for check in CHECKS)

@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.multi.ranks import run_ranks
+from tests.multi.ranks import fork_ranks
 from tests.multi.scripts.matrix import FORMATS, OTHER_POLICIES, STRATEGIES
 
 SCRIPT = Path(__file__).parent / "scripts" / "matrix.py"
@@ -13,7 +13,7 @@ def test_what_any_strategy_saves_goes_on_exactly_under_any_other(tmp_path: Path)
     def run(what: str) -> list[str]:
         # At once: most of the time goes into starting them.
         with ThreadPoolExecutor(3) as pool:
-            runs = [pool.submit(run_ranks, SCRIPT, ranks, what, tmp_path, timeout=270) for ranks in (4, 2, 1)]
+            runs = [pool.submit(fork_ranks, SCRIPT, ranks, what, tmp_path, timeout=270) for ranks in (4, 2, 1)]
             return [line for done in runs for line in done.result().stdout.splitlines()]
 
     run("save")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.multi.ranks import run_ranks
+from tests.multi.ranks import fork_ranks, run_ranks
 
 SCRIPT = Path(__file__).parent / "scripts" / "numerics.py"
 
@@ -43,5 +43,5 @@ def test_another_number_of_threads_is_refused_where_a_value_depends_on_it() -> N
 
 def test_another_build_of_torch_is_refused_where_a_value_depends_on_it() -> None:
     build = r"the torch build is .* on rank 0, 9\.9\.9 \(.*on rank 1.*bits of weight.*install the same torch"
-    done = run_ranks(SCRIPT, 2, "torch", "9.9.9", f"ddp:table={build}", f"fsdp:table={build}", "fsdp:constants")
+    done = fork_ranks(SCRIPT, 2, "torch", "9.9.9", f"ddp:table={build}", f"fsdp:table={build}", "fsdp:constants")
     assert done.stdout.count("as it should be") == 2

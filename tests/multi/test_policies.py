@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.multi.ranks import run_ranks
+from tests.multi.ranks import fork_ranks
 
 
 def test_every_policy_trains_as_one_process_does() -> None:
-    done = run_ranks(Path(__file__).parent / "scripts" / "policies.py", 2)
+    done = fork_ranks(Path(__file__).parent / "scripts" / "policies.py", 2)
     assert done.stdout.count("all policies hold") == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multi.ranks import run_ranks
+from tests.multi.ranks import fork_ranks
 
 SCRIPT = Path(__file__).parent / "scripts" / "verification.py"
 
@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "verification.py"
 @pytest.mark.parametrize(("num_ranks", "strategies"), [(2, ["ddp", "fsdp"]), (4, ["hsdp"])])
 def test_what_is_right_passes_and_what_one_rank_gets_wrong_is_named(num_ranks: int, strategies: list[str]) -> None:
     start = time.monotonic()
-    done = run_ranks(SCRIPT, num_ranks, *strategies)
+    done = fork_ranks(SCRIPT, num_ranks, *strategies)
     assert done.stdout.count("verified") == num_ranks
     # Nobody waits for a rank that has failed.
     assert time.monotonic() - start < 100

@@ -29,11 +29,12 @@ def test_the_peak_rises_with_a_large_allocation_and_stays() -> None:
 @linux_only
 def test_anonymous_memory_counts_an_allocation_and_forgets_it() -> None:
     before = known(anonymous_bytes())
-    block = bytearray(b"x") * (64 * 2**20)
+    block = bytearray(b"x") * (512 * 2**20)
     during = known(anonymous_bytes())
     del block
-    assert during - before >= 60 * 2**20
-    assert during - known(anonymous_bytes()) >= 60 * 2**20
+    # The kernel counts per CPU and adds up after some faults, of which one may be a huge page.
+    assert during - before >= 256 * 2**20
+    assert during - known(anonymous_bytes()) >= 256 * 2**20
 
 
 @linux_only

@@ -1,20 +1,38 @@
 """A small FSDP or DDP training on 2 ranks in which rank 1 does something wrong, or nobody does."""
 
+import os
 import sys
 
 import torch
 from torch import nn
 
-from nucleate import Runtime
+from nucleate import Precision, Runtime
+from nucleate.precision import FullPrecision, HalfPrecision
 
 strategy, fault = sys.argv[1:]
 
 
 def fails(name: str) -> bool:
-    return fault == name and runtime.global_rank == 1
+    return fault == name and int(os.environ["RANK"]) == 1
 
 
-runtime = Runtime(accelerator="cpu", strategy=strategy)
+class Refusing(Precision):
+    """Does nothing, but for one rank."""
+
+    name = "refusing"
+    dtype = torch.float32
+
+    def module_init_context(self):
+        return FullPrecision(torch.float32).module_init_context()
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        if fails("precision"):
+            raise ValueError("out of cheese")
+        return model
+
+
+precision = HalfPrecision(torch.bfloat16) if fails("another precision") else Refusing()
+runtime = Runtime(accelerator="cpu", strategy=strategy, precision=precision)
 with runtime.init_module(empty_init=True):
     if fails("constructor"):
         raise ValueError("out of cheese")

@@ -32,13 +32,16 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.frozen = nn.Linear(10, 10).requires_grad_(False)
         self.unused = nn.Linear(2, 2)
+        # What is not trained may have another dtype than what is.
+        self.codes = nn.Parameter(torch.arange(10, dtype=torch.uint8).unsqueeze(1), requires_grad=False)
         self.head = nn.Linear(10, 1)
         self.head.weight.group = "head"
+        self.temperature = nn.Parameter(torch.tensor(0.7))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        return self.head(self.frozen(x))
+        return self.head(self.frozen(x + self.codes.squeeze(1).to(x.dtype))) * self.temperature.exp()
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         return (self(x) - targets).square().mean()
