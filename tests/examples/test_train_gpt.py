@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multi.ranks import ROOT, run_ranks
+from tests.multi.ranks import ROOT, fork_ranks, run_ranks
 
 SCRIPT = ROOT / "examples" / "01_train_gpt.py"
 TINY = ("--size", "tiny", "--accelerator", "cpu", "--batch-size", "4", "--sample-bytes", "8")
@@ -116,7 +116,7 @@ def test_it_learns_in_every_precision(main: Main, tmp_path: Path, precision: str
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of one process, alone and on one thread."""
     out = tmp_path_factory.mktemp("alone")
-    run_ranks(SCRIPT, 1, *arguments(out, "--steps", 12))
+    fork_ranks(SCRIPT, 1, *arguments(out, "--steps", 12))
     return losses_of(out)
 
 
@@ -127,14 +127,14 @@ def test_two_ranks_learn_as_one_does_and_resume_exactly(alone: list[float], tmp_
     assert "2 x cpu" in output
     assert output.count("def ") == 1, "only rank 0 prints"
     assert losses_of(tmp_path / "whole") == pytest.approx(alone, abs=2e-5)
-    run_ranks(SCRIPT, 2, *arguments(tmp_path / "parts", *common, "--stop-after", 7))
-    run_ranks(SCRIPT, 2, *arguments(tmp_path / "parts", *common, "--resume"))
+    fork_ranks(SCRIPT, 2, *arguments(tmp_path / "parts", *common, "--stop-after", 7))
+    fork_ranks(SCRIPT, 2, *arguments(tmp_path / "parts", *common, "--resume"))
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_learn_in_every_precision(tmp_path: Path, strategy: str) -> None:
-    # One torchrun for all precisions: most of the time goes into starting processes.
+    # One group of processes for all precisions.
     script = tmp_path / "every_precision.py"
     script.write_text(
         "import runpy, sys\n"
@@ -145,7 +145,7 @@ def test_two_ranks_learn_in_every_precision(tmp_path: Path, strategy: str) -> No
         "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     more = ("--steps", 8, "--strategy", strategy, "--learning-rate", 1e-2)
-    run_ranks(script, 2, tmp_path, *TINY, *more, timeout=240)
+    fork_ranks(script, 2, tmp_path, *TINY, *more, timeout=240)
     losses = {precision: losses_of(tmp_path / precision) for precision in PRECISIONS}
     for precision in PRECISIONS:
         assert losses[precision][-1] < losses[precision][0] - 0.3, precision
