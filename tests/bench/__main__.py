@@ -5,6 +5,7 @@ python -m tests.bench init --size 1b --runs 5 --write  # one section, into docs/
 python -m tests.bench step imports                     # two of them
 python -m tests.bench init --size 1m --runs 1          # a try
 python -m tests.bench load --size 10m --runs 1         # another
+python -m tests.bench quantize --files FOLDER --runs 3 # needs nucleate-bitsandbytes
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from tests.bench.load_section import PARTS, load
 from tests.bench.machine import describe
 from tests.bench.model import INITS, SIZES
 from tests.bench.page import write_section
+from tests.bench.quantize_section import quantize
 from tests.bench.sections import Section, construct, imports, record, step
 
-BENCHMARKS = ("init", "record", "load", "step", "imports")
+BENCHMARKS = ("init", "record", "load", "quantize", "step", "imports")
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks: dict[str, Callable[[], Section]] = {
         "init": lambda: construct(args.size, args.runs, args.inits, args.ways),
         "load": lambda: load(args.size, args.runs, args.parts, args.load_ways, args.files),
+        "quantize": lambda: quantize(args.size, args.runs, args.files),
         "record": lambda: record(args.runs),
         "step": lambda: step(args.step_sizes, args.runs, quick=args.quick),
         "imports": lambda: imports(args.runs),
@@ -66,12 +69,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("benchmarks", nargs="*", metavar="|".join(BENCHMARKS), help="which to run; all of them by default")
     add("--runs", type=int, default=5, help="fresh processes for each number (default 5)")
-    add("--size", choices=SIZES, default="1b", help="the model of init and of load (default 1b)")
+    add("--size", choices=SIZES, default="1b", help="the model of init, load and quantize (default 1b)")
     add("--inits", nargs="+", choices=INITS, default=list(INITS), help="how that model is initialized")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to construct it")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the tables of load")
     add("--load-ways", nargs="+", choices=LOAD_WAYS, default=list(LOAD_WAYS), help="ways to load")
-    add("--files", type=Path, help="a folder for the checkpoints of load, which stay there; 13 GB at size 1b")
+    add(
+        "--files",
+        type=Path,
+        help="where the checkpoints of load and quantize are made and stay; 13 GB at size 1b",
+    )
     add("--step-sizes", nargs="+", choices=SIZES, default=["micro", "1m", "10m"], help="the models of step")
     add("--quick", action="store_true", help="only few steps: not to be believed")
     add("--write", action="store_true", help="write the tables into the docs")

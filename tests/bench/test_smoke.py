@@ -21,12 +21,14 @@ from tests.bench.measure import MeasurementError, Series, in_process, take
 from tests.bench.memory import Peak, SampledPeak, prefault
 from tests.bench.model import SIZES, Decoder, num_parameters
 from tests.bench.page import write_section
+from tests.bench.quantize_section import quantize
 from tests.bench.sections import LOOPS, Section, construct, imports, step
 
 # A process or two for each way, on machines that do other things, too.
 pytestmark = pytest.mark.timeout(900)
 
 WITH_FABRIC = find_spec("lightning") is not None
+WITH_BITSANDBYTES = find_spec("nucleate_bitsandbytes") is not None
 
 
 OURS = [name for name, way in WAYS.items() if way.ours]
@@ -150,6 +152,30 @@ def test_what_a_model_without_values_costs_is_measured() -> None:
     section = load("micro", 1, ["fixed"])
     assert section.series["fixed nucleate"].failure is None
     assert section.series["fixed nucleate"].median("first_s") < section.series["fixed meta"].median("first_s")
+
+
+@pytest.mark.skipif(not WITH_BITSANDBYTES, reason="nucleate-bitsandbytes is not installed")
+def test_what_is_quantized_while_loading_is_what_transformers_makes(files: Path) -> None:
+    section = quantize("micro", 1, files)
+    assert section.faults == []
+    assert section.text.count("| yes | yes | yes |") == 2
+    # Four attention and three MLP matrices in each of two layers; not the head.
+    assert [one.values("num_quantized") for one in section.series.values()] == [[14]] * 4
+    assert len({one.values("codes")[0] for one in section.series.values()}) == 2
+    assert "| int8, peak RSS of transformers | ≤ 0.4 | " in section.text
+
+
+def test_codes_that_are_not_transformers_are_a_fault(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = dict.fromkeys(("first_use_s", "load_s", "cpu_s", "peak_bytes", "rss_bytes", "kept_bytes"), 1.0)
+    right = {"num_quantized": 14, "codes": "a", "scales": "b", "rest": "c"}
+    series = {"nucleate": Series([numbers | right | {"codes": "d"}]), "transformers": Series([numbers | right])}
+    monkeypatch.setattr("tests.bench.quantize_section.take", lambda *args, **kwargs: series)
+    section = quantize("micro", 1, files)
+    assert section.faults == ["quantize int8: the codes differ", "quantize nf4: the codes differ"]
+    assert "| **no** | yes | yes |" in section.text
+    series["transformers"] = Series(failure="gone")
+    faults = quantize("micro", 1, files).faults
+    assert faults == ["quantize int8: transformers: gone", "quantize nf4: transformers: gone"]
 
 
 def test_checkpoints_are_made_once_and_hold_what_is_said(tmp_path: Path) -> None:
