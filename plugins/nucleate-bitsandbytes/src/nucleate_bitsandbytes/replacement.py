@@ -76,10 +76,10 @@ def prepare(model: nn.Module, precision: BitsandbytesPrecision, stored: Mapping[
     wanted = {linear for _, linear in linears_of(model, precision.skip)}
     alone = [fqn for fqn in plain if modules[fqn] not in wanted]
     if alone:
+        skip = "a head" if precision.skip is None else f"named by skip={list(precision.skip)!r}"
         raise CheckpointError(
             f"{name_list(alone)} of the checkpoint are quantized, but precision {precision.name!r} leaves these layers "
-            f"alone: they are named by skip={list(precision.skip or ())!r}, tied, or kept in full by the model. Give "
-            "`skip` without them."
+            f"alone: they are {skip}, tied, or kept in full by the model. Give a `skip` without them."
         )
     family = precision.mode.removesuffix("-dq")
     other = {fqn: quant_type or "int8" for fqn, quant_type in plain.items() if (quant_type or "int8") != family}

@@ -98,3 +98,23 @@ def refuse_mismatch(layer: Any, input: Tensor) -> None:
         raise UsageError(
             f"the input is on {input.device} but the quantized weight on {layer.weight.device}. Move one to the other."
         )
+
+
+def refuse_sharded(weight: Tensor) -> None:
+    """Raise UsageError where this rank has a shard of a layer's codes."""
+    if isinstance(weight, DTensor):
+        raise UsageError(
+            "this rank holds a shard of the quantized weight, of which nothing can be computed. Call the module "
+            "that FSDP gathers (or `unshard()` on it), not the layer in it."
+        )
+
+
+def refuse_cast(layer: nn.Linear, scales: Tensor, dtype: torch.dtype) -> None:
+    """Raise UsageError where a layer's scales have another dtype than they are made in."""
+    if scales.dtype != dtype:
+        raise UsageError(
+            f"the scales of a quantized layer ({layer.in_features} to {layer.out_features} features) are "
+            f"{scales.dtype} now, which loses what the weight was. Something cast them past the layer, as FSDP's "
+            "`mixed_precision` does with parameters that are not trained. Leave `param_dtype` out: the layer casts its "
+            "input to compute_dtype."
+        )

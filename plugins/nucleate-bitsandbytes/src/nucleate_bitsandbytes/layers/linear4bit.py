@@ -26,7 +26,16 @@ from nucleate_bitsandbytes.layers.four_bit_weight import (
     packed_values,
     quant_map,
 )
-from nucleate_bitsandbytes.layers.frozen import compute_input, frozen, kept_apply, refuse_mismatch, trained, uncompiled
+from nucleate_bitsandbytes.layers.frozen import (
+    compute_input,
+    frozen,
+    kept_apply,
+    refuse_cast,
+    refuse_mismatch,
+    refuse_sharded,
+    trained,
+    uncompiled,
+)
 from nucleate_bitsandbytes.layers.lazy import take4bit
 from nucleate_bitsandbytes.layers.loading4bit import load_weight
 from nucleate_bitsandbytes.layers.packing import can_pack, is_packed, pack, packed_linear, packed_scales, unpack
@@ -131,14 +140,8 @@ class Linear4bit(nn.Linear, FixedDtype, StoredForm):
         Raises:
             UsageError: They are sharded now.
         """
-        self._refuse_sharded()
-        if self.absmax.dtype != (torch.uint8 if self.nested else torch.float32):
-            raise UsageError(
-                f"the scales of a 4-bit layer ({self.in_features} to {self.out_features} features) are "
-                f"{self.absmax.dtype} now, which loses what the weight was. Something cast them past the layer: FSDP's "
-                "`mixed_precision` casts parameters that are not trained as well, and so do `*-true` precisions. Leave "
-                "`param_dtype` out, or use the precision of this package; the layer casts its input to compute_dtype."
-            )
+        refuse_sharded(self.weight)
+        refuse_cast(self, self.absmax, torch.uint8 if self.nested else torch.float32)
         state_type: type[QuantState] = bitsandbytes().functional.QuantState
         shape = torch.Size((self.out_features, self.in_features))
         state: dict[str, Any] = {
@@ -165,13 +168,6 @@ class Linear4bit(nn.Linear, FixedDtype, StoredForm):
         """
         state = self.quant_state
         return dequantized4bit(self._put_in_order(), state)
-
-    def _refuse_sharded(self) -> None:
-        if isinstance(self.weight, DTensor):
-            raise UsageError(
-                "this rank holds a shard of the quantized weight, of which nothing can be computed. Call the module "
-                "that FSDP gathers (or `unshard()` on it), not the layer in it."
-            )
 
     def _put_in_order(self) -> Tensor:
         """Return the codes in the order in which they are saved, and keep them so until the kernel needs another."""
@@ -209,7 +205,7 @@ class Linear4bit(nn.Linear, FixedDtype, StoredForm):
             UsageError: The input has another width, device or kind of dtype, or the weight is sharded now.
         """
         refuse_mismatch(self, input)
-        self._refuse_sharded()
+        refuse_sharded(self.weight)
         values = compute_input(input, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(values.dtype)
         if not input.numel():

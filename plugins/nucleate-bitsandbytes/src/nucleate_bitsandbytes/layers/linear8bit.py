@@ -10,13 +10,21 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nucleate.checkpoint import StoredForm, Taken
 from nucleate.deferred import Given
 from nucleate.errors import ConfigurationError, UsageError
 from nucleate.precision import FixedDtype
-from nucleate_bitsandbytes.layers.frozen import compute_input, frozen, kept_apply, refuse_mismatch, trained, uncompiled
+from nucleate_bitsandbytes.layers.frozen import (
+    compute_input,
+    frozen,
+    kept_apply,
+    refuse_cast,
+    refuse_mismatch,
+    refuse_sharded,
+    trained,
+    uncompiled,
+)
 from nucleate_bitsandbytes.layers.lazy import take8bit
 from nucleate_bitsandbytes.layers.loading8bit import load_weight
 from nucleate_bitsandbytes.layers.products import Product8bit, dequantized8bit
@@ -85,22 +93,9 @@ class Linear8bit(nn.Linear, FixedDtype, StoredForm):
         Raises:
             UsageError: The weight is sharded now.
         """
-        self._refuse_unusable()
+        refuse_sharded(self.weight)
+        refuse_cast(self, self.SCB, torch.float32)
         return dequantized8bit(self.weight.detach(), self.SCB.detach(), dtype)
-
-    def _refuse_unusable(self) -> None:
-        if isinstance(self.weight, DTensor):
-            raise UsageError(
-                "this rank holds a shard of the quantized weight, of which nothing can be computed. Call the module "
-                "that FSDP gathers (or `unshard()` on it), not the layer in it."
-            )
-        if self.SCB.dtype != torch.float32:
-            raise UsageError(
-                f"the scales of an int8 layer ({self.in_features} to {self.out_features} features) are "
-                f"{self.SCB.dtype} now, which loses what the weight was. Something cast them past the layer: FSDP's "
-                "`mixed_precision` casts parameters that are not trained as well, and so do `*-true` precisions. Leave "
-                "`param_dtype` out, or use the precision of this package; the layer casts its input to compute_dtype."
-            )
 
     @uncompiled
     def forward(self, input: Tensor) -> Tensor:
@@ -116,7 +111,8 @@ class Linear8bit(nn.Linear, FixedDtype, StoredForm):
             UsageError: The input has another width, device or kind of dtype, or the weight is sharded now.
         """
         refuse_mismatch(self, input)
-        self._refuse_unusable()
+        refuse_sharded(self.weight)
+        refuse_cast(self, self.SCB, torch.float32)
         values = compute_input(input, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(values.dtype)
         rows = values.reshape(-1, self.in_features)
