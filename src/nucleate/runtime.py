@@ -502,6 +502,7 @@ class Runtime:
         max_shard_size: int | str = "5GB",
         asynchronous: bool = False,
         keep_last: int | str | None = None,
+        keys: KeyMap | None = None,
     ) -> SaveHandle | None:
         """Write a training state, or one model, to a folder or a file; every rank calls it.
 
@@ -515,6 +516,7 @@ class Runtime:
             max_shard_size: How large the files of a safetensors folder may be.
             asynchronous: Return once the state is copied to CPU memory, and write in the background.
             keep_last: Keep that many checkpoints beside one another, and a pointer `latest` to the newest.
+            keys: Other names in the checkpoint, and rules, where the state is one module; see `load_raw`.
 
         Returns:
             With `asynchronous`, a handle to wait for; else None.
@@ -532,6 +534,7 @@ class Runtime:
                 max_shard_size=max_shard_size,
                 asynchronous=asynchronous,
                 keep_last=keep_last,
+                keys=keys,
             )
 
     def load(
@@ -594,7 +597,8 @@ class Runtime:
             strict: Refuse keys that are missing, unexpected or of another shape. Otherwise deferred tensors that are
                 missing are made by their recipes.
             prefix: Only the keys that begin with this, without it.
-            keys: Other names for keys: a dict of regular expressions and replacements, a function, or a list of these.
+            keys: Other names for keys: a dict of regular expressions and replacements, a function, a rule that renames,
+                joins, splits or transposes tensors (`nucleate.checkpoint.rename`, ...), or a list of these.
             reader: The format's name, where it cannot be told from the files.
             mmap: Let deferred tensors on the CPU lie in the file's own pages where they can.
 

@@ -2,12 +2,12 @@
 
 `save`, `load` and `load_raw` are the way in. The rest of the package is theirs. Reading: `readers` say what a file or
 folder holds, as `contents` made of `stored` tensors in `files`; `plan` compares it with what is asked for, `key_map`
-gives other names to keys, `load_report` says what came of it, and a module that holds something else than it
-stores has a `stored_form`. Writing: `snapshot` is what is written and `held` which
-part of it this rank has, `writers` are the formats, `folder` and `single_file` make a checkpoint whole or absent,
-`retention` keeps the last few. Both: `entries` says what a state consists of, `tree` and `values` take it apart,
-`optimizer_state` gives names to an optimizer's numbers. `convert` and `verify` work on files alone: `selection`
-chooses, `sweep` reads.
+gives other names to keys, `rules` join, split and transpose tensors on the way (`renaming`, `computed`, `moved`),
+`load_report` says what came of it, and a module that holds something else than it stores has a `stored_form`. Writing:
+`snapshot` is what is written and `held` which part of it this rank has, `writers` are the formats, `folder` and
+`single_file` make a checkpoint whole or absent, `retention` keeps the last few. Both: `entries` says what a state
+consists of, `tree` and `values` take it apart, `optimizer_state` gives names to an optimizer's numbers. `convert` and
+`verify` work on files alone: `selection` chooses, `sweep` reads.
 """
 
 from nucleate.checkpoint.converter import ConvertReport, convert
@@ -17,6 +17,19 @@ from nucleate.checkpoint.load_report import Finding, LoadReport
 from nucleate.checkpoint.loader import load
 from nucleate.checkpoint.raw import load_raw
 from nucleate.checkpoint.readers import Reader, open_checkpoint
+from nucleate.checkpoint.rules import (
+    Rule,
+    concatenate,
+    drop,
+    inverse,
+    permute_heads,
+    read_rules,
+    rename,
+    split,
+    stack,
+    transpose,
+    unstack,
+)
 from nucleate.checkpoint.selection import Selection
 from nucleate.checkpoint.stored_form import StoredForm, Taken
 from nucleate.checkpoint.verifier import VerifyReport, verify
@@ -28,17 +41,28 @@ __all__ = [
     "KeyMap",
     "LoadReport",
     "Reader",
+    "Rule",
     "SaveHandle",
     "Selection",
     "StoredForm",
     "Taken",
     "VerifyReport",
     "add_prefix",
+    "concatenate",
     "convert",
+    "drop",
+    "inverse",
     "load",
     "load_raw",
     "open_checkpoint",
+    "permute_heads",
+    "read_rules",
+    "rename",
     "save",
+    "split",
+    "stack",
     "strip_prefix",
+    "transpose",
+    "unstack",
     "verify",
 ]

@@ -54,7 +54,7 @@ class Contents:
 
     def distinct(self) -> list[StoredTensor]:
         """Return the tensors, one for each group that shares its bytes."""
-        return list({(t.dtype, t.shape, t.chunks): t for t in self.tensors.values()}.values())
+        return list({t.identity: t for t in self.tensors.values()}.values())
 
     def has(self, path: KeyPath) -> bool:
         """Return whether anything was saved at `path`."""

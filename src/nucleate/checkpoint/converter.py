@@ -7,6 +7,7 @@ a checkpoint of any size: a few MiB for each thread, or one tensor where the for
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 
 from nucleate.checkpoint.contents import Contents
 from nucleate.checkpoint.held import Box, HeldTensor
+from nucleate.checkpoint.key_map import KeyMap
 from nucleate.checkpoint.readers import open_checkpoint, reader_for
 from nucleate.checkpoint.retention import resolve
 from nucleate.checkpoint.save_group import SaveGroup
@@ -59,7 +61,7 @@ class ConvertReport:
     seconds: float
 
 
-def convert(
+def convert(  # noqa: PLR0913 - one call says all there is to say of a conversion
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
@@ -69,6 +71,7 @@ def convert(
     selection: Selection = _EVERYTHING,
     reader: str | None = None,
     overwrite: bool = False,
+    keys: KeyMap | None = None,
 ) -> ConvertReport:
     """Write a checkpoint again in another format, bit for bit.
 
@@ -86,15 +89,23 @@ def convert(
         selection: Which part of the source, and under which names.
         reader: The source's format, where it cannot be told from the files.
         overwrite: Replace the checkpoint that is at `target`.
+        keys: Other names for the tensors of one model, and rules that join, split, transpose and permute tensors; the
+            same as `Selection(keys=...)`.
 
     Raises:
         CheckpointNotFoundError: There is nothing at `source`.
-        CheckpointKeyError: The selection is empty, or gives one name to two tensors.
+        CheckpointKeyError: The selection is empty, or gives one name to two tensors; or a rule finds nothing, or not
+            all that belongs together.
+        ShapeMismatchError: Tensors that a rule joins do not fit together, or sizes do not add up.
         CheckpointError: The source is damaged or changed meanwhile, the target's format cannot hold it, or writing
             failed.
         ConfigurationError: Something is at `target`, or arguments contradict each other.
     """
     begin = time.monotonic()
+    if keys is not None:
+        if selection.keys is not None:
+            raise ConfigurationError("keys= is given twice: by itself, and in `selection`. Give it once.")
+        selection = dataclasses.replace(selection, keys=keys)
     found = resolve(source)
     place = Path(os.path.abspath(target))
     _check_dtype(dtype)

@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
+from nucleate.checkpoint.rules import Rule
 from nucleate.errors import CheckpointKeyError, ConfigurationError, name_list
 
 #: Regular expressions and what replaces them, as `re.sub` takes them, all of them in order; or a function of a key
-#: that returns the new one, or None for a key to leave out; or several of these, one after the other.
-KeyMap: TypeAlias = "Mapping[str, str] | Callable[[str], str | None] | Iterable[KeyMap]"
+#: that returns the new one, or None for a key to leave out; or a rule, which may join, split and transpose tensors; or
+#: several of these, one after the other.
+KeyMap: TypeAlias = "Mapping[str, str] | Callable[[str], str | None] | Rule | Iterable[KeyMap]"
 
 
 def strip_prefix(prefix: str) -> Callable[[str], str | None]:
@@ -45,7 +47,7 @@ def map_keys(keys: Iterable[str], key_map: KeyMap | None) -> dict[str, str]:
         ConfigurationError: It is no key map, or a function returned something else than a string or None.
         CheckpointKeyError: It gives one name to two keys.
     """
-    steps = list(_steps(key_map)) if key_map is not None else []
+    steps = list(steps_of(key_map)) if key_map is not None else []
     found: dict[str, str] = {}
     twice: list[str] = []
     for key in keys:
@@ -53,6 +55,7 @@ def map_keys(keys: Iterable[str], key_map: KeyMap | None) -> dict[str, str]:
         for step in steps:
             if new is None:
                 break
+            assert not isinstance(step, Rule), "rules are applied to tensors"
             new = step(new)
             if new is not None and not isinstance(new, str):
                 raise ConfigurationError(
@@ -70,19 +73,26 @@ def map_keys(keys: Iterable[str], key_map: KeyMap | None) -> dict[str, str]:
     return found
 
 
-def _steps(key_map: KeyMap) -> Iterable[Callable[[str], str | None]]:
-    if isinstance(key_map, Mapping):
+def steps_of(key_map: KeyMap) -> Iterable[Callable[[str], str | None] | Rule]:
+    """Yield the steps of a key map in order: functions of a key, and rules.
+
+    Raises:
+        ConfigurationError: It is no key map.
+    """
+    if isinstance(key_map, Rule):
+        yield key_map
+    elif isinstance(key_map, Mapping):
         for pattern, replacement in key_map.items():
             yield _substitution(pattern, replacement)
     elif callable(key_map):
         yield key_map
     elif isinstance(key_map, Iterable) and not isinstance(key_map, str):
         for one in key_map:
-            yield from _steps(one)
+            yield from steps_of(one)
     else:
         raise ConfigurationError(
             f"{key_map!r} is no key map. Give a dict of regular expressions and replacements, such as "
-            "{'^model\\\\.': ''}, a function of a key, or a list of these."
+            "{'^model\\\\.': ''}, a function of a key, a rule such as `rename`, or a list of these."
         )
 
 

@@ -150,7 +150,7 @@ class Plan:
                 return None
             stored = self.contents.tensors[key]
             if target is None:
-                where = (stored.dtype, stored.shape, stored.chunks)
+                where = stored.identity
                 if where not in new:
                     new[where] = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
                     self._read(stored, new[where])
@@ -198,8 +198,8 @@ class Plan:
 
     def _check_files(self) -> None:
         """Raise if a file was cut short since its header was read, before any tensor has changed."""
-        chunks = (chunk for _, given in self._real if isinstance(given, StoredTensor) for chunk in given.chunks)
-        for file in {id(chunk.file): chunk.file for chunk in chunks}.values():
+        files = (file for _, given in self._real if isinstance(given, StoredTensor) for file in given.files)
+        for file in {id(file): file for file in files}.values():
             if isinstance(file, DataFile):
                 file.check_length()
 

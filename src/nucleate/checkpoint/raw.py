@@ -6,15 +6,17 @@ name, in any format, under other names if need be, from inside of something larg
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from nucleate.checkpoint.computed import computed
 from nucleate.checkpoint.contents import Contents
 from nucleate.checkpoint.entries import ParameterNames
-from nucleate.checkpoint.key_map import KeyMap, map_keys
+from nucleate.checkpoint.key_map import KeyMap
 from nucleate.checkpoint.load_report import Finding, LoadReport
 from nucleate.checkpoint.module_keys import Prepare, Ties, plan_module
 from nucleate.checkpoint.plan import Plan
@@ -51,8 +53,8 @@ def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
         strict: Refuse keys that are missing, unexpected or of another shape or dtype. Otherwise what is missing or does
             not fit is made by its recipe, or stays as it is, with a warning.
         prefix: Only the keys that begin with this, without it: `"model."` of a training checkpoint.
-        keys: Other names for the keys, after `prefix`: a dict of regular expressions and replacements, a function, or a
-            list of these.
+        keys: Other names for the keys, after `prefix`: a dict of regular expressions and replacements, a function, a
+            rule such as `rename`, `concatenate` or `transpose`, or a list of these.
         reader: The format's name, where it cannot be told from the files.
         mmap: Let deferred tensors on the CPU lie in the file's own pages where dtype and layout are the file's: ready
             at once, without memory of their own until they are written. The file must not be changed meanwhile.
@@ -77,9 +79,10 @@ def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
                 f"load_raw takes a path and then a torch.nn.Module, not {type(model).__name__}. For optimizers and "
                 "other state use `load`."
             )
-        plan = Plan(open_checkpoint(resolve(where), reader), maps=mmap)
-        prefix = prefix or _only_module(plan.contents)
-        stored = _stored(plan.contents, prefix, keys)
+        contents = open_checkpoint(resolve(where), reader)
+        prefix = prefix or _only_module(contents)
+        contents, stored = _stored(contents, prefix, keys)
+        plan = Plan(contents, maps=mmap)
         if prepare is not None:
             prepare(model, {name: plan.contents.tensors[key] for name, key in stored.items()})
         state_dict: dict[str, Any] = model.state_dict(keep_vars=True)
@@ -89,7 +92,9 @@ def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
         stored = plan_module(plan, model, state_dict, (), stored, place, names, ties)
         for name, key in stored.items():
             if name not in state_dict and not _is_inside(name, state_dict, plan.contents, place):
-                plan.report.unexpected.append(Finding(name, plan.contents.tensors[key].size_bytes))
+                unused = plan.contents.tensors[key]
+                detail = f"made of {unused.origin}" if unused.origin else ""
+                plan.report.unexpected.append(Finding(name, unused.size_bytes, detail))
         if strict:
             _suggest(plan, stored, state_dict)
         plan.check(strict)
@@ -140,8 +145,8 @@ def _is_inside(name: str, state_dict: dict[str, Any], contents: Contents, place:
     )
 
 
-def _stored(contents: Contents, prefix: str, keys: KeyMap | None) -> dict[str, str]:
-    """Return the names under which a model may ask for tensors, to their keys in the checkpoint."""
+def _stored(contents: Contents, prefix: str, keys: KeyMap | None) -> tuple[Contents, dict[str, str]]:
+    """Return the contents with what rules make of them, and the names that a model may ask for, to keys in them."""
     names = {key_of(path): key for path, key in contents.keys.items()}
     if prefix:
         under = {name[len(prefix) :]: key for name, key in names.items() if name.startswith(prefix)}
@@ -151,7 +156,18 @@ def _stored(contents: Contents, prefix: str, keys: KeyMap | None) -> dict[str, s
                 f"no key of {contents.path} begins with {prefix!r}; there are {len(names)}: {first}, ..."
             )
         names = under
-    return {new: names[old] for new, old in map_keys(names, keys).items()}
+    if keys is None:
+        return contents, names
+    found = computed({name: contents.tensors[key] for name, key in names.items()}, keys, str(contents.path))
+    stored: dict[str, str] = {}
+    tensors = dict(contents.tensors)
+    known = {id(tensor): key for key, tensor in contents.tensors.items()}
+    for name, tensor in found.items():
+        # What is made may have the name of something in the file.
+        key = known.setdefault(id(tensor), f"{name} of {tensor.origin}")
+        tensors[key] = tensor
+        stored[name] = key
+    return dataclasses.replace(contents, tensors=tensors), stored
 
 
 def _suggest(plan: Plan, stored: dict[str, str], state_dict: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from nucleate.checkpoint.computed import computed
 from nucleate.checkpoint.contents import Contents
-from nucleate.checkpoint.key_map import KeyMap, map_keys
+from nucleate.checkpoint.key_map import KeyMap
 from nucleate.checkpoint.stored import StoredTensor
 from nucleate.checkpoint.tree import KeyPath, key_of
 from nucleate.errors import CheckpointKeyError, ConfigurationError, name_list
@@ -57,8 +58,7 @@ def tied(contents: Contents) -> dict[str, str]:
     """
     first: dict[Any, str] = {}
     return {
-        key: first.setdefault((tensor.dtype, tensor.shape, tensor.chunks), key) if tensor.numel else key
-        for key, tensor in contents.tensors.items()
+        key: first.setdefault(tensor.identity, key) if tensor.numel else key for key, tensor in contents.tensors.items()
     }
 
 
@@ -120,11 +120,16 @@ def _stripped(contents: Contents, prefix: str) -> dict[str, str]:
 
 
 def _renamed(contents: Contents, key_map: KeyMap) -> Contents:
-    names = {str(place[0]): key for place, key in contents.keys.items()}
-    new = {name: names[old] for name, old in map_keys(names, key_map).items()}
+    names = {str(place[0]): contents.tensors[key] for place, key in contents.keys.items()}
+    new = computed(names, key_map, str(contents.path))
     if not new or "" in new:
         raise CheckpointKeyError(f"with these names, {'a' if new else 'no'} key of {contents.path} is left empty.")
-    flat = _flat(contents, new)
+    # What rules make has another shape, and was never sharded.
+    keys = {id(tensor): key for key, tensor in contents.tensors.items()}
+    sharded = {
+        name: contents.sharded[old] for name, t in new.items() if (old := keys.get(id(t), "")) in contents.sharded
+    }
+    flat = _flat(dataclasses.replace(contents, tensors=new, sharded=sharded), {name: name for name in new})
     # What is no tensor stays: the extra state of a module.
     values = {key: value for key, value in contents.skeleton.items() if (key,) not in contents.keys}
     return dataclasses.replace(flat, skeleton={**flat.skeleton, **values})

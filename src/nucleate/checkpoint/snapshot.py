@@ -15,10 +15,13 @@ from torch import Tensor
 
 from nucleate.checkpoint.entries import Entry, Kind, ParameterNames
 from nucleate.checkpoint.held import HeldTensor, frozen, hold
+from nucleate.checkpoint.key_map import KeyMap
+from nucleate.checkpoint.moved import MovedBox, moved
 from nucleate.checkpoint.optimizer_state import named_state
 from nucleate.checkpoint.save_group import SaveGroup
 from nucleate.checkpoint.tree import KeyPath, key_of, split
 from nucleate.checkpoint.values import VALUES, decode, encode
+from nucleate.deferred import Given
 from nucleate.errors import CheckpointError, ConfigurationError, RankDisagreementError, name_list
 
 #: Says of a key and its value whether they are saved.
@@ -36,6 +39,8 @@ class Snapshot:
         tensors: The tensors as this rank sees them, tied ones once; there when it is closed.
         is_complete: Whether optimizers go by the names of their parameters, as `save` has it.
         values: On rank 0, when it is closed: all that is no tensor, as bytes `(size_bytes,)`.
+        moved: What this rank writes of tensors whose elements go elsewhere, where keys are mapped by rules.
+        whole: Elements of tensors that such rules make, by key, where this rank has all of them.
     """
 
     def __init__(self, filters: Mapping[str, Filter] | None = None) -> None:
@@ -46,6 +51,8 @@ class Snapshot:
         self.versions: dict[KeyPath, Any] = {}
         self.tensors: list[HeldTensor] = []
         self.values: Tensor | None = None
+        self.moved: list[MovedBox] = []
+        self.whole: dict[str, Given] = {}
         self._filters = filters or {}
         self._found: dict[KeyPath, Tensor] = {}
         self._modules: dict[KeyPath, tuple[Any, Any]] = {}
@@ -98,11 +105,12 @@ class Snapshot:
             node = node.setdefault(part, {})
         node[entry.path[-1]] = left
 
-    def close(self, rank: int) -> None:
+    def close(self, rank: int, keys: KeyMap | None = None) -> None:
         """Give every tensor its key, and find out what this rank writes.
 
         Args:
             rank: This process among all.
+            keys: Other names for the tensors of the one model, and what is done to them.
 
         Raises:
             CheckpointError: Two tensors would have the same key, one is not reduced over the ranks yet, or a value
@@ -126,7 +134,11 @@ class Snapshot:
                 )
             written[key], places[key] = tensor, path
         self.tensors = hold(written, rank)
-        if any(box.values.device.type != "cpu" for held in self.tensors for box in held.boxes):
+        if keys is not None:
+            self._map(keys, rank)
+        devices = [box.values.device for held in self.tensors for box in held.boxes]
+        devices += [box.values.device for box in self.moved]
+        if any(device.type != "cpu" for device in devices):
             # Other threads read them, and would not wait for what this one's stream still has to do.
             torch.accelerator.synchronize()
         if rank == 0:
@@ -153,9 +165,29 @@ class Snapshot:
             "the same state, in the same order."
         )
 
+    def _map(self, keys: KeyMap, rank: int) -> None:
+        if not self.is_bare:
+            raise ConfigurationError(
+                "keys= maps the names of one model, and the state is a dict, in which an optimizer and others may "
+                "refer to these names. Save the model by itself: `save(path, model, keys=...)`."
+            )
+        names = {str(place[0]): key for place, key in self.keys.items()}
+        result = moved(self.tensors, names, keys, rank)
+        values = {name: value for name, value in self.skeleton.items() if (name,) not in self.keys}
+        twice = sorted(set(values) & set(result.names))
+        if twice:
+            raise CheckpointError(f"{name_list(twice)} would be tensors and other values of the model at once.")
+        self.tensors, self.moved, self.whole = result.tensors, result.boxes, result.whole
+        self.keys = {(name,): key for name, key in result.names.items()}
+        self.skeleton = {**dict.fromkeys(result.names), **values}
+        # They are those of modules that have other names now.
+        self.versions = {}
+
     def freeze(self) -> None:
         """Copy what this rank writes, so that training can go on in place while it is written."""
         self.tensors = frozen(self.tensors)
+        for box in self.moved:
+            box.values = torch.empty(box.values.shape, dtype=box.values.dtype, device="cpu").copy_(box.values)
         if self.values is not None:
             self.skeleton = decode(self.values)["skeleton"]
         self._forget()

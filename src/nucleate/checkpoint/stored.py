@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,21 @@ class StoredTensor(Given):
         """Whether it lies in one piece, row by row."""
         return len(self.chunks) == 1 and self.chunks[0].stride is None and self.chunks[0].shape == self.shape
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What is equal for names of the same elements."""
+        return (self.dtype, self.shape, self.chunks)
+
+    @property
+    def files(self) -> tuple[Bytes, ...]:
+        """The files that it lies in."""
+        return tuple(chunk.file for chunk in self.chunks)
+
+    @property
+    def origin(self) -> str:
+        """What it is made of, where that is another key or several; else empty."""
+        return ""
+
     def check(self) -> None:
         """Make sure that the boxes cover the tensor, none overlap, and all lie within their files.
 
@@ -128,7 +144,7 @@ class StoredTensor(Given):
 
     def is_same(self, other: StoredTensor) -> bool:
         """Return whether two names stand for the same bytes, as those of tied tensors may."""
-        return (self.dtype, self.shape, self.chunks) == (other.dtype, other.shape, other.chunks)
+        return self.identity == other.identity
 
     def order(self, start: int) -> tuple[int, int]:
         """Return a key by which ranges are read in the order in which they lie on disk.

@@ -18,6 +18,7 @@ from torch import nn
 from nucleate.checkpoint.entries import Kind, agree, entries_of
 from nucleate.checkpoint.folder import CheckpointFolder
 from nucleate.checkpoint.handle import SaveHandle, settle
+from nucleate.checkpoint.key_map import KeyMap
 from nucleate.checkpoint.lock import SaveLock
 from nucleate.checkpoint.retention import Series, check_keep_last
 from nucleate.checkpoint.save_group import SaveGroup
@@ -39,7 +40,7 @@ FORMATS = ("dcp", "safetensors", "torch")
 _turn = threading.RLock()
 
 
-def save(
+def save(  # noqa: PLR0913 - one call says all there is to say of a save
     path: str | os.PathLike[str],
     state: dict[str, Any] | nn.Module,
     communicator: Communicator,
@@ -49,6 +50,7 @@ def save(
     max_shard_size: int | str = "5GB",
     asynchronous: bool = False,
     keep_last: int | str | None = None,
+    keys: KeyMap | None = None,
 ) -> SaveHandle | None:
     """Save `state` at `path`, replacing the checkpoint that is there.
 
@@ -70,11 +72,16 @@ def save(
         asynchronous: Return as soon as this rank's part is copied to CPU memory, and write in the background.
         keep_last: Keep that many of the checkpoints that were saved next to each other with `keep_last`, and delete
             the oldest; `"all"` deletes none. The file `latest` beside them leads to the newest one.
+        keys: Other names in the checkpoint, where the state is one module: a dict of regular expressions and
+            replacements, a function, a rule such as `split` or `transpose`, or a list of these. Every rank writes its
+            own parts of what rules make, too.
 
     Returns:
         With `asynchronous`, a handle to wait for; else None.
 
     Raises:
+        CheckpointKeyError: A rule finds nothing, or not all that belongs together, or two tensors get one name.
+        ShapeMismatchError: Tensors that a rule joins do not fit together, or sizes do not add up.
         CheckpointError: Something is in the way at `path`, a value cannot be saved, writing failed, or another job
             saves there; also when an asynchronous save before this one failed and nobody waited for it.
         UsageError: A tensor is still deferred, or an optimizer's parameters are in no module of the state.
@@ -100,7 +107,7 @@ def save(
             with group.all_or_none(f"{saving}: {entry.title}"):
                 snapshot.take(entry)
         with group.all_or_none(saving):
-            snapshot.close(group.rank)
+            snapshot.close(group.rank, keys)
             writer.check(snapshot)
         snapshot.agree(group)
         job = SaveJob(snapshot, writer, target, series, group)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from typing import TYPE_CHECKING
 
 from nucleate.cli import text
 from nucleate.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from nucleate.checkpoint import KeyMap
 
 HELP = "write a checkpoint in another format"
 
@@ -40,9 +44,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="extend",
         nargs="+",
         default=[],
-        metavar="REGEX=REPL",
-        help="rename tensors: what REGEX finds becomes REPL, one after the other",
+        metavar="REGEX=REPL|FILE.toml",
+        help="rename tensors: what REGEX finds becomes REPL, one after the other; or the rules in FILE.toml, which may "
+        "join, split, transpose and permute tensors too",
     )
+    parser.add_argument("--inverse", action="store_true", help="undo the rules of --keys FILE.toml")
     parser.add_argument("--force", action="store_true", help="replace the checkpoint at DST")
     parser.add_argument("--reader", metavar="NAME", help="the format of SRC, where it cannot be told from the files")
 
@@ -54,7 +60,6 @@ def sources(args: argparse.Namespace) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, with a progress bar."""
-    keys = [_renaming(each) for each in args.keys]
     import torch
 
     from nucleate.checkpoint.converter import convert
@@ -62,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from nucleate.report.memory import format_bytes
     from nucleate.report.meter import metered
 
+    keys = _keys(args.keys, args.inverse)
     with metered(True):
         report = convert(
             args.source,
@@ -85,10 +91,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _keys(arguments: list[str], undo: bool) -> list[KeyMap]:
+    from nucleate.checkpoint import inverse, read_rules
+
+    if undo and not (arguments and all(_is_file(each) for each in arguments)):
+        raise ConfigurationError("--inverse undoes the rules of --keys FILE.toml, and takes nothing else in --keys.")
+    found: list[KeyMap] = [read_rules(each) if _is_file(each) else _renaming(each) for each in arguments]
+    if undo:
+        return [inverse(read_rules(each)) for each in reversed(arguments)]
+    return found
+
+
+def _is_file(argument: str) -> bool:
+    return argument.endswith(".toml") and "=" not in argument
+
+
 def _renaming(argument: str) -> dict[str, str]:
     parts = _EQUALS.split(argument, maxsplit=1)
     if len(parts) != 2 or not parts[0]:
         raise ConfigurationError(
-            f"--keys {argument!r} must be REGEX=REPL, such as '^model\\.=' or 'layers\\.(\\d+)=h.\\1'."
+            f"--keys {argument!r} must be REGEX=REPL, such as '^model\\.=' or 'layers\\.(\\d+)=h.\\1', or FILE.toml."
         )
     return {parts[0]: parts[1]}

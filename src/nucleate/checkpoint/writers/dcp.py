@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from nucleate.checkpoint.folder import write_marker
 from nucleate.checkpoint.held import Box, HeldTensor
+from nucleate.checkpoint.moved import as_boxes
 from nucleate.checkpoint.readers.dcp import DCPReader
 from nucleate.checkpoint.save_group import SaveGroup
 from nucleate.checkpoint.snapshot import Snapshot
@@ -44,7 +45,7 @@ class DcpWriter(Writer):
     format: ClassVar[str] = "dcp"
 
     def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
-        tensors = list(snapshot.tensors)
+        tensors = as_boxes(snapshot.tensors, snapshot.moved, snapshot.whole)
         if snapshot.values is not None:
             values = snapshot.values
             tensors.append(HeldTensor(VALUES, values.dtype, tuple(values.shape), None, (Box((0,), values),)))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nucleate.checkpoint.files import system_call
 from nucleate.checkpoint.held import HeldTensor
+from nucleate.checkpoint.moved import MovedBox
 from nucleate.checkpoint.save_group import SaveGroup
 from nucleate.deferred import Given
 from nucleate.deferred.given import take_range
@@ -39,8 +40,8 @@ _MAX_THREADS = 4
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM)
 
 
-#: A part of a box, its first index in the tensor, where that goes, the file, and where the values are read from.
-_Slab: TypeAlias = "tuple[Tensor, tuple[int, ...], Place, int, Given | None]"
+#: Writes a part of a box and returns how many bytes; and the file, for messages.
+_Slab: TypeAlias = "tuple[Callable[[], int], str]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,14 @@ def check_room(folder: Path, size_bytes: int) -> None:
         raise failure(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), size_bytes)
 
 
-def write(tensors: Sequence[HeldTensor], places: Mapping[str, Place], draft: Path, group: SaveGroup, what: str) -> None:
+def write(
+    tensors: Sequence[HeldTensor],
+    places: Mapping[str, Place],
+    draft: Path,
+    group: SaveGroup,
+    what: str,
+    moved: Sequence[MovedBox] = (),
+) -> None:
     """Write what this rank holds to its places, and to disk; all ranks together.
 
     Args:
@@ -145,6 +153,7 @@ def write(tensors: Sequence[HeldTensor], places: Mapping[str, Place], draft: Pat
         draft: Where the files are, each of its full size.
         group: The ranks.
         what: What is being done, for messages.
+        moved: What this rank holds besides, of which the elements go to places in other tensors.
 
     Raises:
         CheckpointError: Writing failed, or the ranks together do not hold every element once.
@@ -153,8 +162,8 @@ def write(tensors: Sequence[HeldTensor], places: Mapping[str, Place], draft: Pat
     """
     with group.all_or_none(what):
         _check(tensors, places)
-        _write_all(tensors, places, draft)
-    held = sum(group.gather_objects(sum(one.held_bytes for one in tensors)))
+        written = _write_all(tensors, places, draft, moved)
+    held = sum(group.gather_objects(written))
     wanted = sum(math.prod(place.shape) * place.dtype.itemsize for place in places.values())
     if held != wanted:
         raise CheckpointError(
@@ -173,8 +182,13 @@ def _check(tensors: Sequence[HeldTensor], places: Mapping[str, Place]) -> None:
             )
 
 
-def _write_all(tensors: Sequence[HeldTensor], places: Mapping[str, Place], draft: Path) -> None:
+def _write_all(
+    tensors: Sequence[HeldTensor], places: Mapping[str, Place], draft: Path, moved: Sequence[MovedBox]
+) -> int:
+    """Write everything, and return how many bytes of tensors that was."""
     names = dict.fromkeys(places[held.key].file for held in tensors if held.boxes)
+    if moved:
+        names = dict.fromkeys(place.file for place in places.values())
     descriptors: dict[str, int] = {}
     try:
         for name in names:
@@ -183,8 +197,8 @@ def _write_all(tensors: Sequence[HeldTensor], places: Mapping[str, Place], draft
                 descriptors[name] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise failure(path, error) from error
-        slabs = (
-            (slab, begin, place, descriptors[place.file], box.given)
+        slabs: Iterator[_Slab] = (
+            (functools.partial(_write_slab, slab, begin, place, descriptors[place.file], box.given), place.file)
             for held in tensors
             for box in held.boxes
             for place in (places[held.key],)
@@ -194,8 +208,15 @@ def _write_all(tensors: Sequence[HeldTensor], places: Mapping[str, Place], draft
                 (STAGING_BYTES if box.given is None else _READ_BYTES) // held.dtype.itemsize,
             )
         )
-        with Meter(sum(held.held_bytes for held in tensors), "writing") as meter:
-            _in_threads(slabs, draft, meter)
+        scattered: Iterator[_Slab] = (
+            (functools.partial(_scatter_slab, slab, begin, box, places, descriptors), "")
+            for box in moved
+            for slab, begin in _slabs(box.values, box.begin, STAGING_BYTES // box.values.element_size())
+        )
+        size_bytes = sum(held.held_bytes for held in tensors)
+        size_bytes += sum(box.values.numel() * box.values.element_size() for box in moved)
+        with Meter(size_bytes, "writing") as meter:
+            written = _in_threads(itertools.chain(slabs, scattered), draft, meter)
         for name, descriptor in descriptors.items():
             try:
                 os.fsync(descriptor)
@@ -204,12 +225,14 @@ def _write_all(tensors: Sequence[HeldTensor], places: Mapping[str, Place], draft
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
+    return written
 
 
-def _in_threads(slabs: Iterator[_Slab], draft: Path, meter: Meter) -> None:
+def _in_threads(slabs: Iterator[_Slab], draft: Path, meter: Meter) -> int:
     """Write the slabs by a few threads. Plain threads: an executor takes no work once the interpreter ends."""
     lock = threading.Lock()
     failures: list[BaseException] = []
+    written = [0]
 
     def work() -> None:
         try:
@@ -218,15 +241,14 @@ def _in_threads(slabs: Iterator[_Slab], draft: Path, meter: Meter) -> None:
                     item = next(slabs, None)
                 if item is None:
                     return
-                slab, begin, place, descriptor, given = item
+                work_off, file = item
                 try:
-                    if given is None:
-                        _write_slab(slab, begin, place, descriptor)
-                    else:
-                        _copy_slab(given, slab, begin, place, descriptor)
+                    size_bytes = work_off()
                 except OSError as error:
-                    raise failure(draft / place.file if place.file else draft, error) from error
-                meter.add(slab.numel() * place.dtype.itemsize)
+                    raise failure(draft / file if file else draft, error) from error
+                with lock:
+                    written[0] += size_bytes
+                meter.add(size_bytes)
         except BaseException as error:
             failures.append(error)
 
@@ -238,6 +260,7 @@ def _in_threads(slabs: Iterator[_Slab], draft: Path, meter: Meter) -> None:
         thread.join()
     if failures:
         raise failures[0]
+    return written[0]
 
 
 def _num_threads() -> int:
@@ -260,14 +283,46 @@ def _slabs(values: Tensor, begin: tuple[int, ...], limit: int) -> Iterator[tuple
         yield from _slabs(rows, (*begin[:dim], begin[dim] + first, *begin[dim + 1 :]), limit)
 
 
-def _write_slab(slab: Tensor, begin: tuple[int, ...], place: Place, descriptor: int) -> None:
-    # In this order: what is conjugated on an accelerator is resolved there.
-    plain = slab.detach().resolve_conj().resolve_neg().contiguous().cpu()
+def _write_slab(slab: Tensor, begin: tuple[int, ...], place: Place, descriptor: int, given: Given | None) -> int:
     itemsize = place.dtype.itemsize
+    if given is not None:
+        _copy_slab(given, slab, begin, place, descriptor)
+        return slab.numel() * itemsize
+    plain = _plain(slab)
     address = plain.data_ptr()
     for offset, numel in runs(begin, tuple(slab.shape), place.shape):
         _pwrite(descriptor, address, numel * itemsize, place.offset + offset * itemsize)
         address += numel * itemsize
+    return slab.numel() * itemsize
+
+
+def _plain(slab: Tensor) -> Tensor:
+    # In this order: what is conjugated on an accelerator is resolved there.
+    return slab.detach().resolve_conj().resolve_neg().contiguous().cpu()
+
+
+def _scatter_slab(
+    slab: Tensor,
+    begin: tuple[int, ...],
+    box: MovedBox,
+    places: Mapping[str, Place],
+    descriptors: Mapping[str, int],
+) -> int:
+    """Write a part of a box to where its elements belong."""
+    plain, done, written = _plain(slab).view(-1), 0, 0
+
+    def put(key: str, start: int, values: Tensor) -> None:
+        nonlocal written
+        place = places[key]
+        size_bytes = values.numel() * place.dtype.itemsize
+        offset = place.offset + start * place.dtype.itemsize
+        _pwrite(descriptors[place.file], values.data_ptr(), size_bytes, offset)
+        written += size_bytes
+
+    for offset, numel in runs(begin, tuple(slab.shape), box.shape):
+        box.scatter(offset, plain[done : done + numel], put)
+        done += numel
+    return written
 
 
 def _copy_slab(given: Given, slab: Tensor, begin: tuple[int, ...], place: Place, descriptor: int) -> None:

@@ -120,7 +120,7 @@ class SafetensorsFolderWriter(_SafetensorsWriter):
         with group.all_or_none(what):
             if group.rank == 0:
                 places = self._create(snapshot, draft)
-        output.write(snapshot.tensors, group.broadcast(places), draft, group, what)
+        output.write(snapshot.tensors, group.broadcast(places), draft, group, what, snapshot.moved)
         with group.all_or_none(what):
             if group.rank == 0:
                 write_marker(draft, self.format, group.world_size)
@@ -160,7 +160,7 @@ class SafetensorsFileWriter(_SafetensorsWriter):
                 values = ctypes.string_at(snapshot.values.data_ptr(), snapshot.values.numel())
                 metadata = {"format": "pt", VALUES_FIELD: base64.b64encode(values).decode()}
                 places = _create(draft, "", snapshot.tensors, metadata)
-        output.write(snapshot.tensors, group.broadcast(places), draft, group, what)
+        output.write(snapshot.tensors, group.broadcast(places), draft, group, what, snapshot.moved)
 
 
 def _shards(tensors: Sequence[HeldTensor], max_bytes: int) -> list[list[HeldTensor]]:

@@ -50,7 +50,7 @@ class TorchFileWriter(Writer):
         with group.all_or_none(what):
             if group.rank == 0:
                 places = _create(snapshot, draft)
-        output.write(snapshot.tensors, group.broadcast(places), draft, group, what)
+        output.write(snapshot.tensors, group.broadcast(places), draft, group, what, snapshot.moved)
         with group.all_or_none(what):
             if group.rank == 0:
                 try:
