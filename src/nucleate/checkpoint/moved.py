@@ -22,8 +22,9 @@ from nucleate.deferred.scatter import scatter
 from nucleate.deferred.strided import boxes
 from nucleate.errors import CheckpointError
 
-# More parts than this, or parts that need a copy, are not what DCP is for.
-_MAX_BOXES = 1 << 12
+# Of one tensor DCP is given at most so many boxes, of which at most so many bytes have to be copied first.
+_MAX_BOXES = 1 << 8
+_MAX_COPIED_BYTES = 4 << 20
 
 
 @dataclass(eq=False, slots=True)
@@ -164,6 +165,10 @@ def moved(tensors: list[HeldTensor], names: Mapping[str, str], key_map: KeyMap, 
                 result.tensors.append(HeldTensor(name, item.tensor.dtype, tuple(item.tensor.shape), dims, ()))
                 if not sharded and rank == 0:
                     result.whole[name] = ComputedGiven(item.tensor)
+        # In the order of the model.
+        places = {name: place for place, name in enumerate(renaming.items)}
+        result.tensors.sort(key=lambda one: places[one.key])
+        result.names = {name: result.names[name] for name in places}
         result.boxes.extend(_boxes(renaming, {id(made[name]): name for name in first.values()}))
     return result
 
@@ -233,14 +238,16 @@ def _add_boxes(
     found: dict[str, list[Box]], box: MovedBox, shapes: Mapping[str, tuple[int, ...]], whole: Mapping[str, Given]
 ) -> None:
     memory = box.values.untyped_storage()._cdata
-    count = 0
+    count = copied_bytes = 0
 
     def add(key: str, start: int, part: Tensor) -> None:
-        nonlocal count
+        nonlocal count, copied_bytes
         done = 0
+        if part.untyped_storage()._cdata != memory:
+            copied_bytes += part.numel() * part.element_size()
         for begin, lengths in () if key in whole else boxes(shapes[key], start, start + part.numel()):
             count += 1
-            if count > _MAX_BOXES or part.untyped_storage()._cdata != memory:
+            if count > _MAX_BOXES or copied_bytes > _MAX_COPIED_BYTES:
                 raise CheckpointError(
                     f"a DCP folder holds boxes of tensors, and this rank's part of {box.key} becomes many small ones "
                     f'in {key}. Save with format="safetensors", or to one file.'

@@ -16,6 +16,9 @@ from nucleate.deferred.given import Given
 from nucleate.deferred.pieces import Copied, Joined, Pieces, Read, Source
 from nucleate.deferred.strided import boxes, coalesced
 
+# Longer rows are written one by one.
+_LONG_ROW_NUMEL = 1 << 12
+
 #: `(given, start, values)`: the elements of `given` from `start` on are `values`, one-dimensional.
 Write = Callable[[Given, int, Tensor], None]
 
@@ -84,7 +87,13 @@ def _scatter_joined(joined: Joined, start: int, values: Tensor, write: Write) ->
         part = values[done:stop].view(whole, -1)
         for source, first, last in zip(joined.sources, bounds, bounds[1:], strict=False):
             low, high = max(first, column), min(last, column + part.shape[1])
-            if low < high:
-                wanted = part[:, low - column : high - column].contiguous().view(-1)
-                scatter(source, row * (last - first) + low - first, wanted, write)
+            if low >= high:
+                continue
+            wanted = part[:, low - column : high - column]
+            # Long rows as they are, short ones as a copy of all.
+            stretches = wanted if high - low >= _LONG_ROW_NUMEL else [wanted.contiguous().view(-1)]
+            at = row * (last - first) + low - first
+            for stretch in stretches:
+                scatter(source, at, stretch, write)
+                at += last - first
         done = stop

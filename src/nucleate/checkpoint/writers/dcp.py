@@ -45,12 +45,12 @@ class DcpWriter(Writer):
     format: ClassVar[str] = "dcp"
 
     def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
-        tensors = as_boxes(snapshot.tensors, snapshot.moved, snapshot.whole)
-        if snapshot.values is not None:
-            values = snapshot.values
-            tensors.append(HeldTensor(VALUES, values.dtype, tuple(values.shape), None, (Box((0,), values),)))
         what = f"writing a checkpoint to {draft}"
         with group.all_or_none(what):
+            tensors = as_boxes(snapshot.tensors, snapshot.moved, snapshot.whole)
+            if snapshot.values is not None:
+                values = snapshot.values
+                tensors.append(HeldTensor(VALUES, values.dtype, tuple(values.shape), None, (Box((0,), values),)))
             if group.rank == 0:
                 # What DCP says of a full disk is "unexpected pos".
                 output.check_room(draft, snapshot.size_bytes)
