@@ -9,6 +9,7 @@ from nucleate.deferred.given import Given
 from nucleate.deferred.handle import Handle, handle_of, release
 from nucleate.deferred.held import held_tensors
 from nucleate.deferred.pieces import Pieces
+from nucleate.deferred.tensor_given import TensorGiven
 
 __all__ = [
     "Conversion",
@@ -20,6 +21,7 @@ __all__ = [
     "Output",
     "Pieces",
     "Record",
+    "TensorGiven",
     "convert",
     "deferred",
     "eager",

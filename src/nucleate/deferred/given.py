@@ -56,6 +56,13 @@ class Given(ABC):
         """Return memory that holds the elements already and may become the tensor's own, or None."""
         return None
 
+    def check_unchanged(self) -> None:
+        """Make sure that the elements are those that were given, as far as that is seen without reading them.
+
+        Raises:
+            NucleateError: They were changed; the message begins with what was changed.
+        """
+
 
 def take(tensor: Tensor, given: Given) -> None:
     """Fill a real tensor of any layout, dtype and device with what is given, in a buffer of a few MiB at most.
