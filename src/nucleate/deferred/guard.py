@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nucleate.deferred.active import active_record
+from nucleate.deferred.active import active_record, is_recording
 from nucleate.deferred.handle import Handle, attach, handle_of, is_shared, lifted, refuse_stale
 from nucleate.deferred.held import every_tensor
 from nucleate.deferred.lookout import Lookout
@@ -82,7 +82,7 @@ class Guarded:
                 return func(*args, **kwargs)
         answers = _handle(guarded[0]).record.answers
         if func in answers:
-            if func == _IS_META and (frame := loading_frame()) is not None:
+            if func == _IS_META and not is_recording() and (frame := loading_frame()) is not None:
                 # torch asks this before it copies; what is raised later, it collects once for each tensor.
                 _check_load(guarded[0], frame.f_locals)
             return answers[func]

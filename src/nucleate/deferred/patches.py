@@ -93,7 +93,7 @@ def _install(stack: ExitStack) -> None:
                 loading.enter_context(record.loading())
             return load_state_dict(module, *args, **kwargs)
 
-    nn.Module.load_state_dict = loaded_by_reference  # type: ignore[method-assign]
+    nn.Module.load_state_dict = loaded_by_reference  # type: ignore[method-assign, assignment]
     stack.callback(setattr, nn.Module, "load_state_dict", load_state_dict)
 
     # How `nn.Parameter` is made, on the memory of a tensor and with a version counter of its own; no mode sees it.

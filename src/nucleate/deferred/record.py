@@ -23,8 +23,8 @@ from nucleate.deferred.bounds import check_bounds
 from nucleate.deferred.constants import Constants
 from nucleate.deferred.effects import needed_by, overwritten_by, read_by, written_by
 from nucleate.deferred.exposed import Exposed
-from nucleate.deferred.given import Given, take
 from nucleate.deferred.geometry import is_doubtful, is_plain, result_on_meta, result_on_stand_ins, to_meta, trust
+from nucleate.deferred.given import Given, take
 from nucleate.deferred.quick import record_factory, record_fill, remember_fill
 from nucleate.deferred.random_program import Position, default_generator
 from nucleate.deferred.replay import Replayer, view

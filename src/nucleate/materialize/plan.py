@@ -212,8 +212,8 @@ class Plan:
                     changed.setdefault((type(error), str(error)), []).append(group.targets[0].fqn)
         for (kind, reason), fqns in changed.items():
             raise kind(
-                f"{reason}, before `setup` made {name_list(fqns)} of it. Load again, and change nothing between loading "
-                "and `setup`."
+                f"{reason}, before `setup` made {name_list(fqns)} of it. Load again, and change nothing between "
+                "loading and `setup`."
             )
 
     def _refuse_unwritten(self) -> None:
