@@ -1,6 +1,7 @@
 """Deferred initialization: construction is recorded, values are made later. Knows torch only; usable alone."""
 
 from nucleate.deferred.active import is_recording
+from nucleate.deferred.computed_given import ComputedGiven
 from nucleate.deferred.context import Record, convert, deferred, eager, give, record_of, resumed
 from nucleate.deferred.conversion import Conversion, Layout, Output
 from nucleate.deferred.converted_given import ConvertedGiven
@@ -12,6 +13,7 @@ from nucleate.deferred.pieces import Pieces
 from nucleate.deferred.tensor_given import TensorGiven
 
 __all__ = [
+    "ComputedGiven",
     "Conversion",
     "ConvertedGiven",
     "Cursors",

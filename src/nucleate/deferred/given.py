@@ -10,9 +10,13 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from nucleate.deferred.pieces import Source
 
 #: Elements that are cast at a time: torch does not split the work over threads of its own (`at::internal::GRAIN_SIZE`).
 _CAST_NUMEL = 1 << 15
@@ -62,6 +66,10 @@ class Given(ABC):
         Raises:
             NucleateError: They were changed; the message begins with what was changed.
         """
+
+    def source(self) -> Source | None:
+        """Return where the elements come from, if they are those of other pieces; ranges are then made there."""
+        return None
 
 
 def take(tensor: Tensor, given: Given) -> None:
