@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, RTDetrResNetConfig
-from transformers.models.rt_detr.modeling_rt_detr import RTDetrConvEncoder, RTDetrConfig
+from transformers.models.rt_detr.modeling_rt_detr import RTDetrConfig, RTDetrConvEncoder
 
 from nucleate import Runtime
 

@@ -183,6 +183,27 @@ def test_assigned_tensors_are_the_models_own_afterwards() -> None:
     assert torch.equal(model.table, torch.arange(6.0))
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_assigning_does_not_untie_what_shares_its_memory(shared: bool) -> None:
+    state = weights()
+    if shared:
+        state["head.weight"] = state["embed.weight"]
+    model = lazy()
+    model.load_state_dict(state, assign=True)
+    materialize(model)
+    assert (model.head.weight is model.embed.weight) == shared
+    assert same(model, state)
+
+
+def test_a_part_of_a_model_is_loaded_by_itself() -> None:
+    state = weights()
+    model = lazy(seed=6)
+    model.body.load_state_dict({name.removeprefix("body."): state[name] for name in state if name.startswith("body.")})
+    torch.manual_seed(6)
+    expected = Net().state_dict() | {name: state[name] for name in state if name.startswith("body.")}
+    assert same(materialize(model), expected)
+
+
 def test_a_tensor_that_was_changed_before_setup_is_an_error_by_name() -> None:
     state = weights()
     model = lazy()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nucleate.deferred import Record, handle_of, held_tensors, is_recording, release
+from nucleate.deferred.assigned import retie
 from nucleate.deferred.coverage import is_written
 from nucleate.deferred.guard import guard
 from nucleate.deferred.handle import is_edited
@@ -99,7 +100,7 @@ class Plan:
 
     @classmethod
     def of(cls, model: nn.Module) -> Plan:
-        """Find everything deferred in `model`.
+        """Find everything deferred in `model`. Parameters that `load_state_dict(assign=True)` untied are tied again.
 
         Raises:
             UsageError: It was called inside the context that constructs the model.
@@ -113,6 +114,7 @@ class Plan:
                 "a model cannot be set up inside the context that constructs it, where nothing has a value yet. End "
                 "the `init_module` block first."
             )
+        retie(model)
         # Guarded tensors pretend to be on their device; the plan looks behind that.
         with torch._C.DisableTorchFunctionSubclass():
             plan = cls._find(model)
