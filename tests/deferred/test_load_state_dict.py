@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -202,6 +204,21 @@ def test_a_part_of_a_model_is_loaded_by_itself() -> None:
     torch.manual_seed(6)
     expected = Net().state_dict() | {name: state[name] for name in state if name.startswith("body.")}
     assert same(materialize(model), expected)
+
+
+def test_the_tensors_of_the_state_dict_are_let_go_when_the_model_is_made() -> None:
+    model = lazy()
+    state = weights()
+    seen = [weakref.ref(tensor) for tensor in state.values()]
+    model.load_state_dict(state)
+    gc.disable()
+    try:
+        del state
+        assert all(reference() is not None for reference in seen)
+        materialize(model)
+        assert all(reference() is None for reference in seen)
+    finally:
+        gc.enable()
 
 
 def test_a_tensor_that_was_changed_before_setup_is_an_error_by_name() -> None:
