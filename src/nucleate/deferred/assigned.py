@@ -36,10 +36,15 @@ def retie(model: nn.Module) -> None:
     for module in model.modules():
         for name, (storage, geometry) in _before.pop(module, {}).items():
             parameter = module._parameters.get(name)
-            if parameter is None or parameter.is_meta:
-                continue
-            memory = (parameter.data_ptr(), _geometry(parameter))
-            module._parameters[name] = first.setdefault((storage._cdata, geometry, memory), parameter)
+            if parameter is not None:
+                key = (storage._cdata, geometry, _memory(parameter))
+                module._parameters[name] = first.setdefault(key, parameter)
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    with torch._C.DisableTorchFunction():
+        place = tensor.untyped_storage()._cdata if tensor.is_meta else tensor.data_ptr()
+        return (place, _geometry(tensor))
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:
