@@ -50,6 +50,8 @@ def environment(session: nox.Session) -> None:
     """Install nucleate and its plugins, editable, and all that the sessions which share this environment need."""
     plugins = (argument for path in sorted(Path("plugins").iterdir()) for argument in ("-e", f"./{path}"))
     install(session, "-e", ".[examples]", *plugins, group="dev")
+    # Its pins are for its command line; its models import with what is there.
+    session.install("-c", "constraints.txt", "--no-deps", "litgpt")
 
 
 @shared

@@ -23,17 +23,21 @@ PUBLIC = {
     """,
     "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator",
     "nucleate.checkpoint": """
-        ConvertReport Finding KeyMap LoadReport Reader SaveHandle Selection StoredForm Taken VerifyReport add_prefix
-        convert load load_raw open_checkpoint save strip_prefix verify
+        ConvertReport Finding KeyMap LoadReport Reader Rule SaveHandle Selection StoredForm Taken VerifyReport
+        add_prefix concatenate convert drop inverse load load_raw open_checkpoint permute_heads read_rules rename save
+        split stack strip_prefix transpose unstack verify
     """,
     "nucleate.checkpoint.readers": "Reader open_checkpoint reader_for",
+    "nucleate.checkpoint.rules": """
+        CountedMove Move Rule concatenate drop inverse permute_heads read_rules rename split stack transpose unstack
+    """,
     "nucleate.checkpoint.writers": "Writer",
     "nucleate.cli": "main",
     "nucleate.cluster": "Communicator Environment",
-    "nucleate.deferred": (
-        "Conversion ConvertedGiven Cursors Given Handle Layout Output Pieces Record convert deferred eager give "
-        "handle_of held_tensors is_recording record_of release resumed"
-    ),
+    "nucleate.deferred": """
+        ComputedGiven Conversion ConvertedGiven Cursors Given Handle Layout Output Pieces Record TensorGiven convert
+        deferred eager give handle_of held_tensors is_recording record_of release resumed
+    """,
     "nucleate.integrations": "Integration",
     "nucleate.materialize": "Plan execute materialize",
     "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",

@@ -12,7 +12,7 @@ from torch import nn
 from nucleate import Runtime
 from nucleate.checkpoint import drop, inverse, open_checkpoint, rename, split, transpose
 from nucleate.errors import CheckpointKeyError, ConfigurationError, ShapeMismatchError
-from tests.checkpoint.test_computed import RULES, Fused
+from tests.checkpoint.test_tensor_map import RULES, Fused
 
 TARGETS = {"safetensors": "folder", "dcp": "folder", "one file": "a.safetensors", "torch": "a.pt"}
 # From the model to the file.

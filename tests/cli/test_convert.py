@@ -47,6 +47,29 @@ def test_one_model_is_cast_and_renamed(here: Here, training: Path, tmp_path: Pat
     assert "embed.weight.exp_avg" in torch.load(tmp_path / "p.pt", weights_only=True)
 
 
+RULES = """
+[[rule]]
+concatenate = ["layers.0.weight", "layers.1.weight"]
+to = "joined"
+sizes = [1, 1]
+
+[[rule]]
+transpose = "joined"
+"""
+
+
+def test_a_file_of_rules_is_applied_and_undone(here: Here, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "map.toml").write_text(RULES)
+    status, _, err = here("convert", file, tmp_path / "there.safetensors", "--keys", tmp_path / "map.toml")
+    assert (status, err) == (0, "")
+    found = load_file(tmp_path / "there.safetensors")
+    assert set(found) == {"joined", "norm", "count"}
+    assert torch.equal(found["joined"], torch.cat([torch.full((4, 6), 0.5), torch.full((4, 6), 1.5)]).t())
+    arguments = ("--keys", tmp_path / "map.toml", "--inverse")
+    assert here("convert", tmp_path / "there.safetensors", tmp_path / "back.pt", *arguments)[0] == 0
+    assert verify(tmp_path / "back.pt", against=file).is_good
+
+
 def test_what_is_there_is_replaced_by_force_only(here: Here, file: Path, tmp_path: Path) -> None:
     assert here("convert", file, tmp_path / "a.pt")[0] == 0
     status, _, err = here("convert", file, tmp_path / "a.pt")
@@ -65,6 +88,9 @@ def test_what_is_there_is_replaced_by_force_only(here: Here, file: Path, tmp_pat
         (["out", "--max-shard-size", "big"], "max_shard_size='big'"),
         (["out", "--keys", "abc"], "--keys 'abc' must be REGEX=REPL"),
         (["out", "--keys", "(=b"], "no regular expression"),
+        (["out", "--keys", "map.toml"], "map.toml cannot be read as rules"),
+        (["out", "--keys", "a=b", "--inverse"], "--inverse undoes the rules"),
+        (["out", "--inverse"], "--inverse undoes the rules"),
         (["out", "--only", "model"], "has nothing at model"),
         (["out", "--prefix", "model."], "no key"),
     ],

@@ -199,6 +199,8 @@ def _boxes(renaming: Renaming[_Origin], results: Mapping[int, str]) -> list[Move
         (item.origin, back[id(item)]) for done in renaming.done for item in done.sources if item.origin is not None
     ]:
         for box in origin.held.boxes:
+            if not box.values.numel():
+                continue
             source = ComputedGiven(tensor).source()
             assert source is not None, "rules only move elements"
             one = MovedBox(origin.name, origin.held.shape, box.begin, box.values, source)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from nucleate.checkpoint.computed import computed
 from nucleate.checkpoint.contents import Contents
 from nucleate.checkpoint.entries import ParameterNames
 from nucleate.checkpoint.key_map import KeyMap
@@ -22,6 +21,7 @@ from nucleate.checkpoint.module_keys import Prepare, Ties, plan_module
 from nucleate.checkpoint.plan import Plan
 from nucleate.checkpoint.readers import open_checkpoint
 from nucleate.checkpoint.retention import resolve
+from nucleate.checkpoint.tensor_map import map_tensors
 from nucleate.checkpoint.tree import KeyPath, key_of
 from nucleate.errors import CheckpointKeyError, CheckpointNotFoundError, UsageError, name_list
 
@@ -84,7 +84,7 @@ def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
         contents, stored = _stored(contents, prefix, keys)
         plan = Plan(contents, maps=mmap)
         if prepare is not None:
-            prepare(model, {name: plan.contents.tensors[key] for name, key in stored.items()})
+            prepare(model, {name: plan.tensors[key] for name, key in stored.items()})
         state_dict: dict[str, Any] = model.state_dict(keep_vars=True)
         place = _place(plan.contents, prefix) if keys is None else None
         names = ParameterNames({(): (model, state_dict)})
@@ -92,7 +92,7 @@ def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
         stored = plan_module(plan, model, state_dict, (), stored, place, names, ties)
         for name, key in stored.items():
             if name not in state_dict and not _is_inside(name, state_dict, plan.contents, place):
-                unused = plan.contents.tensors[key]
+                unused = plan.tensors[key]
                 detail = f"made of {unused.origin}" if unused.origin else ""
                 plan.report.unexpected.append(Finding(name, unused.size_bytes, detail))
         if strict:
@@ -158,7 +158,7 @@ def _stored(contents: Contents, prefix: str, keys: KeyMap | None) -> tuple[Conte
         names = under
     if keys is None:
         return contents, names
-    found = computed({name: contents.tensors[key] for name, key in names.items()}, keys, str(contents.path))
+    found = map_tensors({name: contents.tensors[key] for name, key in names.items()}, keys, str(contents.path))
     stored: dict[str, str] = {}
     tensors = dict(contents.tensors)
     known = {id(tensor): key for key, tensor in contents.tensors.items()}

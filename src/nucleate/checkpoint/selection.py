@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from nucleate.checkpoint.computed import computed
 from nucleate.checkpoint.contents import Contents
 from nucleate.checkpoint.key_map import KeyMap
 from nucleate.checkpoint.stored import StoredTensor
+from nucleate.checkpoint.tensor_map import map_tensors
 from nucleate.checkpoint.tree import KeyPath, key_of
 from nucleate.errors import CheckpointKeyError, ConfigurationError, name_list
 
@@ -121,7 +121,7 @@ def _stripped(contents: Contents, prefix: str) -> dict[str, str]:
 
 def _renamed(contents: Contents, key_map: KeyMap) -> Contents:
     names = {str(place[0]): contents.tensors[key] for place, key in contents.keys.items()}
-    new = computed(names, key_map, str(contents.path))
+    new = map_tensors(names, key_map, str(contents.path))
     if not new or "" in new:
         raise CheckpointKeyError(f"with these names, {'a' if new else 'no'} key of {contents.path} is left empty.")
     # What rules make has another shape, and was never sharded.

@@ -10,6 +10,7 @@ from nucleate.deferred.given import Given
 from nucleate.deferred.handle import Handle, handle_of, release
 from nucleate.deferred.held import held_tensors
 from nucleate.deferred.pieces import Pieces
+from nucleate.deferred.tensor_given import TensorGiven
 
 __all__ = [
     "ComputedGiven",
@@ -22,6 +23,7 @@ __all__ = [
     "Output",
     "Pieces",
     "Record",
+    "TensorGiven",
     "convert",
     "deferred",
     "eager",

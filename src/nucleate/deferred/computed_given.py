@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nucleate.deferred.active import turn
-from nucleate.deferred.context import Record, _refuse_stale, record_of
+from nucleate.deferred.context import Record, record_of
 from nucleate.deferred.cursors import Cursors
 from nucleate.deferred.given import Given
+from nucleate.deferred.handle import handle_of, refuse_stale
 from nucleate.deferred.live_writes import source_of
 from nucleate.deferred.pieces import Copied, Pieces, Source
 from nucleate.deferred.replay import Replayer, backward_slice, view
@@ -39,7 +40,9 @@ class ComputedGiven(Given):
     def __init__(self, tensor: Tensor) -> None:
         record = record_of(tensor)
         assert record is not None, "not a deferred tensor"
-        _refuse_stale(tensor, record)
+        handle = handle_of(tensor)
+        if handle is not None:
+            refuse_stale(tensor, handle)
         self._record: Record = record
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -88,6 +91,12 @@ class ComputedGiven(Given):
                 number = numbers.setdefault(ref.storage, len(numbers))
                 self._description = f"computed {digest} {replace(ref, storage=number)}"
         return self._description
+
+    def check_unchanged(self) -> None:
+        with turn:
+            ref, tape = self._now(), self._record.tape
+            for given in tape.givens(backward_slice(tape, [ref.storage], self._end())):
+                given.check_unchanged()
 
     def memory(self) -> torch.UntypedStorage | None:
         given = self.given()

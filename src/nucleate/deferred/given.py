@@ -60,6 +60,13 @@ class Given(ABC):
         """Return memory that holds the elements already and may become the tensor's own, or None."""
         return None
 
+    def check_unchanged(self) -> None:
+        """Make sure that the elements are those that were given, as far as that is seen without reading them.
+
+        Raises:
+            NucleateError: They were changed; the message begins with what was changed.
+        """
+
     def source(self) -> Source | None:
         """Return where the elements come from, if they are those of other pieces; ranges are then made there."""
         return None

@@ -255,6 +255,8 @@ class _Reader:
         for value in values:
             if isinstance(value, Constant) and not value.tensor.numel():
                 continue
+            if isinstance(value, TensorRef) and not value.numel:
+                continue
             source = self._source(value, step, ref, depth) if isinstance(value, TensorRef) else None
             if source is None or source.pieces.dtype != ref.dtype:
                 return None
