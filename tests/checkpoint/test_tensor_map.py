@@ -142,6 +142,34 @@ def test_values_are_cast_to_the_models_dtype(path: Path) -> None:
     assert_loaded(model, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64, torch.float16, torch.float64]
+)
+def test_rules_read_nothing_of_any_dtype(
+    runtime: Runtime, tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {name: torch.randint(0, 2, (8, 6)).to(dtype) for name in "abc"}
+    save_file(tensors, tmp_path / "m.safetensors")
+    sizes = read_bytes(monkeypatch)
+    with runtime.init_module(empty_init=True):
+        model = nn.Module()
+        for name, shape in (("joined", (6, 16)), ("heads", (4, 6)), ("rest", (4, 6))):
+            model.register_buffer(name, torch.zeros(shape, dtype=dtype))
+    rules = [
+        concatenate(["a", "b"], "joined", groups=2),
+        transpose("joined"),
+        permute_heads("c", num_heads=2),
+        split("c", ["heads", "rest"], groups=2),
+    ]
+    assert runtime.load_raw(tmp_path / "m.safetensors", model, keys=rules).is_exact
+    assert sum(sizes) == 0
+    runtime.setup(model)
+    a, b, c = tensors["a"], tensors["b"], tensors["c"]
+    assert torch.equal(model.joined, torch.cat([a[:4], b[:4], a[4:], b[4:]]).t())
+    c = c.view(2, 2, 2, 6).transpose(1, 2).reshape(8, 6)
+    assert torch.equal(model.heads, torch.cat([c[:2], c[4:6]]))
+
+
 def test_inside_the_block_that_constructs_it_works_too(runtime: Runtime, path: Path) -> None:
     with runtime.init_module(empty_init=True):
         model = Fused()

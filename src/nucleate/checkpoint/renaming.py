@@ -91,7 +91,9 @@ class Renaming(Generic[T]):
             if not rule.optional:
                 raise CheckpointKeyError(self._found_nothing(rule))
             return
-        results: dict[str, tuple[str, dict[str, Item[T]]]] = {}
+        # What stands in the place of the first source of each move.
+        results: dict[str, dict[str, Item[T]]] = {}
+        made_of: dict[str, str] = {}
         consumed: dict[str, str] = {}
         for move in moves:
             made = self._make(move)
@@ -100,13 +102,13 @@ class Renaming(Generic[T]):
                     raise CheckpointKeyError(f"{rule}: {source} is part of {consumed[source]} and of {[*made]}.")
                 consumed[source] = name_list(list(made)) or "what is left out"
             for name in made:
-                other = next((first for first, (_, held) in results.items() if name in held), None)
-                if other is not None:
-                    raise CheckpointKeyError(f"{rule}: {other} and {move.sources[0]} both become {name}.")
-            results[move.sources[0]] = (move.sources[0], made)
+                if name in made_of:
+                    raise CheckpointKeyError(f"{rule}: {made_of[name]} and {move.sources[0]} both become {name}.")
+                made_of[name] = move.sources[0]
+            results[move.sources[0]] = made
         items: dict[str, Item[T]] = {}
         for name, item in self.items.items():
-            fresh = results[name][1] if name in results else {} if name in consumed else {name: item}
+            fresh = results[name] if name in results else {} if name in consumed else {name: item}
             for key, value in fresh.items():
                 if key in items or (key in self.items and key not in consumed and key != name):
                     raise CheckpointKeyError(f"{rule}: {name} becomes {key}, but there is a {key} already.")

@@ -30,7 +30,10 @@ _BY_SHAPE = {aten.cat, aten.stack, aten.triu, aten.tril, aten.diag, aten.diagona
 _RANGES = {aten.arange, aten.linspace}
 # Dtypes for which there are kernels of everything that constructors do.
 _USUAL = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
-_FOR_ALL_DTYPES = {*_BY_SHAPE, aten.copy_, aten.clone, aten._to_copy, aten.zero_, aten.fill_, aten.index, aten.arange}
+_FOR_ALL_DTYPES = {
+    *_BY_SHAPE, aten.copy_, aten.clone, aten._to_copy, aten._unsafe_view, aten.zero_, aten.fill_, aten.index,
+    aten.arange,
+}  # fmt: skip
 _trusted: set[tuple[Any, tuple[torch.dtype, ...]]] = set()
 _NORMALS = {aten.randn.default, aten.randn.generator}
 
