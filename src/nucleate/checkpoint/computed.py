@@ -10,7 +10,7 @@ from torch import Tensor
 from nucleate.checkpoint.files import Bytes
 from nucleate.checkpoint.stored import StoredTensor
 from nucleate.deferred import Given
-from nucleate.deferred.pieces import Source
+from nucleate.deferred.writes import Source
 
 
 @dataclass(frozen=True, eq=False)

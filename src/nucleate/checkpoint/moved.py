@@ -17,9 +17,9 @@ from nucleate.checkpoint.held import Box, HeldTensor
 from nucleate.checkpoint.key_map import KeyMap, map_keys
 from nucleate.checkpoint.renaming import Item, Renaming, empty_like, has_rules
 from nucleate.deferred import ComputedGiven, Given, deferred, give
-from nucleate.deferred.pieces import Source
 from nucleate.deferred.scatter import scatter
 from nucleate.deferred.strided import boxes
+from nucleate.deferred.writes import Source
 from nucleate.errors import CheckpointError
 
 # Of one tensor DCP is given at most so many boxes, of which at most so many bytes have to be copied first.

@@ -108,7 +108,7 @@ class Renaming(Generic[T]):
             results[move.sources[0]] = made
         items: dict[str, Item[T]] = {}
         for name, item in self.items.items():
-            fresh = results[name] if name in results else {} if name in consumed else {name: item}
+            fresh = results.get(name, {} if name in consumed else {name: item})
             for key, value in fresh.items():
                 if key in items or (key in self.items and key not in consumed and key != name):
                     raise CheckpointKeyError(f"{rule}: {name} becomes {key}, but there is a {key} already.")

@@ -19,9 +19,10 @@ from nucleate.deferred.cursors import Cursors
 from nucleate.deferred.given import Given
 from nucleate.deferred.handle import handle_of, refuse_stale
 from nucleate.deferred.live_writes import source_of
-from nucleate.deferred.pieces import Copied, Pieces, Source
+from nucleate.deferred.pieces import Pieces
 from nucleate.deferred.replay import Replayer, backward_slice, view
 from nucleate.deferred.tape import Constant, TensorRef
+from nucleate.deferred.writes import Copied, Source
 
 
 class ComputedGiven(Given):

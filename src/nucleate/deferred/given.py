@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from nucleate.deferred.pieces import Source
+    from nucleate.deferred.writes import Source
 
 #: Elements that are cast at a time: torch does not split the work over threads of its own (`at::internal::GRAIN_SIZE`).
 _CAST_NUMEL = 1 << 15

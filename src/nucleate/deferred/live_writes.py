@@ -15,10 +15,11 @@ import torch
 
 from nucleate.deferred.fills import fill_of, fills_as_described, is_contiguous
 from nucleate.deferred.given import Given, take
-from nucleate.deferred.pieces import Computed, Copied, Drawn, Filled, Joined, Pieces, Read, Source, Write
+from nucleate.deferred.pieces import Pieces
 from nucleate.deferred.random_program import RandomProgram
 from nucleate.deferred.strided import coalesced, composed
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef
+from nucleate.deferred.writes import Computed, Copied, Drawn, Filled, Joined, Read, Source, Write
 
 aten = torch.ops.aten
 

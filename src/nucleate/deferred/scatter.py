@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from nucleate.deferred.given import Given
-from nucleate.deferred.pieces import Copied, Joined, Pieces, Read, Source
+from nucleate.deferred.pieces import Pieces
 from nucleate.deferred.strided import boxes, coalesced
+from nucleate.deferred.writes import Copied, Joined, Read, Source
 
 # Longer rows are written one by one.
 _LONG_ROW_NUMEL = 1 << 12

@@ -1,8 +1,8 @@
 """Rules: tensors that are renamed, joined, split, transposed and permuted between a file and a model.
 
-`functions` are the rules as users write them, `pattern` finds and makes names, `rule` says what is done, and
-`rules_file` reads rules for the command line. They are applied in `checkpoint/tensor_map.py` (reading) and
-`checkpoint/moved.py` (writing).
+`functions` are the rules as users write them, `pattern` finds and makes names, `rule` is their base. `renames`,
+`permutations` and `joins` (with `sized`) say what is done, and `rules_file` reads rules for the command line. They are
+applied in `checkpoint/tensor_map.py` (reading) and `checkpoint/moved.py` (writing).
 """
 
 from nucleate.checkpoint.rules.functions import (

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from nucleate.checkpoint.rules.joins import Join, Part
 from nucleate.checkpoint.rules.pattern import Pattern, PatternLike
-from nucleate.checkpoint.rules.rule import Join, Part, PermuteHeads, Rename, Rule, Transpose
+from nucleate.checkpoint.rules.permutations import PermuteHeads, Transpose
+from nucleate.checkpoint.rules.renames import Rename
+from nucleate.checkpoint.rules.rule import Rule
 from nucleate.errors import ConfigurationError
 
 
