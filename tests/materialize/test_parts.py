@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nucleate.deferred import deferred, handle_of
+from nucleate.deferred import ComputedGiven, deferred, give, handle_of
 from nucleate.deferred.pieces import Pieces
 from nucleate.materialize import materialize, parts
 from nucleate.materialize.parts import Columns, Range, make_parts, parts_of
+from tests.deferred.test_computed_given import held
 
 
 def pieces_of_shape(*shape: int) -> tuple[torch.Tensor, Pieces]:
@@ -53,6 +54,19 @@ def test_any_box_is_cut_exactly(box: tuple[list[int], list[int], list[int]], nar
     for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         expected = expected.narrow(dim, offset, size)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("offsets", "size"), [((0, 100), (300, 100)), ((7, 0), (50, 512)), ((3, 5), (200, 400))])
+def test_a_box_of_a_transposed_tensor_reads_only_what_is_in_it(offsets: tuple[int, int], size: tuple[int, int]) -> None:
+    file = held(512, 300)
+    with deferred():
+        tensor = torch.empty(file.shape)
+        give(tensor, file)
+        given = ComputedGiven(tensor.t())
+    out = torch.full(size, float("nan"))
+    make_parts(list(parts_of(Pieces.of(given, torch.float32), 0, given.shape, offsets, out)), 2)
+    assert torch.equal(out, file.tensor.t()[offsets[0] : offsets[0] + size[0], offsets[1] : offsets[1] + size[1]])
+    assert file.num_read == out.numel()
 
 
 def test_a_shard_of_rows_is_one_range_and_one_of_short_columns_is_cut_from_rows() -> None:

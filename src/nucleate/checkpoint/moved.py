@@ -1,7 +1,7 @@
-"""What a save writes under other names: tensors that rules join, split and transpose, each rank its own part.
+"""A key map applied to what is saved: tensors that rules join, split and transpose, written by each rank in part.
 
 Rules are undone on stand-ins of what is written: so every tensor of the model says where in the files its elements
-belong, and a rank writes its part of it there, run by run. Nothing is gathered.
+belong, and a rank writes its part there, run by run. Nothing is gathered.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class MovedBox:
 
 @dataclass(slots=True)
 class Moved:
-    """What a key map makes of the tensors that are saved.
+    """The outcome of a key map for the tensors that are saved.
 
     Attributes:
         tensors: What is written, as this rank sees it, without what is in `boxes`.
@@ -140,7 +140,7 @@ def moved(tensors: list[HeldTensor], names: Mapping[str, str], key_map: KeyMap, 
     Raises:
         CheckpointKeyError: A rule finds nothing, or not all that belongs together, or two tensors get one name.
         ShapeMismatchError: Tensors do not fit together, or sizes do not add up.
-        ConfigurationError: It is no key map.
+        ConfigurationError: It is not a key map.
     """
     held = {one.key: one for one in tensors}
     if not has_rules(key_map):

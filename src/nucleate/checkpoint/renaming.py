@@ -69,7 +69,7 @@ class Renaming(Generic[T]):
         Raises:
             CheckpointKeyError: A rule finds nothing, or not all that belongs together, or two results have one name.
             ShapeMismatchError: Tensors do not fit together, or sizes do not add up.
-            ConfigurationError: It is no key map.
+            ConfigurationError: It is not a key map.
         """
         waiting: list[Callable[[str], str | None]] = []
         for step in steps_of(key_map) if key_map is not None else ():

@@ -22,7 +22,7 @@ def map_tensors(tensors: dict[str, StoredTensor], key_map: KeyMap | None, where:
     Raises:
         CheckpointKeyError: A rule finds nothing, or not all that belongs together, or two tensors get one name.
         ShapeMismatchError: Tensors do not fit together, or sizes do not add up.
-        ConfigurationError: It is no key map.
+        ConfigurationError: It is not a key map.
     """
     if not has_rules(key_map):
         return {new: tensors[old] for new, old in map_keys(tensors, key_map).items()}

@@ -26,7 +26,7 @@ from nucleate.deferred.writes import Copied, Source
 
 
 class ComputedGiven(Given):
-    """What a deferred tensor holds now. Later writes to the tensor do not count.
+    """The elements that a deferred tensor holds now. Later writes to the tensor do not count.
 
     Where it can be made in ranges, only the range that is read is made. Else the whole is made at the first read, and
     kept until its last element was read.

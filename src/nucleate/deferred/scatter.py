@@ -30,7 +30,7 @@ def scatter(source: Source, begin: int, values: Tensor, write: Write) -> None:
     Args:
         source: The tensor, of which every element comes from one place, unchanged.
         begin: The first element of the range.
-        values: The range, one-dimensional and contiguous. A copy of it may be made.
+        values: The range, one-dimensional and contiguous. It may be copied.
         write: Called for each part that goes to one place.
     """
     if source.size is None:

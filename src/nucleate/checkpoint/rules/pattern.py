@@ -18,7 +18,7 @@ _WILDCARDS = re.compile(r"\*\*|\*|\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Captures:
-    """What the wildcards of a pattern stand for in one name.
+    """The parts of one name that the wildcards of a pattern stand for.
 
     Attributes:
         stars: What each `*` stands for, in order.
@@ -161,7 +161,7 @@ def check_new_name(new: str, patterns: tuple[Pattern, ...], index: bool = False)
         index: Whether one wildcard of the old name may be absent from the new one, being an index.
 
     Returns:
-        The name of the wildcard that is the index, empty if it is the last star; None where there is none.
+        The name of the wildcard that is the index, empty if the last star is; None without an index.
 
     Raises:
         ConfigurationError: Not so.

@@ -24,7 +24,7 @@ Backward = Callable[[list[Tensor], list[tuple[int, ...]]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Move:
-    """What a rule does to some tensors.
+    """The work of a rule on some tensors.
 
     Attributes:
         sources: Their names.
@@ -73,13 +73,13 @@ class Rule(ABC):
         """Return the rule that undoes it.
 
         Raises:
-            ConfigurationError: There is none, or it does not say enough.
+            ConfigurationError: The rule loses something, or does not say enough.
         """
 
     @property
     @abstractmethod
     def patterns(self) -> tuple[Pattern, ...]:
-        """What names it is about."""
+        """The patterns of the names that it is about."""
 
     def refuse_inverse(self, why: str) -> ConfigurationError:
         return ConfigurationError(f"{self} cannot be undone: {why}.")

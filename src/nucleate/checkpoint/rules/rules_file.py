@@ -37,7 +37,7 @@ def read_rules(path: str | os.PathLike[str]) -> list[Rule]:
         path: The file.
 
     Raises:
-        ConfigurationError: It cannot be read, or a rule in it is none.
+        ConfigurationError: It cannot be read, or a rule in it is wrong.
     """
     try:
         parsed = tomllib.loads(Path(path).read_text(encoding="utf-8"))

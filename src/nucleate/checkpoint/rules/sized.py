@@ -14,7 +14,7 @@ from nucleate.errors import ConfigurationError, ShapeMismatchError, name_list
 
 @dataclass(frozen=True)
 class Sized(Rule):
-    """What joins and splits have in common."""
+    """A rule on lengths along a dim: the base of joins and splits."""
 
     dim: int = 0
     sizes: tuple[int, ...] | None = None
