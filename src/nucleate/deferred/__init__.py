@@ -8,7 +8,9 @@ from nucleate.deferred.cursors import Cursors
 from nucleate.deferred.given import Given
 from nucleate.deferred.handle import Handle, handle_of, release
 from nucleate.deferred.held import held_tensors
+from nucleate.deferred.lazy_given import given_of_lazy
 from nucleate.deferred.pieces import Pieces
+from nucleate.deferred.plain import plain_modes
 
 __all__ = [
     "Conversion",
@@ -24,9 +26,11 @@ __all__ = [
     "deferred",
     "eager",
     "give",
+    "given_of_lazy",
     "handle_of",
     "held_tensors",
     "is_recording",
+    "plain_modes",
     "record_of",
     "release",
     "resumed",

@@ -1,0 +1,193 @@
+"""Tensors that another library reads on first use: Lightning Fabric's `_lazy_load`, which is litgpt's `lazy_load`.
+
+They are known by what they have, because copies of that code are in several libraries. Each names a record of a zip
+archive, so its elements are read from there, the wanted range only. The library's own way reads the whole record.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nucleate.deferred.given import Given
+from nucleate.errors import CheckpointError
+
+_PARTS = ("metatensor", "archiveinfo", "storageinfo", "rebuild_args")
+#: Files of readers, as long as these live: they name only the place in a file, and not the file.
+_files: weakref.WeakKeyDictionary[Any, _File | None] = weakref.WeakKeyDictionary()
+_held = threading.local()
+
+
+def given_of_lazy(value: Any) -> Given | None:
+    """Return the elements of a tensor that its library has not read yet, or None for any other value.
+
+    Args:
+        value: Anything. A lazy tensor is not a `torch.Tensor`: it has a `metatensor`, a `storageinfo` (the persistent
+            id of its storage), `rebuild_args` and an `archiveinfo` with a `file_reader`.
+    """
+    if isinstance(value, Tensor) or not all(part in getattr(value, "__dict__", ()) for part in _PARTS):
+        return None
+    reader = getattr(value.archiveinfo, "file_reader", None)
+    if reader is None or not isinstance(value.metatensor, Tensor):
+        return None
+    begin, shape, stride = value.rebuild_args[:3]
+    dtype = value.metatensor.dtype
+    record = f"data/{value.storageinfo[2]}"
+    shape = tuple(shape)
+    if tuple(stride) == _row_by_row(shape) and (file := _file_of(reader)) is not None:
+        offset = reader.get_record_offset(record) + begin * dtype.itemsize
+        return LazyRecord(dtype, shape, file, offset)
+    return LazyWhole(dtype, shape, value, record)
+
+
+class LazyRecord(Given):
+    """A tensor that lies in its file row by row, of which ranges are read.
+
+    Args:
+        dtype: Of its elements.
+        shape: Of the tensor.
+        file: The archive.
+        offset: The place of the first element in the archive, in bytes.
+    """
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], file: _File, offset: int) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self._file = file
+        self._offset = offset
+
+    def read(self, start: int, out: Tensor) -> None:
+        itemsize = self.dtype.itemsize
+        self._file.read_into(out.data_ptr(), out.numel() * itemsize, self._offset + start * itemsize)
+
+    def order(self, start: int) -> tuple[int, int]:
+        return (self._file.number, self._offset + start * self.dtype.itemsize)
+
+    def describe(self) -> str:
+        return repr((os.path.basename(self._file.path), self._offset, self.dtype, self.shape))
+
+
+class LazyWhole(Given):
+    """A tensor that only its library can read: it is read as a whole when it is its turn, and then forgotten.
+
+    Args:
+        dtype: Of its elements.
+        shape: Of the tensor.
+        lazy: The library's object.
+        record: The name of its storage in the archive.
+    """
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], lazy: Any, record: str) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self._lazy = lazy
+        self._record = record
+
+    def read(self, start: int, out: Tensor) -> None:
+        held = getattr(_held, "last", None)
+        if held is None or held[0] is not self:
+            _held.last = None  # Not two at a time.
+            with torch.no_grad():
+                held = _held.last = self, _load(self._lazy).detach().reshape(-1)
+        out.copy_(held[1][start : start + out.numel()])
+        if start + out.numel() == held[1].numel():
+            _held.last = None
+
+    def order(self, start: int) -> tuple[int, int]:
+        return (-1, int(self._lazy.archiveinfo.file_reader.get_record_offset(self._record)) + start)
+
+    def describe(self) -> str:
+        return repr((self._record, self._lazy.rebuild_args[:3], self.dtype))
+
+
+class _File:
+    """The archive of a reader, opened a second time.
+
+    Args:
+        descriptor: It is closed when the last tensor of the archive is forgotten.
+        path: What messages call it.
+    """
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self.path = path
+        self.number = descriptor
+        self._descriptor = descriptor
+        self._written_ns = os.fstat(descriptor).st_mtime_ns
+        weakref.finalize(self, os.close, descriptor)
+
+    def read_into(self, address: int, size_bytes: int, offset: int) -> None:
+        """Copy bytes to memory.
+
+        Raises:
+            CheckpointError: The file was written to, it ends before, or the disk fails.
+        """
+        done = 0
+        while done < size_bytes:
+            wanted = min(size_bytes - done, 1 << 30)
+            try:
+                memory = (ctypes.c_char * wanted).from_address(address + done)
+                copied = os.preadv(self._descriptor, [memory], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"reading {self.path} at byte {offset + done} failed: {error.strerror}."
+                ) from error
+            if not copied:
+                raise CheckpointError(f"{self.path} was cut short at byte {offset + done}. Copy it again.")
+            done += copied
+        if os.fstat(self._descriptor).st_mtime_ns != self._written_ns:
+            raise CheckpointError(
+                f"{self.path} was written to after it was opened for lazy loading, so its values may be others by now. "
+                "Load it again, and write to the file after `setup`."
+            )
+
+
+def _load(lazy: Any) -> Tensor:
+    """Return the whole tensor, read by its library; inside `init_module` the class may have another method for that."""
+    method = getattr(type(lazy)._load_tensor, "__wrapped__", type(lazy)._load_tensor)
+    loaded: Tensor = method(lazy)
+    return loaded
+
+
+def _file_of(reader: Any) -> _File | None:
+    """Return the file that one of torch's archive readers has open, or None where that cannot be told.
+
+    A reader does not tell its path. On Linux the open files of the process are listed, and the one that has the
+    reader's pickle in the reader's place is the file.
+    """
+    if reader not in _files:
+        _files[reader] = _find(reader)
+    return _files[reader]
+
+
+def _find(reader: Any) -> _File | None:
+    names = [name for name in (".data/serialization_id", "data.pkl") if reader.has_record(name)]
+    wanted = [(reader.get_record_offset(name), reader.get_record(name)) for name in names]
+    try:
+        numbers = sorted(int(name) for name in os.listdir("/proc/self/fd"))
+    except OSError:
+        return None
+    for number in numbers:
+        link = f"/proc/self/fd/{number}"
+        try:
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            if all(os.pread(number, len(data), offset) == data for offset, data in wanted):
+                return _File(os.open(link, os.O_RDONLY | os.O_CLOEXEC), os.readlink(link))
+        except OSError:
+            continue  # It was closed meanwhile, or is not readable.
+    return None
+
+
+def _row_by_row(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for length in reversed(shape[1:]):
+        strides.append(strides[-1] * max(length, 1))
+    return tuple(reversed(strides[: len(shape)]))
