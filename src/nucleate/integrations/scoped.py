@@ -1,4 +1,4 @@
-"""Changes to a library that last as long as some thread constructs a model, and the integrations that consist of them."""
+"""Changes to a library that last as long as some thread constructs a model, and integrations that consist of one."""
 
 from __future__ import annotations
 

@@ -234,7 +234,9 @@ class _Binder:
             made = self._on_storage(storage, dtype, shape)
             if made.shape != shape or made.stride() != stride or begin:
                 made = made.as_strided(shape, stride, begin)
-        return nn.Parameter(made, requires_grad) if isinstance(tensor, nn.Parameter) else made.requires_grad_(requires_grad)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(made, requires_grad)
+        return made.requires_grad_(requires_grad)
 
     def _on_storage(self, storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor on what a storage becomes, as another one of the same storage has it already."""
@@ -244,7 +246,8 @@ class _Binder:
         size_bytes = storage.nbytes()
         if not size_bytes:
             return torch.empty(shape, dtype=dtype, device=self._device)
-        offset: int = storage._checkpoint_offset  # type: ignore[attr-defined]
+        offset = storage._checkpoint_offset
+        assert offset is not None
         if offset not in self._storages:
             numel = size_bytes // dtype.itemsize
             whole = shape if torch.Size(shape).numel() == numel else (numel,)
