@@ -309,7 +309,7 @@ def test_mapped_weights_lie_in_the_file_and_the_file_is_never_changed(runtime: R
 def test_a_file_that_is_cut_short_after_binding_is_an_error_and_the_model_can_be_set_up_again(
     runtime: Runtime, path: Path
 ) -> None:
-    whole = path.read_bytes()
+    whole, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     with runtime.init_module(empty_init=True):
         model = Model()
     runtime.load_raw(path, model)
@@ -317,8 +317,20 @@ def test_a_file_that_is_cut_short_after_binding_is_an_error_and_the_model_can_be
         file.truncate(len(whole) // 2)
     with pytest.raises(CheckpointError, match=r"model\.safetensors ends at byte .* cut short after it was opened"):
         runtime.setup(model)
-    path.write_bytes(whole)  # the same file
+    path.write_bytes(whole)
+    os.utime(path, ns=times)  # the same file, put back with its times
     assert same(runtime.setup(model).state_dict(), weights(make(1)))
+
+
+def test_a_file_that_is_written_to_after_binding_is_an_error_by_name(runtime: Runtime, path: Path) -> None:
+    with runtime.init_module(empty_init=True):
+        model = Model()
+    runtime.load_raw(path, model)
+    save_file(weights(make(5)), path.with_suffix(".new"))
+    with path.open("r+b") as file:  # as `cp` does it
+        file.write(path.with_suffix(".new").read_bytes())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was written to .* embed\.weight"):
+        runtime.setup(model)
 
 
 def test_a_file_that_is_replaced_after_binding_is_read_as_it_was(runtime: Runtime, path: Path, tmp_path: Path) -> None:

@@ -78,6 +78,17 @@ class DataFile:
             what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
             raise CheckpointError(f"{self.path} is {what}; tensors are read from files.")
         self.size_bytes = status.st_size
+        self._written_ns = status.st_mtime_ns
+
+    def check_unwritten(self) -> None:
+        """Make sure that nobody has written to the file since it was opened. One that was cut short fails when read.
+
+        Raises:
+            CheckpointError: Not so.
+        """
+        status = os.fstat(self._descriptor)
+        if status.st_size >= self.size_bytes and status.st_mtime_ns != self._written_ns:
+            raise CheckpointError(f"{self.path} was written to since its header was read")
 
     def check_unchanged(self) -> None:
         """Make sure that the file's name still stands for this file, and that it is as long as it was.

@@ -80,6 +80,9 @@ class MappedTensor(Given):
     def order(self, start: int) -> tuple[int, int]:
         return self._stored.order(start)
 
+    def check_unchanged(self) -> None:
+        self._stored.check_unchanged()
+
     def describe(self) -> str:
         return self._stored.describe()
 

@@ -44,6 +44,9 @@ class _Named(Given):
     def order(self, start: int) -> tuple[int, int]:
         return self._given.order(start)
 
+    def check_unchanged(self) -> None:
+        self._given.check_unchanged()
+
     def describe(self) -> str:
         return self._given.describe()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint.files import Bytes
+from nucleate.checkpoint.files import Bytes, DataFile
 from nucleate.deferred import Given
 from nucleate.errors import CheckpointError, name_list
 
@@ -140,6 +140,11 @@ class StoredTensor(Given):
             return (0, 0)
         first = self.chunks[0]
         return (first.file.number, first.offset + start * self.dtype.itemsize)
+
+    def check_unchanged(self) -> None:
+        for file in {id(chunk.file): chunk.file for chunk in self.chunks}.values():
+            if isinstance(file, DataFile):
+                file.check_unwritten()
 
     def describe(self) -> str:
         """Return what is equal on all ranks that read the same file, wherever each finds it."""

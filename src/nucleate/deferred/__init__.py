@@ -1,6 +1,7 @@
 """Deferred initialization: construction is recorded, values are made later. Knows torch only; usable alone."""
 
 from nucleate.deferred.active import is_recording
+from nucleate.deferred.computed_given import ComputedGiven
 from nucleate.deferred.context import Record, convert, deferred, eager, give, record_of, resumed
 from nucleate.deferred.conversion import Conversion, Layout, Output
 from nucleate.deferred.converted_given import ConvertedGiven
@@ -11,8 +12,10 @@ from nucleate.deferred.held import held_tensors
 from nucleate.deferred.lazy_given import given_of_lazy
 from nucleate.deferred.pieces import Pieces
 from nucleate.deferred.plain import plain_modes
+from nucleate.deferred.tensor_given import TensorGiven
 
 __all__ = [
+    "ComputedGiven",
     "Conversion",
     "ConvertedGiven",
     "Cursors",
@@ -22,6 +25,7 @@ __all__ = [
     "Output",
     "Pieces",
     "Record",
+    "TensorGiven",
     "convert",
     "deferred",
     "eager",

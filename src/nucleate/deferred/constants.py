@@ -8,16 +8,18 @@ from torch import Tensor
 
 from nucleate.deferred.geometry import is_plain
 from nucleate.deferred.tape import Constant, marks
+from nucleate.deferred.tensor_given import TensorGiven
 
 #: Real tensors up to this size are cloned when a deferred operation reads them; larger ones are watched.
 CLONE_LIMIT_BYTES = 1 << 20
 
 
 class Constants:
-    """The real tensors that the steps of a recording read and that are too large to clone at once."""
+    """The real tensors that the steps of a recording read and that are not cloned at once."""
 
     def __init__(self) -> None:
-        self._watched: dict[int, Constant] = {}
+        # By the storage that they lie on.
+        self._watched: dict[int, list[Constant | TensorGiven]] = {}
 
     def of(self, tensor: Tensor) -> Constant:
         """Return what the tape keeps of a real tensor."""
@@ -29,18 +31,27 @@ class Constants:
             return Constant(tensor.detach().clone())
         # The tensor itself: below autograd, where this runs, `detach` has a version counter of its own.
         constant = Constant(tensor, marks(tensor))
-        self._watched[tensor.untyped_storage()._cdata] = constant
+        self._watch(tensor, constant)
         return constant
+
+    def given(self, tensor: Tensor) -> TensorGiven:
+        """Return the elements of a real tensor by reference, as a state dict gives them."""
+        given = TensorGiven(tensor)
+        self._watch(tensor, given)
+        return given
+
+    def _watch(self, tensor: Tensor, kept: Constant | TensorGiven) -> None:
+        self._watched.setdefault(tensor.untyped_storage()._cdata, []).append(kept)
 
     def before_writes(self, written: Iterable[Tensor]) -> None:
         """Before real tensors are written, give the steps that read them a copy of what they saw."""
         if not self._watched:
             return
         for tensor in written:
-            constant = self._watched.pop(tensor.untyped_storage()._cdata, None) if not tensor.is_meta else None
-            if constant is not None:
-                constant.tensor, constant.seen = constant.tensor.detach().clone(), None
+            for kept in self._watched.pop(tensor.untyped_storage()._cdata, ()) if not tensor.is_meta else ():
+                kept.keep_copy()
 
     def absorb(self, other: Constants) -> None:
         """Watch what another recording watched."""
-        self._watched.update(other._watched)
+        for storage, kept in other._watched.items():
+            self._watched.setdefault(storage, []).extend(kept)

@@ -16,7 +16,7 @@ from nucleate.deferred.active import active, active_record, active_records, turn
 from nucleate.deferred.conversion import Conversion, converted
 from nucleate.deferred.given import Given, take
 from nucleate.deferred.guard import guard
-from nucleate.deferred.handle import handle_of, is_edited, is_shared, release
+from nucleate.deferred.handle import handle_of, is_shared, refuse_stale, release
 from nucleate.deferred.held import held_tensors
 from nucleate.deferred.impersonate import Impersonation
 from nucleate.deferred.live_writes import pieces_of
@@ -24,7 +24,6 @@ from nucleate.deferred.patches import patched
 from nucleate.deferred.pieces import Pieces
 from nucleate.deferred.random_program import default_generator
 from nucleate.deferred.record import Recorder
-from nucleate.deferred.refusal import refuse_edited, refuse_shared
 from nucleate.deferred.replay import Replayer
 from nucleate.deferred.tape import Step, Tape
 from nucleate.errors import DeferredUseError
@@ -89,7 +88,7 @@ class Record:
     @contextmanager
     def reopened(self) -> Iterator[None]:
         """Record one call on tensors that keep their guards otherwise; what it makes anew is real."""
-        self._refuse_other_thread()
+        self.refuse_other_thread()
         with turn, self.factories(real=True), self.recorder:
             is_nested = self.recorder.is_on
             self.recorder.threads.add(threading.get_ident())
@@ -110,6 +109,21 @@ class Record:
         finally:
             self.recorder.makes_real = before
 
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Take by reference what is copied from real tensors into deferred ones."""
+        before = self.recorder.is_loading
+        self.recorder.is_loading = True
+        try:
+            yield
+        finally:
+            self.recorder.is_loading = before
+
+    def settle(self) -> None:
+        """Put every generator where eager construction would have left it."""
+        with turn:
+            self.replayer.settle()
+
     def notice(self, module: nn.Module) -> None:
         """Remember a module that was given something while this records."""
         self._modules[id(module)] = weakref.ref(module)
@@ -126,10 +140,7 @@ class Record:
         handle = handle_of(tensor)
         if handle is None:
             return
-        if is_edited(tensor, handle):
-            refuse_edited(handle)
-        if is_shared(tensor, handle):
-            refuse_shared(handle)
+        refuse_stale(tensor, handle)
         self.join(handle.record)
         release(tensor)
         self._taken.append((tensor, handle.fqn))
@@ -139,7 +150,7 @@ class Record:
         old = other.tape
         if old is self.tape:
             return
-        other._refuse_other_thread()
+        other.refuse_other_thread()
         with turn:
             self.recorder.absorb(other.recorder)
             for generator in other.replayer.random.generators(default_generator(self.device)):
@@ -160,21 +171,7 @@ class Record:
             if self.recorder.exposed.holds(tensor):
                 take(self.recorder.exposed.view(tensor), given)
             else:
-                ref = self.tape.ref(tensor)
-                is_full = ref.fills(self.tape.size_bytes(ref.storage))
-                step = Step(
-                    index=len(self.tape.steps),
-                    func=take,
-                    args=(ref, given),
-                    kwargs={},
-                    outputs=(),
-                    reads=() if is_full else (ref.storage,),
-                    written=(ref,),
-                    creates=(),
-                    overwrites=(ref.storage,) if is_full else (),
-                    default_dtype=torch.get_default_dtype(),
-                )
-                self.tape.add_step(step)
+                self.recorder.overwrite(tensor, given)
             if not tensor.is_inference():
                 # As for any write: the tensors that share its memory have changed as well.
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
@@ -254,7 +251,8 @@ class Record:
                 self.join(record)
                 return
 
-    def _refuse_other_thread(self) -> None:
+    def refuse_other_thread(self) -> None:
+        """Raise if another thread is recording what this thread wants to change."""
         threads = {
             thread for record in list(_records) if record.tape is self.tape for thread in record.recorder.threads
         }
@@ -270,8 +268,7 @@ class Record:
 
     def _settle(self) -> None:
         try:
-            with turn:
-                self.replayer.settle()
+            self.settle()
         except BaseException:
             # An interrupt, most likely: this takes a while. No generator may be left with a state that is none.
             self.replayer.settle()
@@ -364,19 +361,10 @@ def give(tensor: Tensor, given: Given) -> None:
     """
     record = record_of(tensor)
     assert record is not None, "not a deferred tensor"
-    _refuse_stale(tensor, record)
-    record.give(tensor, given)
-
-
-def _refuse_stale(tensor: Tensor, record: Record) -> None:
-    """Raise if a deferred tensor is not what its record says, or is being constructed by another thread."""
     handle = handle_of(tensor)
     if handle is not None:
-        if is_edited(tensor, handle):
-            refuse_edited(handle)
-        if is_shared(tensor, handle):
-            refuse_shared(handle)
-    record._refuse_other_thread()
+        refuse_stale(tensor, handle)
+    record.give(tensor, given)
 
 
 def convert(tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
@@ -399,7 +387,9 @@ def convert(tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
     record = record_of(tensor)
     if record is None:
         return converted(tensor, conversion)
-    _refuse_stale(tensor, record)
+    handle = handle_of(tensor)
+    if handle is not None:
+        refuse_stale(tensor, handle)
     return record.convert(tensor, conversion)
 
 

@@ -57,5 +57,8 @@ class ConvertedGiven(Given):
     def order(self, start: int) -> tuple[int, int]:
         return self._given.order(start // self._output.per_block * self._layout.block_numel)
 
+    def check_unchanged(self) -> None:
+        self._given.check_unchanged()
+
     def describe(self) -> str:
         return f"output {self._number} of {self._conversion!r} of {self._given.describe()} as {self._source_dtype}"

@@ -10,9 +10,13 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from nucleate.deferred.pieces import Source
 
 #: Elements that are cast at a time: torch does not split the work over threads of its own (`at::internal::GRAIN_SIZE`).
 _CAST_NUMEL = 1 << 15
@@ -54,6 +58,17 @@ class Given(ABC):
 
     def memory(self) -> torch.UntypedStorage | None:
         """Return memory that holds the elements already and may become the tensor's own, or None."""
+        return None
+
+    def check_unchanged(self) -> None:
+        """Make sure that the elements are those that were given, as far as that is seen without reading them.
+
+        Raises:
+            NucleateError: They were changed; the message begins with what was changed.
+        """
+
+    def source(self) -> Source | None:
+        """Return where the elements come from, if they are those of other pieces; ranges are then made there."""
         return None
 
 

@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nucleate.deferred.active import active_record
-from nucleate.deferred.handle import Handle, attach, handle_of, is_shared, lifted
+from nucleate.deferred.active import active_record, is_recording
+from nucleate.deferred.handle import Handle, attach, handle_of, is_shared, lifted, refuse_stale
 from nucleate.deferred.held import every_tensor
 from nucleate.deferred.lookout import Lookout
+from nucleate.deferred.recorded_methods import Purpose, loading_frame, running_purpose
 from nucleate.deferred.refusal import EDITS, REFUSED, is_edit, label, refuse, refuse_move, refuse_shared
-from nucleate.errors import NucleateError
+from nucleate.errors import DeferredUseError, NucleateError
 
 if TYPE_CHECKING:
     from nucleate.deferred.context import Record
@@ -50,6 +51,7 @@ _LIKE = {
 }  # fmt: skip
 # What `nn.Parameter(data)` does to a tensor subclass.
 _PARAMETER_CALLS = {Tensor.detach, Tensor.requires_grad_}
+_IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -80,6 +82,9 @@ class Guarded:
                 return func(*args, **kwargs)
         answers = _handle(guarded[0]).record.answers
         if func in answers:
+            if func == _IS_META and not is_recording() and (frame := loading_frame()) is not None:
+                # torch asks this before it copies; what is raised later, it collects once for each tensor.
+                _check_load(guarded[0], frame.f_locals)
             return answers[func]
         if func in _QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():
@@ -142,8 +147,6 @@ def _call(
             recording.take(tensor)
         with recording.impersonation:
             return func(*args, **kwargs)
-    if func in REFUSED or func in EDITS:
-        refuse(handle, label(func), edit=func in EDITS)
     if func is Tensor.__repr__ or func is Tensor.__format__:
         return _describe(guarded[0], handle)
     if func in _ALIASES and handle.cls in (Tensor, nn.Parameter):
@@ -151,6 +154,11 @@ def _call(
             alias = func(*args)
         guard(alias, record, handle.fqn)
         return alias
+    purpose = running_purpose()
+    if purpose is not None:
+        return _record_call(guarded, func, args, kwargs, purpose)
+    if func in REFUSED or func in EDITS:
+        refuse(handle, label(func), edit=func in EDITS)
     if func in _LIKE:
         with lifted(guarded):
             return func(*args, **{"device": record.device, **kwargs})
@@ -178,11 +186,42 @@ def _call(
             raise
         # What fails before it reaches aten, such as an edit of a leaf that requires a gradient.
         refuse(handle, label(func), edit=is_edit(func), cause=error)
-    # An alias, or a copy, is as deferred as what it was made from.
-    for tensor in every_tensor(result):
-        if handle_of(tensor) is None and record.tape.number(tensor) is not None:
-            guard(tensor, record, handle.fqn)
+    _guard_result(result, handle)
     return result
+
+
+def _record_call(
+    guarded: list[Tensor], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], purpose: Purpose
+) -> Any:
+    """Record a call that a method such as `load_state_dict` makes; see `recorded_methods.py`."""
+    handle = _handle(guarded[0])
+    for tensor in guarded:
+        refuse_stale(tensor, _handle(tensor))
+    with lifted(guarded), handle.record.reopened(), handle.record.impersonation:
+        with handle.record.loading() if purpose is Purpose.LOAD else nullcontext():
+            result = func(*args, **kwargs)
+    handle.record.settle()
+    _guard_result(result, handle)
+    return result
+
+
+def _guard_result(result: Any, handle: Handle) -> None:
+    """Guard an alias, or a copy: it is as deferred as what it was made from."""
+    for tensor in every_tensor(result):
+        if handle_of(tensor) is None and handle.record.tape.number(tensor) is not None:
+            guard(tensor, handle.record, handle.fqn)
+
+
+def _check_load(target: Tensor, frame: Mapping[str, Any]) -> None:
+    """Refuse what `nn.Module._load_from_state_dict` cannot copy into a deferred tensor, before it copies anything."""
+    handle = _handle(target)
+    refuse_stale(target, handle)
+    value = frame.get("input_param")
+    if isinstance(value, Tensor) and handle_of(value) is None and value.is_meta:
+        raise DeferredUseError(
+            f"{handle.fqn} cannot be loaded: {frame.get('key')!r} is on the meta device in the state dict and has no "
+            "value. Load a state dict with values, or pass `assign=True` to replace the parameter."
+        )
 
 
 def _is_called_by_parameter() -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nucleate.deferred.refusal import GuardedStorage
+from nucleate.deferred.refusal import GuardedStorage, refuse_edited, refuse_shared
 
 if TYPE_CHECKING:
     from nucleate.deferred.context import Record
@@ -90,6 +90,15 @@ def is_shared(tensor: Tensor, handle: Handle) -> bool:
     with torch._C.DisableTorchFunction():
         number = handle.record.tape.number(tensor)
         return number is not None and handle.record.tape.made(number) is not None
+
+
+def refuse_stale(tensor: Tensor, handle: Handle) -> None:
+    """Raise if a deferred tensor is not what its record says, or if another thread is constructing its model."""
+    if is_edited(tensor, handle):
+        refuse_edited(handle)
+    if is_shared(tensor, handle):
+        refuse_shared(handle)
+    handle.record.refuse_other_thread()
 
 
 def _version(tensor: Tensor) -> int:

@@ -7,15 +7,17 @@ differently in the vectorized and in the remaining part of a loop, so that a ran
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 
 from nucleate.deferred.fills import fill_of, fills_as_described, is_contiguous
-from nucleate.deferred.given import take
+from nucleate.deferred.given import Given, take
 from nucleate.deferred.pieces import Computed, Copied, Drawn, Filled, Joined, Pieces, Read, Source, Write
 from nucleate.deferred.random_program import RandomProgram
+from nucleate.deferred.strided import coalesced, composed
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef
 
 aten = torch.ops.aten
@@ -57,21 +59,45 @@ def pieces_of(tape: Tape, program: RandomProgram, storage: int, end: int | None 
     return pieces
 
 
+def source_of(tape: Tape, program: RandomProgram, ref: TensorRef, end: int) -> Source | None:
+    """Return where ranges of a tensor come from, or None if its storage can only be made whole.
+
+    Args:
+        tape: The tape.
+        program: The random program of its steps.
+        ref: The tensor.
+        end: It is wanted as it was before the step with this index.
+    """
+    source = _Reader(tape, program).source(ref, end, 0)
+    if source is None or not source.pieces.numel:
+        return None
+    source.pieces.prepare()
+    return source
+
+
 class _Reader:
     """Reads one storage and those it depends on."""
 
     def __init__(self, tape: Tape, program: RandomProgram) -> None:
         self._tape = tape
         self._program = program
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: dict[tuple[int, int], Pieces | None] = {}
 
     def pieces(self, storage: int, end: int, depth: int) -> Pieces | None:
         """Return how a storage is made as it was before the step `end`."""
         places = [place for place in self._tape.writers(storage) if place < end]
-        # What is used twice would be made twice.
-        if not places or depth > _MAX_DEPTH or (storage, places[-1]) in self._seen:
+        if not places or depth > _MAX_DEPTH:
             return None
-        self._seen.add((storage, places[-1]))
+        key = (storage, places[-1])
+        if key in self._seen:
+            # What is used twice would be made twice: that costs nothing where elements are only moved.
+            known = self._seen[key]
+            return known if known is not None and known.is_moved else None
+        self._seen[key] = None
+        self._seen[key] = found = self._pieces(storage, places, depth)
+        return found
+
+    def _pieces(self, storage: int, places: list[int], depth: int) -> Pieces | None:
         dtype: torch.dtype | None = None
         writes: list[Write] = []
         size_bytes = self._tape.size_bytes(storage)
@@ -82,13 +108,22 @@ class _Reader:
                 return None
             ref = refs[0]
             dtype = dtype or ref.dtype
-            if ref.dtype != dtype or ref.conj or ref.neg or not ref.size or not is_contiguous(ref):
+            if ref.dtype != dtype or ref.conj or ref.neg or not ref.size:
                 return None
+            if not ref.numel and storage not in step.creates:
+                continue
+            order = _order(ref)
             start, stop = ref.offset, ref.offset + ref.numel
+            if order is None:
+                write = self._write_columns(step, ref, depth)
+                if write is None:
+                    return None
+                writes.append(write)
+                continue
             # What a later write covers without looking is dead.
             dead = any(later.blind and later.start <= start and stop <= later.stop for later in writes)
             if not dead and not (storage in step.creates and step.uninitialized):
-                write = self._write(step, ref, depth)
+                write = self._write(step, ref, order, depth)
                 if write is None:
                     return None
                 writes.append(write)
@@ -99,10 +134,50 @@ class _Reader:
             if writes and writes[-1].blind and writes[-1].start == 0 and writes[-1].stop * dtype.itemsize == size_bytes:
                 break
         assert dtype is not None
-        return Pieces(self._program, size_bytes // dtype.itemsize, dtype, writes[::-1])
+        if not writes:
+            return None
+        pieces = Pieces(self._program, size_bytes // dtype.itemsize, dtype, writes[::-1])
+        # A chunk of a transposed file would read nearly all of it.
+        return pieces if pieces.is_moved or pieces.grain == 1 else None
 
-    def _write(self, step: Step, ref: TensorRef, depth: int) -> Write | None:
+    def _write_columns(self, step: Step, ref: TensorRef, depth: int) -> Write | None:
+        """Return the write of a copy into some columns of all that lies between the first row and the last."""
+        lengths, steps = coalesced(ref.size, ref.stride)
+        if len(lengths) == 1 and lengths and steps[0] > 1:
+            lengths, steps = (*lengths, 1), (*steps, 1)
+        if len(lengths) != 2 or steps[1] != 1 or steps[0] < lengths[1]:
+            return None
+        packet = getattr(step.func, "overloadpacket", None)
+        if step.func is take:
+            given: Given = step.args[1]
+            source = Source(Pieces.of(given, ref.dtype), 0)
+        elif packet is aten.copy_ and isinstance(step.args[1], TensorRef) and step.args[1].size == ref.size:
+            found = self._source(step.args[1], step, ref, depth)
+            if found is None or not found.pieces.is_moved or found.pieces.dtype != ref.dtype:
+                return None
+            source = found
+        else:
+            return None
+        width, column = steps[0], ref.offset % steps[0]
+        if column + lengths[1] > width:
+            return None
+        start = ref.offset - column
+        # The last row may end with what is written.
+        stop = ref.offset + (lengths[0] - 1) * width + lengths[1]
+        return Joined(start, stop, False, [source], [column, column + lengths[1]], width)
+
+    def _write(self, step: Step, ref: TensorRef, order: tuple[int, ...], depth: int) -> Write | None:
         start, stop = ref.offset, ref.offset + ref.numel
+        packet = getattr(step.func, "overloadpacket", None)
+        if order != tuple(range(len(order))):
+            # The elements lie in another order than that of their indices, as those of a copy of a transposed tensor.
+            if step.func is take:
+                given: Given = step.args[1]
+                whole = replace(ref, stride=tuple(math.prod(ref.size[dim + 1 :]) for dim in range(len(ref.size))))
+                size, stride = (tuple(each[dim] for dim in order) for each in (whole.size, whole.stride))
+                return Copied(start, stop, True, Source(Pieces.of(given, given.dtype), 0, size, stride))
+            value = step.args[1] if packet is aten.copy_ else step.args[0] if packet in _COPIES else None
+            return self._copy(start, value, step, ref, order, depth) if isinstance(value, TensorRef) else None
         fill = fill_of(step)
         if fill is not None:
             assert step.position is not None
@@ -111,7 +186,6 @@ class _Reader:
             return Drawn(start, stop, True, fill, step.position)
         if step.func is take:
             return Read(start, stop, True, step.args[1])
-        packet = getattr(step.func, "overloadpacket", None)
         if packet is aten.zero_:
             return Filled(start, stop, True, 0)
         if packet is aten.fill_ and _is_number(step.args[1]):
@@ -121,9 +195,9 @@ class _Reader:
         if packet in _FULL and _is_number(step.args[_FULL[packet]]):
             return Filled(start, stop, True, step.args[_FULL[packet]])
         if packet is aten.copy_:
-            return self._copy(start, step.args[1], step, ref, depth)
+            return self._copy(start, step.args[1], step, ref, order, depth)
         if packet in _COPIES and isinstance(step.args[0], TensorRef):
-            return self._copy(start, step.args[0], step, ref, depth)
+            return self._copy(start, step.args[0], step, ref, order, depth)
         if packet is aten.cat or packet is aten.stack:
             return self._join(step, ref, depth)
         if packet in _EXACT or packet in _EXACT_IN_PLACE:
@@ -142,7 +216,9 @@ class _Reader:
             return Computed(start, stop, not in_place, step.func, args, kwargs)
         return None
 
-    def _copy(self, start: int, value: Any, step: Step, ref: TensorRef, depth: int) -> Write | None:
+    def _copy(
+        self, start: int, value: Any, step: Step, ref: TensorRef, order: tuple[int, ...], depth: int
+    ) -> Write | None:
         stop = start + ref.numel
         if isinstance(value, Constant):
             tensor = value.tensor
@@ -153,12 +229,15 @@ class _Reader:
             if not _casts_exactly(tensor.dtype, ref.dtype) or not bool(tensor.detach().isfinite().all()):
                 return None
             return Copied(start, stop, True, value)
-        source = self._argument(value, step, ref, depth)
-        if not isinstance(source, Source) or not _casts_exactly(source.pieces.dtype, ref.dtype):
+        if not isinstance(value, TensorRef) or value.size != ref.size:
+            return None
+        size, stride = (tuple(each[dim] for dim in order) for each in (value.size, value.stride))
+        source = self._source(replace(value, size=size, stride=stride), step, ref, depth)
+        if source is None or not _casts_exactly(source.pieces.dtype, ref.dtype):
             return None
         only = source.pieces.writes[0]
         is_read = len(source.pieces.writes) == 1 and isinstance(only, Read) and only.given.dtype == source.pieces.dtype
-        if is_read and only.start <= source.start and source.start + ref.numel <= only.stop:
+        if source.size is None and is_read and only.start <= source.start and source.start + ref.numel <= only.stop:
             # Straight from where it is given, without a copy on the way.
             assert isinstance(only, Read)
             return Read(start, stop, True, only.given, only.first + source.start - only.start)
@@ -181,7 +260,9 @@ class _Reader:
                 return None
             sources.append(source)
             bounds.append(bounds[-1] + value.numel // num_rows)
-        return Joined(ref.offset, ref.offset + ref.numel, True, sources, bounds) if sources else None
+        if not sources:
+            return None
+        return Joined(ref.offset, ref.offset + ref.numel, True, sources, bounds, bounds[-1])
 
     def _argument(self, value: Any, step: Step, ref: TensorRef, depth: int) -> Any:
         """Return a number as it is and a tensor of the written one's shape as a source."""
@@ -189,19 +270,44 @@ class _Reader:
             return value
         if not isinstance(value, TensorRef) or value.size != ref.size:
             return _UNKNOWN
-        source = self._source(value, step, ref, depth)
+        # A chunk of what does not lie in order would read nearly all of it.
+        source = self._source(value, step, ref, depth) if is_contiguous(value) else None
         return _UNKNOWN if source is None else source
 
     def _source(self, value: TensorRef, step: Step, ref: TensorRef, depth: int) -> Source | None:
         """Return where a tensor that a step reads lies, if ranges of it can be made."""
         # On the storage that is written it would be the old value.
-        if value.conj or value.neg or not is_contiguous(value) or value.storage == ref.storage:
+        return None if value.storage == ref.storage else self.source(value, step.index, depth + 1)
+
+    def source(self, value: TensorRef, end: int, depth: int) -> Source | None:
+        """Return where a tensor lies as it was before the step `end`, if ranges of it can be made."""
+        pieces = None if value.conj or value.neg else self.pieces(value.storage, end, depth)
+        if pieces is None or pieces.dtype != value.dtype:
             return None
-        pieces = self.pieces(value.storage, step.index, depth + 1)
-        return None if pieces is None or pieces.dtype != value.dtype else Source(pieces, value.offset)
+        if is_contiguous(value):
+            return Source(pieces, value.offset)
+        # Of a random stream, all that lies between would have to be drawn again and again.
+        if not pieces.is_moved:
+            return None
+        inner = pieces.viewed()
+        if inner is not None and inner.size is not None:
+            one = composed(value.offset, value.size, value.stride, inner.size, inner.stride)
+            if one is not None:
+                return Source(inner.pieces, inner.start + one[0], *one[1:])
+        return Source(pieces, value.offset, value.size, value.stride)
 
 
 _UNKNOWN = object()
+
+
+def _order(ref: TensorRef) -> tuple[int, ...] | None:
+    """Return the order of dims in which the elements lie one after the other, or None if they do not."""
+    if is_contiguous(ref):
+        return tuple(range(len(ref.size)))
+    # Dims of one element first, so that their strides do not matter.
+    order = sorted(range(len(ref.size)), key=lambda dim: (ref.size[dim] != 1, -ref.stride[dim]))
+    size, stride = (tuple(each[dim] for dim in order) for each in (ref.size, ref.stride))
+    return tuple(order) if is_contiguous(replace(ref, size=size, stride=stride)) else None
 
 
 def _is_exact(step: Step, ref: TensorRef) -> bool:

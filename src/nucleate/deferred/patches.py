@@ -6,6 +6,7 @@ whole process as long as at least one context is open in it, and do nothing in t
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -81,6 +82,19 @@ def _install(stack: ExitStack) -> None:
 
     torch.nn.init._no_grad_trunc_normal_ = opaque_trunc_normal
     stack.callback(setattr, torch.nn.init, "_no_grad_trunc_normal_", trunc_normal)
+
+    # The tensors of a state dict are kept by reference, where a constructor's constants are cloned.
+    load_state_dict = nn.Module.load_state_dict
+
+    @functools.wraps(load_state_dict)
+    def loaded_by_reference(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as loading:
+            for record in active_records():
+                loading.enter_context(record.loading())
+            return load_state_dict(module, *args, **kwargs)
+
+    nn.Module.load_state_dict = loaded_by_reference  # type: ignore[method-assign, assignment]
+    stack.callback(setattr, nn.Module, "load_state_dict", load_state_dict)
 
     # How `nn.Parameter` is made, on the memory of a tensor and with a version counter of its own; no mode sees it.
     make_subclass = torch.Tensor._make_subclass

@@ -24,11 +24,13 @@ from nucleate.deferred.constants import Constants
 from nucleate.deferred.effects import needed_by, overwritten_by, read_by, written_by
 from nucleate.deferred.exposed import Exposed
 from nucleate.deferred.geometry import is_doubtful, is_plain, result_on_meta, result_on_stand_ins, to_meta, trust
+from nucleate.deferred.given import Given, take
 from nucleate.deferred.quick import record_factory, record_fill, remember_fill
 from nucleate.deferred.random_program import Position, default_generator
 from nucleate.deferred.replay import Replayer, view
 from nucleate.deferred.states import States
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
+from nucleate.deferred.tensor_given import TensorGiven
 from nucleate.deferred.traits import Traits, traits_of
 from nucleate.deferred.values import Values
 
@@ -38,6 +40,7 @@ aten = torch.ops.aten
 class _Flags(threading.local):
     meta_is_meant = False
     makes_real = False
+    is_loading = False
 
 
 class Recorder(TorchDispatchMode):
@@ -95,6 +98,15 @@ class Recorder(TorchDispatchMode):
     @makes_real.setter
     def makes_real(self, value: bool) -> None:
         self._flags.makes_real = value
+
+    @property
+    def is_loading(self) -> bool:
+        """Set while a state dict is loaded: then what is copied from a real tensor is taken by reference."""
+        return self._flags.is_loading
+
+    @is_loading.setter
+    def is_loading(self, value: bool) -> None:
+        self._flags.is_loading = value
 
     def absorb(self, other: Recorder) -> None:
         """Take over the tape of another recorder for the same device, and the real tensors that its steps read."""
@@ -177,6 +189,9 @@ class Recorder(TorchDispatchMode):
         if any(self.tape.number(tensor) is None or self.exposed.holds(tensor) for tensor in written):
             # A deferred value goes into real memory: it has to be made now.
             return self._write_real(func, traits, args, kwargs)
+        if func is aten.copy_.default and (given := self._given_by(*args[:2])) is not None:
+            self.overwrite(args[0], given)
+            return args[0]
         if not written and (func.is_view or func is aten.detach.default):
             if func is aten.as_strided.default:
                 # The meta kernel does not look whether the view lies within its memory.
@@ -191,6 +206,48 @@ class Recorder(TorchDispatchMode):
             if target.type != "meta":
                 return func(*map_leaves(args, self._resolve), **map_leaves(kwargs, self._resolve))
         return self._record(func, traits, args, kwargs)
+
+    def _given_by(self, target: Tensor, value: Any) -> TensorGiven | None:
+        """Return what a real tensor gives to a deferred one by reference, if it is not to be cloned."""
+        if not isinstance(value, Tensor) or value.is_meta or not is_plain(value) or value.layout != torch.strided:
+            return None
+        same = value.dtype == target.dtype
+        casts = same or (value.dtype.is_floating_point and target.dtype.is_floating_point)
+        if not casts or target.is_conj() or target.is_neg() or not target.numel():
+            return None
+        if not self.is_loading and (not same or value.untyped_storage().resizable()):
+            return None
+        if value.shape != target.shape:
+            try:
+                value = value.expand(target.shape)
+            except RuntimeError:
+                return None  # Refused where it is recorded as any other operation.
+        given = self._constants.given(value)
+        return given if self.is_loading or given.is_mapped else None
+
+    def overwrite(self, tensor: Tensor, given: Given) -> None:
+        """Record that a deferred tensor is overwritten by what is given.
+
+        Args:
+            tensor: A tensor of this tape without real memory, of the shape of what is given.
+            given: The elements; they are cast to the tensor's dtype when it is made.
+        """
+        ref = self.tape.ref(tensor)
+        is_full = ref.fills(self.tape.size_bytes(ref.storage))
+        self.tape.add_step(
+            Step(
+                index=len(self.tape.steps),
+                func=take,
+                args=(ref, given),
+                kwargs={},
+                outputs=(),
+                reads=() if is_full else (ref.storage,),
+                written=(ref,),
+                creates=(),
+                overwrites=(ref.storage,) if is_full else (),
+                default_dtype=torch.get_default_dtype(),
+            )
+        )
 
     def _is_own(self, device: torch.device) -> bool:
         return device.type == self.device.type and device.index in (None, self.device.index)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from nucleate.deferred.given import Given
+from nucleate.deferred.given import Given, take
 
 if TYPE_CHECKING:
     from nucleate.deferred.random_program import Position
@@ -91,6 +91,10 @@ class Constant:
                 f"a real tensor of shape {tuple(self.tensor.shape)} that the constructor copied into a deferred "
                 "parameter was edited in place after `init_module`. Edit a clone of it, or edit it inside the context."
             )
+
+    def keep_copy(self) -> None:
+        """Keep a copy from here on, because the tensor is about to be written."""
+        self.tensor, self.seen = self.tensor.detach().clone(), None
 
     def value(self) -> Tensor:
         """Return the tensor, refusing one that was written to since it was read."""
@@ -170,6 +174,8 @@ class Tape:
         self._storages: list[torch.UntypedStorage] = []
         self._writers: list[list[int]] = []
         self._made: dict[int, StorageWeakRef] = {}
+        #: Whether some step takes its values from outside of the tape, such as from a file.
+        self.takes_given = False
 
     def number(self, tensor: Tensor) -> int | None:
         """Return the number of the tensor's storage, or None if the tape does not know it."""
@@ -207,8 +213,15 @@ class Tape:
     def add_step(self, step: Step) -> None:
         """Append a step."""
         self.steps.append(step)
+        self.takes_given = self.takes_given or step.func is take
         for storage in {*step.writes, *step.creates}:
             self._writers[storage].append(step.index)
+
+    def givens(self, steps: Iterable[Step]) -> Iterator[Given]:
+        """Yield what steps take from outside of the tape."""
+        for step in steps:
+            if step.func is take:
+                yield step.args[1]
 
     def drop(self, step: Step) -> None:
         """Take a step off the tape that only says what a storage's content is anyway."""
@@ -226,6 +239,7 @@ class Tape:
         for step in other.steps:
             step.renumber(first_step, first_storage)
         self.steps.extend(other.steps)
+        self.takes_given = self.takes_given or other.takes_given
         self._storages.extend(other._storages)
         self._numbers.update({key: number + first_storage for key, number in other._numbers.items()})
         self._made.update({number + first_storage: made for number, made in other._made.items()})

@@ -146,6 +146,10 @@ def parts_of(pieces: Pieces, base: int, shape: Sequence[int], offsets: Sequence[
     if not out.numel():
         return
     whole, first, size = merged(shape, offsets, out.shape)
+    box = pieces.box(shape, offsets, out.shape) if len(whole) > 1 and base == 0 else None
+    if box is not None:
+        yield Range(box, 0, out.view(-1))
+        return
     if len(whole) == 1:
         yield Range(pieces, base + first[0], out.view(-1))
         return
@@ -229,7 +233,9 @@ def _stretches(parts: Sequence[Part], total: int, count: int) -> Iterator[list[P
     for part in parts:
         first = 0
         while first < part.num_rows:
-            last = min(part.num_rows, first + max(1, -(-room // part.row_numel)))
+            # Not so few elements that files would be read in short runs.
+            least = max(room, part.pieces.grain)
+            last = min(part.num_rows, first + max(1, -(-least // part.row_numel)))
             if 0 < part.num_rows - last < 1024:
                 last = part.num_rows
             elif last % 64 and last < part.num_rows and part.row_numel == 1:

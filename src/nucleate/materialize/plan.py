@@ -18,7 +18,7 @@ from nucleate.deferred.guard import guard
 from nucleate.deferred.handle import is_edited
 from nucleate.deferred.replay import backward_slice
 from nucleate.deferred.tape import TensorRef
-from nucleate.errors import DeferredEditError, UninitializedError, UsageError, name_list
+from nucleate.errors import DeferredEditError, NucleateError, UninitializedError, UsageError, name_list
 from nucleate.materialize.shards import is_sharded
 from nucleate.materialize.source import Recipe
 
@@ -103,7 +103,8 @@ class Plan:
 
         Raises:
             UsageError: It was called inside the context that constructs the model.
-            DeferredEditError: A deferred tensor was edited through an alias since its constructor ended.
+            DeferredEditError: A deferred tensor was edited through an alias since its constructor ended, or a tensor or
+                a file that it takes its values from was changed.
             UninitializedError: A parameter or buffer is on the meta device without a recipe, or its recipe never
                 writes (all of) it, so that eager construction would leave heap memory there.
         """
@@ -115,6 +116,7 @@ class Plan:
         # Guarded tensors pretend to be on their device; the plan looks behind that.
         with torch._C.DisableTorchFunctionSubclass():
             plan = cls._find(model)
+        plan._refuse_changed()
         plan._refuse_unwritten()
         return plan
 
@@ -198,6 +200,21 @@ class Plan:
                 number = numbers.setdefault(target.ref.storage, len(numbers))
                 parts.append((target.fqn, replace(target.ref, storage=number)))
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def _refuse_changed(self) -> None:
+        changed: dict[tuple[type[NucleateError], str], list[str]] = {}
+        for group in self.groups:
+            tape = group.source.record.tape
+            for given in tape.givens(backward_slice(tape, [group.source.storage])) if tape.takes_given else ():
+                try:
+                    given.check_unchanged()
+                except NucleateError as error:
+                    changed.setdefault((type(error), str(error)), []).append(group.targets[0].fqn)
+        for (kind, reason), fqns in changed.items():
+            raise kind(
+                f"{reason}, before `setup` made {name_list(fqns)} of it. Load again, and change nothing between "
+                "loading and `setup`."
+            )
 
     def _refuse_unwritten(self) -> None:
         unwritten = [

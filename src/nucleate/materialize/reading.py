@@ -45,6 +45,9 @@ class GivenBox(Given):
     def order(self, start: int) -> tuple[int, int]:
         return self._given.order(start)
 
+    def check_unchanged(self) -> None:
+        self._given.check_unchanged()
+
     def describe(self) -> str:
         return f"{self._given.describe()} from {self._offsets} {self.shape}"
 
