@@ -116,10 +116,6 @@ class DataFile:
         if os.fstat(self._descriptor).st_size < self.size_bytes:
             raise self._cut_short(0, self.size_bytes)
 
-    def written_ns(self) -> int:
-        """Return when the file was written to last, in nanoseconds."""
-        return os.fstat(self._descriptor).st_mtime_ns
-
     def read_into(self, address: int, size_bytes: int, offset: int) -> None:
         """Copy bytes to memory.
 

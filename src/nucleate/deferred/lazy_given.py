@@ -32,19 +32,39 @@ def given_of_lazy(value: Any) -> Given | None:
         value: Anything. A lazy tensor is not a `torch.Tensor`: it has a `metatensor`, a `storageinfo` (the persistent
             id of its storage), `rebuild_args` and an `archiveinfo` with a `file_reader`.
     """
-    if isinstance(value, Tensor) or not all(part in getattr(value, "__dict__", ()) for part in _PARTS):
+    if not _is_lazy(value):
         return None
-    reader = getattr(value.archiveinfo, "file_reader", None)
-    if reader is None or not isinstance(value.metatensor, Tensor):
+    shape, stride = (tuple(part) for part in value.rebuild_args[1:3])
+    found = memory_of_lazy(value) if stride == _row_by_row(shape) else None
+    if found is None:
+        return LazyWhole(value.metatensor.dtype, shape, value, f"data/{value.storageinfo[2]}")
+    found.shape = shape
+    return found
+
+
+def memory_of_lazy(value: Any) -> LazyRecord | None:
+    """Return what lies in the file from the first element of a lazy tensor to its last one, as a tensor of one dim.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The elements; None where it is not a lazy tensor or its file cannot be told.
+    """
+    file = _file_of(value.archiveinfo.file_reader) if _is_lazy(value) else None
+    if file is None:
         return None
     begin, shape, stride = value.rebuild_args[:3]
     dtype = value.metatensor.dtype
-    record = f"data/{value.storageinfo[2]}"
-    shape = tuple(shape)
-    if tuple(stride) == _row_by_row(shape) and (file := _file_of(reader)) is not None:
-        offset = reader.get_record_offset(record) + begin * dtype.itemsize
-        return LazyRecord(dtype, shape, file, offset)
-    return LazyWhole(dtype, shape, value, record)
+    extent = 0 if 0 in shape else 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+    offset = value.archiveinfo.file_reader.get_record_offset(f"data/{value.storageinfo[2]}")
+    return LazyRecord(dtype, (extent,), file, offset + begin * dtype.itemsize)
+
+
+def _is_lazy(value: Any) -> bool:
+    if isinstance(value, Tensor) or not all(part in getattr(value, "__dict__", ()) for part in _PARTS):
+        return False
+    return isinstance(value.metatensor, Tensor) and hasattr(value.archiveinfo, "file_reader")
 
 
 class LazyRecord(Given):
@@ -66,6 +86,9 @@ class LazyRecord(Given):
     def read(self, start: int, out: Tensor) -> None:
         itemsize = self.dtype.itemsize
         self._file.read_into(out.data_ptr(), out.numel() * itemsize, self._offset + start * itemsize)
+
+    def check_unchanged(self) -> None:
+        self._file.check_unwritten()
 
     def order(self, start: int) -> tuple[int, int]:
         return (self._file.number, self._offset + start * self.dtype.itemsize)
@@ -122,11 +145,20 @@ class _File:
         self._written_ns = os.fstat(descriptor).st_mtime_ns
         weakref.finalize(self, os.close, descriptor)
 
+    def check_unwritten(self) -> None:
+        """Make sure that nobody has written to the file since it was met.
+
+        Raises:
+            CheckpointError: Somebody has.
+        """
+        if os.fstat(self._descriptor).st_mtime_ns != self._written_ns:
+            raise CheckpointError(f"{self.path} was written to since it was opened for lazy loading")
+
     def read_into(self, address: int, size_bytes: int, offset: int) -> None:
         """Copy bytes to memory.
 
         Raises:
-            CheckpointError: The file was written to, it ends before, or the disk fails.
+            CheckpointError: The file ends before, or the disk fails.
         """
         done = 0
         while done < size_bytes:
@@ -141,11 +173,6 @@ class _File:
             if not copied:
                 raise CheckpointError(f"{self.path} was cut short at byte {offset + done}. Copy it again.")
             done += copied
-        if os.fstat(self._descriptor).st_mtime_ns != self._written_ns:
-            raise CheckpointError(
-                f"{self.path} was written to after it was opened for lazy loading, so its values may be others by now. "
-                "Load it again, and write to the file after `setup`."
-            )
 
 
 def _load(lazy: Any) -> Tensor:

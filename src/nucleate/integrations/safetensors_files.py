@@ -50,14 +50,15 @@ class _Opened:
 
     def tensor(self, key: str) -> Tensor | None:
         """Return a deferred tensor, or None where the library has to do it."""
-        from nucleate.checkpoint.binding import StampedFile, bound, defers
+        from nucleate.checkpoint.binding import bound, defers
+        from nucleate.checkpoint.files import DataFile
         from nucleate.checkpoint.readers.safetensors_file import SafetensorsFile
 
         if not defers(self.device):
             return None
         if self._tensors is None:
             try:
-                self._tensors = SafetensorsFile.read(StampedFile(self._path)).tensors
+                self._tensors = SafetensorsFile.read(DataFile(self._path)).tensors
             except CheckpointError:
                 # The library may know more of the format than torch does.
                 self._tensors = {}

@@ -22,7 +22,7 @@ from nucleate.errors import CheckpointError
 from nucleate.integrations.scoped import FileIntegration, Scoped, put
 
 if TYPE_CHECKING:
-    from nucleate.checkpoint.binding import StampedFile
+    from nucleate.checkpoint.files import DataFile
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size, torch.device)
 
@@ -66,10 +66,11 @@ class _NotBoundError(Exception):
 
 def _load(plain: Any, path: str | os.PathLike[str], map_location: Any) -> Any:
     """Return what `torch.load` returns, with deferred tensors."""
-    from nucleate.checkpoint.binding import StampedFile, defers
+    from nucleate.checkpoint.binding import defers
+    from nucleate.checkpoint.files import DataFile
 
     try:
-        file = StampedFile(path)
+        file = DataFile(path)
         places, locations = _records(file)
     except (CheckpointError, pickle.UnpicklingError) as error:
         raise _NotBoundError from error
@@ -94,7 +95,7 @@ def _load(plain: Any, path: str | os.PathLike[str], map_location: Any) -> Any:
     return binder.replaced(value)
 
 
-def _records(file: StampedFile) -> tuple[dict[int, int], set[str]]:
+def _records(file: DataFile) -> tuple[dict[int, int], set[str]]:
     """Return where storages lie in a torch file and how long they are, and the devices that they were saved from."""
     from nucleate.checkpoint.readers.torch_archive import prefix_of
     from nucleate.checkpoint.readers.zip_directory import ZipDirectory
@@ -160,7 +161,10 @@ class _Locations(pickle.Unpickler):
 
 
 class _Binder:
-    """Puts deferred tensors into the place of those that torch has made on the meta device.
+    """Puts tensors into the place of those that torch has made on the meta device.
+
+    Those in a state dict, which is a dict of names and tensors, become deferred. Others become real, such as those of
+    an optimizer: no `setup` makes them, and the user computes with them.
 
     Args:
         file: The file.
@@ -168,56 +172,69 @@ class _Binder:
         device: The device that deferred tensors stand for.
     """
 
-    def __init__(self, file: StampedFile, places: dict[int, int], device: torch.device) -> None:
+    def __init__(self, file: DataFile, places: dict[int, int], device: torch.device) -> None:
         self._file = file
         self._places = places
         self._device = device
+        # By their place in the file: those to defer, and what the others have become.
+        self._weights: set[int] = set()
         self._storages: dict[int, Tensor] = {}
         self._checked: set[int] = set()
-        self._done: dict[int, Any] = {}
+        self._done: dict[int, tuple[Any, Any]] = {}
 
-    def check(self, value: Any) -> None:
-        """Look whether all tensors in a value can be replaced.
+    def check(self, value: Any, is_optimizer: bool = False) -> None:
+        """Look whether all tensors in a value can be replaced, and which of them are weights.
+
+        Args:
+            value: What torch has loaded onto the meta device.
+            is_optimizer: Whether it belongs to an optimizer's state.
 
         Raises:
-            _NotBoundError: Not so.
+            _NotBoundError: One of them cannot be replaced.
         """
         if type(value) in _ATOMS or id(value) in self._checked:
             return
         self._checked.add(id(value))
         if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            offset = getattr(storage, "_checkpoint_offset", None)
-            is_plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and value.is_meta
-            is_marked = value.is_quantized or value.is_conj() or value.is_neg() or value._backward_hooks
-            # The number of bytes tells that the record is not packed.
-            fits = offset is not None and self._places.get(offset, -1) >= storage.nbytes()
-            if not is_plain or is_marked or value.__dict__ or (storage.nbytes() and not fits):
-                raise _NotBoundError
+            self._check_tensor(value)
         elif isinstance(value, dict):
+            is_optimizer = is_optimizer or {"state", "param_groups"} <= value.keys()
             for key, item in value.items():
-                if isinstance(key, Tensor):
+                if isinstance(key, (Tensor, tuple)):
                     raise _NotBoundError
                 self.check(key)
-                self.check(item)
-            self.check(getattr(value, "__dict__", None))
+                self.check(item, is_optimizer)
+            self.check(getattr(value, "__dict__", None), is_optimizer)
+            if not is_optimizer and _is_state_dict(value):
+                storages = (item.untyped_storage() for item in value.values() if isinstance(item, Tensor))
+                self._weights.update(offset for each in storages if (offset := each._checkpoint_offset) is not None)
         elif type(value) in (list, tuple, set, frozenset):
             for item in value:
-                self.check(item)
-            if type(value) in (set, frozenset) and any(isinstance(item, (Tensor, tuple)) for item in value):
-                raise _NotBoundError
+                if type(value) in (set, frozenset) and isinstance(item, (Tensor, tuple)):
+                    raise _NotBoundError
+                self.check(item, is_optimizer)
         else:
             raise _NotBoundError
 
+    def _check_tensor(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        offset = getattr(storage, "_checkpoint_offset", None)
+        is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.is_meta
+        is_marked = tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor._backward_hooks
+        # The number of bytes tells that the record is not packed.
+        fits = offset is not None and self._places.get(offset, -1) >= storage.nbytes()
+        if not is_plain or is_marked or tensor.__dict__ or (storage.nbytes() and not fits):
+            raise _NotBoundError
+
     def replaced(self, value: Any) -> Any:
-        """Return a value with deferred tensors; dicts and lists are changed in place."""
+        """Return a value with the tensors that the user gets; dicts and lists are changed in place."""
         if type(value) in _ATOMS or type(value) in (set, frozenset):
             return value
         if id(value) not in self._done:
             if isinstance(value, tuple):
                 self._done[id(value)] = value, tuple(map(self.replaced, value))
             elif isinstance(value, Tensor):
-                self._done[id(value)] = value, self._bound(value)
+                self._done[id(value)] = value, self._tensor(value)
             else:
                 self._done[id(value)] = value, value
                 for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
@@ -226,7 +243,7 @@ class _Binder:
                     self.replaced(value.__dict__)
         return self._done[id(value)][1]
 
-    def _bound(self, tensor: Tensor) -> Tensor:
+    def _tensor(self, tensor: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
             storage, dtype, shape, stride = tensor.untyped_storage(), tensor.dtype, tuple(tensor.shape), tensor.stride()
             begin, requires_grad = int(tensor.storage_offset()), tensor.requires_grad
@@ -243,19 +260,30 @@ class _Binder:
         from nucleate.checkpoint.binding import bound
         from nucleate.checkpoint.stored import StoredTensor
 
-        size_bytes = storage.nbytes()
-        if not size_bytes:
+        size_bytes, offset = storage.nbytes(), storage._checkpoint_offset
+        if not size_bytes or offset is None:
             return torch.empty(shape, dtype=dtype, device=self._device)
-        offset = storage._checkpoint_offset
-        assert offset is not None
         if offset not in self._storages:
             numel = size_bytes // dtype.itemsize
             whole = shape if torch.Size(shape).numel() == numel else (numel,)
-            key = f"storage {offset}"
-            self._storages[offset] = bound(StoredTensor.whole(key, dtype, whole, self._file, offset), self._device)
+            if offset in self._weights:
+                stored = StoredTensor.whole(f"storage {offset}", dtype, whole, self._file, offset)
+                self._storages[offset] = bound(stored, self._device)
+            else:
+                with plain_modes():
+                    real = torch.empty(whole, dtype=dtype, device="cpu")
+                    self._file.read_into(real.data_ptr(), numel * dtype.itemsize, offset)
+                    self._storages[offset] = real.to(self._device)
             return self._storages[offset]
         made = self._storages[offset]
         return made.view(made.shape) if made.dtype == dtype else made.reshape(-1).view(dtype)
+
+
+def _is_state_dict(value: dict[Any, Any]) -> bool:
+    """Return whether a dict gives names to tensors; numbers and strings may stand beside them."""
+    return all(isinstance(key, str) for key in value) and all(
+        isinstance(item, Tensor) or type(item) in _ATOMS for item in value.values()
+    )
 
 
 _scoped = Scoped(_install)
