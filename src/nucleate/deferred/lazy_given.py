@@ -7,6 +7,7 @@ archive, so its elements are read from there, the wanted range only. The library
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import stat
 import threading
@@ -22,6 +23,7 @@ from nucleate.errors import CheckpointError
 _PARTS = ("metatensor", "archiveinfo", "storageinfo", "rebuild_args")
 #: Files of readers, as long as these live: they name only the place in a file, and not the file.
 _files: weakref.WeakKeyDictionary[Any, _File | None] = weakref.WeakKeyDictionary()
+#: The tensor that each thread has read last by its library.
 _held = threading.local()
 
 
@@ -112,16 +114,20 @@ class LazyWhole(Given):
         self.shape = shape
         self._lazy = lazy
         self._record = record
+        self._loaded: Tensor | None = None
 
     def read(self, start: int, out: Tensor) -> None:
-        held = getattr(_held, "last", None)
-        if held is None or held[0] is not self:
-            _held.last = None  # Not two at a time.
+        loaded = self._loaded
+        if loaded is None:
+            last = getattr(_held, "last", None)
+            if last is not None and (other := last()) is not None:
+                other._loaded = None  # Not two at a time.
             with torch.no_grad():
-                held = _held.last = self, _load(self._lazy).detach().reshape(-1)
-        out.copy_(held[1][start : start + out.numel()])
-        if start + out.numel() == held[1].numel():
-            _held.last = None
+                self._loaded = loaded = _load(self._lazy).detach().reshape(-1)
+            _held.last = weakref.ref(self)
+        out.copy_(loaded[start : start + out.numel()])
+        if start + out.numel() == loaded.numel():
+            self._loaded = None
 
     def order(self, start: int) -> tuple[int, int]:
         return (-1, int(self._lazy.archiveinfo.file_reader.get_record_offset(self._record)) + start)
@@ -196,21 +202,35 @@ def _file_of(reader: Any) -> _File | None:
 def _find(reader: Any) -> _File | None:
     names = [name for name in (".data/serialization_id", "data.pkl") if reader.has_record(name)]
     wanted = [(reader.get_record_offset(name), reader.get_record(name)) for name in names]
+    links = _links(wanted)
+    if len(links) > 1:
+        # The library's readers are part of cycles: one that nobody uses any more keeps its file open.
+        gc.collect()
+        links = _links(wanted)
+    if len(links) != 1:
+        return None  # Of two equal files, either may be the one that is changed later.
+    try:
+        return _File(os.open(links[0], os.O_RDONLY | os.O_CLOEXEC), os.readlink(links[0]))
+    except OSError:
+        return None
+
+
+def _links(wanted: list[tuple[int, bytes]]) -> list[str]:
+    """Return the open files of this process that have certain bytes in certain places, each file once."""
     try:
         numbers = sorted(int(name) for name in os.listdir("/proc/self/fd"))
     except OSError:
-        return None
+        return []
+    found: dict[tuple[int, int], str] = {}
     for number in numbers:
-        link = f"/proc/self/fd/{number}"
         try:
             status = os.fstat(number)
-            if not stat.S_ISREG(status.st_mode):
-                continue
-            if all(os.pread(number, len(data), offset) == data for offset, data in wanted):
-                return _File(os.open(link, os.O_RDONLY | os.O_CLOEXEC), os.readlink(link))
+            is_file = stat.S_ISREG(status.st_mode)
+            if is_file and all(os.pread(number, len(data), offset) == data for offset, data in wanted):
+                found[status.st_dev, status.st_ino] = f"/proc/self/fd/{number}"
         except OSError:
             continue  # It was closed meanwhile, or is not readable.
-    return None
+    return list(found.values())
 
 
 def _row_by_row(shape: tuple[int, ...]) -> tuple[int, ...]:

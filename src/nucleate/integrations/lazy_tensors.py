@@ -27,6 +27,8 @@ _MODULES = ("lightning.fabric.utilities.load", "lightning_fabric.utilities.load"
 class LazyTensors(FileIntegration):
     """Binds deferred tensors to files that `_lazy_load` has opened."""
 
+    name = "lightning_fabric"
+
     def scoped(self) -> Scoped:
         return _scoped
 

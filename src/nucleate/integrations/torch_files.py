@@ -217,13 +217,14 @@ class _Binder:
             raise _NotBoundError
 
     def _check_tensor(self, tensor: Tensor) -> None:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or not tensor.is_meta:
+            raise _NotBoundError
         storage = tensor.untyped_storage()
         offset = getattr(storage, "_checkpoint_offset", None)
-        is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.is_meta
         is_marked = tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor._backward_hooks
         # The number of bytes tells that the record is not packed.
         fits = offset is not None and self._places.get(offset, -1) >= storage.nbytes()
-        if not is_plain or is_marked or tensor.__dict__ or (storage.nbytes() and not fits):
+        if is_marked or tensor.__dict__ or (storage.nbytes() and not fits):
             raise _NotBoundError
 
     def replaced(self, value: Any) -> Any:
