@@ -74,7 +74,7 @@ def types(session: nox.Session) -> None:
 @shared
 def tests(session: nox.Session) -> None:
     """Run the tests that need one process, and the doctests."""
-    elsewhere = [f"--ignore=tests/{folder}" for folder in ("multi", "examples", "bench", "gpu")]
+    elsewhere = [f"--ignore=tests/{folder}" for folder in ("multi", "examples", "bench", "gpu", "libraries")]
     pytest(session, *WORKERS, "--doctest-modules", "src/nucleate", "tests", *elsewhere)
 
 
@@ -139,6 +139,14 @@ def zoo(session: nox.Session) -> None:
     """
     install(session, "-e", ".", group="zoo")
     session.run("python", "-m", "tests.architectures", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False, tags=["long"])
+def libraries(session: nox.Session) -> None:
+    """Run the tests of how timm and litgpt load their models."""
+    install(session, "-e", ".", group="libraries")
+    session.install("-c", "constraints.txt", "--no-deps", "litgpt")
+    pytest(session, "tests/libraries")
 
 
 @nox.session(default=False)
