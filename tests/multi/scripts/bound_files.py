@@ -23,13 +23,13 @@ from nucleate.deferred import record_of
 from nucleate.errors import CheckpointError, RankFailedError
 from tests.integrations.test_diffusers import UNET, VAE
 from tests.integrations.weights import write_in_place
-from tests.multi.scripts.load_raw import Model, strategies, whole
+from tests.multi.scripts.load_raw import Model, stored, strategies, whole
 from tests.multi.scripts.load_state_dict import MIB, Wide, complete, peak_bytes
 
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 LOADS: dict[str, Callable[[nn.Module, Path], object]] = {
     "safetensors": lambda model, path: model.load_state_dict(load_file(path / "whole.safetensors")),
-    "load_model": lambda model, path: load_model(model, path / "whole.safetensors"),
+    "load_model": lambda model, path: load_model(model, path / "tied.safetensors"),
     "torch": lambda model, path: model.load_state_dict(torch.load(path / "whole.pt")),
     "lazy": lambda model, path: model.load_state_dict(_lazy_load(path / "whole.pt")),
 }
@@ -130,6 +130,7 @@ def main(path: Path) -> None:
     try:
         if runtime.is_global_zero:
             save_file({name: value.clone() for name, value in complete().items()}, path / "whole.safetensors")
+            save_file(stored(), path / "tied.safetensors")
             torch.save(complete(), path / "whole.pt")
             save_file(Wide().state_dict(), path / "wide.safetensors")
             torch.save(Wide().state_dict(), path / "wide.pt")
