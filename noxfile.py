@@ -1,4 +1,4 @@
-"""Every check of the project, one session each. `python -m nox` runs all but `bench`, `zoo` and `gpu`.
+"""Every check of the project, one session each. `python -m nox` runs all but `bench`, `zoo`, `libraries` and `gpu`.
 
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """

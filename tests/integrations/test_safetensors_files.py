@@ -194,6 +194,20 @@ def test_errors_are_the_librarys_and_name_the_file(tmp_path: Path, path: Path, r
             file.get_tensor("0.weight")
 
 
+@pytest.mark.parametrize("device", ["xla", "nonsense"])
+@pytest.mark.parametrize("load", [load_file, lambda path, device: torch.load(path, map_location=device)])
+def test_another_device_is_the_librarys_own_matter(
+    path: Path, runtime: Runtime, load: Callable[[Path, str], object], device: str
+) -> None:
+    torch.save(weights(), path.with_name("model.pt"))
+    for each in (path, path.with_name("model.pt")) if load is not load_file else (path,):
+        with pytest.raises(Exception) as outside:  # noqa: PT011 - whichever it is
+            load(each, device)
+        with runtime.init_module(empty_init=True), pytest.raises(outside.type) as inside:
+            load(each, device)
+        assert str(inside.value) == str(outside.value)
+
+
 def test_a_file_that_is_written_before_setup_is_an_error_that_names_it(path: Path, runtime: Runtime) -> None:
     with runtime.init_module(empty_init=True):
         model = build()

@@ -15,7 +15,13 @@ from nucleate.deferred import give, is_recording, record_of
 
 def defers(device: torch.device) -> bool:
     """Return whether a tensor that this thread makes now for a device is deferred."""
-    return is_recording() and record_of(torch.empty(1, device=device)) is not None
+    if not is_recording():
+        return False
+    try:
+        made = torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # torch has no such device here, and says so in several ways.
+        return False
+    return record_of(made) is not None
 
 
 def bound(stored: StoredTensor, device: torch.device) -> Tensor:

@@ -45,16 +45,23 @@ class _Opened:
 
     def __init__(self, path: str | os.PathLike[str], device: torch.device) -> None:
         self._path = path
-        self.device = device
+        self._device = device
         self._tensors: dict[str, StoredTensor] | None = None
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether this thread gets deferred tensors."""
+        from nucleate.checkpoint.binding import defers
+
+        return defers(self._device)
 
     def tensor(self, key: str) -> Tensor | None:
         """Return a deferred tensor, or None where the library has to do it."""
-        from nucleate.checkpoint.binding import bound, defers
+        from nucleate.checkpoint.binding import bound
         from nucleate.checkpoint.files import DataFile
         from nucleate.checkpoint.readers.safetensors_file import SafetensorsFile
 
-        if not defers(self.device):
+        if not self.is_bound:
             return None
         if self._tensors is None:
             try:
@@ -63,7 +70,7 @@ class _Opened:
                 # The library may know more of the format than torch does.
                 self._tensors = {}
         stored = self._tensors.get(key)
-        return None if stored is None else bound(stored, self.device)
+        return None if stored is None else bound(stored, self._device)
 
 
 class _Slice:
@@ -122,7 +129,8 @@ def _install(stack: ExitStack) -> None:
         return found if file is None else _Slice(found, file, name)
 
     def get_tensors(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) not in opened or args or kwargs:
+        file = opened.get(id(self))
+        if file is None or args or kwargs or not file.is_bound:
             return plain(self, *args, **kwargs)
         return {name: self.get_tensor(name) for name in self.offset_keys()}
 
