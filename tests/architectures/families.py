@@ -19,8 +19,9 @@ FAMILIES = {
     "torchrec": ("tests.architectures.torchrec_family", "TorchrecFamily"),
 }
 
-#: The models that ColossalAI's page on lazy initialization lists as not supported, and torchrec's, which hold the
-#: largest tables there are. The default session judges them by name.
+#: Models that are asked for by name: those that ColossalAI's page on lazy initialization lists as not supported, and
+#: torchrec's. The default session judges them, but for torchaudio's: PyPI's torchaudio does not load beside the CPU
+#: build of torch, and transformers imports it wherever it is installed.
 NAMED = {
     "transformers": (
         "ViTModel", "ViTForMaskedImageModeling", "ViTForImageClassification", "Blip2Model",
