@@ -28,8 +28,8 @@ class TorchrecFamily(Family):
         import torchrec
 
         if name in ON_META:
-            return Case(lambda: ON_META[name](torchrec), by_hand=_reset_by_hand, forward=_forward)
-        return Case(lambda: _CASES[name](torchrec), forward=_forward if name in _WITH_FORWARD else None)
+            return Case(lambda: ON_META[name](torchrec), by_hand=_reset_by_hand, forward=forward)
+        return Case(lambda: _CASES[name](torchrec), forward=forward if name in _WITH_FORWARD else None)
 
 
 def _tables(torchrec: Any, cls: str = "EmbeddingBagConfig", half: bool = True) -> list[Any]:
@@ -164,18 +164,24 @@ def _reset(module: nn.Module) -> None:
         module.reset_parameters()
 
 
-def _forward(model: nn.Module) -> Tensor:
-    """Run a batch of three, with bags of different lengths, of which one is empty."""
+def forward(model: nn.Module, kind: nn.Module | None = None) -> Tensor:
+    """Run a batch of three, with bags of different lengths, some of them empty.
+
+    Args:
+        model: One of those in `_WITH_FORWARD`, or what a strategy has made of it.
+        kind: The model itself, where `model` wraps it.
+    """
     import torchrec
 
+    kind = model if kind is None else kind
     values = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1])
     lengths = torch.tensor([2, 0, 1, 1, 1, 3, 0, 0, 1, 1, 1, 0])
-    weights = values / 7 if getattr(model, "is_weighted", bool)() else None
+    weights = values / 7 if getattr(kind, "is_weighted", bool)() else None
     sparse = torchrec.KeyedJaggedTensor(_KEYS, values, weights, lengths)
-    if isinstance(model, torchrec.EmbeddingBagCollection):
+    if isinstance(kind, torchrec.EmbeddingBagCollection):
         pooled: Tensor = model(sparse).values()
         return pooled
-    if isinstance(model, torchrec.EmbeddingCollection):
+    if isinstance(kind, torchrec.EmbeddingCollection):
         return torch.cat([found.values() for found in model(sparse).values()])
     logits: Tensor = model(torch.linspace(-1, 1, 3 * DENSE_FEATURES).view(3, -1), sparse)
     return logits
