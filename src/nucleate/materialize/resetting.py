@@ -141,7 +141,7 @@ def _explanation(model: nn.Module, left: list[Vacancy], calls: list[tuple[nn.Mod
             was = "was" if len(called[key]) == 1 else "were"
             sentences.append(f"{' and '.join(called[key])} {was} called, but did not write all of {attributes}. {cure}")
             continue
-        sentences.append(f"{f'{names[key]}, a' if names[key] else 'The'} {cls}, has no {_METHODS}. {cure}")
+        sentences.append(f"{f'{names[key]} ({cls})' if names[key] else cls} has no {_METHODS}. {cure}")
         outer = [text for other, texts in called.items() if _is_inside(names[key], names[other]) for text in texts]
         if outer:
             sentences.insert(-1, f"{outer[0]} was called, but did not write {attributes}.")
