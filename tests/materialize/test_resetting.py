@@ -1,4 +1,4 @@
-"""Resetting: what has no recipe is made by its module's own method, bit for bit as by hand, and nothing else changes."""
+"""Resetting: tensors without a recipe are made by their modules' own methods, bit for bit as by hand."""
 
 from __future__ import annotations
 
@@ -251,6 +251,32 @@ def test_the_nearest_rule_counts() -> None:
     model = materialize(on_meta(Outer))
     assert bool((model.inner.scale.weight == 1).all())
     assert bool((model.norm.weight == 3).all())
+
+
+def test_a_rule_may_look_into_a_module_for_its_children() -> None:
+    # As those of GPT-2 and T5 in transformers do.
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+            self.other = nn.Sequential(nn.ReLU())
+            self.seen: list[nn.Module] = []
+
+        def _init_weights(self, module: nn.Module) -> None:
+            self.seen.append(module)
+            if module is self.block[1]:
+                nn.init.ones_(module[0].weight)  # type: ignore[index,arg-type]
+
+    with deferred():
+        model = Model()
+    with torch.device("meta"):
+        model.block[1][0] = nn.Linear(2, 2)  # type: ignore[index,operator]
+    kept = model.block[0]
+    materialize(model)
+    assert bool((model.block[1][0].weight == 1).all())  # type: ignore[index]
+    inner: Any = model.block[1]
+    assert [id(module) for module in model.seen] == [id(inner[0]), id(inner), id(model.block), id(model)]
+    assert model.block[0] is kept
 
 
 def test_a_module_around_may_fill_what_it_holds() -> None:
@@ -567,7 +593,10 @@ class Idle(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(2, 2), Rotary()), r"initializes 1\.inv_freq: .* 1 \(Rotary\) has no `reset_parameters` .*"),
+        (
+            lambda: nn.Sequential(nn.Linear(2, 2), Rotary()),
+            r"initializes 1\.inv_freq: .* 1 \(Rotary\) has no `reset_parameters` .*",
+        ),
         (Rotary, r"initializes inv_freq: .* Rotary has no .* to Rotary, and write self\.inv_freq there"),
         (Idle, r"initializes weight: .*Idle\.reset_parameters\(\) was called, but did not write all of self\.weight\."),
         (lambda: nn.ModuleList(Rotary() for _ in range(9)), r"same holds for 4 more modules"),

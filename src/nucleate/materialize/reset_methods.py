@@ -17,7 +17,7 @@ from torch import nn
 
 #: Methods without arguments; the first that a module has counts.
 OWN_NAMES = ("reset_parameters", "init_weights", "_init_weights", "_reset_parameters")
-#: Methods that take a module; the first that a module has counts.
+#: Methods that take a module; the first that a module has counts. The first is the one that is called for any module.
 POLICY_NAMES = ("_init_weights", "init_weights")
 
 # What the parameter for the module is called where it has no annotation.
@@ -50,9 +50,9 @@ class ResetCall:
 def reset_calls(model: nn.Module, owners: Iterable[nn.Module]) -> list[tuple[nn.Module, list[ResetCall]]]:
     """Return the calls that fill what some modules hold, in the order in which `Module.apply` visits modules.
 
-    A module's own method comes first. The nearest method around it that takes a module comes next, as a constructor
-    applies that to modules which are initialized. A module that has neither is left to the nearest module around it
-    with a method without arguments.
+    A module's own method comes first. The nearest method around it that takes a module comes next. `_init_weights` is
+    called for the modules around as well, as by `Module.apply`: it may look into them for their children. A module that
+    has neither is left to the nearest module around it with a method without arguments.
 
     Args:
         model: The model.
@@ -61,26 +61,24 @@ def reset_calls(model: nn.Module, owners: Iterable[nn.Module]) -> list[tuple[nn.
     Returns:
         Modules, and the calls that are made when their turn comes.
     """
-    wanted = {id(module) for module in owners}
+    holding = {id(module) for module in owners}
     names = {id(module): name for name, module in model.named_modules()}
     around = _ancestors(model)
     order = list(_children_first(model, set()))
-    calls: dict[int, list[ResetCall]] = {}
-    delegates: set[int] = set()
+    concerned = {id(m) for module in order if id(module) in holding for m in (module, *around[id(module)])}
+    calls: dict[int, list[ResetCall]] = {id(module): [] for module in order}
     for module in order:
-        if id(module) not in wanted:
+        if id(module) not in concerned:
             continue
         chain = [module, *around[id(module)]]
-        own, policy = _own(module, names), next(filter(None, (_policy(m, module, names) for m in chain)), None)
-        calls[id(module)] = [call for call in (own, policy) if call is not None]
-        if not calls[id(module)]:
-            delegates.update([id(m) for m in chain if _own(m, names) is not None][:1])
-    for module in order:
-        if id(module) in delegates and id(module) not in calls:
-            own = _own(module, names)
-            assert own is not None
-            calls[id(module)] = [own]
-    return [(module, calls[id(module)]) for module in order if calls.get(id(module))]
+        own = _own(module, names) if id(module) in holding else None
+        wanted = POLICY_NAMES if id(module) in holding else POLICY_NAMES[:1]
+        policy = next(filter(None, (_policy(outer, module, wanted, names) for outer in chain)), None)
+        calls[id(module)] += [call for call in (own, policy) if call is not None and call not in calls[id(module)]]
+        if id(module) in holding and own is None and policy is None:
+            found = [(outer, call) for outer in chain if (call := _own(outer, names)) is not None]
+            calls.update((id(outer), [call, *calls[id(outer)]]) for outer, call in found[:1] if not calls[id(outer)])
+    return [(module, calls[id(module)]) for module in order if calls[id(module)]]
 
 
 def _own(module: nn.Module, names: dict[int, str]) -> ResetCall | None:
@@ -92,9 +90,9 @@ def _own(module: nn.Module, names: dict[int, str]) -> ResetCall | None:
     return None
 
 
-def _policy(owner: nn.Module, module: nn.Module, names: dict[int, str]) -> ResetCall | None:
+def _policy(owner: nn.Module, module: nn.Module, wanted: Iterable[str], names: dict[int, str]) -> ResetCall | None:
     """Return the call of a method of `owner` that takes `module`."""
-    for name in POLICY_NAMES:
+    for name in wanted:
         method = _method(owner, name)
         taken = None if method is None else _takes(method)
         if method is not None and taken is not None and len(taken) == 1 and _is_for_module(taken[0]):

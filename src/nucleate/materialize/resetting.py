@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred import Record, handle_of, record_of, resumed
+from nucleate.deferred import handle_of, record_of, resumed
 from nucleate.deferred.adoption import abandon
 from nucleate.deferred.stand_ins import stand_ins
 from nucleate.errors import UninitializedError, name_list
@@ -76,26 +76,26 @@ def reset(model: nn.Module, device: torch.device) -> Resets:
         abandon(vacancy.tensor for vacancy in found if vacancy.is_foreign)
         raise
     resets = Resets()
-    for number, text in sorted(last_writers.items()):
-        resets.by_method.setdefault(text, []).append(found[number].fqn)
-        tensor = _now(found[number])
+    for place, name in last_writers.items():
+        resets.by_method.setdefault(name, []).append(found[place].fqn)
+        tensor = _now(found[place])
         handle = handle_of(tensor)
         storage = None if handle is None else handle.record.tape.number(tensor)
         if handle is not None and storage is not None:
-            handle.record.tape.writer_names[storage] = text
+            handle.record.tape.writer_names[storage] = name
     return resets
 
 
 def _make(model: nn.Module, found: list[Vacancy], calls: list[tuple[nn.Module, list[ResetCall]]]) -> dict[int, str]:
-    """Make the calls, and return which of them was the last one to write the tensor of each vacancy."""
-    last_writers: dict[int, str] = {}
+    """Make the calls, and return which method was the last one to write the tensor of each vacancy."""
+    by_storage: dict[int, str] = {}
     with resumed(model):
         record = record_of(found[0].tensor)
         assert record is not None, "a vacancy is deferred"
         with stand_ins(model, record, [vacancy.tensor for vacancy in found]):
-            before = _writes(record, found)
             for module, of_module in calls:
                 for call in of_module:
+                    num_steps = len(record.tape.steps)
                     try:
                         call.method(*call.args)
                     except Exception as error:
@@ -104,16 +104,10 @@ def _make(model: nn.Module, found: list[Vacancy], calls: list[tuple[nn.Module, l
                             f"{call} failed, which was called to initialize {held or 'what it contains'}: "
                             f"{type(error).__name__}: {error}"
                         ) from error
-                    after = _writes(record, found)
-                    last_writers.update((n, call.name) for n, count in enumerate(after) if count != before[n])
-                    before = after
-    return last_writers
-
-
-def _writes(record: Record, found: list[Vacancy]) -> list[tuple[int | None, int]]:
-    """Return for each vacancy which storage its tensor has, and how often that was written."""
-    numbers = [record.tape.number(_now(vacancy)) for vacancy in found]
-    return [(n, 0 if n is None else len(record.tape.writers(n))) for n in numbers]
+                    for step in record.tape.steps[num_steps:]:
+                        by_storage.update(dict.fromkeys((*step.writes, *step.creates), call.name))
+            numbers = [record.tape.number(_now(vacancy)) for vacancy in found]
+    return {place: by_storage[n] for place, n in enumerate(numbers) if n is not None and n in by_storage}
 
 
 def _now(vacancy: Vacancy) -> Tensor:
