@@ -314,3 +314,20 @@ def test_no_weight_is_ever_whole(mode: str, codes_mib: int) -> None:
     # 32 MiB of each weight in bf16.
     build = BUILD + f"\nruntime, model = build({mode!r})"
     assert peak_memory("runtime.setup(model)", build).added_bytes < (codes_mib + 12) * MIB
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_a_model_built_on_meta_by_hand_is_initialized_and_quantized(mode: str) -> None:
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return nn.ModuleDict({"up": nn.Linear(192, 320), "down": nn.Linear(320, 192, bias=False)})
+
+    source = build().to_empty(device="cpu")
+    torch.manual_seed(3)
+    for layer in source.children():
+        layer.reset_parameters()  # type: ignore[operator]
+    model = build()
+    torch.manual_seed(3)
+    runtime = Runtime(accelerator="cpu", strategy="single_device", precision=f"bnb-{mode}")
+    runtime.setup(model)
+    assert_quantized(model, source, mode)
