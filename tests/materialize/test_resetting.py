@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nucleate import Runtime
 from nucleate.deferred import deferred, handle_of
-from nucleate.errors import DeferredUseError, UninitializedError, UsageError
+from nucleate.errors import DeferredEditError, DeferredUseError, UninitializedError, UsageError
 from nucleate.materialize import Plan, materialize, reset
 from tests.by_hand import made_by_hand, reset_by_hand
 from tests.deferred.equality import assert_same_model, bits, named_tensors
@@ -186,6 +186,42 @@ def test_a_model_that_needs_nothing_is_not_touched(runtime: Runtime, monkeypatch
     monkeypatch.setattr(nn.Linear, "reset_parameters", refuse)
     runtime.setup(model)
     assert torch.equal(torch.rand(3), after)
+    assert_same_model(expected, model)
+
+
+def test_a_method_may_write_through_numpy_and_data_and_with_a_seed_of_its_own() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Parameter(torch.empty(3)) for _ in range(3))
+
+        def reset_parameters(self) -> None:
+            self.first.detach().numpy()[:] = 5
+            self.second.data = torch.randn(3)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(3)
+                nn.init.normal_(self.third)
+
+    expected = made_by_hand(Odd, SEED)
+    after = torch.rand(3)
+    model = on_meta(Odd)
+    materialize(model)
+    assert torch.equal(torch.rand(3), after)
+    assert_same_model(expected, model)
+
+
+def test_parts_of_several_recordings_are_made_together(runtime: Runtime) -> None:
+    expected = nn.Sequential(Named("init_weights"), Named("init_weights"), Named("init_weights"))
+    torch.manual_seed(SEED)
+    for part in expected:
+        part.init_weights()  # type: ignore[operator]
+    parts = []
+    for _ in range(2):
+        with runtime.init_module(empty_init=True):
+            parts.append(Named("init_weights"))
+    model = nn.Sequential(*parts, on_meta(lambda: Named("init_weights")))
+    torch.manual_seed(SEED)
+    runtime.setup(model)
     assert_same_model(expected, model)
 
 
@@ -475,6 +511,30 @@ def test_a_real_model_around_a_part_on_meta_is_left_as_it_is(runtime: Runtime) -
     assert all(torch.equal(before[name], tensor) for name, tensor in model.body.state_dict().items())
 
 
+def test_a_tensor_that_cannot_be_protected_is_not_overwritten_in_silence() -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kept", torch.eye(3).to_sparse())
+            self.weight = nn.Parameter(torch.empty(3, device="meta"))
+
+        def reset_parameters(self) -> None:
+            self.kept.mul_(2)
+            nn.init.zeros_(self.weight)
+
+    with pytest.raises(DeferredEditError, match=r"has overwritten Sparse\.kept"):
+        materialize(Sparse())
+
+
+def test_weights_of_a_recurrent_layer_are_kept_one_by_one() -> None:
+    model: Any = on_meta(lambda: nn.LSTM(3, 4))
+    model.weight_ih_l0 = nn.Parameter(torch.ones(16, 3))
+    materialize(model)
+    assert bool((model.weight_ih_l0 == 1).all())
+    assert [id(weight) for weight in model._flat_weights] == [id(weight) for weight in model.parameters()]
+    assert model(torch.ones(2, 3))[0].isfinite().all()
+
+
 # -- what else setup promises ----------------------------------------------------------------------------------------
 
 
@@ -607,9 +667,15 @@ def test_what_nothing_writes_is_an_error_with_the_cure(make: Callable[[], nn.Mod
     with pytest.raises(UninitializedError, match=message):
         materialize(model)
     # As it was: it can be built by hand.
-    assert all(type(tensor) in (Tensor, nn.Parameter) for tensor in named_tensors(model).values())
+    assert not any(handle_of(tensor) for tensor in named_tensors(model).values())
+    assert all("Deferred" not in type(tensor).__name__ for tensor in named_tensors(model).values())
     assert all(tensor.is_meta for tensor in named_tensors(model).values())
     model.to_empty(device="cpu")
+
+
+def test_a_lazy_module_on_meta_is_refused() -> None:
+    with pytest.raises(UninitializedError, match=r"no recipe: weight, bias\..*no sharded, lazy or sparse ones"):
+        materialize(on_meta(lambda: nn.LazyLinear(3)))
 
 
 def test_a_method_that_fails_is_named_with_the_tensors_it_was_called_for(runtime: Runtime) -> None:

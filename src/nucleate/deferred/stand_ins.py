@@ -21,6 +21,7 @@ from nucleate.deferred.copies import look
 from nucleate.deferred.handle import handle_of
 from nucleate.deferred.held import held_tensors
 from nucleate.deferred.tape import Constant, Step, TensorRef
+from nucleate.errors import DeferredEditError, name_list
 
 
 @contextmanager
@@ -37,6 +38,7 @@ def stand_ins(model: nn.Module, record: Record, excepted: Collection[Tensor]) ->
         for module in model.modules():
             cast.replace(module)
         yield
+        cast.refuse_written()
     finally:
         cast.put_back()
         cast.forget_unread()
@@ -60,6 +62,8 @@ class _Cast:
         # Registries or `__dict__`s, names and what was there.
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         self._real: list[tuple[Step, Tensor]] = []
+        # Real tensors that have no stand-in, with where they are and their versions.
+        self._exposed: list[tuple[str, Tensor, int]] = []
 
     def replace(self, module: nn.Module) -> None:
         """Replace what a module itself holds."""
@@ -67,9 +71,25 @@ class _Cast:
             return
         for kind, name, tensor in list(held_tensors(module, self._barren)):
             stand_in = self._of(tensor)
-            if stand_in is not None:
+            if stand_in is None and kind != "attribute":
+                self._watch(f"{type(module).__name__}.{name}", tensor)
+            elif stand_in is not None:
                 registry = {"parameter": module._parameters, "buffer": module._buffers}.get(kind, module.__dict__)
                 self._replace(registry, name)  # type: ignore[arg-type]
+
+    def refuse_written(self) -> None:
+        """Raise if a tensor that cannot have a stand-in was written.
+
+        Raises:
+            DeferredEditError: One was.
+        """
+        written = [name for name, tensor, version in self._exposed if tensor._version != version]
+        if written:
+            raise DeferredEditError(
+                f"a method that initializes other tensors has overwritten {name_list(written)}. Tensors that are "
+                "sharded, quantized or sparse cannot be protected from it. Give every tensor of the module a value "
+                "before `setup`, and load this one again."
+            )
 
     def put_back(self) -> None:
         """Put everything back."""
@@ -82,6 +102,11 @@ class _Cast:
         for step, whole in self._real:
             if self._record.tape.number(whole) not in read:
                 step.args = ()
+
+    def _watch(self, name: str, tensor: Tensor) -> None:
+        with torch._C.DisableTorchFunction():
+            if id(tensor) not in self._excepted and not tensor.is_meta and not tensor.is_inference():
+                self._exposed.append((name, tensor, tensor._version))
 
     def _replace(self, registry: dict[str, Any], name: str) -> None:
         before = registry[name]

@@ -76,8 +76,11 @@ def reset_calls(model: nn.Module, owners: Iterable[nn.Module]) -> list[tuple[nn.
         policy = next(filter(None, (_policy(outer, module, wanted, names) for outer in chain)), None)
         calls[id(module)] += [call for call in (own, policy) if call is not None and call not in calls[id(module)]]
         if id(module) in holding and own is None and policy is None:
-            found = [(outer, call) for outer in chain if (call := _own(outer, names)) is not None]
-            calls.update((id(outer), [call, *calls[id(outer)]]) for outer, call in found[:1] if not calls[id(outer)])
+            outer = next((outer for outer in chain if _own(outer, names) is not None), None)
+            call = None if outer is None else _own(outer, names)
+            if outer is not None and call is not None and call not in calls[id(outer)]:
+                # Its turn comes later: children come first.
+                calls[id(outer)].insert(0, call)
     return [(module, calls[id(module)]) for module in order if calls[id(module)]]
 
 
