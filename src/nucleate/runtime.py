@@ -260,6 +260,10 @@ class Runtime:
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
         """Make everything that is deferred in a model, lay it out by the strategy, and wrap model and optimizers.
 
+        A tensor that the constructor left empty, or that was built on the meta device by hand, is made by its module's
+        `reset_parameters` or the like; see `docs/concepts/deferred.md`. Every rank then draws from the generators of
+        rank 0. The log says at level `INFO` which method made which tensor.
+
         Args:
             model: The model, constructed inside `init_module` or not.
             optimizers: Optimizers built on its parameters, deferred or real. They keep training what they were built

@@ -194,7 +194,7 @@ class Tape:
         return number
 
     def forget(self, tensor: Tensor) -> None:
-        """Let a tensor be none of this tape any more, nor those that share its storage."""
+        """Do not know a tensor any more, nor those that share its storage."""
         number = self.number(tensor)
         if number is not None:
             del self._numbers[self._storages[number]._cdata]

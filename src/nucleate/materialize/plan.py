@@ -146,8 +146,8 @@ class Plan:
         if foreign:
             raise UninitializedError(
                 f"{len(foreign)} tensors are on the meta device and have no recipe: {name_list(foreign)}. They were "
-                'made outside `init_module`, or with `device="meta"`. Construct them inside `init_module`. `setup` initializes '
-                "plain parameters and buffers that were built on meta, but no sharded, lazy or sparse ones."
+                'made outside `init_module`, or with `device="meta"`. Construct them inside `init_module`. `setup` '
+                "initializes plain parameters and buffers that were built on meta, but no sharded, lazy or sparse ones."
             )
         if edited:
             raise DeferredEditError(

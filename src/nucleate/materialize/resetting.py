@@ -41,7 +41,8 @@ class Resets:
     def __str__(self) -> str:
         count = sum(map(len, self.by_method.values()))
         listed = "; ".join(f"{method} made {name_list(fqns, limit=4)}" for method, fqns in self.by_method.items())
-        return f"{count} tensors had no value from the constructor or a checkpoint. {listed}"
+        noun = "tensor" if count == 1 else "tensors"
+        return f"{count} {noun} had no value from the constructor or a checkpoint. {listed}"
 
 
 def reset(model: nn.Module, device: torch.device) -> Resets:

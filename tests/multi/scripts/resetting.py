@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nucleate import Runtime
+from nucleate.cluster import Communicator
 from nucleate.errors import NucleateError, RankDisagreementError, RankFailedError, UninitializedError
 from tests.by_hand import made_by_hand
 from tests.deferred.equality import bits, named_tensors
@@ -145,6 +146,17 @@ def one_rank_draws_other_numbers(runtime: Runtime, folder: Path) -> None:
     refused(runtime, model, RankDisagreementError, "constructed another model")
 
 
+def a_model_that_needs_no_call_costs_no_exchange(runtime: Runtime, folder: Path) -> None:
+    with runtime.init_module(empty_init=True):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    torch.manual_seed(SEED + runtime.global_rank)
+    state = torch.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(Communicator, "broadcast")
+        runtime.setup(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def nothing_to_call(runtime: Runtime, folder: Path) -> None:
     with runtime.init_module(empty_init=True):
         model = nn.Module()
@@ -155,6 +167,7 @@ def nothing_to_call(runtime: Runtime, folder: Path) -> None:
 CHECKS: tuple[Callable[[Runtime, Path], None], ...] = (
     built_on_meta, left_empty, partly_loaded,
     one_rank_built_another_model, one_rank_fails, one_rank_draws_other_numbers, nothing_to_call,
+    a_model_that_needs_no_call_costs_no_exchange,
 )  # fmt: skip
 
 
