@@ -18,6 +18,7 @@ from nucleate import Runtime
 from nucleate.deferred import deferred, handle_of
 from nucleate.errors import DeferredEditError, DeferredUseError, UninitializedError, UsageError
 from nucleate.materialize import Plan, materialize, reset
+from nucleate.testing import peak_memory
 from tests.by_hand import made_by_hand, reset_by_hand
 from tests.deferred.equality import assert_same_model, bits, named_tensors
 
@@ -533,6 +534,34 @@ def test_weights_of_a_recurrent_layer_are_kept_one_by_one() -> None:
     assert bool((model.weight_ih_l0 == 1).all())
     assert [id(weight) for weight in model._flat_weights] == [id(weight) for weight in model.parameters()]
     assert model(torch.ones(2, 3))[0].isfinite().all()
+
+
+BUILD = """
+import torch
+from torch import nn
+from nucleate.deferred import deferred
+from nucleate.materialize import materialize
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.large = nn.Linear(4096, 4096)
+        self.scale = nn.Parameter(torch.empty(4096, device="meta"))
+
+    def reset_parameters(self):
+        self.large.reset_parameters()
+        nn.init.ones_(self.scale)
+
+with torch.device("meta"):
+    warm = nn.Linear(4, 4)
+materialize(warm)
+"""
+
+
+@pytest.mark.parametrize(("build", "kept_mib"), [("model = Model()", 0), ("with deferred():\n    model = Model()", 64)])
+def test_keeping_what_has_a_value_takes_no_memory(build: str, kept_mib: int) -> None:
+    added = peak_memory("materialize(model)", f"{BUILD}\n{build}\n").added_bytes
+    assert added < (kept_mib + 12) * 2**20
 
 
 # -- what else setup promises ----------------------------------------------------------------------------------------
