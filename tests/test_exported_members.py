@@ -35,7 +35,7 @@ PUBLIC = {
         "handle_of held_tensors is_recording record_of release resumed"
     ),
     "nucleate.integrations": "Integration",
-    "nucleate.materialize": "Plan execute materialize",
+    "nucleate.materialize": "Plan execute materialize reset",
     "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",
     "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy declare_units",

@@ -16,7 +16,7 @@ from tests.architectures.case import Case, Family
 from tests.architectures.families import NAMED, family
 from tests.architectures.pool import judge_all
 from tests.architectures.torch_family import TorchFamily
-from tests.architectures.torchrec_family import ON_META, SETUP_RESETS
+from tests.architectures.torchrec_family import ON_META
 from tests.architectures.verdict import DIFFERENT, EXACT, HEAP, UNBUILDABLE, judge
 
 TRANSFORMERS = [
@@ -81,7 +81,6 @@ def test_the_models_that_are_asked_for_by_name_are_exact(package: str) -> None:
 
 
 @pytest.mark.skipif(not _is_installed("torchrec"), reason="torchrec is not installed")
-@pytest.mark.xfail(not SETUP_RESETS, strict=True, reason="setup does not call reset_parameters() yet")
 def test_tables_of_torchrec_that_are_built_on_meta_are_what_resetting_them_by_hand_makes() -> None:
     verdicts = {verdict["name"]: verdict for verdict in judge_all("torchrec", list(ON_META), jobs=1)}
     assert {name: verdict["outcome"] for name, verdict in verdicts.items()} == dict.fromkeys(ON_META, EXACT), verdicts

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from tests.architectures.case import Case, Family
 
-#: Does `setup` make what a constructor leaves on the meta device by the calls of `reset_parameters()`?
-SETUP_RESETS = False
-
 DENSE_FEATURES, WIDTH = 10, 8
 _KEYS = ["f1", "f2", "f3", "f4"]
 
@@ -22,7 +19,7 @@ class TorchrecFamily(Family):
     """EmbeddingBagCollection, EmbeddingCollection, DLRM, DeepFM, and what these are made of."""
 
     def names(self) -> list[str]:
-        return [*_CASES, *(ON_META if SETUP_RESETS else ())]
+        return [*_CASES, *ON_META]
 
     def case(self, name: str) -> Case:
         import torchrec
