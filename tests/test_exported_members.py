@@ -31,8 +31,8 @@ PUBLIC = {
     "nucleate.cli": "main",
     "nucleate.cluster": "Communicator Environment",
     "nucleate.deferred": (
-        "Conversion ConvertedGiven Cursors Given Handle Layout Output Pieces Record convert deferred eager give "
-        "handle_of held_tensors is_recording record_of release resumed"
+        "ComputedGiven Conversion ConvertedGiven Cursors Given Handle Layout Output Pieces Record TensorGiven convert "
+        "deferred eager give handle_of held_tensors is_recording record_of release resumed"
     ),
     "nucleate.integrations": "Integration",
     "nucleate.materialize": "Plan execute materialize reset",
