@@ -50,6 +50,8 @@ def environment(session: nox.Session) -> None:
     """Install nucleate and its plugins, editable, and all that the sessions which share this environment need."""
     plugins = (argument for path in sorted(Path("plugins").iterdir()) for argument in ("-e", f"./{path}"))
     install(session, "-e", ".[examples]", *plugins, group="dev")
+    # It asks for a build for CUDA of what group `recommenders` has for the CPU.
+    session.install("-c", "constraints.txt", "--no-deps", "torchrec")
 
 
 @shared
@@ -120,7 +122,7 @@ def docs(session: nox.Session) -> None:
     run(session, "mkdocs", "build", "--strict", "--site-dir", session.create_tmp(), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
-@nox.session(default=False)
+@nox.session(default=False, tags=["long"])
 def bench(session: nox.Session) -> None:
     """Check the benchmarks, then measure costs beside eager torch, raw fully_shard and Lightning Fabric.
 
@@ -131,13 +133,14 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "tests.bench", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(default=False, tags=["long"])
 def zoo(session: nox.Session) -> None:
-    """Make every architecture of torch.nn, transformers, timm and diffusers eagerly and deferred, and compare.
+    """Make every architecture of the packages in group `zoo` eagerly and deferred, and compare.
 
     `python -m nox -s zoo -- transformers -k Llama --jobs 4` judges a part of them.
     """
     install(session, "-e", ".", group="zoo")
+    session.install("-c", "constraints.txt", "--no-deps", "torchrec")
     session.run("python", "-m", "tests.architectures", *session.posargs, env=ONE_THREAD)
 
 

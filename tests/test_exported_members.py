@@ -36,7 +36,7 @@ PUBLIC = {
         "release resumed"
     ),
     "nucleate.integrations": "Integration",
-    "nucleate.materialize": "Plan execute materialize",
+    "nucleate.materialize": "Plan execute materialize reset",
     "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",
     "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy declare_units",

@@ -76,6 +76,31 @@ def nucleate(strategy: str, **options: Any) -> Callable[[], Load]:
     return prepare
 
 
+def nucleate_state_dict(strategy: str) -> Callable[[], Load]:
+    def prepare() -> Load:
+        from safetensors.torch import load_file
+        from transformers import LlamaForCausalLM
+
+        from nucleate import Runtime
+
+        runtime: Any = Runtime(accelerator="cpu", strategy=strategy, precision="bf16-true")
+        runtime.launch()
+
+        def load(files: Files) -> nn.Module:
+            with runtime.init_module(empty_init=True):
+                model: Any = LlamaForCausalLM(files.config())
+            state = {name: tensor for shard in files.shards for name, tensor in load_file(shard).items()}
+            model.load_state_dict(state)
+            del state
+            runtime.setup(model)
+            loaded: nn.Module = model
+            return loaded
+
+        return load
+
+    return prepare
+
+
 WAYS = {
     "nucleate": Way("nucleate `load_raw`", nucleate("single_device"), ours=True),
     "nucleate-mmap": Way(
@@ -84,6 +109,12 @@ WAYS = {
         ours=True,
         maps=True,
         frozen=True,
+    ),
+    "nucleate-state-dict": Way(
+        "nucleate, safetensors `load_file`, `load_state_dict` before `setup`",
+        nucleate_state_dict("single_device"),
+        ours=True,
+        maps=True,
     ),
     "transformers": Way("transformers `from_pretrained`", peers.transformers, maps=True),
     "torch-mmap": Way(
@@ -106,6 +137,13 @@ WAYS = {
     "fabric": Way("Fabric `init_module(empty_init=True)`, `load_raw`", peers.fabric, torch_file=True, maps=True),
     "torch-load": Way("eager, `torch.load`, `load_state_dict`", peers.torch_load, torch_file=True, maps=True),
     "nucleate-fsdp": Way("nucleate `fsdp`, `load_raw`", nucleate("fsdp"), ranks=2, ours=True),
+    "nucleate-state-dict-fsdp": Way(
+        "nucleate `fsdp`, `load_file`, `load_state_dict` before `setup`",
+        nucleate_state_dict("fsdp"),
+        ranks=2,
+        ours=True,
+        maps=True,
+    ),
     "dcp-ranks": Way(
         "meta, `fully_shard`, `to_empty`, DCP `HuggingFaceStorageReader`", peers.dcp_ranks, ranks=2, maps=True
     ),

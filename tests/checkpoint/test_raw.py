@@ -277,15 +277,18 @@ def test_the_hooks_by_which_a_module_takes_old_names_are_asked(runtime: Runtime,
     assert same(weights(model), stored)
 
 
-def test_a_hook_that_computes_with_values_is_refused(runtime: Runtime, path: Path) -> None:
-    model = make(2)
+@pytest.mark.parametrize("deferred", [True, False])
+def test_a_hook_may_compute_with_values(runtime: Runtime, path: Path, deferred: bool) -> None:
+    with runtime.init_module(empty_init=deferred):
+        model = Model()
 
     def double(module: nn.Module, state: dict[str, Tensor], *args: Any) -> None:
         state["head.weight"] = state["head.weight"] * 2
 
     model.register_load_state_dict_pre_hook(double)
-    with pytest.raises(CheckpointError, match=r"Model computes head\.weight from what it loads"):
-        runtime.load_raw(path, model)
+    assert runtime.load_raw(path, model).is_exact
+    expected = weights(make(1))
+    assert torch.equal(runtime.setup(model).head.weight, 2 * expected["head.weight"])
 
 
 def test_mapped_weights_lie_in_the_file_and_the_file_is_never_changed(runtime: Runtime, path: Path) -> None:
@@ -347,10 +350,18 @@ def test_nothing_there_and_nothing_to_load_into(runtime: Runtime, tmp_path: Path
         runtime.load_raw(tmp_path / "absent", make(1))
     with pytest.raises(UsageError, match=r"load_raw takes a path and then a torch\.nn\.Module, not dict"):
         runtime.load_raw(path, {"model": make(1)})  # type: ignore[arg-type]
+
+
+def test_a_model_built_on_meta_by_hand_is_bound_to_the_file(runtime: Runtime, path: Path) -> None:
     with torch.device("meta"):
         model = Model()
-    with pytest.raises(UsageError, match=r"embed\.weight has no data"):
-        runtime.load_raw(path, model)
+    # No file has it, and no method of the model.
+    model.table = torch.arange(5.0)
+    state = torch.get_rng_state()
+    report = runtime.load_raw(path, model)
+    assert not report.missing
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(runtime.setup(model).state_dict(), weights(make(1)))
 
 
 def test_a_folder_with_an_index_is_one_checkpoint(runtime: Runtime, tmp_path: Path) -> None:

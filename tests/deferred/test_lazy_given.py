@@ -22,6 +22,7 @@ TENSORS = {
     "turned": torch.arange(12.0).reshape(3, 4).t(),
     "scalar": torch.tensor(7),
     "parameter": nn.Parameter(torch.ones(2, 2)),
+    "conjugate": torch.tensor([1 + 2j, 3 - 1j]).conj(),
     "empty": torch.empty(0, 3),
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -181,6 +183,42 @@ def test_assigned_tensors_are_the_models_own_afterwards() -> None:
     materialize(model)
     assert same(model, state)
     assert torch.equal(model.table, torch.arange(6.0))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_assigning_does_not_untie_what_shares_its_memory(shared: bool) -> None:
+    state = weights()
+    if shared:
+        state["head.weight"] = state["embed.weight"]
+    model = lazy()
+    model.load_state_dict(state, assign=True)
+    materialize(model)
+    assert (model.head.weight is model.embed.weight) == shared
+    assert same(model, state)
+
+
+def test_a_part_of_a_model_is_loaded_by_itself() -> None:
+    state = weights()
+    model = lazy(seed=6)
+    model.body.load_state_dict({name.removeprefix("body."): state[name] for name in state if name.startswith("body.")})
+    torch.manual_seed(6)
+    expected = Net().state_dict() | {name: state[name] for name in state if name.startswith("body.")}
+    assert same(materialize(model), expected)
+
+
+def test_the_tensors_of_the_state_dict_are_let_go_when_the_model_is_made() -> None:
+    model = lazy()
+    state = weights()
+    seen = [weakref.ref(state[name]) for name in ("body.0.weight", "body.1.running_mean")]
+    model.load_state_dict(state)
+    gc.disable()
+    try:
+        del state
+        assert all(reference() is not None for reference in seen)
+        materialize(model)
+        assert all(reference() is None for reference in seen)
+    finally:
+        gc.enable()
 
 
 def test_a_tensor_that_was_changed_before_setup_is_an_error_by_name() -> None:

@@ -108,6 +108,37 @@ def test_weights_of_a_file_have_the_bits_of_bitsandbytes(tmp_path: Path, mode: s
     assert_quantized(runtime.setup(model).module, source, mode)
 
 
+class Older(Model):
+    """Older versions kept `up` in two parts and `down` transposed."""
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        parts = [state.pop(f"{prefix}up.weight.{part}") for part in (1, 2)]
+        state[f"{prefix}up.weight"] = torch.cat(parts, dim=1)
+        state[f"{prefix}down.weight"] = state[f"{prefix}down.weight"].t()
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("way", ["file", "state dict"])
+def test_modules_that_load_in_their_own_way_are_quantized_while_they_are_read(
+    tmp_path: Path, mode: str, way: str
+) -> None:
+    source = eager(torch.float32)
+    state = dict(source.state_dict())
+    up = state.pop("up.weight")
+    state |= {"up.weight.1": up[:, :100].clone(), "up.weight.2": up[:, 100:].clone()}
+    state["down.weight"] = state["down.weight"].t().contiguous()
+    runtime = Runtime(accelerator="cpu", precision=f"bnb-{mode}")
+    with runtime.init_module(empty_init=True):
+        model = Older()
+    if way == "file":
+        save_file(state, tmp_path / "model.safetensors")
+        runtime.load_raw(tmp_path / "model.safetensors", model)
+    else:
+        model.load_state_dict(state)
+    assert_quantized(runtime.setup(model).module, source, mode)
+
+
 def test_torch_itself_is_not_patched() -> None:
     before = nn.Linear, nn.Linear.__init__, nn.Linear.forward
     runtime = Runtime(accelerator="cpu", precision="bnb-nf4")
@@ -314,3 +345,47 @@ def test_no_weight_is_ever_whole(mode: str, codes_mib: int) -> None:
     # 32 MiB of each weight in bf16.
     build = BUILD + f"\nruntime, model = build({mode!r})"
     assert peak_memory("runtime.setup(model)", build).added_bytes < (codes_mib + 12) * MIB
+
+
+OLDER = """
+from safetensors.torch import save_file
+
+class Older(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4096, 4096, bias=False) for _ in range(3))
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        for i in range(3):
+            halves = [state.pop(f"{i}.{half}").unflatten(0, (8, 2, 128)).transpose(1, 2).flatten(0, 2) for half in "ab"]
+            state[f"layers.{i}.weight"] = torch.cat(halves)
+        super()._load_from_state_dict(state, prefix, *args)
+
+save_file({f"{i}.{half}": torch.randn(2048, 4096, dtype=torch.bfloat16) for i in range(3) for half in "ab"}, PATH)
+with runtime.init_module(empty_init=True):
+    model = Older()
+"""
+
+
+@pytest.mark.parametrize(("mode", "codes_mib"), [("nf4", 27), ("int8", 48)])
+def test_what_modules_load_in_their_own_way_is_never_whole(tmp_path: Path, mode: str, codes_mib: int) -> None:
+    setup = BUILD + f"PATH = {str(tmp_path / 'm.safetensors')!r}\nruntime, _ = build({mode!r})" + OLDER
+    peak = peak_memory("runtime.load_raw(PATH, model); runtime.setup(model)", setup)
+    assert peak.added_bytes < (codes_mib + 16) * MIB
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_a_model_built_on_meta_by_hand_is_initialized_and_quantized(mode: str) -> None:
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return nn.ModuleDict({"up": nn.Linear(192, 320), "down": nn.Linear(320, 192, bias=False)})
+
+    source = build().to_empty(device="cpu")
+    torch.manual_seed(3)
+    for layer in source.children():
+        layer.reset_parameters()  # type: ignore[operator]
+    model = build()
+    torch.manual_seed(3)
+    runtime = Runtime(accelerator="cpu", strategy="single_device", precision=f"bnb-{mode}")
+    runtime.setup(model)
+    assert_quantized(model, source, mode)

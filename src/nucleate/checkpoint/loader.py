@@ -132,7 +132,7 @@ def _plan_module(plan: Plan, path: KeyPath, module: Any, state_dict: Any, names:
     for fqn in saved:
         key = plan.contents.keys.get((*path, fqn))
         if fqn not in state_dict and (key is None or (key not in wanted and key in used.values())):
-            size_bytes = plan.contents.tensors[key].size_bytes if key is not None else 0
+            size_bytes = plan.tensors[key].size_bytes if key is not None else 0
             plan.leftover.append((*path, fqn))
             plan.report.unexpected.append(Finding(key_of((*path, fqn)), size_bytes))
 

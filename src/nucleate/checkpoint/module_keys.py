@@ -1,9 +1,9 @@
-"""What a module asks of a checkpoint: its tensors by name, and its own hooks that rename what older versions wrote."""
+"""A module's part of a load: its tensors by name, and what its own code makes of what is stored."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,68 +13,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from nucleate.checkpoint.entries import ParameterNames
+from nucleate.checkpoint.own_ways import has_own_ways, run_own_ways, run_post_hooks
 from nucleate.checkpoint.plan import Plan
 from nucleate.checkpoint.stored import StoredTensor
 from nucleate.checkpoint.stored_form import StoredForm
 from nucleate.checkpoint.tree import KeyPath, check_loadable, key_of
 from nucleate.deferred import Given, record_of
-from nucleate.errors import CheckpointError, ConversionError, name_list
+from nucleate.errors import CheckpointError, ConversionError
 from nucleate.materialize.shards import is_sharded
 
 #: Brings a module into the form of what is stored for it, given by the module's own names.
 Prepare = Callable[[nn.Module, Mapping[str, Given]], None]
-
-
-def renamed(
-    module: nn.Module,
-    state_dict: Mapping[str, Any],
-    names: Mapping[str, str],
-    plan: Plan,
-    versions: Mapping[str, int],
-) -> dict[str, str]:
-    """Let the module's `load_state_dict` pre-hooks rename and drop keys, as torch would.
-
-    Args:
-        module: The module.
-        state_dict: Its own, `keep_vars=True`.
-        names: Names for the module to keys of the checkpoint.
-        plan: Knows the tensors.
-        versions: The versions of the modules inside, by name, as they were saved.
-
-    Raises:
-        CheckpointError: A hook computes with a value, which nobody has read yet, or it refuses the checkpoint.
-    """
-    hooked = [(name, part) for name, part in module.named_modules() if part._load_state_dict_pre_hooks]
-    if not hooked:
-        return dict(names)
-    tensors = plan.contents.tensors
-    stands_for: dict[int, str] = {}
-    state: OrderedDict[str, Any] = OrderedDict()
-    for name, key in names.items():
-        state[name] = torch.empty(tensors[key].shape, dtype=tensors[key].dtype, device="meta")
-        stands_for[id(state[name])] = key
-    errors: list[str] = []
-    for name, part in hooked:
-        metadata = {"version": versions[name]} if name in versions else {}
-        for hook in part._load_state_dict_pre_hooks.values():
-            hook(state, f"{name}." if name else "", metadata, True, [], [], errors)
-    if errors:
-        raise CheckpointError(f"{type(module).__name__} refuses {plan.contents.path}: {name_list(errors)}")
-    computed = [name for name, value in state.items() if id(value) not in stands_for]
-    if computed:
-        raise CheckpointError(
-            f"{type(module).__name__} computes {computed[0]} from what it loads (a hook of `load_state_dict`), which "
-            "needs the values. Set the model up, read the file with `runtime.load(path)`, and give its tensors to "
-            "`model.load_state_dict`."
-        )
-    # A hook names what the modules inside call it, which the hooks of `state_dict` may have renamed on the way out, as
-    # those of torch's activation checkpointing do.
-    outside = {id(value): name for name, value in state_dict.items()}
-    inside = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    return {
-        name if name in state_dict else outside.get(id(inside.get(name)), name): stands_for[id(value)]
-        for name, value in state.items()
-    }
 
 
 def plan_module(
@@ -102,49 +51,53 @@ def plan_module(
         ties: What was read under another name before.
 
     Returns:
-        The names that the module's own hooks made of `stored`.
+        The names that the module's own code made of `stored`.
 
     Raises:
-        CheckpointError: The module does something of its own with what it loads, and is deferred.
+        CheckpointError: The module refuses what is stored, or its own code cannot be planned.
     """
     versions = _versions(plan, module, place)
     whole_state = state_dict
-    stored = renamed(module, state_dict, stored, plan, versions)
     forms = {name: part for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, StoredForm)}
+    optional = _optional(module, versions)
+    targets: dict[str, Tensor] = {}
+    in_own_way = has_own_ways(module) or _has_copies(module, state_dict, forms)
+    if in_own_way:
+        stored, targets, missing = _in_own_way(plan, module, state_dict, stored, versions)
+        optional = {fqn for fqn in state_dict if fqn not in missing and not _is_extra(fqn)}
     absent: list[tuple[KeyPath, Tensor | None]] = []
     for part in dict.fromkeys(forms.values()):
         prefixes = [f"{name}." if name else "" for name, other in forms.items() if other is part]
         stored = _plan_form(plan, part, stored, path, prefixes, names, ties, absent)
         state_dict = {fqn: value for fqn, value in state_dict.items() if not fqn.startswith(tuple(prefixes))}
-    own = _own(module, state_dict)
+    own = {**_own(module, state_dict), **targets}
     handed: dict[str, Any] = {}
     for fqn, value in state_dict.items():
-        if fqn in own:
+        if fqn in own or (in_own_way and fqn in optional):
             continue
         key = stored.get(fqn) if isinstance(value, Tensor) else None
         name = key_of((*path, fqn))
         if key is not None:
-            read = plan.whole(name, plan.contents.tensors[key], None if _is_extra(fqn) else value)
+            read = plan.whole(name, plan.tensors[key], None if _is_extra(fqn) else value)
             if read is not None:
                 handed[fqn] = read
         elif place is not None and plan.contents.has((*place, fqn)):
             handed[fqn] = plan.tree((*place, fqn))
         else:
             plan.miss(name, value if isinstance(value, Tensor) else None)
-    optional = _optional(module, versions)
     own = {fqn: value for fqn, value in own.items() if fqn in stored or fqn not in optional}
     _plan_tensors(plan, stored, own, path, names, ties, absent)
-    if any(record_of(value) is not None for value in (*module.parameters(), *module.buffers())):
-        _refuse_own_ways(module, [fqn for fqn in handed if not _is_extra(fqn)], key_of(path))
-        # Also with nothing in it: on ranks where the module is real there is something to do, in step with this one.
-        plan.finish.append((key_of(path), partial(_set_extra_states, module, handed)))
+    is_deferred = any(record_of(value) is not None for value in (*module.parameters(), *module.buffers()))
+    if is_deferred or in_own_way:
+        # Also with nothing to do: on ranks where the module is real there is something to do, in step with this one.
+        plan.finish.append((key_of(path), partial(_finish, module, handed)))
     else:
-        # Its tensors are filled already, and copying each to itself is nothing; but hooks and overrides are called.
+        # Its tensors are filled already, and copying each to itself is nothing; but forms compute of them.
         # With the versions that it has now, as what it is filled with has the names of now.
         filled: Any = OrderedDict({**whole_state, **handed})
         filled._metadata = getattr(whole_state, "_metadata", None)
         plan.finish.append((key_of(path), partial(_load_filled, module, filled, forms)))
-    return stored
+    return dict(stored)
 
 
 def _plan_form(
@@ -169,7 +122,7 @@ def _plan_form(
         ties: What was read under another name before.
         absent: Receives what is not stored, unless it is tied to something that is.
     """
-    tensors = plan.contents.tensors
+    tensors = plan.tensors
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in stored)), prefixes[0])
     mine = {name[len(prefix) :]: tensors[key] for name, key in stored.items() if name.startswith(prefix)}
     assert isinstance(part, nn.Module)
@@ -248,28 +201,38 @@ def _is_extra(fqn: str) -> bool:
     return fqn.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX
 
 
-def _set_extra_states(module: Any, values: dict[str, Any]) -> None:
-    for fqn, value in values.items():
+def _in_own_way(
+    plan: Plan, module: nn.Module, state_dict: Mapping[str, Any], stored: Mapping[str, str], versions: Mapping[str, int]
+) -> tuple[dict[str, str], dict[str, Tensor], set[str]]:
+    """Run a module's own code on what is stored.
+
+    Returns:
+        Names for the module to keys of the plan's tensors; names to the tensors that are filled; and what is missing.
+    """
+    keys = {id(plan.tensors[key]): key for key in stored.values()}
+    given = {name: plan.tensors[key] for name, key in stored.items()}
+    outcome = run_own_ways(module, state_dict, given, versions, str(plan.contents.path))
+    names = {name: key for name, key in stored.items() if _is_extra(name)}
+    for name, tensor in outcome.tensors.items():
+        key = keys.get(id(tensor))
+        if key is None:
+            key = f"{name} (computed by {type(module).__name__})"
+            plan.tensors[key] = tensor
+        names[name] = key
+    return names, outcome.targets, outcome.missing
+
+
+def _finish(module: nn.Module, extra_states: dict[str, Any]) -> None:
+    for fqn, value in extra_states.items():
         module.get_submodule(fqn.rpartition(".")[0]).set_extra_state(value)
+    run_post_hooks(module)
 
 
-def _refuse_own_ways(module: nn.Module, copies: list[str], where: str) -> None:
-    """Raise if a deferred module does something of its own with what it loads, for which there is nothing yet."""
-    found = [f"its `state_dict` holds a copy of {fqn}" for fqn in copies]
-    for name, part in module.named_modules():
-        override = type(part)._load_from_state_dict
-        # That of batch norms fills in a counter that old checkpoints lack.
-        if isinstance(part, StoredForm):
-            continue
-        if override is not nn.Module._load_from_state_dict and override.__module__ != "torch.nn.modules.batchnorm":
-            found.append(f"{name or type(part).__name__} overrides `_load_from_state_dict`")
-        if part._load_state_dict_post_hooks:
-            found.append(f"{name or type(part).__name__} has a hook that is called after loading")
-    if found:
-        raise CheckpointError(
-            f"{where or type(module).__name__} does something of its own with what it loads: {name_list(found)}. That "
-            "needs values, and a deferred model has none. Load it after `setup`."
-        )
+def _has_copies(module: nn.Module, state_dict: Mapping[str, Any], forms: Iterable[str]) -> bool:
+    """Return whether a state dict holds copies, so that only the module knows where what is loaded goes."""
+    own, inside_forms = _own(module, state_dict), tuple(f"{name}." if name else "" for name in forms)
+    others = (fqn for fqn, value in state_dict.items() if isinstance(value, Tensor) and fqn not in own)
+    return any(not _is_extra(fqn) and not fqn.startswith(inside_forms) for fqn in others)
 
 
 def _plan_tensors(
@@ -288,7 +251,7 @@ def _plan_tensors(
         if key is None:
             absent.append((place, value))
         else:
-            ties.add(plan, place, names.first(place), plan.contents.tensors[key], value)
+            ties.add(plan, place, names.first(place), plan.tensors[key], value)
     for place, tensor in absent:
         first = ties.loaded(names.first(place))
         if first is None:

@@ -60,6 +60,7 @@ class Plan:
 
     Attributes:
         contents: What the checkpoint holds.
+        tensors: The checkpoint's tensors by key, and those that modules compute of them.
         report: What is found on the way.
         finish: What to call when the tensors are filled, with what it is called in messages.
         leftover: Where the things are that `report.unexpected` names.
@@ -68,6 +69,7 @@ class Plan:
 
     def __init__(self, contents: Contents, maps: bool = False) -> None:
         self.contents = contents
+        self.tensors: dict[str, StoredTensor] = dict(contents.tensors)
         self.report = LoadReport(contents.path, contents.format)
         self.finish: list[tuple[str, Callable[[], object]]] = []
         self.leftover: list[KeyPath] = []

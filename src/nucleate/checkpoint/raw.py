@@ -81,7 +81,7 @@ def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
         prefix = prefix or _only_module(plan.contents)
         stored = _stored(plan.contents, prefix, keys)
         if prepare is not None:
-            prepare(model, {name: plan.contents.tensors[key] for name, key in stored.items()})
+            prepare(model, {name: plan.tensors[key] for name, key in stored.items()})
         state_dict: dict[str, Any] = model.state_dict(keep_vars=True)
         place = _place(plan.contents, prefix) if keys is None else None
         names = ParameterNames({(): (model, state_dict)})
@@ -89,7 +89,7 @@ def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
         stored = plan_module(plan, model, state_dict, (), stored, place, names, ties)
         for name, key in stored.items():
             if name not in state_dict and not _is_inside(name, state_dict, plan.contents, place):
-                plan.report.unexpected.append(Finding(name, plan.contents.tensors[key].size_bytes))
+                plan.report.unexpected.append(Finding(name, plan.tensors[key].size_bytes))
         if strict:
             _suggest(plan, stored, state_dict)
         plan.check(strict)

@@ -99,9 +99,9 @@ def verify_same_model(
     others = [rank for rank, (other, _, _) in enumerate(ranks) if other != ranks[0][0]]
     if others:
         raise RankDisagreementError(
-            f"rank {name_list(map(str, others))} constructed another model than rank 0: other operations, shapes or "
-            "seeds. Construct the same model on every rank: take nothing of it from the rank, the host or a "
-            "rank-dependent seed."
+            f"rank {name_list(map(str, others))} constructed another model than rank 0, or loaded other values into "
+            "it: other operations, shapes, seeds or state dicts. Construct and load the same on every rank: take "
+            "nothing from the rank, the host or a rank-dependent seed, and load on all ranks, not on rank 0 alone."
         )
     differs = disagreement([other for _, other, _ in ranks])
     if differs is not None:

@@ -47,7 +47,15 @@ class Record:
         self.replayer = Replayer(self.tape, device)
         #: Records operations while it is entered.
         self.recorder = Recorder(self.tape, self.replayer, device)
-        self.recorder.on_stranger = self._meet
+        itself = weakref.ref(self)
+
+        def meet(tensor: Tensor) -> None:
+            record = itself()
+            if record is not None:
+                record._meet(tensor)
+
+        # Weakly, so that a record, and what its tensors were loaded from, goes with its last tensor.
+        self.recorder.on_stranger = meet
         #: What Python sees of its tensors while something is recorded.
         self.impersonation = Impersonation(self.recorder)
         #: What questions about its tensors are answered after the constructor.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nucleate.deferred.active import active_record, is_recording
+from nucleate.deferred.assigned import note_assigned
 from nucleate.deferred.handle import Handle, attach, handle_of, is_shared, lifted, refuse_stale
 from nucleate.deferred.held import every_tensor
 from nucleate.deferred.lookout import Lookout
@@ -213,14 +214,22 @@ def _guard_result(result: Any, handle: Handle) -> None:
 
 
 def _check_load(target: Tensor, frame: Mapping[str, Any]) -> None:
-    """Refuse what `nn.Module._load_from_state_dict` cannot copy into a deferred tensor, before it copies anything."""
+    """Look at what `nn.Module._load_from_state_dict` is going to do with a deferred tensor, before it does anything.
+
+    Raises:
+        DeferredError: It cannot be copied into the tensor.
+    """
     handle = _handle(target)
+    if frame["assign_to_params_buffers"]:
+        if isinstance(target, nn.Parameter):
+            note_assigned(frame["self"], frame["name"], target)
+        return
     refuse_stale(target, handle)
     value = frame.get("input_param")
     if isinstance(value, Tensor) and handle_of(value) is None and value.is_meta:
         raise DeferredUseError(
             f"{handle.fqn} cannot be loaded: {frame.get('key')!r} is on the meta device in the state dict and has no "
-            "value. Load a state dict with values, or pass `assign=True` to replace the parameter."
+            "value. Load a state dict with values."
         )
 
 

@@ -49,48 +49,6 @@ class Impersonation(TorchFunctionMode):
             Tensor.is_cuda.__get__: device.type == "cuda",  # type: ignore[attr-defined]
             Tensor.get_device: index,
         }
-        self._handlers: dict[Any, Handler] = {
-            Tensor.tolist: self._on_value,
-            Tensor.item: self._on_value,
-            Tensor.__float__: self._on_value,
-            Tensor.__int__: self._on_value,
-            Tensor.__index__: self._on_value,
-            Tensor.__bool__: self._on_value,
-            Tensor.__complex__: self._on_value,
-            Tensor.__repr__: self._show,
-            Tensor.__format__: self._on_value,
-            Tensor.__reduce_ex__: self._reduce,
-            Tensor.numpy: self._share,
-            Tensor.__array__: self._share,
-            Tensor.data_ptr: self._share,
-            Tensor.__dlpack__: self._share,
-            Tensor.untyped_storage: self._share,
-            Tensor.storage: self._share,
-            Tensor._typed_storage: self._share,
-            Tensor.is_shared: self._on_value,
-            Tensor.share_memory_: self._change,
-            Tensor.apply_: self._change,
-            Tensor.map_: self._change,
-            Tensor.map2_: self._change,
-            Tensor.__getitem__: self._index,
-            Tensor.__setitem__: self._index,
-            Tensor.data.__get__: self._get_data,  # type: ignore[attr-defined]
-            Tensor.data.__set__: self._set_data,  # type: ignore[attr-defined]
-            Tensor.new_tensor: self._new_tensor,
-            Tensor.__deepcopy__: self._deepcopy,
-            Tensor.__dlpack_device__: self._on_value,
-            Tensor.to: self._move,
-            Tensor.cpu: self._move,
-            Tensor.cuda: self._move,
-            Tensor.type: self._type,
-            Tensor.new: self._new,
-            torch.tensor_split: self._split,
-            Tensor.tensor_split: self._split,
-            torch._has_compatible_shallow_copy_type: self._are_compatible,
-            torch.tensor: self._construct,
-            torch.as_tensor: self._construct,
-            torch.asarray: self._construct,
-        }
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -100,10 +58,10 @@ class Impersonation(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in self.answers and self._is_deferred(args[0]):
             return self.answers[func]
-        handler = self._handlers.get(func)
+        handler = _HANDLERS.get(func)
         if handler is not None:
             with turn:
-                return handler(func, args, kwargs)
+                return handler(self, func, args, kwargs)
         if "device" in kwargs and _is_meta_device(kwargs["device"]):
             with self._meta_is_meant():
                 return func(*args, **kwargs)
@@ -323,6 +281,51 @@ class Impersonation(TorchFunctionMode):
             with self._meta_is_meant():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+# Not in the instance: a method bound to it would keep it, and all that it has recorded, until the collector comes by.
+_HANDLERS: dict[Any, Handler] = {
+    Tensor.tolist: Impersonation._on_value,
+    Tensor.item: Impersonation._on_value,
+    Tensor.__float__: Impersonation._on_value,
+    Tensor.__int__: Impersonation._on_value,
+    Tensor.__index__: Impersonation._on_value,
+    Tensor.__bool__: Impersonation._on_value,
+    Tensor.__complex__: Impersonation._on_value,
+    Tensor.__repr__: Impersonation._show,
+    Tensor.__format__: Impersonation._on_value,
+    Tensor.__reduce_ex__: Impersonation._reduce,
+    Tensor.numpy: Impersonation._share,
+    Tensor.__array__: Impersonation._share,
+    Tensor.data_ptr: Impersonation._share,
+    Tensor.__dlpack__: Impersonation._share,
+    Tensor.untyped_storage: Impersonation._share,
+    Tensor.storage: Impersonation._share,
+    Tensor._typed_storage: Impersonation._share,
+    Tensor.is_shared: Impersonation._on_value,
+    Tensor.share_memory_: Impersonation._change,
+    Tensor.apply_: Impersonation._change,
+    Tensor.map_: Impersonation._change,
+    Tensor.map2_: Impersonation._change,
+    Tensor.__getitem__: Impersonation._index,
+    Tensor.__setitem__: Impersonation._index,
+    Tensor.data.__get__: Impersonation._get_data,  # type: ignore[attr-defined]
+    Tensor.data.__set__: Impersonation._set_data,  # type: ignore[attr-defined]
+    Tensor.new_tensor: Impersonation._new_tensor,
+    Tensor.__deepcopy__: Impersonation._deepcopy,
+    Tensor.__dlpack_device__: Impersonation._on_value,
+    Tensor.to: Impersonation._move,
+    Tensor.cpu: Impersonation._move,
+    Tensor.cuda: Impersonation._move,
+    Tensor.type: Impersonation._type,
+    Tensor.new: Impersonation._new,
+    torch.tensor_split: Impersonation._split,
+    Tensor.tensor_split: Impersonation._split,
+    torch._has_compatible_shallow_copy_type: Impersonation._are_compatible,
+    torch.tensor: Impersonation._construct,
+    torch.as_tensor: Impersonation._construct,
+    torch.asarray: Impersonation._construct,
+}
 
 
 def _is_list_of_numbers(value: Any) -> bool:

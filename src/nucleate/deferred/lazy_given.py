@@ -53,7 +53,10 @@ def memory_of_lazy(value: Any) -> LazyRecord | None:
     Returns:
         The elements; None where it is not a lazy tensor or its file cannot be told.
     """
-    file = _file_of(value.archiveinfo.file_reader) if _is_lazy(value) else None
+    # Behind the five arguments, torch notes what it has marked instead of computing, such as a conjugate.
+    if not _is_lazy(value) or any(value.rebuild_args[5:]):
+        return None
+    file = _file_of(value.archiveinfo.file_reader)
     if file is None:
         return None
     begin, shape, stride = value.rebuild_args[:3]

@@ -22,6 +22,7 @@ from nucleate.checkpoint import files, raw
 from nucleate.cluster import process_group
 from nucleate.errors import CheckpointError, CheckpointKeyError, RankDisagreementError, RankFailedError
 from nucleate.strategies import DDPStrategy, FSDPStrategy, Strategy
+from tests.checkpoint import test_own_ways as own_ways
 
 
 class Model(nn.Module):
@@ -213,6 +214,30 @@ def a_model_that_is_deferred_on_some_ranks_only_is_filled_on_all(path: Path) -> 
         runtime.barrier()
 
 
+def modules_that_load_in_their_own_way_read_what_they_own(path: Path) -> None:
+    for when in ("before", "after"):
+        for name, strategy in strategies():
+            runtime = Runtime(
+                accelerator="cpu", strategy=strategy, precision="bf16-true" if name == "fsdp" else "32-true"
+            )
+            torch.manual_seed(7 + runtime.global_rank)
+            with runtime.init_module(empty_init=True):
+                model: Any = own_ways.Model()
+            if when == "after":
+                model = runtime.setup(model)
+            with counted() as read:
+                assert runtime.load_raw(path / "own_ways.safetensors", model).is_exact
+                if when == "before":
+                    assert sum(read) == 0
+                    model = runtime.setup(model)
+            tensors = whole(model)
+            for key, value in own_ways.eager(own_ways.old()).items():
+                assert torch.equal(tensors[key], value.to(tensors[key].dtype)), key
+            # A shard of a transposed weight is some columns of the file's, which are read with what lies between.
+            itemsize = model.embed.weight.element_size()
+            assert sum(read) <= 1.5 * owned_bytes(model) * 4 / itemsize, f"{name}: {sum(read)} of {owned_bytes(model)}"
+
+
 CHECKS: list[Callable[[Path], None]] = [
     each_rank_reads_what_it_owns_and_no_more,
     what_is_missing_is_eagers_with_rank_0s_seed,
@@ -221,6 +246,7 @@ CHECKS: list[Callable[[Path], None]] = [
     a_file_that_only_some_ranks_have_is_an_error_on_all,
     ranks_that_bind_other_files_are_told_so,
     a_model_that_is_deferred_on_some_ranks_only_is_filled_on_all,
+    modules_that_load_in_their_own_way_read_what_they_own,
 ]
 
 
@@ -231,6 +257,7 @@ def main(path: Path) -> None:
         if runtime.is_global_zero:
             save_file(stored(), path / "model.safetensors")
             save_file(dict(list(stored().items())[::2]), path / "half.safetensors")
+            save_file(own_ways.old(), path / "own_ways.safetensors")
         runtime.barrier()
         for check in CHECKS:
             check(path)

@@ -1,0 +1,228 @@
+"""Modules that load in their own way are loaded before `setup`: what their code does is recorded on the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nucleate import Runtime
+from nucleate.checkpoint import files
+from nucleate.errors import CheckpointError, CheckpointKeyError, ShapeMismatchError
+
+HEADS, SIZE, WIDTH = 4, 8, 32
+
+
+class Attention(nn.Module):
+    """Older versions had three projections, interleaved halves, a transposed output, and a buffer as a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.register_buffer("scale", torch.randn(WIDTH))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for kind in ("weight", "bias"):
+            if f"{prefix}q.{kind}" in state:
+                q, k, v = (state.pop(f"{prefix}{name}.{kind}") for name in "qkv")
+                q, k = (part.unflatten(0, (HEADS, SIZE // 2, 2)).transpose(1, 2).flatten(0, 2) for part in (q, k))
+                state[f"{prefix}qkv.{kind}"] = torch.cat((q, k, v))
+        if f"{prefix}proj" in state:
+            proj = state.pop(f"{prefix}proj")
+            state[f"{prefix}out.weight"], state[f"{prefix}scale"] = proj[:, :WIDTH].t().contiguous(), proj[:, WIDTH]
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, WIDTH)
+        self.blocks = nn.ModuleList(Attention() for _ in "ab")
+        self.head = nn.Linear(WIDTH, 16, bias=False)
+        self.head.weight = self.embed.weight
+        self.head.register_load_state_dict_pre_hook(self.renamed)
+
+    @staticmethod
+    def renamed(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}old" in state:
+            state[f"{prefix}weight"] = state.pop(f"{prefix}old")
+
+
+def old(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    stored = {"head.old": torch.randn(16, WIDTH)}
+    for block in range(2):
+        for name in "qkv":
+            stored[f"blocks.{block}.{name}.weight"] = torch.randn(WIDTH, WIDTH)
+            stored[f"blocks.{block}.{name}.bias"] = torch.randn(WIDTH)
+        stored[f"blocks.{block}.proj"] = torch.randn(WIDTH, WIDTH + 1)
+    return {name: tensor.to(dtype) for name, tensor in stored.items()}
+
+
+def eager(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    model = Model()
+    model.load_state_dict({**stored, "embed.weight": stored["head.old"]})
+    return model.state_dict()
+
+
+def same(model: nn.Module, expected: dict[str, Tensor]) -> bool:
+    state = model.state_dict()
+    return state.keys() == expected.keys() and all(torch.equal(state[k], expected[k].to(state[k])) for k in expected)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("when", ["before setup", "real", "after setup"])
+def test_old_names_and_layouts_are_read_as_the_modules_code_has_it(
+    tmp_path: Path, when: str, precision: str, suffix: str
+) -> None:
+    path, stored = tmp_path / f"m.{suffix}", old()
+    save_file(stored, path) if suffix == "safetensors" else torch.save(stored, path)
+    runtime = Runtime(accelerator="cpu", precision=precision)
+    with runtime.init_module(empty_init=when != "real"):
+        model = Model()
+    if when == "after setup":
+        model = runtime.setup(model)
+    report = runtime.load_raw(path, model)
+    assert report.is_exact
+    assert {one.key for one in report.loaded} == set(Model().state_dict()) - {"head.weight", "embed.weight"} | {
+        "head.weight"
+    }
+    assert [one.key for one in report.tied] == ["embed.weight"]
+    if when != "after setup":
+        model = runtime.setup(model)
+    assert same(model.module, eager(stored))
+    assert model.head.weight is model.embed.weight
+
+
+def test_nothing_is_read_before_setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(old(), tmp_path / "m.safetensors")
+    read: list[int] = []
+    plain = files.DataFile.read_into
+    monkeypatch.setattr(
+        files.DataFile, "read_into", lambda self, at, size, offset: (read.append(size), plain(self, at, size, offset))
+    )
+    runtime = Runtime(accelerator="cpu")
+    with runtime.init_module(empty_init=True):
+        model = Model()
+    runtime.load_raw(tmp_path / "m.safetensors", model)
+    assert sum(read) == 0
+    runtime.setup(model)
+    size = sum(tensor.nbytes for tensor in old().values())
+    # A column in the middle of rows is read with what lies between.
+    assert size <= sum(read) <= 1.2 * size
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+def test_strict_refuses_what_the_modules_code_leaves(tmp_path: Path, deferred: bool) -> None:
+    runtime = Runtime(accelerator="cpu")
+    wrong: dict[str, tuple[Callable[[dict[str, Tensor]], Any], type[Exception], str]] = {
+        "missing": (lambda s: s.pop("head.old"), CheckpointKeyError, r"missing in the checkpoint: .*embed\.weight"),
+        "unexpected": (
+            lambda s: s.update({"blocks.0.other": torch.ones(1)}),
+            CheckpointKeyError,
+            r"unexpected in the checkpoint: blocks\.0\.other",
+        ),
+        "shape": (
+            lambda s: s.update({"blocks.1.proj": torch.ones(WIDTH, WIDTH)[:, :20].repeat(1, 2)[:, : WIDTH + 1]}),
+            ShapeMismatchError,
+            r"blocks\.0\.qkv\.bias is \(96,\) here but \(64,\) in the checkpoint",
+        ),
+    }
+    for name, (change, error, message) in wrong.items():
+        stored = old()
+        change(stored)
+        if name == "shape":
+            stored["blocks.0.v.bias"] = torch.ones(0)
+        save_file({k: v.contiguous() for k, v in stored.items()}, tmp_path / "m.safetensors")
+        torch.manual_seed(1)
+        with runtime.init_module(empty_init=deferred):
+            model = Model()
+        with pytest.raises(error, match=message):
+            runtime.load_raw(tmp_path / "m.safetensors", model)
+        torch.manual_seed(1)
+        assert same(runtime.setup(model).module, Model().state_dict())
+
+
+def test_code_that_looks_at_a_value_gets_it(tmp_path: Path) -> None:
+    class Versioned(nn.Linear):
+        def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+            if state.pop(f"{prefix}format", torch.tensor(1)).item() == 2:
+                state[f"{prefix}weight"] = state[f"{prefix}weight"].neg()
+            super()._load_from_state_dict(state, prefix, *args)
+
+    runtime = Runtime(accelerator="cpu")
+    for number in (1, 2):
+        weight = torch.arange(6.0).view(3, 2)
+        save_file({"weight": weight, "bias": torch.ones(3), "format": torch.tensor(number)}, tmp_path / "m.safetensors")
+        with runtime.init_module(empty_init=True):
+            model = Versioned(2, 3)
+        runtime.load_raw(tmp_path / "m.safetensors", model)
+        assert torch.equal(runtime.setup(model).weight, weight if number == 1 else -weight)
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+def test_code_that_writes_elsewhere_is_refused_by_name(tmp_path: Path, deferred: bool) -> None:
+    class Writing(nn.Linear):
+        def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+            with torch.no_grad():
+                self.weight[:1].mul_(state[f"{prefix}weight"].sum())
+            super()._load_from_state_dict(state, prefix, *args)
+
+    save_file({"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3)}, tmp_path / "m.safetensors")
+    runtime = Runtime(accelerator="cpu")
+    torch.manual_seed(1)
+    with runtime.init_module(empty_init=deferred):
+        model = nn.Sequential(Writing(2, 3))
+    with pytest.raises(CheckpointError, match=r"Writing \(0\) writes 0\.weight by mul_ while it loads"):
+        runtime.load_raw(tmp_path / "m.safetensors", model)
+    torch.manual_seed(1)
+    assert torch.equal(runtime.setup(model).module[0].weight, Writing(2, 3).weight)
+
+
+def test_a_module_that_refuses_is_quoted(tmp_path: Path) -> None:
+    class Refusing(nn.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            super()._load_from_state_dict(*args)
+            args[-1].append("this format is too old")
+
+    save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, tmp_path / "m.safetensors")
+    runtime = Runtime(accelerator="cpu")
+    with runtime.init_module(empty_init=True):
+        model = Refusing(2, 3)
+    with pytest.raises(CheckpointError, match=r"Refusing refuses .*m\.safetensors: this format is too old"):
+        runtime.load_raw(tmp_path / "m.safetensors", model)
+
+
+def test_hooks_after_loading_are_recorded(tmp_path: Path) -> None:
+    def normalize(module: Any, keys: Any) -> None:
+        with torch.no_grad():
+            module.weight.div_(module.weight.norm())
+
+    save_file({"weight": torch.arange(6.0).view(3, 2), "bias": torch.ones(3)}, tmp_path / "m.safetensors")
+    runtime = Runtime(accelerator="cpu")
+    with runtime.init_module(empty_init=True):
+        model = nn.Linear(2, 3)
+    model.register_load_state_dict_post_hook(normalize)
+    runtime.load_raw(tmp_path / "m.safetensors", model)
+    weight = torch.arange(6.0).view(3, 2)
+    assert torch.equal(runtime.setup(model).weight, weight / weight.norm())
+
+
+def test_a_training_state_loads_into_a_deferred_model_of_such_modules(tmp_path: Path) -> None:
+    runtime = Runtime(accelerator="cpu")
+    torch.manual_seed(3)
+    first = runtime.setup(Model())
+    runtime.save(tmp_path / "last", {"model": first, "step": 3})
+    state: dict[str, Any] = {"step": 0}
+    with runtime.init_module(empty_init=True):
+        state["model"] = Model()
+    runtime.load(tmp_path / "last", state)
+    assert state["step"] == 3
+    assert same(runtime.setup(state["model"]).module, first.module.state_dict())
