@@ -108,6 +108,13 @@ def runtime() -> Runtime:
     return Runtime(accelerator="cpu", strategy="single_device")
 
 
+def test_every_tensor_that_is_read_is_deferred(path: Path, runtime: Runtime) -> None:
+    with runtime.init_module(empty_init=True):
+        for found in (load_file(path), dict(Opened(path)), halves(path), torch.load(path)):
+            assert found.keys() == weights().keys()
+            assert all(record_of(tensor) is not None for tensor in found.values())
+
+
 def test_a_slice_is_that_of_the_library_and_has_memory_of_its_own(path: Path, runtime: Runtime) -> None:
     holder = nn.Module()
     with safe_open(path, "pt") as file:

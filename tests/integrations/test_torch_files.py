@@ -71,6 +71,12 @@ def test_all_parameters_stay_deferred_and_get_the_files_values(
     assert_loads(lambda model: model.load_state_dict(load(path), assign=True), weights(), precision)
 
 
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
+def test_every_tensor_of_a_state_dict_is_deferred(path: Path, runtime: Runtime, load: Callable[[Path], Any]) -> None:
+    with runtime.init_module(empty_init=True):
+        assert all(record_of(tensor) is not None for tensor in load(path).values())
+
+
 def test_a_state_dict_inside_of_a_checkpoint_is_bound_with_what_is_beside_it(path: Path, runtime: Runtime) -> None:
     state = build().state_dict()
     torch.save({"epoch": 3, "names": ["a", ("b", 2)], "model": state, "dtype": torch.bfloat16}, path)
