@@ -1,4 +1,4 @@
-"""Every check of the project, one session each. `python -m nox` runs all but `bench`, `zoo` and `gpu`.
+"""Every check of the project, one session each. `python -m nox` runs all but `bench`, `zoo`, `libraries` and `gpu`.
 
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
@@ -52,6 +52,8 @@ def environment(session: nox.Session) -> None:
     install(session, "-e", ".[examples]", *plugins, group="dev")
     # Its pins are for its command line; its models import with what is there.
     session.install("-c", "constraints.txt", "--no-deps", "litgpt")
+    # It asks for a build for CUDA of what group `recommenders` has for the CPU.
+    session.install("-c", "constraints.txt", "--no-deps", "torchrec")
 
 
 @shared
@@ -76,7 +78,7 @@ def types(session: nox.Session) -> None:
 @shared
 def tests(session: nox.Session) -> None:
     """Run the tests that need one process, and the doctests."""
-    elsewhere = [f"--ignore=tests/{folder}" for folder in ("multi", "examples", "bench", "gpu")]
+    elsewhere = [f"--ignore=tests/{folder}" for folder in ("multi", "examples", "bench", "gpu", "libraries")]
     pytest(session, *WORKERS, "--doctest-modules", "src/nucleate", "tests", *elsewhere)
 
 
@@ -122,7 +124,7 @@ def docs(session: nox.Session) -> None:
     run(session, "mkdocs", "build", "--strict", "--site-dir", session.create_tmp(), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
-@nox.session(default=False)
+@nox.session(default=False, tags=["long"])
 def bench(session: nox.Session) -> None:
     """Check the benchmarks, then measure costs beside eager torch, raw fully_shard and Lightning Fabric.
 
@@ -133,14 +135,23 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "tests.bench", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(default=False, tags=["long"])
 def zoo(session: nox.Session) -> None:
-    """Make every architecture of torch.nn, transformers, timm and diffusers eagerly and deferred, and compare.
+    """Make every architecture of the packages in group `zoo` eagerly and deferred, and compare.
 
     `python -m nox -s zoo -- transformers -k Llama --jobs 4` judges a part of them.
     """
     install(session, "-e", ".", group="zoo")
+    session.install("-c", "constraints.txt", "--no-deps", "torchrec")
     session.run("python", "-m", "tests.architectures", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False, tags=["long"])
+def libraries(session: nox.Session) -> None:
+    """Run the tests of how timm and litgpt load their models."""
+    install(session, "-e", ".", group="libraries")
+    session.install("-c", "constraints.txt", "--no-deps", "litgpt")
+    pytest(session, "tests/libraries")
 
 
 @nox.session(default=False)

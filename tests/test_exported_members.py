@@ -34,12 +34,13 @@ PUBLIC = {
     "nucleate.checkpoint.writers": "Writer",
     "nucleate.cli": "main",
     "nucleate.cluster": "Communicator Environment",
-    "nucleate.deferred": """
-        ComputedGiven Conversion ConvertedGiven Cursors Given Handle Layout Output Pieces Record TensorGiven convert
-        deferred eager give handle_of held_tensors is_recording record_of release resumed
-    """,
+    "nucleate.deferred": (
+        "ComputedGiven Conversion ConvertedGiven Cursors Given Handle Layout Output Pieces Record TensorGiven convert "
+        "deferred eager give given_of_lazy handle_of held_tensors is_recording memory_of_lazy plain_modes record_of "
+        "release resumed"
+    ),
     "nucleate.integrations": "Integration",
-    "nucleate.materialize": "Plan execute materialize",
+    "nucleate.materialize": "Plan execute materialize reset",
     "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",
     "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy declare_units",

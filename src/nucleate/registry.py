@@ -180,6 +180,11 @@ INTEGRATIONS = Registry(
     kind="integration",
     group="nucleate.integrations",
     base="nucleate.integrations.base:Integration",
-    builtins={},
+    builtins={
+        "torch": "nucleate.integrations.torch_files:TorchFiles",
+        "safetensors": "nucleate.integrations.safetensors_files:SafetensorsFiles",
+        "lightning": "nucleate.integrations.lazy_tensors:LazyTensors",
+        "lightning_fabric": "nucleate.integrations.lazy_tensors:LazyTensors",
+    },
     known={"transformers": "pip install nucleate-transformers"},
 )

@@ -7,8 +7,10 @@ method means on a strategy or precision is theirs to decide.
 from __future__ import annotations
 
 import builtins
+import logging
 import random
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -24,11 +26,13 @@ from nucleate.accelerators.base import Accelerator
 from nucleate.cluster.agreement import verify_same_model
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
+from nucleate.cluster.numerics import Numerics
 from nucleate.deferred import Given, deferred, eager, is_recording, resumed
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.integrations.base import Integration
-from nucleate.materialize import Plan
+from nucleate.materialize import Plan, reset
 from nucleate.materialize.dependence import numerics_of
+from nucleate.materialize.vacancies import adopt_vacancies, vacancies
 from nucleate.materialize.verification import Verification
 from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
     from nucleate.checkpoint.handle import SaveHandle
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 #: Names that scripts written for Lightning Fabric use.
 _PRECISION_ALIASES = {
@@ -254,6 +260,10 @@ class Runtime:
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
         """Make everything that is deferred in a model, lay it out by the strategy, and wrap model and optimizers.
 
+        A tensor that the constructor left empty, or that was built on the meta device by hand, is made by its module's
+        `reset_parameters` or the like; see `docs/concepts/deferred.md`. Every rank then draws from the generators of
+        rank 0. The log says at level `INFO` which method made which tensor.
+
         Args:
             model: The model, constructed inside `init_module` or not.
             optimizers: Optimizers built on its parameters, deferred or real. They keep training what they were built
@@ -265,7 +275,8 @@ class Runtime:
         Raises:
             UsageError: The model or an optimizer was set up before.
             ConfigurationError: An optimizer has parameters of another model, or the strategy cannot take the model.
-            UninitializedError: A parameter would be left without a value.
+            UninitializedError: A parameter would be left without a value, because its module has no `reset_parameters`
+                or the like that writes it.
             RankDisagreementError: The ranks constructed different models, or have CPUs, thread counts or torch builds
                 that would make different bits of this one.
             VerificationError: With `verify`, what was made is not what the recipes make.
@@ -279,14 +290,13 @@ class Runtime:
             integrations = self._active_integrations()
             for integration in integrations:
                 model = integration.setup(model)
-            plan = Plan.of(model)
-            numerics = numerics_of(plan, self._device) if self.world_size > 1 else None
-        if self.world_size > 1:
-            settings = {"verify": self._verify, "precision": repr(self._precision)}
-            verify_same_model(plan.digest(), self._communicator, numerics, settings)
+            self._note_nothing_to_set_up(model)
+            vacant = [vacancy.fqn for vacancy in vacancies(model)]
+            facts = None if vacant else self._facts(model)
+        self._compare_ranks(facts, {"the list of tensors without a recipe": name_list(vacant)})
+        if vacant:
+            self._reset(model)
         with self._communicator.all_or_none("setup"):
-            # The plan lists the tensors as they are now.
-            del plan
             # While they are recorded, what the precision does to deferred parameters becomes part of their recipes.
             with resumed(model):
                 model = self._precision.setup(model)
@@ -626,6 +636,9 @@ class Runtime:
     def _prepare_to_load(self, model: nn.Module, stored: Mapping[str, Given]) -> None:
         """Let the precision give a model the form of what is loaded, as long as it is not set up."""
         if not isinstance(model, ModuleWrapper) and model not in self._models:
+            if not is_recording():
+                # What was built on the meta device by hand is bound to files as deferred tensors are.
+                adopt_vacancies(model, self._device)
             with resumed(model):
                 self._precision.before_load(model, stored)
 
@@ -662,6 +675,39 @@ class Runtime:
         random.setstate(python_state)
         if numpy is not None and numpy_state is not None:
             numpy.random.set_state(numpy_state)
+
+    def _facts(self, model: nn.Module) -> tuple[str, Numerics | None]:
+        """Return a fingerprint of the recipes of a model, and what their bits depend on if there are other ranks."""
+        # The plan lists the tensors as they are now, so it is not kept.
+        plan = Plan.of(model)
+        return (plan.digest(), numerics_of(plan, self._device)) if self.world_size > 1 else ("", None)
+
+    def _compare_ranks(self, facts: tuple[str, Numerics | None] | None, found: Mapping[str, Any]) -> None:
+        """Compare what `_facts` returned, and what was found in the model, between the ranks."""
+        if self.world_size > 1:
+            digest, numerics = facts or ("", None)
+            settings = {"verify": self._verify, "precision": repr(self._precision), **found}
+            verify_same_model(digest, self._communicator, numerics, settings)
+
+    def _reset(self, model: nn.Module) -> None:
+        """Give recipes to what has none; every rank has found the same tensors."""
+        self._agree_on_generators()
+        with self._communicator.all_or_none("setup"):
+            resets = reset(model, self._device)
+            if self.is_global_zero:
+                _logger.info("%s.", resets)
+            facts = self._facts(model)
+        self._compare_ranks(facts, {})
+
+    def _note_nothing_to_set_up(self, model: nn.Module) -> None:
+        """Warn of a model without parameters and buffers; it is set up all the same, as a loss function may be."""
+        held = (*model.parameters(), *model.buffers())
+        if not held and self.is_global_zero:
+            warnings.warn(
+                f"setup: {type(model).__name__} has no parameter and no buffer. There is nothing to create, to shard "
+                "or to train; only its forward gets the precision's casts.",
+                stacklevel=3,
+            )
 
     def _refuse_model(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):

@@ -1,4 +1,4 @@
-"""Judges every architecture of torch.nn, transformers, timm and diffusers: `python -m tests.architectures [FAMILY...]`.
+"""Judges every architecture of some families: `python -m tests.architectures [FAMILY...]`.
 
 Prints what is not exact and the totals, and writes everything to a JSON file. Ends with 1 if anything is not exact.
 """

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class NotBuildable(Exception):  # noqa: N818
@@ -20,10 +20,14 @@ class Case:
     Attributes:
         make: Constructs it; called several times, each time from the same random state.
         note: What had to be changed to make it small enough, for the report.
+        forward: Runs it on a fixed input, if the outputs are to be compared as well.
+        by_hand: Makes what the constructor leaves on the meta device, as users do; `setup` has to come to the same.
     """
 
     make: Callable[[], nn.Module]
     note: dict[str, object] = field(default_factory=dict)
+    forward: Callable[[nn.Module], Tensor] | None = None
+    by_hand: Callable[[nn.Module], None] | None = None
 
 
 class Family(ABC):

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any
 
-#: Seconds for one case.
-CASE_LIMIT_S = 150.0
+from tests.architectures.families import limits
+
 #: A worker is replaced after so many cases, because imported models and caches pile up.
 CASES_PER_WORKER = 150
 
@@ -34,6 +34,7 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True,
         )  # fmt: skip
         self.num_cases = 0
+        self.limit_s = limits(family).case_s
 
     def judge(self, name: str) -> dict[str, Any]:
         """Return the verdict as a dictionary; what went wrong with the process is one as well."""
@@ -45,11 +46,11 @@ class Worker:
             self.process.stdin.flush()
         except BrokenPipeError:
             pass
-        line = _line(self.process.stdout, CASE_LIMIT_S)
+        line = _line(self.process.stdout, self.limit_s)
         if line:
             verdict: dict[str, Any] = json.loads(line)
             return verdict
-        state = f"the worker ended with {self.process.wait()}" if line == "" else f"no answer in {CASE_LIMIT_S:.0f} s"
+        state = f"the worker ended with {self.process.wait()}" if line == "" else f"no answer in {self.limit_s:.0f} s"
         self.close()
         return {"name": name, "outcome": "crashed", "details": [state], "early": [], "note": {}}
 

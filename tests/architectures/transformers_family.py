@@ -15,6 +15,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 from tests.architectures.case import Case, Family, NotBuildable
+from tests.architectures.families import NAMED
 from tests.architectures.shrinking import small
 
 transformers.logging.set_verbosity(transformers.logging.CRITICAL)
@@ -41,6 +42,18 @@ class TransformersFamily(Family):
             except NotBuildable as error:
                 errors.append(f"{candidate.__name__}: {error}")
         raise NotBuildable("; ".join(errors))
+
+
+class DefaultSizeFamily(Family):
+    """The models of transformers that `NAMED` lists, each as its configuration's defaults make it: up to 4.9 GB."""
+
+    def names(self) -> list[str]:
+        return list(NAMED["transformers"])
+
+    def case(self, name: str) -> Case:
+        model_type, config_name, model_name = _classes()[name]
+        config, model_class = _default(_load(model_type, config_name), {}), _load(model_type, model_name)
+        return Case(lambda: model_class(copy.deepcopy(config)), {"how": "as it is"})
 
 
 #: Classes that no mapping names.

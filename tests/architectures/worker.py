@@ -9,11 +9,8 @@ import resource
 import sys
 import warnings
 
-from tests.architectures.families import family
+from tests.architectures.families import family, limits
 from tests.architectures.verdict import judge
-
-#: A model that was not made small enough must not take the machine down.
-MEMORY_LIMIT_BYTES = 10 << 30
 
 
 def main() -> None:
@@ -21,7 +18,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    limit_bytes = limits(sys.argv[1]).memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
     cases = family(sys.argv[1])
     for line in sys.stdin:
         verdict = judge(cases, line.strip())

@@ -350,10 +350,18 @@ def test_nothing_there_and_nothing_to_load_into(runtime: Runtime, tmp_path: Path
         runtime.load_raw(tmp_path / "absent", make(1))
     with pytest.raises(UsageError, match=r"load_raw takes a path and then a torch\.nn\.Module, not dict"):
         runtime.load_raw(path, {"model": make(1)})  # type: ignore[arg-type]
+
+
+def test_a_model_built_on_meta_by_hand_is_bound_to_the_file(runtime: Runtime, path: Path) -> None:
     with torch.device("meta"):
         model = Model()
-    with pytest.raises(UsageError, match=r"embed\.weight has no data"):
-        runtime.load_raw(path, model)
+    # No file has it, and no method of the model.
+    model.table = torch.arange(5.0)
+    state = torch.get_rng_state()
+    report = runtime.load_raw(path, model)
+    assert not report.missing
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(runtime.setup(model).state_dict(), weights(make(1)))
 
 
 def test_a_folder_with_an_index_is_one_checkpoint(runtime: Runtime, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from nucleate.deferred import deferred, eager, is_recording
 from nucleate.deferred.random_program import RandomProgram
 from nucleate.errors import UninitializedError
-from nucleate.materialize import materialize
+from nucleate.materialize import Plan, materialize
 from tests.deferred.equality import assert_same_model
 
 
@@ -230,11 +230,11 @@ def test_parts_that_together_write_everything_are_enough() -> None:
     assert_same_model(eager, model)
 
 
-def test_a_meta_parameter_without_a_recipe_is_an_error_by_name() -> None:
+def test_a_plan_of_meta_parameters_without_a_recipe_is_an_error_by_name() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(UninitializedError, match=r"no recipe: 0\.weight, 0\.bias"):
-        materialize(model)
+        Plan.of(model)
 
 
 def test_the_record_goes_when_the_last_tensor_is_made() -> None:

@@ -372,3 +372,20 @@ def test_what_modules_load_in_their_own_way_is_never_whole(tmp_path: Path, mode:
     setup = BUILD + f"PATH = {str(tmp_path / 'm.safetensors')!r}\nruntime, _ = build({mode!r})" + OLDER
     peak = peak_memory("runtime.load_raw(PATH, model); runtime.setup(model)", setup)
     assert peak.added_bytes < (codes_mib + 16) * MIB
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_a_model_built_on_meta_by_hand_is_initialized_and_quantized(mode: str) -> None:
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return nn.ModuleDict({"up": nn.Linear(192, 320), "down": nn.Linear(320, 192, bias=False)})
+
+    source = build().to_empty(device="cpu")
+    torch.manual_seed(3)
+    for layer in source.children():
+        layer.reset_parameters()  # type: ignore[operator]
+    model = build()
+    torch.manual_seed(3)
+    runtime = Runtime(accelerator="cpu", strategy="single_device", precision=f"bnb-{mode}")
+    runtime.setup(model)
+    assert_quantized(model, source, mode)

@@ -27,9 +27,9 @@ def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         storage = tensor.untyped_storage()
         copied = storages.get(storage._cdata)
         if copied is None:
-            content = _look(storage, torch.uint8, 0, (storage.nbytes(),), (1,))
+            content = look(storage, torch.uint8, 0, (storage.nbytes(),), (1,))
             copied = storages[storage._cdata] = content.clone().untyped_storage()
-        twin = _look(copied, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride())
+        twin = look(copied, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride())
         if tensor.is_conj():
             twin = twin.conj_physical()
         if tensor.is_neg():
@@ -43,9 +43,9 @@ def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return twin
 
 
-def _look(
+def look(
     storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> Tensor:
-    """Return a tensor on a storage; that needs no step."""
+    """Return a tensor on a storage without memory; that needs no step."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         return torch.empty(0, dtype=dtype, device="meta").set_(storage, offset, size, stride)

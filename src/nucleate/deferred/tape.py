@@ -176,6 +176,8 @@ class Tape:
         self._made: dict[int, StorageWeakRef] = {}
         #: Whether some step takes its values from outside of the tape, such as from a file.
         self.takes_given = False
+        #: Who wrote storages that the constructor left without a value, by number; for reports.
+        self.writer_names: dict[int, str] = {}
 
     def number(self, tensor: Tensor) -> int | None:
         """Return the number of the tensor's storage, or None if the tape does not know it."""
@@ -196,6 +198,12 @@ class Tape:
         self._storages.append(storage)
         self._writers.append([])
         return number
+
+    def forget(self, tensor: Tensor) -> None:
+        """Do not know a tensor any more, nor those that share its storage."""
+        number = self.number(tensor)
+        if number is not None:
+            del self._numbers[self._storages[number]._cdata]
 
     def storage(self, number: int) -> torch.UntypedStorage:
         """Return a storage by its number; it has no memory."""
@@ -243,6 +251,7 @@ class Tape:
         self._storages.extend(other._storages)
         self._numbers.update({key: number + first_storage for key, number in other._numbers.items()})
         self._made.update({number + first_storage: made for number, made in other._made.items()})
+        self.writer_names.update({number + first_storage: name for number, name in other.writer_names.items()})
         self._writers.extend([index + first_step for index in writers] for writers in other._writers)
 
     def keep_made(self, storage: int, real: torch.UntypedStorage) -> None:

@@ -2,5 +2,6 @@
 
 from nucleate.materialize.execute import execute, materialize
 from nucleate.materialize.plan import Plan
+from nucleate.materialize.resetting import reset
 
-__all__ = ["Plan", "execute", "materialize"]
+__all__ = ["Plan", "execute", "materialize", "reset"]

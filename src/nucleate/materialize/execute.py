@@ -7,6 +7,7 @@ meantime, copied into the local shard and freed.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,12 +23,18 @@ from nucleate.materialize.memory import advise_huge_pages
 from nucleate.materialize.parts import Part, make_parts, parts_of
 from nucleate.materialize.plan import Group, Holder, Plan, Target
 from nucleate.materialize.reading import read_into
+from nucleate.materialize.released import unmark_released
+from nucleate.materialize.resetting import reset
 from nucleate.materialize.shards import allocate_shards, fill, parts_of_shard, take_back_shards
 from nucleate.materialize.source import Given
+
+_logger = logging.getLogger(__name__)
 
 
 def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """Make everything that is deferred in `model` on `device`, in place. Real tensors are left as they are.
+
+    What has no recipe gets one first by the methods of its module, such as `reset_parameters`; see `reset`.
 
     Args:
         model: The model.
@@ -37,8 +44,11 @@ def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modu
         The same model.
 
     Raises:
-        UninitializedError: See `Plan.of`; the model is then unchanged.
+        UninitializedError: See `reset` and `Plan.of`; the model is then unchanged.
     """
+    resets = reset(model, torch.device(device))
+    if resets:
+        _logger.info("%s.", resets)
     plan = Plan.of(model)
     plan.release()
     execute(plan, model, torch.device(device))
@@ -169,6 +179,7 @@ def _install(target: Target, value: Tensor) -> None:
     else:
         real = value.requires_grad_(tensor.requires_grad) if tensor.is_leaf else value
     real.__class__ = target.cls
+    unmark_released(tensor)
     real.__dict__.update(tensor.__dict__)
     hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
     try:

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred import Record, handle_of, held_tensors, is_recording, release
+from nucleate.deferred import Record, handle_of, held_tensors, release
 from nucleate.deferred.assigned import retie
 from nucleate.deferred.coverage import is_written
 from nucleate.deferred.guard import guard
 from nucleate.deferred.handle import is_edited
 from nucleate.deferred.replay import backward_slice
 from nucleate.deferred.tape import TensorRef
-from nucleate.errors import DeferredEditError, NucleateError, UninitializedError, UsageError, name_list
+from nucleate.errors import DeferredEditError, NucleateError, UninitializedError, name_list
+from nucleate.materialize.released import mark_released, unmark_released
 from nucleate.materialize.shards import is_sharded
 from nucleate.materialize.source import Recipe
+from nucleate.materialize.vacancies import refuse_recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +111,7 @@ class Plan:
             UninitializedError: A parameter or buffer is on the meta device without a recipe, or its recipe never
                 writes (all of) it, so that eager construction would leave heap memory there.
         """
-        if is_recording():
-            raise UsageError(
-                "a model cannot be set up inside the context that constructs it, where nothing has a value yet. End "
-                "the `init_module` block first."
-            )
+        refuse_recording()
         retie(model)
         # Guarded tensors pretend to be on their device; the plan looks behind that.
         with torch._C.DisableTorchFunctionSubclass():
@@ -152,7 +150,8 @@ class Plan:
         if foreign:
             raise UninitializedError(
                 f"{len(foreign)} tensors are on the meta device and have no recipe: {name_list(foreign)}. They were "
-                'made outside `init_module`, or with `device="meta"`. Construct them inside `init_module`.'
+                'made outside `init_module`, or with `device="meta"`. Construct them inside `init_module`. `setup` '
+                "initializes plain parameters and buffers that were built on meta, but no sharded, lazy or sparse ones."
             )
         if edited:
             raise DeferredEditError(
@@ -176,15 +175,24 @@ class Plan:
         """A record for each tape that it draws on."""
         return list({id(group.source.record.tape): group.source.record for group in self.groups}.values())
 
+    def origins(self) -> dict[str, str]:
+        """Return where the value of each tensor comes from, by its first name.
+
+        Either `"constructor"`, or `"checkpoint"`, or the call that `nucleate.materialize.reset` made for it.
+        """
+        return {target.fqn: group.source.origin for group in self.groups for target in group.targets}
+
     def release(self) -> None:
         """Take the guards off, so that the tensors are plain meta tensors that a strategy can shard."""
         for target in self.targets:
             release(target.tensor)
+            mark_released(target.tensor)
 
     def restore(self) -> None:
         """Put the guards back on what has got no value, after an error."""
         for group in self.groups:
             for target in group.targets:
+                unmark_released(target.tensor)
                 if target.tensor.is_meta and handle_of(target.tensor) is None:
                     guard(target.tensor, group.source.record, target.fqn)
 
@@ -229,13 +237,15 @@ class Plan:
             raise UninitializedError(
                 f"nothing initializes {name_list(unwritten)}: the constructor made them with `torch.empty` or the like "
                 "and never wrote (all of) them, so they would hold whatever the memory held before. Initialize them "
-                "in the constructor."
+                "in the constructor, or let `nucleate.materialize.reset` call their modules' `reset_parameters`."
             )
 
     def __str__(self) -> str:
+        origins = self.origins()
         lines = [f"{len(self.targets)} deferred tensors, {self.size_bytes / 2**20:.1f} MiB"]
         for target in self.targets:
             names = " = ".join(holder.fqn for holder in target.holders)
             dtype = str(target.ref.dtype).removeprefix("torch.")
-            lines.append(f"{names:60s} {dtype:9s} {target.ref.size!s:20s} {target.size_bytes:>14,d} B")
+            made_by = origins[target.fqn]
+            lines.append(f"{names:60s} {dtype:9s} {target.ref.size!s:20s} {target.size_bytes:>14,d} B  {made_by}")
         return "\n".join(lines)

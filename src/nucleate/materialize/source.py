@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 
 from nucleate.deferred import Cursors, Given, Pieces, Record
+from nucleate.deferred.given import take
+from nucleate.deferred.replay import backward_slice
 from nucleate.deferred.tape import Step
 
 __all__ = ["Cursors", "Given", "Pieces", "Recipe", "Source"]
@@ -39,6 +41,11 @@ class Source(Protocol):
     @property
     def size_bytes(self) -> int:
         """How large the storage is."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """Say who makes the content: the constructor, a checkpoint, or a method that was called for it."""
         ...
 
     @property
@@ -84,6 +91,17 @@ class Recipe:
     def size_bytes(self) -> int:
         """How large the storage is."""
         return self.record.tape.size_bytes(self.storage)
+
+    @property
+    def origin(self) -> str:
+        """Say who makes the content: the constructor, a checkpoint, or a method that was called for it."""
+        tape = self.record.tape
+        steps = backward_slice(tape, [self.storage])
+        if any(step.func is take for step in steps):
+            return "checkpoint"
+        # A cast by the precision has made another storage of it.
+        touched = {storage for step in reversed(steps) for storage in (*step.creates, *step.writes)}
+        return next((tape.writer_names[s] for s in sorted(touched) if s in tape.writer_names), "constructor")
 
     @property
     def order(self) -> int:

@@ -20,6 +20,7 @@ from nucleate.cluster.communicator import Communicator
 from nucleate.errors import ConfigurationError, name_list
 from nucleate.materialize import Plan, execute
 from nucleate.strategies.base import Strategy
+from nucleate.strategies.sharded_class import make_shardable
 from nucleate.strategies.wrap_policy import WrapPolicy, find_units
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ class FSDPStrategy(Strategy):
         hooks = {name: p._post_accumulate_grad_hooks for name, p in model.named_parameters(remove_duplicate=False)}
         attributes = {name: _attributes(p) for name, p in model.named_parameters(remove_duplicate=False)}
         scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
+        for module in (*(unit for _, unit in units), model):
+            make_shardable(module)
         for _, unit in units:
             fully_shard(unit, **self._arguments(root=False), ignored_params=scalars)
         fully_shard(model, **self._arguments(root=True), ignored_params=scalars)

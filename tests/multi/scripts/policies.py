@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,9 @@ from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate.strategies.base import Strategy
 
 
-class Block(nn.Module):
+class Block(abc.ABC, nn.Module):
+    """Has a first base with which torch's own `fully_shard` fails (`nucleate.strategies.sharded_class`)."""
+
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Linear(10, 21)

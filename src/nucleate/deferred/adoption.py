@@ -1,0 +1,82 @@
+"""Adoption: tensors that somebody else made on the meta device become deferred tensors, with nothing written yet.
+
+The tensor stays the same object on the same storage, so that ties, views and optimizers stay what they are. The storage
+gets a number on a tape. What is done to the tensor in a context is then recorded as if the constructor had left it
+empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+
+from nucleate.deferred.context import Record, record_of
+from nucleate.deferred.guard import guard
+from nucleate.deferred.handle import handle_of, release
+from nucleate.deferred.tape import Step, Tape, TensorRef
+
+aten = torch.ops.aten
+
+
+def is_adoptable(tensor: Tensor) -> bool:
+    """Return whether a tensor is on the meta device, belongs to no record, and is a plain view of one storage."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if not tensor.is_meta or handle_of(tensor) is not None or tensor.layout != torch.strided or is_lazy(tensor):
+            return False
+        return not is_traceable_wrapper_subclass(tensor) and record_of(tensor) is None
+
+
+def adopt(named: Iterable[tuple[str, Tensor]], device: torch.device) -> Record | None:
+    """Let meta tensors stand for tensors of a device that nothing has been written to.
+
+    Args:
+        named: Names and adoptable tensors; several may be one object or share a storage.
+        device: The device that they stand for.
+
+    Returns:
+        Their record, or None without tensors. It lives as long as one of them is deferred.
+    """
+    record: Record | None = None
+    for fqn, tensor in named:
+        record = record or Record(device)
+        with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes():
+            if record.tape.number(tensor) is None:
+                record.tape.add_step(_emptiness(record.tape, tensor, device))
+        guard(tensor, record, fqn)
+    return record
+
+
+def abandon(tensors: Iterable[Tensor]) -> None:
+    """Make adopted tensors plain meta tensors again."""
+    for tensor in tensors:
+        handle = handle_of(tensor)
+        if handle is not None:
+            handle.record.tape.forget(tensor)
+            release(tensor)
+
+
+def _emptiness(tape: Tape, tensor: Tensor, device: torch.device) -> Step:
+    """Return the step that makes memory for the storage of a tensor, with nothing in it."""
+    number = tape.add_storage(tensor)
+    size_bytes = tape.size_bytes(number)
+    ref = tape.ref(tensor)
+    if not ref.fills(size_bytes):
+        # A view of a larger storage.
+        ref = TensorRef(number, torch.uint8, (size_bytes,), (1,), 0, False, False)
+    return Step(
+        index=len(tape.steps),
+        func=aten.empty_strided.default,
+        args=(list(ref.size), list(ref.stride)),
+        kwargs={"dtype": ref.dtype, "device": device},
+        outputs=(ref,),
+        reads=(),
+        written=(),
+        creates=(number,),
+        overwrites=(),
+        default_dtype=torch.get_default_dtype(),
+        uninitialized=True,
+    )

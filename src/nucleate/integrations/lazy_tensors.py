@@ -1,0 +1,93 @@
+"""Lazy checkpoints of Lightning Fabric and litgpt inside `init_module`: they stay lazy.
+
+A tensor of `_lazy_load` reads itself as soon as torch touches it. Inside the block it becomes a deferred tensor then,
+bound to its record in the file. What torch does next with it is recorded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from nucleate.deferred import give, given_of_lazy, is_recording, memory_of_lazy
+from nucleate.integrations.scoped import FileIntegration, Scoped, put
+
+#: What the library reads a tensor for (lightning/fabric/utilities/load.py, 2.6).
+_TOUCHES = frozenset(("contiguous", "cuda", "half", "data", "to"))
+_MODULES = ("lightning.fabric.utilities.load", "lightning_fabric.utilities.load")
+
+
+@final
+class LazyTensors(FileIntegration):
+    """Binds deferred tensors to files that `_lazy_load` has opened."""
+
+    name = "lightning_fabric"
+
+    def scoped(self) -> Scoped:
+        return _scoped
+
+
+def _install(stack: ExitStack) -> None:
+    for name in _MODULES:
+        cls: Any = getattr(sys.modules.get(name), "_NotYetLoadedTensor", None)
+        if cls is None:
+            continue
+        plain_get = cls.__getattr__
+
+        # A tensor that was saved as a parameter has a `_load_tensor` of its own, which the class's does not reach.
+        def call(
+            cls: Any, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            loaded = [_loaded(arg) if isinstance(arg, cls) else arg for arg in args]
+            return func(*loaded, **(kwargs or {}))
+
+        def get(lazy: Any, name: str, plain_get: Any = plain_get) -> Any:
+            return getattr(_loaded(lazy), name) if name in _TOUCHES else plain_get(lazy, name)
+
+        put(stack, cls, "_load_tensor", _lazily(cls._load_tensor))
+        put(stack, cls, "__torch_function__", classmethod(call))
+        put(stack, cls, "__getattr__", get)
+
+
+def _loaded(lazy: Any) -> Tensor:
+    """Return a deferred tensor, or what the library reads."""
+    made = _deferred(lazy)
+    if made is None:
+        return lazy._load_tensor()  # type: ignore[no-any-return]
+    is_parameter = "_load_tensor" in vars(lazy) and lazy.metatensor.is_leaf
+    return nn.Parameter(made, made.requires_grad) if is_parameter else made
+
+
+def _lazily(plain: Any) -> Any:
+    @wraps(plain)
+    def load_tensor(lazy: Any) -> Tensor:
+        made = _deferred(lazy)
+        return plain(lazy) if made is None else made
+
+    return load_tensor
+
+
+def _deferred(lazy: Any) -> Tensor | None:
+    from nucleate.checkpoint.binding import defers
+
+    # The memory first, of which the tensor is a view: it may be a transposed one.
+    given = (memory_of_lazy(lazy) or given_of_lazy(lazy)) if is_recording() else None
+    device = torch.device(lazy.storageinfo[3])
+    if given is None or not defers(device):
+        return None
+    _, shape, stride, requires_grad = lazy.rebuild_args[:4]
+    made = torch.empty(given.shape, dtype=given.dtype, device=device)
+    if made.numel():
+        give(made, given)
+    if made.shape != tuple(shape):
+        made = made.as_strided(shape, stride)
+    return made.requires_grad_(bool(requires_grad))
+
+
+_scoped = Scoped(_install)

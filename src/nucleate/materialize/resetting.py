@@ -1,0 +1,154 @@
+"""Resetting: tensors that the constructor left without a value get one by the methods that their modules have for it.
+
+The calls are recorded like a constructor, so that each tensor has a recipe afterwards, and the values are made with all
+others: shard by shard, with the same bits under every strategy. Which calls are made is decided in `reset_methods.py`,
+and which tensors need them in `vacancies.py`. A model that needs none is left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nucleate.deferred import handle_of, record_of, resumed
+from nucleate.deferred.adoption import abandon
+from nucleate.deferred.stand_ins import stand_ins
+from nucleate.errors import UninitializedError, name_list
+from nucleate.materialize.reset_methods import OWN_NAMES, ResetCall, reset_calls
+from nucleate.materialize.vacancies import Vacancy, adopt_vacancies, vacancies
+
+# How many modules a message explains.
+_NUM_EXPLAINED = 5
+_METHODS = f"`{OWN_NAMES[0]}` or the like"
+
+
+@dataclass(frozen=True, slots=True)
+class Resets:
+    """Which tensors were given values by which methods.
+
+    Attributes:
+        by_method: The method, such as `Linear.reset_parameters`, to the FQNs of the tensors that it was the last one
+            to write.
+    """
+
+    by_method: dict[str, list[str]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.by_method)
+
+    def __str__(self) -> str:
+        count = sum(map(len, self.by_method.values()))
+        listed = "; ".join(f"{method} made {name_list(fqns, limit=4)}" for method, fqns in self.by_method.items())
+        noun = "tensor" if count == 1 else "tensors"
+        return f"{count} {noun} had no value from the constructor or a checkpoint. {listed}"
+
+
+def reset(model: nn.Module, device: torch.device) -> Resets:
+    """Give recipes to the tensors of a model that have none, by recorded calls of its modules' own methods.
+
+    Each module that holds such a tensor is asked once, children before parents: by its `reset_parameters` (else
+    `init_weights`, `_init_weights` or `_reset_parameters`), and then by the nearest `_init_weights(module)` around it.
+    Whatever has a value already keeps it. The random generators stand afterwards where the same calls leave them.
+
+    Args:
+        model: The model.
+        device: The device that tensors which were made on the meta device by hand stand for.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UninitializedError: A tensor has no value afterwards, or a method failed. Meta tensors that were made by hand
+            are then what they were.
+        UsageError: The model is being constructed.
+    """
+    found = adopt_vacancies(model, device)
+    if not found:
+        return Resets()
+    try:
+        calls = reset_calls(model, (module for vacancy in found for module, _, _ in vacancy.owners))
+        last_writers = _make(model, found, calls)
+        left = vacancies(model)
+        if left:
+            raise UninitializedError(_explanation(model, left, calls))
+    except BaseException:
+        abandon(vacancy.tensor for vacancy in found if vacancy.is_foreign)
+        raise
+    resets = Resets()
+    for place, name in last_writers.items():
+        resets.by_method.setdefault(name, []).append(found[place].fqn)
+        tensor = _now(found[place])
+        handle = handle_of(tensor)
+        storage = None if handle is None else handle.record.tape.number(tensor)
+        if handle is not None and storage is not None:
+            handle.record.tape.writer_names[storage] = name
+    return resets
+
+
+def _make(model: nn.Module, found: list[Vacancy], calls: list[tuple[nn.Module, list[ResetCall]]]) -> dict[int, str]:
+    """Make the calls, and return which method was the last one to write the tensor of each vacancy."""
+    by_storage: dict[int, str] = {}
+    with resumed(model):
+        record = record_of(found[0].tensor)
+        assert record is not None, "a vacancy is deferred"
+        with stand_ins(model, record, [vacancy.tensor for vacancy in found]):
+            for module, of_module in calls:
+                for call in of_module:
+                    num_steps = len(record.tape.steps)
+                    try:
+                        call.method(*call.args)
+                    except Exception as error:
+                        held = name_list(v.fqn for v in found if any(m is module for m, _, _ in v.owners))
+                        raise UninitializedError(
+                            f"{call} failed, which was called to initialize {held or 'what it contains'}: "
+                            f"{type(error).__name__}: {error}"
+                        ) from error
+                    for step in record.tape.steps[num_steps:]:
+                        by_storage.update(dict.fromkeys((*step.writes, *step.creates), call.name))
+            numbers = [record.tape.number(_now(vacancy)) for vacancy in found]
+    return {place: by_storage[n] for place, n in enumerate(numbers) if n is not None and n in by_storage}
+
+
+def _now(vacancy: Vacancy) -> Tensor:
+    """Return the tensor that is in the place of a vacancy now; a method may have made a new one."""
+    module, _, name = vacancy.owners[0]
+    tensor = module._parameters.get(name, module._buffers.get(name))
+    return vacancy.tensor if tensor is None else tensor
+
+
+def _explanation(model: nn.Module, left: list[Vacancy], calls: list[tuple[nn.Module, list[ResetCall]]]) -> str:
+    """Say which tensors have no value, what was tried, and what to add."""
+    names = {id(module): name for name, module in model.named_modules()}
+    called = {id(module): list(map(str, of_module)) for module, of_module in calls}
+    by_owner: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for vacancy in left:
+        module, _, name = vacancy.owners[0]
+        modules[id(module)] = module
+        by_owner.setdefault(id(module), []).append(name)
+    sentences = []
+    for key, held in list(by_owner.items())[:_NUM_EXPLAINED]:
+        cls, attributes = type(modules[key]).__name__, name_list(dict.fromkeys(f"self.{name}" for name in held))
+        cure = f"Add `def reset_parameters(self)` to {cls}, and write {attributes} there."
+        if key in called:
+            was = "was" if len(called[key]) == 1 else "were"
+            sentences.append(f"{' and '.join(called[key])} {was} called, but did not write all of {attributes}. {cure}")
+            continue
+        sentences.append(f"{f'{names[key]} ({cls})' if names[key] else cls} has no {_METHODS}. {cure}")
+        outer = [text for other, texts in called.items() if _is_inside(names[key], names[other]) for text in texts]
+        if outer:
+            sentences.insert(-1, f"{outer[0]} was called, but did not write {attributes}.")
+    more = len(by_owner) - _NUM_EXPLAINED
+    if more > 0:
+        sentences.append(f"The same holds for {more} more modules.")
+    return (
+        f"nothing initializes {name_list(vacancy.fqn for vacancy in left)}: the constructor left them empty "
+        "(`torch.empty` or the like), or made them on the meta device, so they would hold whatever the memory held "
+        f"before. {' '.join(sentences)} Or initialize them in the constructor, inside `init_module`."
+    )
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")

@@ -1,0 +1,123 @@
+"""Vacancies: the tensors of a model that nothing gives a value, found before anything is made.
+
+There are two kinds. The constructor left a deferred tensor empty (`torch.empty`), or a module was built on the meta
+device by hand. `resetting.py` fills both; this file only finds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nucleate.deferred import handle_of, held_tensors, is_recording
+from nucleate.deferred.adoption import adopt, is_adoptable
+from nucleate.deferred.coverage import is_written
+from nucleate.deferred.handle import is_edited
+from nucleate.errors import UsageError
+from nucleate.materialize.released import is_released
+
+
+@dataclass(slots=True)
+class Vacancy:
+    """A tensor without a value: one object, held in one place or tied over several.
+
+    Attributes:
+        tensor: The tensor.
+        is_foreign: Whether it is on the meta device and belongs to no record.
+        owners: The modules that hold it, with the tensor's FQN there and the name that the module has for it.
+    """
+
+    tensor: Tensor
+    is_foreign: bool
+    owners: list[tuple[nn.Module, str, str]] = field(default_factory=list)
+
+    @property
+    def fqn(self) -> str:
+        """Its first name."""
+        return self.owners[0][1]
+
+
+def vacancies(model: nn.Module) -> list[Vacancy]:
+    """Return the tensors of a model that nothing gives a value. Nothing is changed.
+
+    Raises:
+        UsageError: The model is being constructed.
+    """
+    refuse_recording()
+    found: dict[int, Vacancy] = {}
+    whole = set[int]()
+    barren = set[int]()
+    with torch._C.DisableTorchFunctionSubclass():
+        for prefix, module in model.named_modules():
+            for kind, name, tensor in held_tensors(module, barren):
+                if id(tensor) in whole:
+                    continue
+                if id(tensor) not in found:
+                    is_vacant, is_foreign = _look(kind, tensor)
+                    if not is_vacant:
+                        whole.add(id(tensor))
+                        continue
+                    found[id(tensor)] = Vacancy(tensor, is_foreign)
+                fqn = f"{prefix}.{name}" if prefix else name
+                found[id(tensor)].owners.append((module, fqn, name))
+    return list(found.values())
+
+
+def adopt_vacancies(model: nn.Module, device: torch.device) -> list[Vacancy]:
+    """Let the meta tensors of a model that belong to no record be deferred ones, with nothing in them.
+
+    Args:
+        model: The model.
+        device: The device that they stand for, if no other tensor of the model stands for one.
+
+    Returns:
+        The vacancies, of which none is foreign any more.
+    """
+    found = vacancies(model)
+    foreign = [vacancy for vacancy in found if vacancy.is_foreign]
+    if foreign:
+        adopt([(vacancy.fqn, vacancy.tensor) for vacancy in foreign], _device_of(model) or device)
+    return found
+
+
+def refuse_recording() -> None:
+    """Refuse to set a model up inside the context that constructs it.
+
+    Raises:
+        UsageError: This thread is inside such a context.
+    """
+    if is_recording():
+        raise UsageError(
+            "a model cannot be set up inside the context that constructs it, where nothing has a value yet. End "
+            "the `init_module` block first."
+        )
+
+
+def is_vacant(tensor: Tensor) -> bool:
+    """Return whether a deferred tensor has an element that nothing has written."""
+    handle = handle_of(tensor)
+    if handle is None or is_edited(tensor, handle):
+        return False
+    tape = handle.record.tape
+    return not is_written(tape, tape.ref(tensor))
+
+
+def _look(kind: str, tensor: Tensor) -> tuple[bool, bool]:
+    """Return whether a tensor has no value, and whether it belongs to no record."""
+    if handle_of(tensor) is not None:
+        return is_vacant(tensor), False
+    # A plain attribute on the meta device may be there for its shape.
+    foreign = kind != "attribute" and not is_released(tensor) and is_adoptable(tensor)
+    return foreign, foreign
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    """Return the device that the deferred tensors of a model stand for, if it has any."""
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            handle = handle_of(tensor)
+            if handle is not None:
+                return handle.record.device
+    return None

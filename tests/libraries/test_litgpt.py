@@ -1,0 +1,44 @@
+"""litgpt's GPT inside `init_module`: a checkpoint of `lazy_load` stays lazy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nucleate import Runtime
+from nucleate.deferred import record_of
+from tests.architectures.stand_ins import make_torchvision_importable
+
+make_torchvision_importable()  # torchmetrics, which lightning imports, looks for torchvision.
+
+from lightning.fabric.utilities.load import _lazy_load, _NotYetLoadedTensor  # noqa: E402
+from litgpt import GPT, Config  # noqa: E402
+
+PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["pythia-14m", "Llama-3-8B"])
+def test_parameters_stay_deferred_and_get_the_files_values(
+    tmp_path: Path, name: str, precision: str, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "padded_vocab_size": 128, "block_size": 32}
+    config = Config.from_name(name, **sizes, n_query_groups=4, intermediate_size=96, head_size=16)
+    torch.manual_seed(6)
+    expected = GPT(config)
+    torch.save(expected.state_dict(), tmp_path / "lit_model.pth")
+    monkeypatch.setattr(_NotYetLoadedTensor, "_load_tensor", lambda self: pytest.fail("it was read by its library"))
+    checkpoint = _lazy_load(tmp_path / "lit_model.pth")
+    runtime = Runtime(accelerator="cpu", strategy="single_device", precision=precision)
+    with runtime.init_module(empty_init=True):
+        model = GPT(config)
+        model.load_state_dict(_lazy_load(tmp_path / "lit_model.pth") if inside else checkpoint)
+    assert [key for key, value in model.named_parameters() if record_of(value) is None] == []
+    made = runtime.setup(model).module
+    for key, value in expected.named_parameters():
+        assert torch.equal(made.get_parameter(key), value.to(PRECISIONS[precision])), key
+    for key, value in expected.named_buffers():
+        assert torch.equal(made.get_buffer(key), value), key
