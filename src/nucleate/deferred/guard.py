@@ -25,7 +25,6 @@ from nucleate.deferred.active import active_record, is_recording
 from nucleate.deferred.assigned import note_assigned
 from nucleate.deferred.handle import Handle, attach, handle_of, is_shared, lifted, refuse_stale
 from nucleate.deferred.held import every_tensor
-from nucleate.deferred.lazy_given import given_of_lazy
 from nucleate.deferred.lookout import Lookout
 from nucleate.deferred.recorded_methods import Purpose, loading_frame, running_purpose
 from nucleate.deferred.refusal import EDITS, REFUSED, is_edit, label, refuse, refuse_move, refuse_shared
@@ -199,14 +198,12 @@ def _record_call(
     handle = _handle(guarded[0])
     for tensor in guarded:
         refuse_stale(tensor, _handle(tensor))
-    if func is Tensor.copy_ and len(args) > 1 and not isinstance(args[1], Tensor):
-        given = given_of_lazy(args[1])
-        if given is not None and tuple(given.shape) == tuple(args[0].shape):
-            # Before its library reads all of it.
-            with lifted(guarded):
-                handle.record.give(args[0], given)
-            return args[0]
     with lifted(guarded), handle.record.reopened(), handle.record.impersonation:
+        if func is Tensor.copy_ and len(args) > 1 and not isinstance(args[1], Tensor):
+            # Before the library of a lazy tensor reads all of it.
+            with handle.record.factories(real=False):
+                lazy = handle.record.of_lazy(args[1])
+            args = (args[0], args[1] if lazy is None else lazy, *args[2:])
         with handle.record.loading() if purpose is Purpose.LOAD else nullcontext():
             result = func(*args, **kwargs)
     handle.record.settle()
