@@ -36,7 +36,7 @@ PUBLIC = {
     "nucleate.cluster": "Communicator Environment",
     "nucleate.deferred": (
         "ComputedGiven Conversion ConvertedGiven Cursors Given Handle Layout Output Pieces Record TensorGiven convert "
-        "deferred eager give given_of_lazy handle_of held_tensors is_recording memory_of_lazy plain_modes record_of "
+        "deferred eager give handle_of held_tensors is_recording plain_modes record_of "
         "release resumed"
     ),
     "nucleate.integrations": "Integration",

@@ -15,7 +15,7 @@ from nucleate.deferred import lazy_given, record_of
 from nucleate.errors import CheckpointError
 from nucleate.integrations.lazy_tensors import LazyTensors
 from nucleate.testing import IntegrationSuite
-from tests.integrations.weights import PRECISIONS, assert_loads, build, weights, write_in_place
+from tests.integrations.weights import PRECISIONS, assert_loads, build, early, weights, write_in_place
 
 
 class TestLazyTensors(IntegrationSuite):
@@ -74,6 +74,19 @@ def test_all_parameters_stay_deferred_and_get_the_files_values(path: Path, preci
 
 
 @pytest.mark.usefixtures("unread")
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_lazy_state_dict_stays_lazy_outside_of_the_block(path: Path, precision: str) -> None:
+    runtime = Runtime(accelerator="cpu", strategy="single_device", precision=precision)
+    with runtime.init_module(empty_init=True):
+        model = build()
+    model.load_state_dict(fabric._lazy_load(path))
+    assert early(model) == []
+    found = runtime.setup(model).state_dict()
+    for name, value in weights().items():
+        assert torch.equal(found[name], value.to(PRECISIONS[precision])), name
+
+
 def test_what_is_done_to_a_lazy_tensor_is_recorded(path: Path, runtime: Runtime) -> None:
     lazy = fabric._lazy_load(path)
     holder = nn.Module()

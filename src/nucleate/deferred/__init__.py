@@ -9,7 +9,6 @@ from nucleate.deferred.cursors import Cursors
 from nucleate.deferred.given import Given
 from nucleate.deferred.handle import Handle, handle_of, release
 from nucleate.deferred.held import held_tensors
-from nucleate.deferred.lazy_given import given_of_lazy, memory_of_lazy
 from nucleate.deferred.pieces import Pieces
 from nucleate.deferred.plain import plain_modes
 from nucleate.deferred.tensor_given import TensorGiven
@@ -30,11 +29,9 @@ __all__ = [
     "deferred",
     "eager",
     "give",
-    "given_of_lazy",
     "handle_of",
     "held_tensors",
     "is_recording",
-    "memory_of_lazy",
     "plain_modes",
     "record_of",
     "release",

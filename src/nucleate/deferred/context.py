@@ -19,6 +19,7 @@ from nucleate.deferred.guard import guard
 from nucleate.deferred.handle import handle_of, is_shared, refuse_stale, release
 from nucleate.deferred.held import held_tensors
 from nucleate.deferred.impersonate import Impersonation
+from nucleate.deferred.lazy_given import given_of_lazy, memory_of_lazy
 from nucleate.deferred.live_writes import pieces_of
 from nucleate.deferred.patches import patched
 from nucleate.deferred.pieces import Pieces
@@ -183,6 +184,22 @@ class Record:
             if not tensor.is_inference():
                 # As for any write: the tensors that share its memory have changed as well.
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
+
+    def of_lazy(self, value: Any) -> Tensor | None:
+        """Return a deferred tensor for one that its library has not read yet, or None for any other value.
+
+        Args:
+            value: Anything; see `given_of_lazy`. Call this while the record records and factories defer.
+        """
+        # The memory first, of which the tensor is a view: it may be a transposed one.
+        given = memory_of_lazy(value) or given_of_lazy(value)
+        if given is None:
+            return None
+        made = torch.empty(given.shape, dtype=given.dtype, device=self.device)
+        if made.numel():
+            self.give(made, given)
+        size, stride = value.rebuild_args[1:3]
+        return made if made.shape == tuple(size) else made.as_strided(size, stride)
 
     def convert(self, tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
         """Record a conversion of a deferred tensor as one step, and return what it makes, deferred.

@@ -199,6 +199,11 @@ def _record_call(
     for tensor in guarded:
         refuse_stale(tensor, _handle(tensor))
     with lifted(guarded), handle.record.reopened(), handle.record.impersonation:
+        if func is Tensor.copy_ and len(args) > 1 and not isinstance(args[1], Tensor):
+            # Before the library of a lazy tensor reads all of it.
+            with handle.record.factories(real=False):
+                lazy = handle.record.of_lazy(args[1])
+            args = (args[0], args[1] if lazy is None else lazy, *args[2:])
         with handle.record.loading() if purpose is Purpose.LOAD else nullcontext():
             result = func(*args, **kwargs)
     handle.record.settle()

@@ -15,7 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred import give, given_of_lazy, is_recording, memory_of_lazy
+from nucleate.deferred import is_recording, record_of
 from nucleate.integrations.scoped import FileIntegration, Scoped, put
 
 #: What the library reads a tensor for (lightning/fabric/utilities/load.py, 2.6).
@@ -76,18 +76,12 @@ def _lazily(plain: Any) -> Any:
 def _deferred(lazy: Any) -> Tensor | None:
     from nucleate.checkpoint.binding import defers
 
-    # The memory first, of which the tensor is a view: it may be a transposed one.
-    given = (memory_of_lazy(lazy) or given_of_lazy(lazy)) if is_recording() else None
     device = torch.device(lazy.storageinfo[3])
-    if given is None or not defers(device):
+    if not is_recording() or not defers(device):
         return None
-    _, shape, stride, requires_grad = lazy.rebuild_args[:4]
-    made = torch.empty(given.shape, dtype=given.dtype, device=device)
-    if made.numel():
-        give(made, given)
-    if made.shape != tuple(shape):
-        made = made.as_strided(shape, stride)
-    return made.requires_grad_(bool(requires_grad))
+    record = record_of(torch.empty(1, device=device))
+    made = None if record is None else record.of_lazy(lazy)
+    return None if made is None else made.requires_grad_(bool(lazy.rebuild_args[3]))
 
 
 _scoped = Scoped(_install)
