@@ -148,9 +148,8 @@ def zoo(session: nox.Session) -> None:
 
 @nox.session(default=False, tags=["long"])
 def libraries(session: nox.Session) -> None:
-    """Run the tests of how timm and litgpt load their models."""
+    """Run the tests of how timm loads its models."""
     install(session, "-e", ".", group="libraries")
-    session.install("-c", "constraints.txt", "--no-deps", "litgpt")
     pytest(session, "tests/libraries")
 
 

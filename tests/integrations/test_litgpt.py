@@ -9,12 +9,11 @@ import torch
 
 from nucleate import Runtime
 from nucleate.deferred import record_of
-from tests.architectures.stand_ins import make_torchvision_importable
 
-make_torchvision_importable()  # torchmetrics, which lightning imports, looks for torchvision.
+pytest.importorskip("litgpt", reason="litgpt is not installed; it goes without its dependencies: see noxfile.py")
 
-from lightning.fabric.utilities.load import _lazy_load, _NotYetLoadedTensor  # noqa: E402
-from litgpt import GPT, Config  # noqa: E402
+from lightning.fabric.utilities.load import _lazy_load, _NotYetLoadedTensor
+from litgpt import GPT, Config
 
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
