@@ -1,5 +1,6 @@
-"""Every check of the project, one session each. `python -m nox` runs all but `bench`, `zoo` and `gpu`.
+"""Every check of the project, one session each. `python -m nox` runs all but `bench`, `zoo`, `limits` and `gpu`.
 
+`python -m nox -t long` runs the first three of these, which take hours together.
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
 
@@ -120,7 +121,7 @@ def docs(session: nox.Session) -> None:
     run(session, "mkdocs", "build", "--strict", "--site-dir", session.create_tmp(), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
-@nox.session(default=False)
+@nox.session(default=False, tags=["long"])
 def bench(session: nox.Session) -> None:
     """Check the benchmarks, then measure costs beside eager torch, raw fully_shard and Lightning Fabric.
 
@@ -131,7 +132,7 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "tests.bench", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(default=False, tags=["long"])
 def zoo(session: nox.Session) -> None:
     """Make every architecture of torch.nn, transformers, timm and diffusers eagerly and deferred, and compare.
 
@@ -139,6 +140,16 @@ def zoo(session: nox.Session) -> None:
     """
     install(session, "-e", ".", group="zoo")
     session.run("python", "-m", "tests.architectures", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False, tags=["long"])
+def limits(session: nox.Session) -> None:
+    """Load a LLaMA of 7 billion parameters in each way within 20, 14 and 8 GiB of memory, and show which survive.
+
+    It takes 13 GiB of disk. `python -m nox -s limits -- --limits 14 8 --ways d e f` tries a part of them.
+    """
+    install(session, "-e", ".[examples]", "-e", "./plugins/nucleate-bitsandbytes", group="bench")
+    session.run("python", "examples/03_quantized_inference.py", "--size", "7B", "--device", "cpu", *session.posargs)
 
 
 @nox.session(default=False)

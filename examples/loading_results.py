@@ -114,7 +114,8 @@ def draw(path: Path, results: Results, words: str) -> None:
         memory.bar_label(bars, fmt="%.2f", padding=3, fontsize=8, color=INK)
     memory.barh(rows, values("kept_bytes", GIB), 0.2, color=DARK, label="kept")
     memory.set_xlabel("memory, GiB")
-    memory.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=4, fontsize=8, frameon=False, columnspacing=1)
+    handles = memory.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", ncols=4, fontsize=8, frameon=False)
 
     loss.plot(values("loss"), rows, "o", color=DARK)
     for row, value in zip(rows, values("loss"), strict=True):
