@@ -109,7 +109,7 @@ def load_by_transformers(way: str, weights: Path, device: str) -> nn.Module:
     else:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         bits = BitsAndBytesConfig(load_in_4bit=True, **nf4)
-    options = {"dtype": torch.bfloat16, "device_map": device, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": device, "local_files_only": True}
     return LlamaForCausalLM.from_pretrained(weights, quantization_config=bits, **options)
 
 
@@ -131,6 +131,7 @@ def files_of(weights: Path) -> list[Path]:
 def measure(args: argparse.Namespace) -> None:
     """Load and generate in this process, which `main` started, and report to it."""
     device = torch.device(args.device)
+    # The first use, which no clock sees, and the proof that this way keeps the weights.
     model = load(args.way, CONFIG, args.folder / "trained", args.device).eval()
     loss = held_out_loss(model, read_text()[1].to(device))
     del model
@@ -176,7 +177,8 @@ def speed(model: nn.Module, args: argparse.Namespace, device: torch.device) -> f
     int(next(steps))
     started = time.perf_counter()
     torch.cat(list(islice(steps, args.tokens - 1))).tolist()
-    return (args.tokens - 1) / (time.perf_counter() - started)
+    elapsed_s = time.perf_counter() - started
+    return float(args.tokens - 1) / elapsed_s
 
 
 # -- the large checkpoint ------------------------------------------------------------------------------------
@@ -216,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     started = time.perf_counter()
     ways = installed(args.ways)
+    if args.limits and (available := available_bytes() / GIB) < (most := max(args.limits)):
+        raise SystemExit(f"A limit of {most:g} GiB cannot be tried: only {available:.1f} GiB are free. Lower --limits.")
     args.folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=args.folder, prefix="weights-") as temporary:
         weights = Path(temporary)
@@ -254,9 +258,6 @@ def unlimited(args: argparse.Namespace, ways: list[str], weights: Path, words: s
 
 def limited(args: argparse.Namespace, ways: list[str], weights: Path, words: str) -> None:
     """Load in each way under each limit; show which processes survive."""
-    most, available = max(args.limits), available_bytes() / GIB
-    if available < most:
-        raise SystemExit(f"A limit of {most:g} GiB cannot be tried: only {available:.1f} GiB are free. Lower --limits.")
     results: dict[str, dict[float, dict[str, Any]]] = {label(way): {} for way in ways}
     mapped_bytes = size_of(args.weights or weights / "random")
     for limit in args.limits:

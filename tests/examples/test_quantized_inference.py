@@ -39,7 +39,7 @@ def nothing_installed(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> N
 def cells(table: str, title: str) -> list[str]:
     """Return a column of a table in Markdown, without its title."""
     header, _, *rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if "|" in line]
-    return [row[header.index(title)] for row in rows]
+    return [row[header.index(title, 1)] for row in rows]
 
 
 def test_weights_in_bf16_have_one_loss_whichever_way_they_are_loaded(
