@@ -1,11 +1,11 @@
 """How soon, and in how much memory, is a LLaMA there? Six ways to load it, and four of others, each in a fresh process.
 
     python examples/03_quantized_inference.py                                # 220 million parameters, under 3 minutes
-    python examples/03_quantized_inference.py --size 1B --runs 3             # medians of three
+    python examples/03_quantized_inference.py --size 1B --runs 3 --tokens 32 # medians of three
     python examples/03_quantized_inference.py --size 7B --limits 20 14 8     # which way survives in so many GiB?
     python examples/03_quantized_inference.py --ways a d e --weights path/to/TinyLlama --size 1B
 
-A small LLaMA is trained first, in at most 30 seconds. Each process loads it with the same function that is measured,
+A small LLaMA is trained first, in at most 25 seconds. Each process loads it with the same function that is measured,
 and computes its loss on held-out text: so a way that harms the weights shows. Then it loads a large model of random
 bfloat16 weights against the clock; what a process does only once, such as imports, is not counted. Table and chart go
 into `--folder`; all weights are temporary.
@@ -152,7 +152,8 @@ def measure(args: argparse.Namespace) -> None:
     device_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     # Scales and code books of quantized weights are in the state alone.
     kept_bytes = sum(tensor.nbytes for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
-    tokens_per_s = None if args.limits or args.way.startswith("transformers") else speed(model, args, device)
+    generates = args.tokens > 0 and not args.limits and not args.way.startswith("transformers")
+    tokens_per_s = speed(model, args, device) if generates else None
     report(
         {
             "load_s": load_s,
@@ -324,15 +325,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=f"some of {', '.join(WAYS)}")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes cuda where there is one")
     add("--limits", nargs="+", type=float, metavar="GIB", help="memory limits to hold each process to (Linux, CPU)")
-    add("--tokens", type=int, default=8, help="how many to generate, for the speed")
+    add("--tokens", type=int, default=0, help="how many the large model generates, to show its speed")
     add("--runs", type=int, default=1, help="how often; the medians are shown")
-    add("--train-steps", type=int, default=400, help="steps of the small model, at most 30 seconds")
+    add("--train-steps", type=int, default=300, help="steps of the small model, at most 25 seconds")
     add("--weights", type=Path, help="a safetensors file or folder of that size, in place of random weights")
     add("--folder", type=Path, default=Path("runs/quantized_inference"), help="for the results; weights are temporary")
     add("--way", choices=WAYS, help=argparse.SUPPRESS)  # what this script starts itself with
     args = parser.parse_args(argv)
-    if args.tokens < 2 or args.runs < 1 or args.train_steps < 1:
-        parser.error("--tokens must be at least 2, --runs and --train-steps at least 1")
+    if args.tokens < 0 or args.tokens == 1 or args.runs < 1 or args.train_steps < 1:
+        parser.error("--tokens must be 0 or at least 2, --runs and --train-steps at least 1")
     if args.size == "7B" and args.device != "cuda" and not args.limits and not torch.cuda.is_available():
         args.limits = [20.0, 14.0, 8.0]
     return args

@@ -37,6 +37,8 @@ def table(results: Results) -> str:
         "held-out loss": ("loss", 1, "{:.4f}"),
         "tokens/s": ("tokens_per_s", 1, "{:.1f}"),
     }
+    if all(result["tokens_per_s"] is None for result in results.values()):
+        del columns["tokens/s"]
     rows = []
     for name, result in results.items():
         cells = [

@@ -35,7 +35,7 @@ def read_text() -> tuple[Tensor, Tensor]:
     return training, validation[:: max(1, len(validation) // 128)][:128]  # evenly spread, 16 KiB
 
 
-def train(path: Path, steps: int, at_most_s: float = 30) -> tuple[float, int, float]:
+def train(path: Path, steps: int, at_most_s: float = 25) -> tuple[float, int, float]:
     """Train a model, save its weights in bfloat16, and return its held-out loss in fp32, the steps and the seconds.
 
     Args:
