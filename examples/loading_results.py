@@ -123,6 +123,7 @@ def draw(path: Path, results: Results, words: str) -> None:
     for row, value in zip(rows, values("loss"), strict=True):
         loss.annotate(f"{value:.4f}", (value, row), (6, 0), textcoords="offset points", va="center", fontsize=8)
     loss.locator_params(axis="x", nbins=3)
+    loss.ticklabel_format(axis="x", useOffset=False)
     loss.set_xlabel("held-out loss, nats a byte")
 
     for axes in (seconds, memory, loss):
