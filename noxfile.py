@@ -1,5 +1,6 @@
-"""Every check of the project, one session each. `python -m nox` runs all but `bench`, `zoo`, `libraries` and `gpu`.
+"""Every check of the project, one session each. `python -m nox` runs the short ones.
 
+`python -m nox -t long` runs `bench`, `zoo`, `limits` and `libraries`, which take hours together; `gpu` needs a device.
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
 
@@ -151,6 +152,15 @@ def libraries(session: nox.Session) -> None:
     """Run the tests of how timm loads its models."""
     install(session, "-e", ".", group="libraries")
     pytest(session, "tests/libraries")
+
+
+def limits(session: nox.Session) -> None:
+    """Load a LLaMA of 7 billion parameters in each way within 20, 14 and 8 GiB of memory, and show which survive.
+
+    It takes 13 GiB of disk. `python -m nox -s limits -- --limits 14 8 --ways d e f` tries a part of them.
+    """
+    install(session, "-e", ".[examples]", "-e", "./plugins/nucleate-bitsandbytes", group="bench")
+    session.run("python", "examples/03_quantized_inference.py", "--size", "7B", "--device", "cpu", *session.posargs)
 
 
 @nox.session(default=False)

@@ -1,76 +1,128 @@
-"""How soon, and in how much memory, does a LLaMA say its first word? Five ways to load it, each in a fresh process.
+"""How soon, and in how much memory, is a LLaMA there? Six ways to load it, and four of others, each in a fresh process.
 
-    python examples/03_quantized_inference.py                                     # 1.1B parameters, all ways
-    python examples/03_quantized_inference.py --size 7B --device cuda --runs 3    # medians of three
-    python examples/03_quantized_inference.py --ways acd --weights path/to/TinyLlama
+    python examples/03_quantized_inference.py                                # 220 million parameters, under 3 minutes
+    python examples/03_quantized_inference.py --size 1B --runs 3 --tokens 32 # medians of three
+    python examples/03_quantized_inference.py --size 7B --limits 20 14 8     # which way survives in so many GiB?
+    python examples/03_quantized_inference.py --ways a d e --weights path/to/TinyLlama --size 1B
 
-Without `--weights` random ones are written first, once for each size, in bfloat16. Every way loads and runs the
-smallest size before the clock starts, so that imports are not counted. The table and the chart go into `--folder`.
+A small LLaMA is trained first, in at most 25 seconds. Each process loads it with the same function that is measured,
+and computes its loss on held-out text: so a way that harms the weights shows. Then it loads a large model of random
+bfloat16 weights against the clock; what a process does only once, such as imports, is not counted. Table and chart go
+into `--folder`; all weights are temporary.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import importlib.util
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fresh_process import make_ready, measured, report, run_watched
-from llama import SIZES, Cache, Llama, LlamaConfig, generate
+from fresh_process import available_bytes, make_ready, measured, report, run_watched
+from llama import SIZES, Cache, Llama, LlamaConfig, generate, hugging_face_config
+from loading_results import GIB, draw, machine, survivors, table, write_csv
 from nucleate import Runtime
 from nucleate.materialize import materialize
-from nucleate.registry import PRECISIONS
+from small_llama import CONFIG, held_out_loss, read_text, train
 
 WAYS = {
-    "a": "plain PyTorch",
-    "b": "bf16 on the device",
-    "c": "b + lazy loading",
-    "d": "c + int8",
-    "e": "c + nf4",
+    "a": "naive, plain PyTorch",
+    "b": "built on the device in fp32",
+    "c": "init_module, in bf16",
+    "d": "lazy: init_module, load_raw",
+    "e": "d + int8",
+    "f": "d + nf4",
+    "fabric": "Lightning Fabric",
+    "transformers": "transformers",
+    "transformers-int8": "transformers + int8",
+    "transformers-nf4": "transformers + nf4",
 }
-PRECISION = {"b": "bf16-true", "c": "bf16-true", "d": "bnb-int8", "e": "bnb-nf4"}
-GIB = 2**30
+PRECISION = {"d": "bf16-true", "e": "bnb-int8", "f": "bnb-nf4"}
+NEEDS = {"e": "nucleate-bitsandbytes", "f": "nucleate-bitsandbytes", "fabric": "lightning"}  # what pip installs
+NEEDS |= {"transformers": "transformers", "transformers-int8": "transformers accelerate bitsandbytes"}
+NEEDS |= {"transformers-nf4": NEEDS["transformers-int8"]}
 
 # -- the ways ------------------------------------------------------------------------------------------------
 
 
 def load(way: str, config: LlamaConfig, weights: Path, device: str) -> nn.Module:
     if way == "a":
-        # Everything is made in fp32 from random numbers, read beside it, copied into it, cast, moved.
+        # Everything is made in fp32 from random numbers, overwritten, cast and moved.
         model: nn.Module = Llama(config)
         model.load_state_dict(read_whole(weights))
-        return model.to(device, torch.bfloat16).eval()
-    runtime = Runtime(accelerator=device, strategy="single_device", precision=PRECISION[way])
+        return model.to(device, torch.bfloat16)
     if way == "b":
-        # The same, but made at once in the dtype and where it will stay.
+        # The same, but nothing is moved. On a CPU that is no difference.
+        with torch.device(device):
+            model = Llama(config)
+        model.load_state_dict(read_whole(weights))
+        return model.to(torch.bfloat16)
+    if way == "fabric":
+        return load_by_fabric(config, weights, device)
+    if way.startswith("transformers"):
+        return load_by_transformers(way, weights, device)
+    runtime = Runtime(accelerator=device, strategy="single_device", precision=PRECISION.get(way, "bf16-true"))
+    if way == "c":
+        # The random numbers are made where they stay, in the dtype they stay in.
         with runtime.init_module(empty_init=False):
             model = Llama(config)
         model.load_state_dict(read_whole(weights))
     else:
-        # Nothing is made: each parameter becomes a slice of a file, which `setup` reads, and quantizes as it arrives.
+        # Nothing is made: each parameter becomes a slice of a file. `setup` reads it, and quantizes it as it arrives.
         with runtime.init_module(empty_init=True):
             model = Llama(config)
         runtime.load_raw(weights, model)
-    return runtime.setup_module(model).eval()
+    return runtime.setup_module(model)
+
+
+def load_by_fabric(config: LlamaConfig, weights: Path, device: str) -> nn.Module:
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator=device, devices=1, precision="bf16-true")
+    with fabric.init_module(empty_init=True):
+        model = Llama(config)
+    model.load_state_dict(read_whole(weights))
+    return fabric.setup_module(model)
+
+
+def load_by_transformers(way: str, weights: Path, device: str) -> nn.Module:
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if way == "transformers":
+        model = LlamaForCausalLM.from_pretrained(weights, dtype=torch.bfloat16, local_files_only=True)
+        return model.to(device)
+    if way == "transformers-int8":
+        bits = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        bits = BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": device, "local_files_only": True}
+    return LlamaForCausalLM.from_pretrained(weights, quantization_config=bits, **options)
 
 
 def read_whole(weights: Path) -> dict[str, Tensor]:
+    """Return all tensors; safetensors maps them, so that their pages are the file's."""
     state: dict[str, Tensor] = {}
     for path in files_of(weights):
         state.update(load_file(path))
     return state
+
+
+def files_of(weights: Path) -> list[Path]:
+    return sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
 
 
 # -- one way, in a process of its own ------------------------------------------------------------------------
@@ -79,32 +131,36 @@ def read_whole(weights: Path) -> dict[str, Tensor]:
 def measure(args: argparse.Namespace) -> None:
     """Load and generate in this process, which `main` started, and report to it."""
     device = torch.device(args.device)
-    started = time.perf_counter()
-    generate_some(load(args.way, SIZES["tiny"], checkpoint(args.folder, "tiny"), args.device), SIZES["tiny"], 2, device)
+    # The first use, which no clock sees, and the proof that this way keeps the weights.
+    model = load(args.way, CONFIG, args.folder / "trained", args.device).eval()
+    loss = held_out_loss(model, read_text()[1].to(device))
+    del model
     gc.collect()
-    first_use_s = time.perf_counter() - started
 
-    weights = args.weights or checkpoint(args.folder, args.size)
+    weights = args.weights or args.folder / "random"
     files = files_of(weights)
-    make_ready(files, most_bytes=3 * sum(path.stat().st_size for path in files))
+    if not args.limits:
+        make_ready(files, most_bytes=2 * sum(path.stat().st_size for path in files))
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with measured():
         started = time.perf_counter()
-        model = load(args.way, SIZES[args.size], weights, args.device)
+        model = load(args.way, SIZES[args.size], weights, args.device).eval()
         touch(model)
         load_s = time.perf_counter() - started
     device_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    tokens, first_token_s, tokens_per_s = generate_some(model, SIZES[args.size], args.tokens, device)
+    # Scales and code books of quantized weights are in the state alone.
+    kept_bytes = sum(tensor.nbytes for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
+    generates = args.tokens > 0 and not args.limits and not args.way.startswith("transformers")
+    tokens_per_s = speed(model, args, device) if generates else None
     report(
         {
-            "first_use_s": first_use_s,
             "load_s": load_s,
             "device_bytes": device_bytes,
-            "first_token_s": first_token_s,
+            "kept_bytes": kept_bytes,
+            "loss": loss,
             "tokens_per_s": tokens_per_s,
-            "tokens": tokens,
         }
     )
 
@@ -115,32 +171,23 @@ def touch(model: nn.Module) -> None:
         int(tensor.detach().reshape(-1).view(torch.uint8)[::4096].sum())
 
 
-def generate_some(
-    model: nn.Module, config: LlamaConfig, count: int, device: torch.device
-) -> tuple[list[int], float, float]:
-    """Return the tokens, the seconds to the first one, and how many of the others came in a second."""
-    prompt = torch.randint(config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)).to(device)
-    cache = Cache(config, prompt.size(1) + count, device, torch.bfloat16)
+def speed(model: nn.Module, args: argparse.Namespace, device: torch.device) -> float:
+    """Return how many tokens come in a second, after the first one."""
+    prompt = torch.zeros(1, 16, dtype=torch.long, device=device)
+    steps = generate(model, prompt, Cache(SIZES[args.size], 16 + args.tokens, device, torch.bfloat16))
+    int(next(steps))
     started = time.perf_counter()
-    steps = generate(model, prompt, cache)
-    tokens = [int(next(steps))]
-    first = time.perf_counter()
-    tokens += torch.cat(list(islice(steps, count - 1))).flatten().tolist()
-    return tokens, first - started, (count - 1) / (time.perf_counter() - first)
+    torch.cat(list(islice(steps, args.tokens - 1))).tolist()
+    elapsed_s = time.perf_counter() - started
+    return float(args.tokens - 1) / elapsed_s
 
 
-# -- the checkpoint ------------------------------------------------------------------------------------------
+# -- the large checkpoint ------------------------------------------------------------------------------------
 
 
-def checkpoint(folder: Path, size: str) -> Path:
-    return folder / f"llama-{size}"
-
-
-def write_random(path: Path, config: LlamaConfig) -> None:
+def write_random(folder: Path, config: LlamaConfig) -> None:
     """Write a folder as Hugging Face knows it, a file for each layer, of which only one is ever in memory."""
-    draft = path.with_name(f"{path.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    folder.mkdir()
     runtime = Runtime(accelerator="cpu", strategy="single_device", precision="bf16-true")
     runtime.seed_everything(0)
     with runtime.init_module(empty_init=True):
@@ -152,16 +199,12 @@ def write_random(path: Path, config: LlamaConfig) -> None:
     for number, (prefix, part) in enumerate(parts.items(), start=1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors"
         tensors = {f"{prefix}.{key}": tensor for key, tensor in materialize(part).state_dict().items()}
-        save_file(tensors, draft / name, metadata={"format": "pt"})
+        save_file(tensors, folder / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(tensors, name))
         del tensors
         part.to("meta")  # gives its memory back
-    (draft / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
-    draft.rename(path)  # whole or absent
-
-
-def files_of(weights: Path) -> list[Path]:
-    return sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
+    (folder / "config.json").write_text(json.dumps(hugging_face_config(config)))
 
 
 # -- all of them ---------------------------------------------------------------------------------------------
@@ -174,151 +217,125 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.way:
         measure(args)
         return
-    ways = installed([way for way in WAYS if way in args.ways])
-    for size in {"tiny"} if args.weights else {"tiny", args.size}:
-        if not checkpoint(args.folder, size).exists():
-            print(f"Writing random weights into {checkpoint(args.folder, size)}")
-            write_random(checkpoint(args.folder, size), SIZES[size])
+    started = time.perf_counter()
+    ways = installed(args.ways)
+    if args.limits and (available := available_bytes() / GIB) < (most := max(args.limits)):
+        raise SystemExit(f"A limit of {most:g} GiB cannot be tried: only {available:.1f} GiB are free. Lower --limits.")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=args.folder, prefix="weights-") as temporary:
+        weights = Path(temporary)
+        loss, steps, seconds = train(weights / "trained", args.train_steps)
+        (weights / "trained" / "config.json").write_text(json.dumps(hugging_face_config(CONFIG)))
+        print(f"Trained a small LLaMA: {steps} steps in {seconds:.0f} s. Its held-out loss in fp32 is {loss:.4f}.")
+        if not args.weights:
+            write_random(weights / "random", SIZES[args.size])
+            print(f"Wrote random weights, {size_of(weights / 'random') / GIB:.2f} GiB in bfloat16.")
+        words = f"LLaMA {args.size} on {args.device}: {machine()}"
+        if args.limits:
+            limited(args, ways, weights, words)
+        else:
+            unlimited(args, ways, weights, words)
+    print(f"Wrote the results into {args.folder}, {time.perf_counter() - started:.0f} s after the start.")
 
-    # In turn, A B C A B C, so that a machine that drifts does so for all.
+
+def unlimited(args: argparse.Namespace, ways: list[str], weights: Path, words: str) -> None:
+    """Measure each way, in turn, A B C A B C, so that a machine that drifts does so for all; show table and chart."""
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for _ in range(args.runs):
         for way in ways:
-            runs[way].append(run_watched([__file__, *arguments(args, way)]))
-            print(f"{way}: {WAYS[way]}, loaded in {runs[way][-1]['load_s']:.2f} s", flush=True)
-    results = {way: median(runs[way]) for way in ways}
-    agree(results)
-
-    table = as_table(results)
-    words = f"LLaMA {args.size} on {args.device}, {torch.get_num_threads()} threads, {args.tokens} tokens"
-    print(f"\n{words}\n\n{table}")
-    (args.folder / "table.md").write_text(f"{words}\n\n{table}")
-    with (args.folder / "table.csv").open("w", newline="") as file:
-        rows = csv.DictWriter(file, ["way", *next(iter(results.values()))])
-        rows.writeheader()
-        rows.writerows({"way": WAYS[way], **result} for way, result in results.items())
+            runs[way].append(run_watched(command(args, way, weights)))
+            print(f"{way}: {WAYS[way]}: {outcome(runs[way][-1])}", flush=True)
+    results = {label(way): median(runs[way]) for way in ways}
+    exact = {result["loss"] for way, result in zip(ways, results.values(), strict=True) if way in "abcd"}
+    assert len(exact) <= 1, f"weights that were loaded in bf16 do not have one loss but {sorted(exact)}"
+    print(f"\n{words}\n\n{table(results)}")
+    (args.folder / "table.md").write_text(f"{words}\n\n{table(results)}")
+    write_csv(args.folder / "table.csv", results)
     if importlib.util.find_spec("matplotlib"):
         draw(args.folder / "table.png", results, words)
     else:
         print("No chart: that needs `pip install nucleate[plot]`.")
-    print(f"Wrote the results into {args.folder}")
+
+
+def limited(args: argparse.Namespace, ways: list[str], weights: Path, words: str) -> None:
+    """Load in each way under each limit; show which processes survive."""
+    results: dict[str, dict[float, dict[str, Any]]] = {label(way): {} for way in ways}
+    mapped_bytes = size_of(args.weights or weights / "random")
+    for limit in args.limits:
+        for way in ways:
+            result = run_watched(command(args, way, weights), int(limit * GIB), mapped_bytes)
+            results[label(way)][limit] = result
+            print(f"{limit:g} GiB, {way}: {WAYS[way]}: {outcome(result)}", flush=True)
+    print(f"\n{words}\n\n{survivors(results)}")
+    (args.folder / "survivors.md").write_text(f"{words}\n\n{survivors(results)}")
 
 
 def installed(ways: list[str]) -> list[str]:
-    """Return those of the ways whose precision is there; say what the others need."""
-    missing = [way for way in ways if way != "a" and PRECISION[way] not in PRECISIONS.names()]
-    if missing:
-        print(f"Left out: {', '.join(missing)}, for which `pip install nucleate-bitsandbytes`.")
+    """Return those of the ways that can run; say what the others need."""
+    missing = [way for way in ways if not all(is_there(name) for name in NEEDS.get(way, "").split())]
+    for way in missing:
+        print(f"Left out: {way} ({WAYS[way]}), for which `pip install {NEEDS[way]}`.")
     if len(missing) == len(ways):
         raise SystemExit("That leaves nothing to measure.")
     return [way for way in ways if way not in missing]
 
 
-def arguments(args: argparse.Namespace, way: str) -> list[str]:
-    own = ["--way", way, "--size", args.size, "--device", args.device, "--tokens", args.tokens, "--folder", args.folder]
-    return list(map(str, [*own, "--weights", args.weights] if args.weights else own))
+def is_there(package: str) -> bool:
+    return importlib.util.find_spec(package.replace("-", "_")) is not None
+
+
+def command(args: argparse.Namespace, way: str, folder: Path) -> list[str]:
+    own = ["--way", way, "--size", args.size, "--device", args.device, "--tokens", args.tokens, "--folder", folder]
+    own += ["--weights", args.weights] if args.weights else []
+    own += ["--limits", *args.limits] if args.limits else []
+    return [__file__, *map(str, own)]
+
+
+def label(way: str) -> str:
+    return f"{way}: {WAYS[way]}" if len(way) == 1 else WAYS[way]
+
+
+def outcome(result: dict[str, Any]) -> str:
+    if "killed_s" in result:
+        return f"killed at {result['killed_s']:.1f} s"
+    return f"loaded in {result['load_s']:.2f} s, loss {result['loss']:.4f}"
+
+
+def size_of(weights: Path) -> int:
+    return sum(path.stat().st_size for path in files_of(weights))
 
 
 def median(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    assert all(run["tokens"] == runs[0]["tokens"] for run in runs), "two runs of one way said different things"
-    numbers = {key: [run[key] for run in runs] for key in runs[0]}
+    if killed := [run for run in runs if "killed_s" in run]:
+        raise SystemExit(f"A process ran out of memory after {killed[0]['killed_s']:.0f} s. Choose a smaller --size.")
+    assert all(run["loss"] == runs[0]["loss"] for run in runs), "two runs of one way had different losses"
     # What the machine does not tell is None in every run.
     return {
-        key: some[0] if key == "tokens" or None in some else statistics.median(some) for key, some in numbers.items()
+        key: None if value is None else statistics.median(run[key] for run in runs) for key, value in runs[0].items()
     }
-
-
-def agree(results: dict[str, dict[str, Any]]) -> None:
-    """Add to each result how many of its first tokens are those of full precision; those must be one another's."""
-    exact = [way for way in results if way in "abc"]
-    for result in results.values():
-        if not exact:
-            result["same_tokens"] = None
-            continue
-        pairs = zip(result["tokens"], results[exact[0]]["tokens"], strict=True)
-        result["same_tokens"] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    for way in exact:
-        assert results[way]["same_tokens"] == len(results[way]["tokens"]), (
-            f"{way} said other words than {exact[0]} after {results[way]['same_tokens']} tokens"
-        )
-
-
-def as_table(results: dict[str, dict[str, Any]]) -> str:
-    """Return a table in Markdown, one way in each row; what was not measured is left empty."""
-    columns = {
-        "load, s": ("load_s", 1, "{:.2f}"),
-        "first token, s": ("first_token_s", 1, "{:.2f}"),
-        "host memory, GiB": ("anonymous_bytes", GIB, "{:.2f}"),
-        "with mapped files, GiB": ("host_bytes", GIB, "{:.2f}"),
-        "device memory, GiB": ("device_bytes", GIB, "{:.2f}"),
-        "tokens/s": ("tokens_per_s", 1, "{:.1f}"),
-        "same tokens": ("same_tokens", 1, "{:.0f}"),
-    }
-    columns = {
-        title: column
-        for title, column in columns.items()
-        if any(result.get(column[0]) is not None for result in results.values())
-    }
-    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
-    for way, result in results.items():
-        cells = (form.format(result[key] / unit) for key, unit, form in columns.values())
-        lines.append(f"| {way}: {WAYS[way]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(path: Path, results: dict[str, dict[str, Any]], words: str) -> None:
-    from matplotlib.figure import Figure
-
-    ink, colors = "#333333", {"a": "#9a9a9a", "b": "#8fb8e8", "c": "#2a78d6", "d": "#d1541c", "e": "#e39a2d"}
-    figure = Figure(figsize=(10, 0.9 + 0.45 * len(results)), dpi=150, layout="constrained")
-    seconds, memory, speed = figure.subplots(1, 3, sharey=True)
-    figure.suptitle(words, x=0.01, ha="left", fontsize=11, color=ink)
-    labels, shades = [f"{way}: {WAYS[way]}" for way in results], [colors[way] for way in results]
-    where = "device_bytes" if any(result["device_bytes"] is not None for result in results.values()) else ""
-    panels = {
-        "seconds to load": (seconds, ["load_s"], 1, 2),
-        f"peak GiB{': host, device (hatched)' if where else ''}": (memory, ["anonymous_bytes", where], GIB, 2),
-        "tokens/s": (speed, ["tokens_per_s"], 1, 1),
-    }
-    for title, (axes, keys, unit, digits) in panels.items():
-        shown = [key for key in keys if any(result.get(key) is not None for result in results.values())]
-        height = 0.72 / max(1, len(shown))
-        for number, key in enumerate(shown):
-            values = [(result.get(key) or 0) / unit for result in results.values()]
-            places = [row + (number - (len(shown) - 1) / 2) * height for row in range(len(values))]
-            hatch = "////" if key == "device_bytes" else ""
-            bars = axes.barh(places, values, height, color=shades, hatch=hatch, edgecolor="white", linewidth=0)
-            axes.bar_label(bars, [f"{value:.{digits}f}" for value in values], padding=3, fontsize=9, color=ink)
-        axes.set_title(title, loc="left", fontsize=10, color=ink)
-        axes.margins(x=0.18)
-        axes.set_xticks([])
-        axes.set_yticks(range(len(labels)), labels)
-        axes.tick_params(length=0, labelcolor=ink)
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
-        axes.spines["left"].set_color("#bbbbbb")
-    seconds.invert_yaxis()
-    figure.savefig(path)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Load a LLaMA in five ways and let it generate.",
+        description="Load a LLaMA in several ways and measure each in a fresh process.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--size", choices=SIZES, default="1B", help="size of the model")
-    add("--ways", default="".join(WAYS), help=", ".join(f"{way}: {words}" for way, words in WAYS.items()))
+    add("--size", choices=SIZES, default="200M", help="size of the model that is measured")
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=f"some of {', '.join(WAYS)}")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes cuda where there is one")
-    add("--tokens", type=int, default=64, help="how many to generate")
+    add("--limits", nargs="+", type=float, metavar="GIB", help="memory limits to hold each process to (Linux, CPU)")
+    add("--tokens", type=int, default=0, help="how many the large model generates, to show its speed")
     add("--runs", type=int, default=1, help="how often; the medians are shown")
+    add("--train-steps", type=int, default=300, help="steps of the small model, at most 25 seconds")
     add("--weights", type=Path, help="a safetensors file or folder of that size, in place of random weights")
-    add("--folder", type=Path, default=Path("runs/quantized_inference"), help="for random weights, table and chart")
+    add("--folder", type=Path, default=Path("runs/quantized_inference"), help="for the results; weights are temporary")
     add("--way", choices=WAYS, help=argparse.SUPPRESS)  # what this script starts itself with
     args = parser.parse_args(argv)
-    if unknown := set(args.ways) - set(WAYS):
-        parser.error(f"--ways {args.ways}: {', '.join(sorted(unknown))} is none of {', '.join(WAYS)}")
-    if args.tokens < 2 or args.runs < 1 or not args.ways:
-        parser.error("--tokens must be at least 2, --runs at least 1, and --ways must name one")
+    if args.tokens < 0 or args.tokens == 1 or args.runs < 1 or args.train_steps < 1:
+        parser.error("--tokens must be 0 or at least 2, --runs and --train-steps at least 1")
+    if args.size == "7B" and args.device != "cuda" and not args.limits and not torch.cuda.is_available():
+        args.limits = [20.0, 14.0, 8.0]
     return args
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +32,27 @@ class LlamaConfig:
 
 #: Named sizes.
 SIZES = {
-    "tiny": LlamaConfig(2, 4, 2, dim=128, hidden_dim=256, vocab_size=512),  # 0.4 million parameters, for tests
+    "tiny": LlamaConfig(2, 4, 2, dim=128, hidden_dim=384, vocab_size=256),  # 0.5 million parameters, a word is a byte
+    "200M": LlamaConfig(12, 16, 16, dim=1024, hidden_dim=2816),  # 220 million
     "1B": LlamaConfig(22, 32, 4, dim=2048, hidden_dim=5632),  # 1.1 billion, as TinyLlama
     "7B": LlamaConfig(32, 32, 32, dim=4096, hidden_dim=11008),  # 6.7 billion, as Llama 2
 }
+
+
+def hugging_face_config(config: LlamaConfig) -> dict[str, Any]:
+    """Return what a `config.json` holds for transformers to make the same model."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
 
 
 class Cache:
@@ -73,13 +91,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
         self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None, layer: int, cache: Cache) -> Tensor:
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None, layer: int, cache: Cache | None) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        keys, values = cache.extend(layer, rotate(k, angles), v)
-        x = F.scaled_dot_product_attention(rotate(q, angles), keys, values, attn_mask=mask, enable_gqa=True)
+        q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None, enable_gqa=True)
         return self.o_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -106,7 +126,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=1e-5)
         self.mlp = Perceptron(config)
 
-    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None, layer: int, cache: Cache) -> Tensor:
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None, layer: int, cache: Cache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), angles, mask, layer, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -119,23 +139,25 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.head_dim = config.head_dim
 
-    def forward(self, tokens: Tensor, cache: Cache) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         x = self.embed_tokens(tokens)
-        end = cache.length + tokens.size(1)
-        places = torch.arange(end, device=tokens.device)
-        new = places[cache.length :]
-        angles = rope_angles(new, cache.keys.size(-1))
-        # A single new token may look at all that came before.
-        mask = None if len(new) == 1 else new[:, None] >= places
+        start = cache.length if cache is not None else 0
+        places = torch.arange(start + tokens.size(1), device=tokens.device)
+        new = places[start:]
+        angles = rope_angles(new, self.head_dim)
+        # A single new token may look at all that came before; without a cache attention is causal by itself.
+        mask = None if cache is None or len(new) == 1 else new[:, None] >= places
         for number, layer in enumerate(self.layers):
             x = layer(x, angles, mask, number, cache)
-        cache.length = end
+        if cache is not None:
+            cache.length = len(places)
         return self.norm(x)
 
 
 class Llama(nn.Module):
-    """Tokens `(1, time)` in, the logits `(1, vocab)` of the token that follows the last one out."""
+    """Tokens `(batch, time)` in; out come the logits `(batch, time, vocab)` of the token that follows each one."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -143,8 +165,8 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.apply(init_weights)
 
-    def forward(self, tokens: Tensor, cache: Cache) -> Tensor:
-        return self.lm_head(self.model(tokens, cache)[:, -1])
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        return self.lm_head(self.model(tokens, cache))
 
 
 def init_weights(module: nn.Module) -> None:
@@ -169,5 +191,5 @@ def generate(model: nn.Module, prompt: Tensor, cache: Cache) -> Iterator[Tensor]
     """Yield the most likely token `(1, 1)` after `prompt` `(1, time)`, the one after that, and so on, for ever."""
     tokens = prompt
     while True:
-        tokens = model(tokens, cache).argmax(-1, keepdim=True)
+        tokens = model(tokens, cache)[:, -1:].argmax(-1)
         yield tokens
