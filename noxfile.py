@@ -154,6 +154,7 @@ def libraries(session: nox.Session) -> None:
     pytest(session, "tests/libraries")
 
 
+@nox.session(default=False, tags=["long"])
 def limits(session: nox.Session) -> None:
     """Load a LLaMA of 7 billion parameters in each way within 20, 14 and 8 GiB of memory, and show which survive.
 

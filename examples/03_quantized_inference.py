@@ -322,7 +322,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--size", choices=SIZES, default="200M", help="size of the model that is measured")
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=f"some of {', '.join(WAYS)}")
+    add("--ways", nargs="+", choices=WAYS, metavar="WAY", help=f"some of {', '.join(WAYS)}; with --limits a to f")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes cuda where there is one")
     add("--limits", nargs="+", type=float, metavar="GIB", help="memory limits to hold each process to (Linux, CPU)")
     add("--tokens", type=int, default=0, help="how many the large model generates, to show its speed")
@@ -336,6 +336,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--tokens must be 0 or at least 2, --runs and --train-steps at least 1")
     if args.size == "7B" and args.device != "cuda" and not args.limits and not torch.cuda.is_available():
         args.limits = [20.0, 14.0, 8.0]
+    if args.ways is None:
+        args.ways = list("abcdef") if args.limits else list(WAYS)
     return args
 
 
