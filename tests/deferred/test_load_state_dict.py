@@ -226,7 +226,7 @@ def test_a_tensor_that_was_changed_before_setup_is_an_error_by_name() -> None:
     model = lazy()
     model.load_state_dict(state)
     state["body.0.bias"].add_(1)
-    with pytest.raises(DeferredEditError, match=r"shape \(32,\) .* changed in place.* made body\.0\.bias of it"):
+    with pytest.raises(DeferredEditError, match=r"shape \(32,\) was changed in place \(body\.0\.bias\)"):
         materialize(model)
     model.load_state_dict(state)
     assert same(materialize(model), state)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from nucleate.checkpoint.entries import ParameterNames
-from nucleate.checkpoint.own_ways import has_own_ways, run_own_ways, run_post_hooks
+from nucleate.checkpoint.own_ways import Outcome, Replaced, has_own_ways, run_own_ways, run_post_hooks
 from nucleate.checkpoint.plan import Plan
 from nucleate.checkpoint.stored import StoredTensor
 from nucleate.checkpoint.stored_form import StoredForm
@@ -58,22 +58,24 @@ def plan_module(
     """
     versions = _versions(plan, module, place)
     whole_state = state_dict
+    # Not what wraps it: hooks are called with the module that they were registered on.
+    module = next(iter(module.modules()))
+    is_deferred = any(record_of(value) is not None for value in (*module.parameters(), *module.buffers()))
     forms = {name: part for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, StoredForm)}
     optional = _optional(module, versions)
-    targets: dict[str, Tensor] = {}
-    in_own_way = has_own_ways(module) or _has_copies(module, state_dict, forms)
-    if in_own_way:
-        stored, targets, missing = _in_own_way(plan, module, state_dict, stored, versions)
-        optional = {fqn for fqn in state_dict if fqn not in missing and not _is_extra(fqn)}
+    outcome: Outcome | None = None
+    if has_own_ways(module) or _has_copies(module, state_dict, forms):
+        stored, outcome = _in_own_way(plan, module, state_dict, stored, versions)
+        optional = {fqn for fqn in state_dict if fqn not in outcome.missing and not _is_extra(fqn)}
     absent: list[tuple[KeyPath, Tensor | None]] = []
     for part in dict.fromkeys(forms.values()):
         prefixes = [f"{name}." if name else "" for name, other in forms.items() if other is part]
         stored = _plan_form(plan, part, stored, path, prefixes, names, ties, absent)
         state_dict = {fqn: value for fqn, value in state_dict.items() if not fqn.startswith(tuple(prefixes))}
-    own = {**_own(module, state_dict), **targets}
+    own = {**_own(module, state_dict), **(outcome.targets if outcome is not None else {})}
     handed: dict[str, Any] = {}
     for fqn, value in state_dict.items():
-        if fqn in own or (in_own_way and fqn in optional):
+        if fqn in own or (outcome is not None and fqn in optional):
             continue
         key = stored.get(fqn) if isinstance(value, Tensor) else None
         name = key_of((*path, fqn))
@@ -87,10 +89,13 @@ def plan_module(
             plan.miss(name, value if isinstance(value, Tensor) else None)
     own = {fqn: value for fqn, value in own.items() if fqn in stored or fqn not in optional}
     _plan_tensors(plan, stored, own, path, names, ties, absent)
-    is_deferred = any(record_of(value) is not None for value in (*module.parameters(), *module.buffers()))
-    if is_deferred or in_own_way:
+    if is_deferred or outcome is not None:
+        replaced = [
+            (one, plan.whole(one.stored.key, one.stored, None)) for one in (outcome.replaced if outcome else ())
+        ]
+        missing = outcome.missing if outcome is not None else ()
         # Also with nothing to do: on ranks where the module is real there is something to do, in step with this one.
-        plan.finish.append((key_of(path), partial(_finish, module, handed)))
+        plan.finish.append((key_of(path), partial(_finish, module, handed, replaced, missing)))
     else:
         # Its tensors are filled already, and copying each to itself is nothing; but forms compute of them.
         # With the versions that it has now, as what it is filled with has the names of now.
@@ -203,11 +208,11 @@ def _is_extra(fqn: str) -> bool:
 
 def _in_own_way(
     plan: Plan, module: nn.Module, state_dict: Mapping[str, Any], stored: Mapping[str, str], versions: Mapping[str, int]
-) -> tuple[dict[str, str], dict[str, Tensor], set[str]]:
+) -> tuple[dict[str, str], Outcome]:
     """Run a module's own code on what is stored.
 
     Returns:
-        Names for the module to keys of the plan's tensors; names to the tensors that are filled; and what is missing.
+        Names for the module to keys of the plan's tensors; and what the code does.
     """
     keys = {id(plan.tensors[key]): key for key in stored.values()}
     given = {name: plan.tensors[key] for name, key in stored.items()}
@@ -219,13 +224,21 @@ def _in_own_way(
             key = f"{name} (computed by {type(module).__name__})"
             plan.tensors[key] = tensor
         names[name] = key
-    return names, outcome.targets, outcome.missing
+    return names, outcome
 
 
-def _finish(module: nn.Module, extra_states: dict[str, Any]) -> None:
+def _finish(
+    module: nn.Module,
+    extra_states: Mapping[str, Any],
+    replaced: Iterable[tuple[Replaced, Tensor | None]],
+    missing: Iterable[str],
+) -> None:
+    for one, value in replaced:
+        if value is not None:
+            one.put(value)
     for fqn, value in extra_states.items():
         module.get_submodule(fqn.rpartition(".")[0]).set_extra_state(value)
-    run_post_hooks(module)
+    run_post_hooks(module, missing)
 
 
 def _has_copies(module: nn.Module, state_dict: Mapping[str, Any], forms: Iterable[str]) -> bool:

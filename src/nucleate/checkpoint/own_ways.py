@@ -8,21 +8,52 @@ and the load's plan reads it as it reads any tensor, each rank its own part.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
-from torch.overrides import TorchFunctionMode
+from torch.nn.parameter import is_lazy
 
+from nucleate.checkpoint.capture import Capture, UnplannedWriteError
 from nucleate.checkpoint.computed import ComputedTensor
 from nucleate.checkpoint.stored import StoredTensor
 from nucleate.checkpoint.stored_form import StoredForm
 from nucleate.deferred import ComputedGiven, TensorGiven, deferred, give, record_of, resumed
-from nucleate.deferred.refusal import is_edit
 from nucleate.errors import CheckpointError, name_list
+
+# What torch's own code says of another shape.
+_MISMATCH = "size mismatch for "
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A tensor that a module's own code puts into a module.
+
+    Attributes:
+        module: The module.
+        name: The attribute's name.
+        stored: Its elements.
+        like: The tensor as the code has made it, without elements.
+    """
+
+    module: nn.Module
+    name: str
+    stored: StoredTensor
+    like: Tensor
+
+    def put(self, value: Tensor) -> None:
+        """Give the module a real tensor for it."""
+        if isinstance(self.like, nn.Parameter):
+            value = nn.Parameter(value, self.like.requires_grad)
+        registries = [r for r in (self.module._parameters, self.module._buffers) if self.name in r]
+        if registries or isinstance(self.like, nn.Parameter):
+            setattr(self.module, self.name, value)
+        else:
+            self.module.__dict__[self.name] = value
 
 
 @dataclass
@@ -33,11 +64,13 @@ class Outcome:
         tensors: What is copied into each tensor of the module, by its name; and what is left over, by the name that
             the code has given to it.
         targets: The tensors of the module that something is copied into, by name.
+        replaced: Tensors of another shape, or of a new name, that the code puts into the module.
         missing: The names that the code says are missing.
     """
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     targets: dict[str, Tensor] = field(default_factory=dict)
+    replaced: list[Replaced] = field(default_factory=list)
     missing: set[str] = field(default_factory=set)
 
 
@@ -89,33 +122,121 @@ def run_own_ways(
                 if tensor.numel:
                     give(made[place], tensor)
             local[name] = made[place]
-        with _Capture(module) as capture:
+        with _restored(module) as changes, Capture(module) as capture:
             sources = _load(module, local, "", versions, outcome, errors, capture)
+            changes.find(sources, outcome)
     if errors:
         raise CheckpointError(f"{type(module).__name__} refuses {path}: {name_list(errors)}")
     originals = {id(tensor): tensor for tensor in stored.values()}
     for inside, (target, value) in sources.items():
         name = inside if inside in state_dict else outside.get(id(target), inside)
-        outcome.tensors[name] = _stored_of(name, value, originals)
+        outcome.tensors[name] = _stored_of(name, value, target, originals)
         if target is not None:
             outcome.targets[name] = target
+    outcome.replaced = [
+        Replaced(owner, name, _stored_of(name, value, None, originals), value) for owner, name, value in changes.new
+    ]
     inner = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     outcome.missing = {n if n in state_dict else outside.get(id(inner.get(n)), n) for n in outcome.missing}
     return outcome
 
 
-def run_post_hooks(module: nn.Module) -> None:
-    """Call the hooks that come after loading, in torch's order; on a deferred module what they do is recorded."""
+class _Changes:
+    """The tensors that modules hold, as they were before their own code ran, and what it has put there.
+
+    Args:
+        root: The module.
+
+    Attributes:
+        new: Modules, names and tensors of another shape, or of a new name.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.new: list[tuple[nn.Module, str, Tensor]] = []
+        self._before = [
+            (
+                prefix,
+                module,
+                dict(module._parameters),
+                dict(module._buffers),
+                dict(module._modules),
+                _attributes(module),
+            )
+            for prefix, module in root.named_modules()
+        ]
+
+    def find(self, sources: dict[str, tuple[Tensor | None, Any]], outcome: Outcome) -> None:
+        """Add what took the place of a tensor to what is copied into it.
+
+        Args:
+            sources: What is copied into each tensor, by its name.
+            outcome: Knows what is missing.
+        """
+        for prefix, module, parameters, buffers, modules, attributes in self._before:
+            if modules != module._modules:
+                raise UnplannedWriteError(
+                    f"{type(module).__name__} ({prefix or 'the model'}) makes or replaces modules while it loads. "
+                    "`load_raw` and `load` plan what they read, and cannot run that. Set the model up, and give what "
+                    "`runtime.load(path)` returns to `model.load_state_dict`."
+                )
+            here = f"{prefix}." if prefix else ""
+            now = {**module._parameters, **module._buffers, **_attributes(module)}
+            before = {**parameters, **buffers, **attributes}
+            for name, tensor in now.items():
+                old = before.get(name)
+                if tensor is None or tensor is old or is_lazy(tensor):
+                    continue
+                outcome.missing.discard(f"{here}{name}")
+                if old is not None and old.shape == tensor.shape and name not in attributes:
+                    sources[f"{here}{name}"] = (old, tensor)
+                else:
+                    sources.pop(f"{here}{name}", None)
+                    self.new.append((module, name, tensor))
+
+    def undo(self) -> None:
+        """Give each module back what it held."""
+        for _, module, parameters, buffers, modules, attributes in self._before:
+            registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+            for registry, held in zip(registries, (parameters, buffers, modules), strict=True):
+                registry.clear()
+                registry.update(held)
+            for name in _attributes(module):
+                if name not in attributes:
+                    del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
+def _attributes(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def _restored(module: nn.Module) -> Iterator[_Changes]:
+    changes = _Changes(module)
+    try:
+        yield changes
+    finally:
+        changes.undo()
+
+
+def run_post_hooks(module: nn.Module, missing: Iterable[str]) -> None:
+    """Call the hooks that come after loading, in torch's order; on a deferred module what they do is recorded.
+
+    Args:
+        module: The module.
+        missing: The names that were missing.
+    """
+    keys = _IncompatibleKeys(sorted(missing), [])
     with resumed(module):
-        _run_post_hooks(module)
+        _run_post_hooks(module, keys)
 
 
-def _run_post_hooks(module: nn.Module) -> None:
+def _run_post_hooks(module: nn.Module, keys: Any) -> None:
     for child in module._modules.values():
         if child is not None:
-            _run_post_hooks(child)
+            _run_post_hooks(child, keys)
     for hook in module._load_state_dict_post_hooks.values():
-        hook(module, _IncompatibleKeys([], []))
+        hook(module, keys)
 
 
 def _load(
@@ -125,7 +246,7 @@ def _load(
     versions: Mapping[str, int],
     outcome: Outcome,
     errors: list[str],
-    capture: _Capture,
+    capture: Capture,
 ) -> dict[str, tuple[Tensor | None, Any]]:
     """Do as `nn.Module.load_state_dict` does for one module and those inside (torch/nn/modules/module.py, 2.13).
 
@@ -141,11 +262,12 @@ def _load(
     capture.module, capture.prefix = module, prefix
     module._load_from_state_dict(local, prefix, metadata, True, missing, unexpected, refused)
     found: dict[str, tuple[Tensor | None, Any]] = dict(capture.taken())
+    wrong_shapes = {error.removeprefix(_MISMATCH).partition(":")[0] for error in refused if error.startswith(_MISMATCH)}
     for own, tensor in (*module._parameters.items(), *module._buffers.items()):
-        # What has another shape is for the plan to report.
-        if tensor is not None and f"{prefix}{own}" in local and f"{prefix}{own}" not in found:
+        # The plan reports these.
+        if tensor is not None and f"{prefix}{own}" in wrong_shapes:
             found[f"{prefix}{own}"] = (tensor, local[f"{prefix}{own}"])
-    errors.extend(error for error in refused if not error.startswith(tuple(f"size mismatch for {n}:" for n in found)))
+    errors.extend(error for error in refused if not error.startswith(_MISMATCH))
     outcome.missing.update(key for key in missing if not key.endswith(_EXTRA_STATE_KEY_SUFFIX))
     for key in unexpected:
         if key in local:
@@ -158,7 +280,7 @@ def _load(
     return found
 
 
-def _stored_of(name: str, value: Any, originals: Mapping[int, StoredTensor]) -> StoredTensor:
+def _stored_of(name: str, value: Any, target: Tensor | None, originals: Mapping[int, StoredTensor]) -> StoredTensor:
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{name} is loaded from a {type(value).__name__}, which is not a tensor.")
     if record_of(value) is None:
@@ -167,69 +289,3 @@ def _stored_of(name: str, value: Any, originals: Mapping[int, StoredTensor]) -> 
     # As it is in the file: it may be mapped, or tied to another name.
     original = originals.get(id(computed.given()))
     return ComputedTensor.of(name, computed) if original is None else original
-
-
-class _Capture(TorchFunctionMode):
-    """Notes what is copied into a module's tensors instead of copying it, and refuses any other write to them.
-
-    Args:
-        root: The module that loads.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        super().__init__()
-        self.module = root
-        self.prefix = ""
-        self._tensors: Sequence[tuple[str, Tensor]] = [
-            *root.named_parameters(remove_duplicate=False),
-            *root.named_buffers(remove_duplicate=False),
-        ]
-        self._names: dict[int, list[str]] = {}
-        for name, tensor in self._tensors:
-            self._names.setdefault(_place(tensor), []).append(name)
-        self._taken: dict[str, tuple[Tensor, Any]] = {}
-
-    def taken(self) -> dict[str, tuple[Tensor, Any]]:
-        """Return what was copied since the last call, by the name inside the root."""
-        taken, self._taken = self._taken, {}
-        return taken
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        target = args[0] if args else None
-        if isinstance(target, Tensor) and (is_edit(func) or func == _SET_DATA):
-            names = self._names.get(_place(target))
-            if names is not None:
-                return self._write(func, target, names, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _write(self, func: Any, target: Tensor, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        own = {f"{self.prefix}{name}" for name in (*self.module._parameters, *self.module._buffers)}
-        name = next((name for name in names if name in own), names[0])
-        whole = next(tensor for other, tensor in self._tensors if other == name)
-        with torch._C.DisableTorchFunction():
-            is_whole = (target.size(), target.stride()) == (whole.size(), whole.stride())
-        if func is not Tensor.copy_ or not is_whole:
-            raise CheckpointError(
-                f"{type(self.module).__name__} ({self.prefix.removesuffix('.') or 'the model'}) writes {name} by "
-                f"{getattr(func, '__name__', func)} while it loads. Before `setup`, and from a checkpoint of other "
-                "names, a module may only copy whole tensors. Set the model up, and give what `runtime.load(path)` "
-                "returns to `model.load_state_dict`."
-            )
-        value = args[1] if len(args) > 1 else kwargs["src"]
-        self._taken[name] = (whole, value if value.shape == target.shape else value.expand(target.shape))
-        return target
-
-
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-
-
-def _place(tensor: Tensor) -> int:
-    """Return what is equal for tensors that share memory."""
-    with torch._C.DisableTorchFunction():
-        try:
-            return int(tensor.untyped_storage()._cdata)
-        except (NotImplementedError, RuntimeError):
-            return id(tensor)  # a subclass without memory of its own

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nucleate.deferred.active import active_record, is_recording
+from nucleate.deferred.active import active_record, is_recording, turn
 from nucleate.deferred.assigned import note_assigned
 from nucleate.deferred.handle import Handle, attach, handle_of, is_shared, lifted, refuse_stale
 from nucleate.deferred.held import every_tensor
@@ -77,7 +77,10 @@ class Guarded:
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        guarded = [tensor for tensor in every_tensor((args, kwargs)) if handle_of(tensor) is not None]
+        # Most calls ask one tensor something.
+        alone = len(args) == 1 and not kwargs and handle_of(args[0]) is not None
+        found = args if alone else every_tensor((args, kwargs))
+        guarded = [tensor for tensor in found if handle_of(tensor) is not None]
         if not guarded:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -196,19 +199,42 @@ def _record_call(
 ) -> Any:
     """Record a call that a method such as `load_state_dict` makes; see `recorded_methods.py`."""
     handle = _handle(guarded[0])
-    for tensor in guarded:
-        refuse_stale(tensor, _handle(tensor))
-    with lifted(guarded), handle.record.reopened(), handle.record.impersonation:
-        if func is Tensor.copy_ and len(args) > 1 and not isinstance(args[1], Tensor):
-            # Before the library of a lazy tensor reads all of it.
-            with handle.record.factories(real=False):
-                lazy = handle.record.of_lazy(args[1])
-            args = (args[0], args[1] if lazy is None else lazy, *args[2:])
-        with handle.record.loading() if purpose is Purpose.LOAD else nullcontext():
-            result = func(*args, **kwargs)
-    handle.record.settle()
-    _guard_result(result, handle)
+    record = handle.record
+    # First, so that a thread waits for another one that records a call.
+    with turn:
+        for tensor in guarded:
+            refuse_stale(tensor, _handle(tensor))
+        if purpose is Purpose.LOAD and func is Tensor.copy_ and _copies_plainly(guarded, args, kwargs):
+            with record.loading(), torch._C.DisableTorchFunction():
+                given = record.recorder.given_by(args[0], args[1])
+            if given is not None:
+                record.give(args[0], given)
+                return args[0]
+        num_steps = len(record.tape.steps)
+        try:
+            with lifted(guarded), record.reopened(), record.impersonation:
+                if func is Tensor.copy_ and len(args) > 1 and not isinstance(args[1], Tensor):
+                    # Before the library of a lazy tensor reads all of it.
+                    with record.factories(real=False):
+                        lazy = record.of_lazy(args[1])
+                    args = (args[0], args[1] if lazy is None else lazy, *args[2:])
+                with record.loading() if purpose is Purpose.LOAD else nullcontext():
+                    result = func(*args, **kwargs)
+        finally:
+            if any(step.position is not None for step in record.tape.steps[num_steps:]):
+                record.settle()
+        _guard_result(result, handle)
     return result
+
+
+def _copies_plainly(guarded: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a `copy_` is one of a real tensor into a whole deferred one, as most of a state dict's are."""
+    if len(args) != 2 or kwargs or len(guarded) != 1 or type(args[1]) not in (Tensor, nn.Parameter):
+        return False
+    with torch._C.DisableTorchFunction():
+        tracked = torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad)
+        plain = not tracked and not torch.is_inference_mode_enabled() and not args[0].is_inference()
+        return plain and not _handle(args[0]).record.recorder.exposed.holds(args[0])
 
 
 def _guard_result(result: Any, handle: Handle) -> None:

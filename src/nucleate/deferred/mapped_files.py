@@ -16,37 +16,47 @@ from typing import Any
 from nucleate.errors import CheckpointError
 
 
-@dataclass(frozen=True, slots=True)
 class FileMark:
-    """A file as it was when a tensor in its pages was met.
+    """A file as it was when a tensor in its pages was met. It stays open, so that other names for it do not matter.
 
-    Attributes:
+    Args:
         path: Where it is.
-        identity: Device, inode, size in bytes and time of the last write in nanoseconds.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
     """
 
-    path: str
-    identity: tuple[int, int, int, int]
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._status = os.fstat(self._descriptor)
 
-    @classmethod
-    def of(cls, path: str) -> FileMark | None:
-        """Return the mark of the file at `path`, or None if there is none."""
-        try:
-            status = os.stat(path)
-        except OSError:
-            return None
-        return cls(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    @property
+    def inode(self) -> int:
+        """The number of the file in its file system."""
+        return self._status.st_ino
+
+    @property
+    def size_bytes(self) -> int:
+        """How large the file is."""
+        return self._status.st_size
 
     def check(self) -> None:
-        """Make sure that the file is as it was. A file that was deleted is, until it is unmapped.
+        """Make sure that nobody has written to the file. What was deleted keeps its content until it is unmapped.
 
         Raises:
-            CheckpointError: It was replaced or written to.
+            CheckpointError: It was written to, or another file has its name.
         """
-        now = FileMark.of(self.path)
-        if now is not None and now != self:
-            replaced = now.identity[:2] != self.identity[:2]
-            raise CheckpointError(f"{self.path} was {'replaced' if replaced else 'written to'} since it was loaded")
+        now = os.fstat(self._descriptor)
+        if (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns):
+            raise CheckpointError(f"{self.path} was written to since it was loaded")
+        try:
+            named = os.stat(self.path)
+        except OSError:
+            return
+        if (named.st_dev, named.st_ino) != (self._status.st_dev, self._status.st_ino):
+            raise CheckpointError(f"{self.path} was replaced since it was loaded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,32 +103,34 @@ def place_of(address: int, size_bytes: int, user: object) -> Place | None:
         user: An object that keeps the memory alive.
     """
     _known[:] = [region for region in _known if region.user() is not None]
-    region = _find(_known, address, size_bytes)
+    region = next((r for r in _known if r.start <= address and address + size_bytes <= r.stop), None)
     if region is None:
-        region = _find(_read_regions(user), address, size_bytes)
+        region = _region_of(address, size_bytes, user)
         if region is None:
             return None
         _known.append(region)
     return Place(region.mark, address - region.start + region.offset)
 
 
-def _find(regions: list[_Region], address: int, size_bytes: int) -> _Region | None:
-    return next((r for r in regions if r.start <= address and address + size_bytes <= r.stop), None)
-
-
-def _read_regions(user: object) -> list[_Region]:
+def _region_of(address: int, size_bytes: int, user: object) -> _Region | None:
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
-        return []
-    found = []
+        return None
     for line in lines:
         # start-stop permissions offset device inode path
         fields = line.split(maxsplit=5)
-        if len(fields) < 6 or not fields[5].startswith("/") or fields[5].endswith(" (deleted)"):
-            continue  # What was deleted cannot be written by its name.
-        mark = FileMark.of(fields[5])
-        if mark is not None and mark.identity[1] == int(fields[4]):
-            start, _, stop = fields[0].partition("-")
-            found.append(_Region(int(start, 16), int(stop, 16), int(fields[2], 16), mark, weakref.ref(user)))
-    return found
+        start, stop = (int(number, 16) for number in fields[0].split("-"))
+        if stop <= address:
+            continue
+        # What was deleted cannot be written by its name.
+        is_file = len(fields) == 6 and fields[5].startswith("/") and not fields[5].endswith(" (deleted)")
+        if not is_file or start > address or address + size_bytes > stop:
+            return None
+        try:
+            mark = FileMark(fields[5])
+        except OSError:
+            return None
+        region = _Region(start, stop, int(fields[2], 16), mark, weakref.ref(user))
+        return region if mark.inode == int(fields[4]) else None
+    return None

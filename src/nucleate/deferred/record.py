@@ -189,7 +189,7 @@ class Recorder(TorchDispatchMode):
         if any(self.tape.number(tensor) is None or self.exposed.holds(tensor) for tensor in written):
             # A deferred value goes into real memory: it has to be made now.
             return self._write_real(func, traits, args, kwargs)
-        if func is aten.copy_.default and (given := self._given_by(*args[:2])) is not None:
+        if func is aten.copy_.default and (given := self.given_by(*args[:2])) is not None:
             self.overwrite(args[0], given)
             return args[0]
         if not written and (func.is_view or func is aten.detach.default):
@@ -207,9 +207,15 @@ class Recorder(TorchDispatchMode):
                 return func(*map_leaves(args, self._resolve), **map_leaves(kwargs, self._resolve))
         return self._record(func, traits, args, kwargs)
 
-    def _given_by(self, target: Tensor, value: Any) -> TensorGiven | None:
+    def given_by(self, target: Tensor, value: Any) -> TensorGiven | None:
         """Return what a real tensor gives to a deferred one by reference, if it is not to be cloned."""
-        if not isinstance(value, Tensor) or value.is_meta or not is_plain(value) or value.layout != torch.strided:
+        if not isinstance(value, Tensor) or value.is_meta:
+            return None
+        if self.is_loading and (value.is_quantized or value.layout != torch.strided):
+            # torch refuses most of them, and so early enough.
+            real = torch.empty(target.shape, dtype=target.dtype, device=value.device).copy_(value)
+            return self._constants.given(real)
+        if not is_plain(value) or value.layout != torch.strided:
             return None
         same = value.dtype == target.dtype
         casts = same or (value.dtype.is_floating_point and target.dtype.is_floating_point)
@@ -234,6 +240,8 @@ class Recorder(TorchDispatchMode):
         """
         ref = self.tape.ref(tensor)
         is_full = ref.fills(self.tape.size_bytes(ref.storage))
+        if is_full:
+            self.tape.forget_given(ref.storage)
         self.tape.add_step(
             Step(
                 index=len(self.tape.steps),

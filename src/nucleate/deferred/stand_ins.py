@@ -62,18 +62,20 @@ class _Cast:
         # Registries or `__dict__`s, names and what was there.
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         self._real: list[tuple[Step, Tensor]] = []
-        # Real tensors that have no stand-in, with where they are and their versions.
-        self._exposed: list[tuple[str, Tensor, int]] = []
+        # Tensors that must not be written, with where they are, and what tells of a write.
+        self._watched: list[tuple[str, Tensor, int]] = []
 
     def replace(self, module: nn.Module) -> None:
         """Replace what a module itself holds."""
         if isinstance(module, torch.jit.ScriptModule):
             return
         for kind, name, tensor in list(held_tensors(module, self._barren)):
+            if id(tensor) in self._excepted:
+                continue
             stand_in = self._of(tensor)
-            if stand_in is None and kind != "attribute":
+            if stand_in is not None or kind != "attribute":
                 self._watch(f"{type(module).__name__}.{name}", tensor)
-            elif stand_in is not None:
+            if stand_in is not None:
                 registry = {"parameter": module._parameters, "buffer": module._buffers}.get(kind, module.__dict__)
                 self._replace(registry, name)  # type: ignore[arg-type]
 
@@ -83,12 +85,12 @@ class _Cast:
         Raises:
             DeferredEditError: One was.
         """
-        written = [name for name, tensor, version in self._exposed if tensor._version != version]
+        written = [name for name, tensor, mark in self._watched if self._mark(tensor) != mark]
         if written:
             raise DeferredEditError(
                 f"a method that initializes other tensors has overwritten {name_list(written)}. Tensors that are "
-                "sharded, quantized or sparse cannot be protected from it. Give every tensor of the module a value "
-                "before `setup`, and load this one again."
+                "sharded, quantized or sparse, or that are held in other objects as well, cannot be protected from "
+                "it. Give every tensor of the module a value before `setup`, and load this one again."
             )
 
     def put_back(self) -> None:
@@ -104,9 +106,15 @@ class _Cast:
                 step.args = ()
 
     def _watch(self, name: str, tensor: Tensor) -> None:
+        self._watched.append((name, tensor, self._mark(tensor)))
+
+    def _mark(self, tensor: Tensor) -> int:
+        """Return a number that a write to a tensor changes."""
+        number = self._record.tape.number(tensor)
+        if number is not None:
+            return len(self._record.tape.writers(number))
         with torch._C.DisableTorchFunction():
-            if id(tensor) not in self._excepted and not tensor.is_meta and not tensor.is_inference():
-                self._exposed.append((name, tensor, tensor._version))
+            return 0 if tensor.is_inference() or tensor.is_meta else tensor._version
 
     def _replace(self, registry: dict[str, Any], name: str) -> None:
         before = registry[name]

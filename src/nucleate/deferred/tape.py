@@ -176,6 +176,8 @@ class Tape:
         self._made: dict[int, StorageWeakRef] = {}
         #: Whether some step takes its values from outside of the tape, such as from a file.
         self.takes_given = False
+        # The last step that read a storage, by its number.
+        self._last_reads: dict[int, int] = {}
         #: Who wrote storages that the constructor left without a value, by number; for reports.
         self.writer_names: dict[int, str] = {}
 
@@ -222,14 +224,23 @@ class Tape:
         """Append a step."""
         self.steps.append(step)
         self.takes_given = self.takes_given or step.func is take
+        for storage in step.reads:
+            self._last_reads[storage] = step.index
         for storage in {*step.writes, *step.creates}:
             self._writers[storage].append(step.index)
 
     def givens(self, steps: Iterable[Step]) -> Iterator[Given]:
         """Yield what steps take from outside of the tape."""
         for step in steps:
-            if step.func is take:
+            if step.func is take and step.args:
                 yield step.args[1]
+
+    def forget_given(self, storage: int) -> None:
+        """Let go of what a storage was given last, because it is going to be overwritten and nothing has read it."""
+        last = self._writers[storage][-1] if self._writers[storage] else -1
+        if last >= 0 and self.steps[last].func is take and self._last_reads.get(storage, -1) < last:
+            # It stays among the writers: their number tells of edits that were not recorded.
+            self.steps[last].args = ()
 
     def drop(self, step: Step) -> None:
         """Take a step off the tape that only says what a storage's content is anyway."""
@@ -248,6 +259,7 @@ class Tape:
             step.renumber(first_step, first_storage)
         self.steps.extend(other.steps)
         self.takes_given = self.takes_given or other.takes_given
+        self._last_reads.update({n + first_storage: index + first_step for n, index in other._last_reads.items()})
         self._storages.extend(other._storages)
         self._numbers.update({key: number + first_storage for key, number in other._numbers.items()})
         self._made.update({number + first_storage: made for number, made in other._made.items()})

@@ -220,10 +220,12 @@ class Plan:
                     given.check_unchanged()
                 except NucleateError as error:
                     changed.setdefault((type(error), str(error)), []).append(group.targets[0].fqn)
-        for (kind, reason), fqns in changed.items():
+        if changed:
+            kind, _ = next(iter(changed))
+            found = "; ".join(f"{reason} ({name_list(fqns)})" for (_, reason), fqns in changed.items())
             raise kind(
-                f"{reason}, before `setup` made {name_list(fqns)} of it. Load again, and change nothing between "
-                "loading and `setup`."
+                f"the values of some parameters have changed between loading and `setup`: {found}. Load them again, "
+                "and change nothing before `setup`."
             )
 
     def _refuse_unwritten(self) -> None:
