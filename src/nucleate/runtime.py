@@ -7,7 +7,6 @@ method means on a strategy or precision is theirs to decide.
 from __future__ import annotations
 
 import builtins
-import logging
 import random
 import sys
 import warnings
@@ -49,8 +48,6 @@ if TYPE_CHECKING:
     from nucleate.checkpoint.handle import SaveHandle
 
 T = TypeVar("T")
-
-_logger = logging.getLogger(__name__)
 
 #: Names that scripts written for Lightning Fabric use.
 _PRECISION_ALIASES = {
@@ -695,7 +692,7 @@ class Runtime:
         with self._communicator.all_or_none("setup"):
             resets = reset(model, self._device)
             if self.is_global_zero:
-                _logger.info("%s.", resets)
+                resets.report()
             facts = self._facts(model)
         self._compare_ranks(facts, {})
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nucleate import Runtime
 from nucleate.checkpoint import files
+from nucleate.deferred import record_of
 from nucleate.errors import CheckpointError, CheckpointKeyError, ShapeMismatchError
 
 HEADS, SIZE, WIDTH = 4, 8, 32
@@ -226,3 +227,122 @@ def test_a_training_state_loads_into_a_deferred_model_of_such_modules(tmp_path: 
     runtime.load(tmp_path / "last", state)
     assert state["step"] == 3
     assert same(runtime.setup(state["model"]).module, first.module.state_dict())
+
+
+class Replacing(nn.Linear):
+    """Its bias is a new parameter."""
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.bias = nn.Parameter(state.pop(f"{prefix}bias") * 2)
+        super()._load_from_state_dict({**state, f"{prefix}bias": self.bias}, prefix, *args)
+
+
+class Skipping(nn.Linear):
+    """It does not load its bias."""
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.weight.data.copy_(state[f"{prefix}weight"])
+
+
+class InParts(nn.Linear):
+    """It writes its weight row by row, and its bias in three other ways."""
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        with torch.no_grad():
+            for row in range(len(self.weight)):
+                self.weight[row].copy_(state[f"{prefix}weight"][-1 - row])
+            self.bias.zero_()
+            self.bias.data = state[f"{prefix}bias"].flip(0)
+
+
+class Counted(nn.Linear):
+    """Its weight was stored as integers."""
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        state[f"{prefix}weight"] = (state[f"{prefix}weight"] * 10).to(torch.int32)
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+class Growing(nn.Linear):
+    """It has a table that is as long as what is stored, and makes one more."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.register_buffer("table", torch.zeros(1))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.table = torch.zeros_like(state[f"{prefix}weight"][0])
+        self.register_buffer("more", state[f"{prefix}bias"] + 1, persistent=False)
+        state[f"{prefix}table"] = state[f"{prefix}weight"][0]
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+@pytest.mark.parametrize("when", ["before setup", "real", "after setup"])
+@pytest.mark.parametrize("kind", [Replacing, Skipping, InParts, Counted, Growing])
+def test_own_code_that_writes_in_other_ways_is_done(tmp_path: Path, kind: type[nn.Linear], when: str) -> None:
+    stored = {"0.weight": torch.arange(12.0).view(4, 3) / 7, "0.bias": torch.arange(1.0, 5.0)}
+    save_file(stored, tmp_path / "m.safetensors")
+    torch.manual_seed(1)
+    expected = nn.Sequential(kind(3, 4))
+    expected.load_state_dict(stored, strict=False)
+    runtime = Runtime(accelerator="cpu")
+    torch.manual_seed(1)
+    with runtime.init_module(empty_init=when == "before setup"):
+        model: Any = nn.Sequential(kind(3, 4))
+    if when == "after setup":
+        model = runtime.setup(model)
+    runtime.load_raw(tmp_path / "m.safetensors", model)
+    if when != "before setup":
+        assert not any(record_of(tensor) is not None for tensor in (*model.parameters(), *model.buffers()))
+    if when != "after setup":
+        model = runtime.setup(model)
+    found, wanted = dict(model.module.named_buffers()), dict(expected.named_buffers())
+    found |= dict(model.module.named_parameters())
+    wanted |= dict(expected.named_parameters())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_module_that_makes_modules_is_refused_and_stays_as_it_was(tmp_path: Path) -> None:
+    class Making(nn.Linear):
+        def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+            self.extra = nn.Linear(2, 2)
+            self.alias = state[f"{prefix}weight"]
+            super()._load_from_state_dict(state, prefix, *args)
+
+    save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, tmp_path / "m.safetensors")
+    model = Making(2, 3)
+    before = set(vars(model)) | set(model._modules)
+    with pytest.raises(CheckpointError, match=r"Making \(the model\) makes or replaces modules while it loads"):
+        Runtime(accelerator="cpu").load_raw(tmp_path / "m.safetensors", model)
+    assert set(vars(model)) | set(model._modules) == before
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LazyLinear(3), nn.LazyBatchNorm1d])
+def test_lazy_modules_get_their_shape_from_the_file(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+    source = make()
+    source(torch.randn(5, 4))
+    with torch.no_grad():
+        for tensor in source.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape) if tensor.is_floating_point() else torch.tensor(3))
+    save_file(source.state_dict(), tmp_path / "m.safetensors")
+    model = make()
+    assert Runtime(accelerator="cpu").load_raw(tmp_path / "m.safetensors", model).is_exact
+    assert same(model, dict(source.state_dict()))
+
+
+@pytest.mark.parametrize("call", ["load", "load_raw"])
+def test_hooks_run_once_after_loading_into_a_model_that_is_set_up(tmp_path: Path, call: str) -> None:
+    seen: list[str] = []
+    model = nn.Sequential(nn.Linear(2, 3))
+    model.register_load_state_dict_post_hook(lambda module, keys: seen.append(type(module).__name__))
+    model[0].register_load_state_dict_post_hook(lambda module, keys: seen.append(type(module).__name__))
+    runtime = Runtime(accelerator="cpu")
+    wrapped = runtime.setup(model)
+    if call == "load":
+        runtime.save(tmp_path / "last", {"model": wrapped})
+        runtime.load(tmp_path / "last", {"model": wrapped})
+    else:
+        save_file(model.state_dict(), tmp_path / "m.safetensors")
+        runtime.load_raw(tmp_path / "m.safetensors", wrapped)
+    assert seen == ["Linear", "Sequential"]

@@ -12,7 +12,8 @@ import torch
 from lightning_fabric.utilities.load import _lazy_load
 from torch import Tensor, nn
 
-from nucleate.deferred import Given, given_of_lazy, lazy_given, memory_of_lazy
+from nucleate.deferred import Given, lazy_given
+from nucleate.deferred.lazy_given import given_of_lazy, memory_of_lazy
 from nucleate.errors import CheckpointError
 
 TENSORS = {

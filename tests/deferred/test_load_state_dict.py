@@ -6,6 +6,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -405,3 +406,95 @@ def test_an_edit_in_a_function_of_that_name_is_refused_as_any_other() -> None:
 
     with pytest.raises(DeferredEditError, match="weight is deferred"):
         reset_parameters(model.weight)
+
+
+LATER: dict[str, Callable[[nn.Module], object]] = {
+    "cast": lambda source: source.half(),
+    "freed": lambda source: [setattr(p, "data", torch.empty(0)) for p in source.parameters()],
+    "replaced": lambda source: source.to_empty(device="cpu"),
+}
+
+
+@pytest.mark.parametrize("later", LATER)
+def test_what_becomes_of_the_model_that_was_loaded_from_does_not_matter(later: str) -> None:
+    source, model = nn.Linear(300, 200), None
+    expected = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+    with deferred():
+        model = nn.Linear(300, 200)
+    model.load_state_dict(dict(source.named_parameters()))
+    LATER[later](source)
+    junk = [torch.full((200, 300), 9.0) for _ in range(8)]
+    assert same(materialize(model), expected)
+    del junk
+
+
+def test_memory_that_is_gone_is_an_error_by_name() -> None:
+    state = weights()
+    model = lazy()
+    model.load_state_dict(state)
+    state["body.0.weight"].untyped_storage().resize_(0)
+    with pytest.raises(DeferredEditError, match=r"changed in place \(body\.0\.weight\)"):
+        materialize(model)
+
+
+STAGED: dict[str, Callable[[], tuple[Tensor, Callable[[float], object]]]] = {
+    "data": lambda: (buffer := torch.zeros(4, 4), buffer.data.fill_),
+    "numpy": lambda: (torch.from_numpy(array := np.zeros((4, 4), np.float32)), array.fill),
+    "bytes": lambda: (
+        torch.frombuffer(memory := bytearray(64), dtype=torch.float32).view(4, 4),
+        lambda value: memory.__setitem__(slice(None), np.full(16, value, np.float32).tobytes()),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STAGED)
+@where
+def test_a_buffer_that_is_used_again_is_an_error_by_name(
+    where: Callable[[nn.Module], AbstractContextManager[object]], kind: str
+) -> None:
+    with deferred():
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    buffer, fill = STAGED[kind]()
+    with where(model):
+        for number, layer in enumerate(model):
+            fill(number + 1.0)
+            layer.load_state_dict({"weight": buffer})
+    if where is inside and kind == "data":
+        # torch sees these writes, and they come too late for what was loaded.
+        assert [layer.weight[0, 0].item() for layer in materialize(model)] == [1, 2]
+        return
+    with pytest.raises(DeferredEditError, match=r"\(0\.weight\)"):
+        materialize(model)
+
+
+def test_a_file_that_is_written_to_under_another_name_is_an_error(tmp_path: Path) -> None:
+    saved(weights(), tmp_path / "x.safetensors")
+    model = lazy()
+    model.load_state_dict(load_file(tmp_path / "x.safetensors"))
+    (tmp_path / "x.safetensors").rename(tmp_path / "y.safetensors")
+    with (tmp_path / "y.safetensors").open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"12345678")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors was written to"):
+        materialize(model)
+
+
+def test_threads_may_load_models_of_one_block_at_once() -> None:
+    with deferred():
+        models = [nn.Sequential(*(nn.Linear(8, 8) for _ in range(40))) for _ in range(4)]
+    states = [{n: torch.full(t.shape, float(i)) for n, t in m.state_dict().items()} for i, m in enumerate(models)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda pair: pair[0].load_state_dict(pair[1]), zip(models, states, strict=True)))
+    for model, state in zip(models, states, strict=True):
+        assert same(materialize(model), state)
+
+
+def test_loading_again_lets_the_first_tensors_go() -> None:
+    model = lazy()
+    first = weights(1)
+    seen = weakref.ref(first["body.0.weight"])
+    model.load_state_dict(first)
+    del first
+    model.load_state_dict(weights(2))
+    assert seen() is None
+    assert same(materialize(model), weights(2))

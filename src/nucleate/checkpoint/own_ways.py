@@ -38,22 +38,24 @@ class Replaced:
         name: The attribute's name.
         stored: Its elements.
         like: The tensor as the code has made it, without elements.
+        is_buffer: Whether it is a buffer of the module.
     """
 
     module: nn.Module
     name: str
     stored: StoredTensor
     like: Tensor
+    is_buffer: bool
 
     def put(self, value: Tensor) -> None:
         """Give the module a real tensor for it."""
         if isinstance(self.like, nn.Parameter):
             value = nn.Parameter(value, self.like.requires_grad)
-        registries = [r for r in (self.module._parameters, self.module._buffers) if self.name in r]
-        if registries or isinstance(self.like, nn.Parameter):
-            setattr(self.module, self.name, value)
+        if self.is_buffer:
+            persistent = self.name not in self.module._non_persistent_buffers_set
+            self.module.register_buffer(self.name, value, persistent)
         else:
-            self.module.__dict__[self.name] = value
+            setattr(self.module, self.name, value)
 
 
 @dataclass
@@ -130,11 +132,12 @@ def run_own_ways(
     originals = {id(tensor): tensor for tensor in stored.values()}
     for inside, (target, value) in sources.items():
         name = inside if inside in state_dict else outside.get(id(target), inside)
-        outcome.tensors[name] = _stored_of(name, value, target, originals)
+        outcome.tensors[name] = _stored_of(name, value, originals)
         if target is not None:
             outcome.targets[name] = target
     outcome.replaced = [
-        Replaced(owner, name, _stored_of(name, value, None, originals), value) for owner, name, value in changes.new
+        Replaced(owner, name, _stored_of(name, value, originals), value, is_buffer)
+        for owner, name, value, is_buffer in changes.new
     ]
     inner = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     outcome.missing = {n if n in state_dict else outside.get(id(inner.get(n)), n) for n in outcome.missing}
@@ -148,11 +151,11 @@ class _Changes:
         root: The module.
 
     Attributes:
-        new: Modules, names and tensors of another shape, or of a new name.
+        new: Modules, names and tensors of another shape, or of a new name; and whether they are buffers.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.new: list[tuple[nn.Module, str, Tensor]] = []
+        self.new: list[tuple[nn.Module, str, Tensor, bool]] = []
         self._before = [
             (
                 prefix,
@@ -191,7 +194,7 @@ class _Changes:
                     sources[f"{here}{name}"] = (old, tensor)
                 else:
                     sources.pop(f"{here}{name}", None)
-                    self.new.append((module, name, tensor))
+                    self.new.append((module, name, tensor, name in module._buffers))
 
     def undo(self) -> None:
         """Give each module back what it held."""
@@ -280,7 +283,7 @@ def _load(
     return found
 
 
-def _stored_of(name: str, value: Any, target: Tensor | None, originals: Mapping[int, StoredTensor]) -> StoredTensor:
+def _stored_of(name: str, value: Any, originals: Mapping[int, StoredTensor]) -> StoredTensor:
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{name} is loaded from a {type(value).__name__}, which is not a tensor.")
     if record_of(value) is None:

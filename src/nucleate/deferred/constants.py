@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -18,8 +19,8 @@ class Constants:
     """The real tensors that the steps of a recording read and that are not cloned at once."""
 
     def __init__(self) -> None:
-        # By the storage that they lie on.
-        self._watched: dict[int, list[Constant | TensorGiven]] = {}
+        # By the storage that they lie on; weakly, since what the tape lets go need not be watched.
+        self._watched: dict[int, list[weakref.ref[Constant | TensorGiven]]] = {}
 
     def of(self, tensor: Tensor) -> Constant:
         """Return what the tape keeps of a real tensor."""
@@ -41,7 +42,7 @@ class Constants:
         return given
 
     def _watch(self, tensor: Tensor, kept: Constant | TensorGiven) -> None:
-        self._watched.setdefault(tensor.untyped_storage()._cdata, []).append(kept)
+        self._watched.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(kept))
 
     def before_writes(self, written: Iterable[Tensor]) -> None:
         """Before real tensors are written, give the steps that read them a copy of what they saw."""
@@ -49,7 +50,8 @@ class Constants:
             return
         for tensor in written:
             for kept in self._watched.pop(tensor.untyped_storage()._cdata, ()) if not tensor.is_meta else ():
-                kept.keep_copy()
+                if (alive := kept()) is not None:
+                    alive.keep_copy()
 
     def absorb(self, other: Constants) -> None:
         """Watch what another recording watched."""

@@ -69,7 +69,7 @@ class TensorRef:
         return True
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Constant:
     """A real tensor that a step read.
 

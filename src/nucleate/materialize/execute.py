@@ -7,7 +7,6 @@ meantime, copied into the local shard and freed.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,8 +27,6 @@ from nucleate.materialize.resetting import reset
 from nucleate.materialize.shards import allocate_shards, fill, parts_of_shard, take_back_shards
 from nucleate.materialize.source import Given
 
-_logger = logging.getLogger(__name__)
-
 
 def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """Make everything that is deferred in `model` on `device`, in place. Real tensors are left as they are.
@@ -46,9 +43,7 @@ def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modu
     Raises:
         UninitializedError: See `reset` and `Plan.of`; the model is then unchanged.
     """
-    resets = reset(model, torch.device(device))
-    if resets:
-        _logger.info("%s.", resets)
+    reset(model, torch.device(device)).report()
     plan = Plan.of(model)
     plan.release()
     execute(plan, model, torch.device(device))

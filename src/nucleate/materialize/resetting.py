@@ -7,6 +7,8 @@ and which tensors need them in `vacancies.py`. A model that needs none is left a
 
 from __future__ import annotations
 
+import logging
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +20,8 @@ from nucleate.deferred.stand_ins import stand_ins
 from nucleate.errors import UninitializedError, name_list
 from nucleate.materialize.reset_methods import OWN_NAMES, ResetCall, reset_calls
 from nucleate.materialize.vacancies import Vacancy, adopt_vacancies, vacancies
+
+_logger = logging.getLogger(__name__)
 
 # How many modules a message explains.
 _NUM_EXPLAINED = 5
@@ -31,9 +35,12 @@ class Resets:
     Attributes:
         by_method: The method, such as `Linear.reset_parameters`, to the FQNs of the tensors that it was the last one
             to write.
+        lost: FQNs of tensors that were written on the meta device more often than the methods write them, as by
+            `load_state_dict`. A meta tensor has no memory, so these writes had no effect.
     """
 
     by_method: dict[str, list[str]] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.by_method)
@@ -43,6 +50,19 @@ class Resets:
         listed = "; ".join(f"{method} made {name_list(fqns, limit=4)}" for method, fqns in self.by_method.items())
         noun = "tensor" if count == 1 else "tensors"
         return f"{count} {noun} had no value from the constructor or a checkpoint. {listed}"
+
+    def report(self) -> None:
+        """Log what was done, and warn of writes that had no effect."""
+        if self:
+            _logger.info("%s.", self)
+        if self.lost:
+            warnings.warn(
+                f"{name_list(self.lost)} were written while they were on the meta device, for example by "
+                "`load_state_dict` or `nn.init`. A meta tensor has no memory, so these writes had no effect: `setup` "
+                "initialized the tensors by the methods of their modules. Construct the model inside `init_module`, "
+                "load it by `runtime.load_raw`, or pass `assign=True` to `load_state_dict`.",
+                stacklevel=4,
+            )
 
 
 def reset(model: nn.Module, device: torch.device) -> Resets:
@@ -67,6 +87,8 @@ def reset(model: nn.Module, device: torch.device) -> Resets:
     found = adopt_vacancies(model, device)
     if not found:
         return Resets()
+    with torch._C.DisableTorchFunction():
+        num_writes = [v.tensor._version if v.is_foreign and not v.tensor.is_inference() else 0 for v in found]
     try:
         calls = reset_calls(model, (module for vacancy in found for module, _, _ in vacancy.owners))
         last_writers = _make(model, found, calls)
@@ -84,6 +106,9 @@ def reset(model: nn.Module, device: torch.device) -> Resets:
         storage = None if handle is None else handle.record.tape.number(tensor)
         if handle is not None and storage is not None:
             handle.record.tape.writer_names[storage] = name
+            # One writer is the step that stands for the memory.
+            if num_writes[place] > len(handle.record.tape.writers(storage)) - 1:
+                resets.lost.append(found[place].fqn)
     return resets
 
 
