@@ -1,4 +1,4 @@
-"""How soon, and in how much memory, is a LLaMA there? Six ways to load it, and four of others, each in a fresh process.
+"""Six ways to load a LLaMA, and four ways of other libraries, measured in fresh processes: seconds, memory and loss.
 
     python examples/03_quantized_inference.py                                # 220 million parameters, under 3 minutes
     python examples/03_quantized_inference.py --size 1B --runs 3 --tokens 32 # medians of three
@@ -63,7 +63,7 @@ def load(way: str, config: LlamaConfig, weights: Path, device: str) -> nn.Module
         model.load_state_dict(read_whole(weights))
         return model.to(device, torch.bfloat16)
     if way == "b":
-        # The same, but nothing is moved. On a CPU that is no difference.
+        # The same, but nothing is moved. On a CPU this changes nothing.
         with torch.device(device):
             model = Llama(config)
         model.load_state_dict(read_whole(weights))

@@ -22,7 +22,7 @@ from nucleate.deferred.strided import boxes
 from nucleate.deferred.writes import Source
 from nucleate.errors import CheckpointError
 
-# Of one tensor DCP is given at most so many boxes, of which at most so many bytes have to be copied first.
+# DCP gets at most so many boxes for one tensor, and at most so many bytes of them are copied first.
 _MAX_BOXES = 1 << 8
 _MAX_COPIED_BYTES = 4 << 20
 

@@ -76,7 +76,7 @@ class ComputedGiven(Given):
         with self._lock:
             self._num_read += out.numel()
             if self._num_read >= self._ref.numel:
-                # What is read once more is made once more.
+                # A second reading makes it again.
                 self._whole, self._num_read = None, 0
 
     def order(self, start: int) -> tuple[int, int]:

@@ -105,7 +105,7 @@ class Join(Sized):
             new = tuple(source.text for source in self.sources)
             return Part(pattern=pattern, new=new, dim=self.dim, unstacks=True, optional=self.optional)
         if self.sizes is None and len(self.sources) > 1:
-            raise self.refuse_inverse("how long its parts are is not said. Give `sizes`, of which the ratio counts")
+            raise self.refuse_inverse("the lengths of its parts are unknown. Give `sizes`; their ratio is enough")
         return Part(
             pattern=pattern,
             new=tuple(source.text for source in self.sources),
@@ -193,7 +193,7 @@ class _Parts:
         dim = rule.place(tensor.shape, self.name)
         if rule.index is None and tensor.shape[dim] != len(rule.new):
             raise ShapeMismatchError(
-                f"{rule}: {self.name} is {tuple(tensor.shape)}, of which dim {rule.dim} is not {len(rule.new)}."
+                f"{rule}: {self.name} is {tuple(tensor.shape)}; its dim {rule.dim} must have the length {len(rule.new)}."
             )
         return list(tensor.unbind(dim))
 
