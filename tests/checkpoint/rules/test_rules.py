@@ -149,7 +149,7 @@ def test_a_tensor_of_several_names_comes_back_as_the_first_that_is_there() -> No
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: inverse(concatenate(["a", "b"], "c")), "how long its parts are is not said. Give `sizes`"),
+        (lambda: inverse(concatenate(["a", "b"], "c")), "the lengths of its parts are unknown. Give `sizes`"),
         (lambda: inverse(concatenate("a.*", "c")), "into how many parts it falls is not said"),
         (lambda: inverse(drop("a")), "what is left out is gone"),
         (lambda: inverse(rename(re.compile("a(.)"), r"b\1")), "a regular expression says no name"),
@@ -200,7 +200,7 @@ def test_rules_that_cannot_be_are_refused_at_once(make: object, message: str) ->
         (concatenate(["a", "b"], "c", dim=2), ShapeMismatchError, "a is (4, 6), which has no dim 2"),
         (split("a", ["p", "q", "r"]), ShapeMismatchError, "a is (4, 6), and 4 along dim 0 does not add up to 3 equal"),
         (split("a", ["p", "q"], [5, 6]), ShapeMismatchError, "does not add up to sizes=(5, 6)"),
-        (unstack("a", ["p", "q"]), ShapeMismatchError, "a is (4, 6), of which dim 0 is not 2"),
+        (unstack("a", ["p", "q"]), ShapeMismatchError, "a is (4, 6); its dim 0 must have the length 2"),
         (transpose("a", 0, 2), ShapeMismatchError, "a is (4, 6), which has no such dims"),
         (permute_heads("a", 3), ShapeMismatchError, "dim 0 is not 3 heads of pairs"),
     ],

@@ -193,7 +193,8 @@ class _Parts:
         dim = rule.place(tensor.shape, self.name)
         if rule.index is None and tensor.shape[dim] != len(rule.new):
             raise ShapeMismatchError(
-                f"{rule}: {self.name} is {tuple(tensor.shape)}; its dim {rule.dim} must have the length {len(rule.new)}."
+                f"{rule}: {self.name} is {tuple(tensor.shape)}; its dim {rule.dim} must have the length "
+                f"{len(rule.new)}."
             )
         return list(tensor.unbind(dim))
 
