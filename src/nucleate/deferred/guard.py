@@ -26,9 +26,9 @@ from nucleate.deferred.assigned import note_assigned
 from nucleate.deferred.handle import Handle, attach, handle_of, is_shared, lifted, refuse_stale
 from nucleate.deferred.held import every_tensor
 from nucleate.deferred.lookout import Lookout
-from nucleate.deferred.recorded_methods import Purpose, loading_frame, running_purpose
+from nucleate.deferred.recorded_methods import Purpose, loading_frame, refuse_meta_source, running_purpose
 from nucleate.deferred.refusal import EDITS, REFUSED, is_edit, label, refuse, refuse_move, refuse_shared
-from nucleate.errors import DeferredUseError, NucleateError
+from nucleate.errors import NucleateError
 
 if TYPE_CHECKING:
     from nucleate.deferred.context import Record
@@ -256,12 +256,7 @@ def _check_load(target: Tensor, frame: Mapping[str, Any]) -> None:
             note_assigned(frame["self"], frame["name"], target)
         return
     refuse_stale(target, handle)
-    value = frame.get("input_param")
-    if isinstance(value, Tensor) and handle_of(value) is None and value.is_meta:
-        raise DeferredUseError(
-            f"{handle.fqn} cannot be loaded: {frame.get('key')!r} is on the meta device in the state dict and has no "
-            "value. Load a state dict with values."
-        )
+    refuse_meta_source(frame)
 
 
 def _is_called_by_parameter() -> bool:

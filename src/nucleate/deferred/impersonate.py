@@ -24,10 +24,13 @@ from nucleate.deferred.copies import deepcopy
 from nucleate.deferred.geometry import is_plain
 from nucleate.deferred.legacy import original_type
 from nucleate.deferred.record import Recorder
+from nucleate.deferred.recorded_methods import loading_frame, refuse_meta_source
 from nucleate.deferred.tape import map_leaves, tensors
 from nucleate.deferred.wholes import call_whole, is_whole
 
 Handler = Callable[..., Any]
+
+_IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 
 class Impersonation(TorchFunctionMode):
@@ -57,6 +60,8 @@ class Impersonation(TorchFunctionMode):
         if not self.recorder.is_on:
             return func(*args, **kwargs)
         if func in self.answers and self._is_deferred(args[0]):
+            if func == _IS_META and (frame := loading_frame()) is not None:
+                refuse_meta_source(frame.f_locals)
             return self.answers[func]
         handler = _HANDLERS.get(func)
         if handler is not None:

@@ -8,10 +8,17 @@ torch has no hook around them and no class is patched outside a context.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from enum import Enum
 from types import FrameType
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from nucleate.deferred.active import active_records
+from nucleate.deferred.handle import handle_of
+from nucleate.errors import DeferredUseError
 
 
 class Purpose(Enum):
@@ -50,3 +57,24 @@ def loading_frame() -> FrameType | None:
     while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
         frame = frame.f_back  # also those of modes
     return frame if frame.f_code is _LOAD_ONE else None
+
+
+def refuse_meta_source(names: Mapping[str, Any]) -> None:
+    """Refuse a state dict's tensor that has no value, before torch copies it and collects one error for each tensor.
+
+    Args:
+        names: The local names of `nn.Module._load_from_state_dict`.
+
+    Raises:
+        DeferredUseError: The tensor is on the meta device, and is not deferred.
+    """
+    value = names.get("input_param")
+    if not isinstance(value, Tensor) or names["assign_to_params_buffers"] or handle_of(value) is not None:
+        return
+    with torch._C.DisableTorchFunction():
+        is_meta = value.is_meta
+    if is_meta and not any(record.tape.number(value) is not None for record in active_records()):
+        raise DeferredUseError(
+            f"{names.get('key')} cannot be loaded: in the state dict it is on the meta device and has no value. Load a "
+            "state dict with values."
+        )
