@@ -79,3 +79,24 @@ def test_files_of_every_version_are_loaded(tmp_path: Path, groups: int, version:
         model = model if "after" in way else runtime.setup(model)
     tokens = torch.arange(12).view(2, 6)
     assert torch.equal(model(tokens), expected(tokens))
+
+
+@pytest.mark.parametrize("mode", ["bnb-int8", "bnb-nf4"])
+def test_files_of_every_version_are_quantized_while_they_are_read(tmp_path: Path, mode: str) -> None:
+    pytest.importorskip("nucleate_bitsandbytes", reason="the plugin nucleate-bitsandbytes is not installed")
+    sizes = {"n_layer": 2, "n_embd": 256, "n_head": 4, "padded_vocab_size": 128, "block_size": 32}
+    config = Config.from_name("Llama-3-8B", **sizes, n_query_groups=2, intermediate_size=512, head_size=64)
+    torch.manual_seed(6)
+    expected = GPT(config)
+    tokens, outputs = torch.arange(12).view(2, 6), []
+    for state in (older(expected.state_dict(), config), expected.state_dict()):
+        torch.save(state, tmp_path / "lit_model.pth")
+        runtime = Runtime(accelerator="cpu", precision=mode)
+        with runtime.init_module(empty_init=True):
+            model = GPT(config)
+        assert runtime.load_raw(tmp_path / "lit_model.pth", model).is_exact
+        model = runtime.setup(model)
+        assert not model.module.transformer.h[0].attn.qkv.state_dict()["weight"].is_floating_point()
+        outputs.append(model(tokens).float())
+    assert torch.equal(*outputs)
+    assert torch.cosine_similarity(outputs[0].flatten(), expected(tokens).flatten(), 0) > 0.99
