@@ -3,8 +3,9 @@
 `save`, `load` and `load_raw` are the way in. The rest of the package is theirs. Reading: `readers` say what a file or
 folder holds, as `contents` made of `stored` tensors in `files`; `plan` compares it with what is asked for, `key_map`
 gives other names to keys, `rules` join, split and transpose tensors on the way (`renaming`, `tensor_map`, `moved`),
-`load_report` says what came of it, and a module that holds something else than it stores has a `stored_form`. Writing:
-`snapshot` is what is written and `held` which part of it this rank has, `writers` are the formats, `folder` and
+`own_ways` runs the code that a module has for its loading, with `capture`. `load_report` lists the result. A module
+that holds other tensors than it stores has a `stored_form`. Writing: `snapshot` is the state that is written, `held` is
+this rank's part, `writers` are the formats, `folder` and
 `single_file` make a checkpoint whole or absent, `retention` keeps the last few. Both: `entries` says what a state
 consists of, `tree` and `values` take it apart, `optimizer_state` gives names to an optimizer's numbers. `convert` and
 `verify` work on files alone: `selection` chooses, `sweep` reads.

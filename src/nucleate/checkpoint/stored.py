@@ -92,7 +92,7 @@ class StoredTensor(Given):
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What is equal for names of the same elements."""
+        """A key that is equal for two names of the same elements."""
         return (self.dtype, self.shape, self.chunks)
 
     @property
@@ -102,7 +102,7 @@ class StoredTensor(Given):
 
     @property
     def origin(self) -> str:
-        """What it is made of, where that is another key or several; else empty."""
+        """The keys that it is made from, if these are other ones; else empty."""
         return ""
 
     def check(self) -> None:

@@ -191,7 +191,7 @@ class Record:
         Args:
             value: Anything; see `given_of_lazy`. Call this while the record records and factories defer.
         """
-        # The memory first, of which the tensor is a view: it may be a transposed one.
+        # The whole memory first: the tensor is a view on it, and may be a transposed one.
         given = memory_of_lazy(value) or given_of_lazy(value)
         if given is None:
             return None

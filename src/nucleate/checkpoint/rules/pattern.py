@@ -102,7 +102,7 @@ class Pattern:
 
     @property
     def num_stars(self) -> int:
-        """How many stars there are, or groups without names."""
+        """The number of stars, or of groups without names."""
         return self._expression.groups - len(self._expression.groupindex)
 
     @property

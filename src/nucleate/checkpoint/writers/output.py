@@ -153,7 +153,7 @@ def write(
         draft: Where the files are, each of its full size.
         group: The ranks.
         what: What is being done, for messages.
-        moved: What this rank holds besides, of which the elements go to places in other tensors.
+        moved: The parts of this rank whose elements go to places in other tensors.
 
     Raises:
         CheckpointError: Writing failed, or the ranks together do not hold every element once.
