@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate.deferred import deferred, philox
+from nucleate.deferred import deferred
+from nucleate.devices import philox
 from nucleate.materialize import materialize
 from tests.deferred.equality import assert_same_model
 from tests.zoo import ZOO
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("is_normal", [True, False], ids=["normal", "uniform"])
 def test_a_fill_adds_to_the_offset_what_is_said(is_normal: bool, dtype: torch.dtype) -> None:
-    assert philox._adds_as_described(is_normal, dtype, torch.device("cuda", torch.cuda.current_device()))
+    assert philox.adds_as_described(is_normal, dtype, torch.device("cuda", torch.cuda.current_device()))
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -1,6 +1,6 @@
-"""How far a random step moves a generator, and moving one there: one answer for each kind of generator.
+"""How far a random step moves a generator, and moving one there.
 
-A distance is counted in 32-bit draws for the CPU's Mersenne Twister and in counters for CUDA's Philox.
+A distance is counted in 32-bit draws for the CPU's Mersenne Twister. Every other device counts in its own way.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nucleate.deferred import philox
 from nucleate.deferred.fills import fill_of, fills_as_described
 from nucleate.deferred.mersenne_twister import Stream, Workspace
+from nucleate.deferred.plain import plain_modes
 from nucleate.deferred.tape import Step
+from nucleate.devices import hooks_of
 
 
 def distance(step: Step, device: torch.device) -> int | None:
@@ -26,9 +27,8 @@ def distance(step: Step, device: torch.device) -> int | None:
         return None
     if device.type == "cpu":
         return fill.num_draws if fills_as_described(fill.is_normal, fill.dtype) else None
-    if device.type == "cuda":
-        return philox.distance(fill, device)
-    return None
+    with plain_modes():
+        return hooks_of(device).fill_distance(fill.is_normal, fill.numel, fill.dtype, device)
 
 
 def moved(device_type: str, state: Tensor, distance: int, workspace: Workspace) -> Tensor:
@@ -40,8 +40,8 @@ def moved(device_type: str, state: Tensor, distance: int, workspace: Workspace) 
         distance: How far.
         workspace: Memory for jumps.
     """
-    if device_type == "cuda":
-        return philox.moved(state, distance)
+    if device_type != "cpu":
+        return hooks_of(torch.device(device_type)).moved(state, distance)
     stream = Stream(state, 0)
     stream.seek(distance, workspace)
     return stream.generator.get_state()

@@ -11,22 +11,26 @@ import functools
 import torch
 from torch import Tensor
 
-from nucleate.deferred.fills import Fill
-from nucleate.deferred.plain import plain_modes
-
 _THREADS_PER_BLOCK = 256
 # What one call of the engine gives.
 _COUNTERS_PER_CALL = 4
 
 
-def distance(fill: Fill, device: torch.device) -> int | None:
-    """Return what a fill adds to the offset, or None where that is not known."""
-    if fill.numel == 0:
+def distance(is_normal: bool, numel: int, dtype: torch.dtype, device: torch.device) -> int | None:
+    """Return what a fill adds to the offset, or None where that is not known.
+
+    Args:
+        is_normal: Whether it is `normal_`, else `uniform_`.
+        numel: How many elements it fills.
+        dtype: Of which dtype.
+        device: A CUDA device, with its index.
+    """
+    if numel == 0:
         return 0
     # Larger tensors are filled in several kernels (`can_use_32bit_indexing`).
-    if fill.numel * fill.dtype.itemsize >= 2**31 or not _adds_as_described(fill.is_normal, fill.dtype, device):
+    if numel * dtype.itemsize >= 2**31 or not adds_as_described(is_normal, dtype, device):
         return None
-    return _increment(fill.numel, fill.dtype, device)
+    return _increment(numel, dtype, device)
 
 
 def moved(state: Tensor, distance: int) -> Tensor:
@@ -38,18 +42,20 @@ def moved(state: Tensor, distance: int) -> Tensor:
 
 def _increment(numel: int, dtype: torch.dtype, device: torch.device) -> int:
     properties = torch.cuda.get_device_properties(device)
+    return increment(numel, dtype, properties.multi_processor_count, properties.max_threads_per_multi_processor)
+
+
+def increment(numel: int, dtype: torch.dtype, num_processors: int, threads_per_processor: int) -> int:
+    """Return what a fill adds to the offset on a device with so many processors of so many threads."""
     unroll = 2 if dtype == torch.float64 else 4
-    blocks_per_processor = properties.max_threads_per_multi_processor // _THREADS_PER_BLOCK
-    blocks = min(
-        properties.multi_processor_count * blocks_per_processor,
-        (numel + _THREADS_PER_BLOCK - 1) // _THREADS_PER_BLOCK,
-    )
+    blocks_per_processor = threads_per_processor // _THREADS_PER_BLOCK
+    blocks = min(num_processors * blocks_per_processor, (numel + _THREADS_PER_BLOCK - 1) // _THREADS_PER_BLOCK)
     return ((numel - 1) // (_THREADS_PER_BLOCK * blocks * unroll) + 1) * _COUNTERS_PER_CALL
 
 
 @functools.cache
-@plain_modes()
-def _adds_as_described(is_normal: bool, dtype: torch.dtype, device: torch.device) -> bool:
+def adds_as_described(is_normal: bool, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether this torch build and device add to the offset as said above."""
     generator = torch.Generator(device)
     for numel in (1, 16, 1000, 257 * 1024, 5_000_011):
         generator.manual_seed(0)

@@ -1,0 +1,37 @@
+"""The CPU as a kind of device: always there, with no streams and nothing to pin memory for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nucleate.devices.hooks import DeviceHooks
+
+
+class CPUHooks(DeviceHooks):
+    """What the CPU answers."""
+
+    def is_present(self, device: torch.device) -> bool:
+        """Return True."""
+        return True
+
+    def current_index(self, device_type: str) -> int:
+        """Return 0: there is one CPU."""
+        return 0
+
+    def default_generator(self, device: torch.device) -> torch.Generator:
+        """Return torch's default generator."""
+        return torch.default_generator
+
+    def random_state_of(self, device: torch.device) -> Tensor | None:
+        """Return None: what is saved of a device is saved beside the CPU's state."""
+        return None
+
+    @property
+    def pins_memory(self) -> bool:
+        """False: memory is where the work is."""
+        return False
+
+    def describe(self, device: torch.device) -> str:
+        """Return the instructions that torch uses."""
+        return torch.backends.cpu.get_cpu_capability()

@@ -1,0 +1,36 @@
+"""CUDA as a kind of device: Philox, whose fills tell how far they move it; the processors; bfloat16 by capability."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nucleate.devices import philox
+from nucleate.devices.hooks import DeviceHooks
+
+
+class CUDAHooks(DeviceHooks):
+    """What CUDA answers in its own way."""
+
+    def default_generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator that factories and in-place fills on the device use by default."""
+        torch.cuda.init()
+        return torch.cuda.default_generators[device.index]
+
+    def fill_distance(self, is_normal: bool, numel: int, dtype: torch.dtype, device: torch.device) -> int | None:
+        """Return what a random fill adds to Philox' offset, or None where that is not known."""
+        return philox.distance(is_normal, numel, dtype, device)
+
+    def moved(self, state: Tensor, distance: int) -> Tensor:
+        """Return a state with a larger offset."""
+        return philox.moved(state, distance)
+
+    def supports_bfloat16(self, device: torch.device) -> bool:
+        """Return whether the device computes in bfloat16, not by emulation."""
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+    def describe(self, device: torch.device) -> str:
+        """Return the device's name, how many processors it has, and the CUDA that torch was built with."""
+        found = torch.cuda.get_device_properties(device)
+        return f"{found.name} with {found.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"

@@ -1,0 +1,87 @@
+"""Generators of devices, also of those of which torch gives no `torch.Generator`."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Generator(Protocol):
+    """What a random program needs of a generator; `torch.Generator` has it."""
+
+    @property
+    def device(self) -> torch.device:
+        """The generator's device."""
+        ...
+
+    def get_state(self) -> Tensor:
+        """Return a copy of the state, on the CPU."""
+        ...
+
+    def set_state(self, state: Tensor) -> Any:
+        """Put the generator into a state."""
+        ...
+
+    def manual_seed(self, seed: int) -> Any:
+        """Put the generator into the state that a seed stands for."""
+        ...
+
+
+class ModuleGenerator:
+    """The default generator of a device, of which torch's module offers the states only.
+
+    Args:
+        device: The device, with its index.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._module: Any = torch.get_device_module(device)
+
+    def get_state(self) -> Tensor:
+        """Return a copy of the state."""
+        state: Tensor = self._module.get_rng_state(self.device)
+        return state
+
+    def set_state(self, state: Tensor) -> None:
+        """Put the generator into a state."""
+        self._module.set_rng_state(state, self.device)
+
+    def manual_seed(self, seed: int) -> None:
+        """Put the generator into the state that a seed stands for."""
+        with torch.accelerator.device_index(self.device.index):
+            self._module.manual_seed(seed)
+
+
+class AbsentGenerator:
+    """Stands for the generator of a device that this machine does not have: its state can be kept, not drawn from.
+
+    Args:
+        device: The device, with its index.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._state = _counter_state(torch.initial_seed())
+
+    def get_state(self) -> Tensor:
+        """Return a copy of the state."""
+        return self._state.clone()
+
+    def set_state(self, state: Tensor) -> None:
+        """Put the generator into a state."""
+        self._state = state.clone()
+
+    def manual_seed(self, seed: int) -> None:
+        """Put the generator into the state that a seed stands for."""
+        self._state = _counter_state(seed)
+
+
+def _counter_state(seed: int) -> Tensor:
+    """Return a seed and an offset of 0, as the counter-based generators of devices keep them."""
+    with torch._C.DisableTorchFunction():
+        return torch.tensor([seed if seed < 2**63 else seed - 2**64, 0], dtype=torch.int64, device="cpu").view(
+            torch.uint8
+        )

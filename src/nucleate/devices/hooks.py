@@ -1,0 +1,95 @@
+"""The questions about a kind of device, with the answers of `torch.accelerator` and of the device's own module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nucleate.devices.generators import Generator, ModuleGenerator
+
+
+class DeviceHooks:
+    """What depends on the kind of a device.
+
+    The answers here are right for every device that torch.accelerator serves. A kind of device overrides the others.
+    Every `device` has an index.
+    """
+
+    def module(self, device: torch.device) -> Any:
+        """Return torch's module of this kind of device, such as `torch.xpu`."""
+        return torch.get_device_module(device)
+
+    def is_present(self, device: torch.device) -> bool:
+        """Return whether this process can use the device: torch was built for it, and it is there."""
+        try:
+            count = self.module(device).device_count()
+        except (AttributeError, RuntimeError):
+            return False
+        return (device.index or 0) < int(count)
+
+    def current_index(self, device_type: str) -> int:
+        """Return the index of the current device of this kind, or 0 where there is none."""
+        here = torch.device(device_type, 0)
+        return int(self.module(here).current_device()) if self.is_present(here) else 0
+
+    # -- random numbers ------------------------------------------------------------------------------------
+
+    def default_generator(self, device: torch.device) -> Generator:
+        """Return the generator that factories and in-place fills on the device use by default."""
+        generators = getattr(self.module(device), "default_generators", ())
+        # torch asks a module for the states only (torch/random.py, `fork_rng`).
+        return generators[device.index] if generators else ModuleGenerator(device)
+
+    def fill_distance(self, is_normal: bool, numel: int, dtype: torch.dtype, device: torch.device) -> int | None:
+        """Return how far a random fill moves the device's generator, or None where only running it tells.
+
+        Args:
+            is_normal: Whether it is `normal_`, else `uniform_`.
+            numel: How many elements it fills.
+            dtype: Of which dtype.
+            device: The device.
+        """
+        return None
+
+    def moved(self, state: Tensor, distance: int) -> Tensor:
+        """Return a generator's state moved forward by a distance that `fill_distance` returned."""
+        raise NotImplementedError(f"{type(self).__name__} gives distances but does not move a state by them")
+
+    def random_state_of(self, device: torch.device) -> Tensor | None:
+        """Return the state of the device's own generator, or None where nothing has used the device yet."""
+        is_initialized = getattr(self.module(device), "is_initialized", None)
+        if not self.is_present(device) or (is_initialized is not None and not is_initialized()):
+            return None
+        return self.default_generator(device).get_state()
+
+    # -- copies --------------------------------------------------------------------------------------------
+
+    @property
+    def pins_memory(self) -> bool:
+        """Whether copies from pinned host memory can overlap with work on the device."""
+        return True
+
+    def make_stream(self, device: torch.device) -> torch.Stream:
+        """Return a new stream of the device."""
+        return torch.Stream(device=device)
+
+    def current_stream(self, device: torch.device) -> torch.Stream:
+        """Return the stream that work on the device goes to."""
+        return torch.accelerator.current_stream(device)
+
+    def make_event(self, device: torch.device) -> torch.Event:
+        """Return a new event of the device."""
+        return torch.Event(device=device)
+
+    # -- arithmetic ----------------------------------------------------------------------------------------
+
+    def supports_bfloat16(self, device: torch.device) -> bool:
+        """Return whether the device computes in bfloat16."""
+        return True
+
+    def describe(self, device: torch.device) -> str:
+        """Return a text that is equal for devices that compute the same bits."""
+        name = getattr(self.module(device), "get_device_name", None)
+        return str(name(device.index)) if name is not None else device.type
