@@ -32,6 +32,10 @@ class CPUHooks(DeviceHooks):
         """False: memory is where the work is."""
         return False
 
+    def supports_bfloat16(self, device: torch.device) -> bool:
+        """Return True: torch computes in bfloat16 on every CPU."""
+        return True
+
     def describe(self, device: torch.device) -> str:
         """Return the instructions that torch uses."""
         return torch.backends.cpu.get_cpu_capability()

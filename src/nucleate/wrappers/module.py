@@ -19,11 +19,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from nucleate.devices.kinds import module_moves
 from nucleate.errors import UsageError
 from nucleate.precision.base import Precision
 from nucleate.strategies.base import Strategy
 
-# How many `backward_allowed` contexts are open. A plain number and not a context variable: on CUDA the hooks
+# How many `backward_allowed` contexts are open. A plain number and not a context variable: on accelerators the hooks
 # run in autograd's own threads, which do not see the caller's context.
 _backward_allowed = 0
 
@@ -261,6 +262,7 @@ for _name in (
     *("children", "named_children", "get_parameter", "get_buffer", "get_submodule", "set_submodule"),
     *("register_parameter", "register_buffer", "register_module", "add_module"),
     *("train", "eval", "requires_grad_", "zero_grad", "apply", "share_memory"),
-    *("to", "to_empty", "type", "cpu", "cuda", "float", "double", "half", "bfloat16"),
+    # All of them that a package brings later for a kind of device call `_apply`.
+    *("to", "to_empty", "type", *module_moves(), "float", "double", "half", "bfloat16", "_apply"),
 ):
     setattr(ModuleWrapper, _name, _delegate(_name))
