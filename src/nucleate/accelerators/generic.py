@@ -58,7 +58,10 @@ class TorchAccelerator(Accelerator):
 
     def is_available(self) -> bool:
         """Return whether this torch was built for the device and sees it."""
-        return self._is_built() and self.is_present(torch.device(self._kind, self._index or 0))
+        if not self._is_built() or not self.is_present(torch.device(self._kind, self._index or 0)):
+            return False
+        asked = getattr(self._module(), "is_available", None)
+        return asked is None or bool(asked())
 
     def why_absent(self) -> str:
         """Return which of the reasons it is: no such torch, or no such device."""
