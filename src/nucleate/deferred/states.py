@@ -17,9 +17,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from nucleate.deferred.active import active_records
 from nucleate.deferred.replay import Replayer
 
-# Bytes of the states of a CPU and a CUDA generator (see `random_program.py`).
-_SIZES = (5056, 16)
-
 
 class States:
     """The generator states that were handed out while something is recorded.
@@ -38,7 +35,8 @@ class States:
 
     def settle(self, tensor: Tensor) -> None:
         """If a real tensor holds a token, let it hold the true state."""
-        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() not in _SIZES or tensor.is_meta:
+        sizes = self._replayer.random.state_sizes
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() not in sizes or tensor.is_meta:
             return
         with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
             if not tensor.is_contiguous() or tensor.device.type != "cpu":

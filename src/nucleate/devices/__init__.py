@@ -1,6 +1,6 @@
 """Kinds of device: what torch says of each in its own way, behind one set of questions."""
 
 from nucleate.devices.hooks import DeviceHooks
-from nucleate.devices.table import hooks_of, use_hooks
+from nucleate.devices.table import concrete, default_generator, hooks_of, is_present, use_hooks
 
-__all__ = ["DeviceHooks", "hooks_of", "use_hooks"]
+__all__ = ["DeviceHooks", "concrete", "default_generator", "hooks_of", "is_present", "use_hooks"]
