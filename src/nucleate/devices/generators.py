@@ -61,7 +61,9 @@ class ModuleGenerator:
 
 
 class AbsentGenerator:
-    """Stands for the generator of a device that this machine does not have: its state can be kept, not drawn from.
+    """Stands for the generator of a device that this machine does not have: it keeps states, and nothing draws from it.
+
+    `torch.manual_seed` would seed the device's generator as well, so its state follows the seed of the CPU's.
 
     Args:
         device: The device, with its index.
@@ -69,10 +71,14 @@ class AbsentGenerator:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._state = _counter_state(torch.initial_seed())
+        self._seed = torch.initial_seed()
+        self._state = _counter_state(self._seed)
 
     def get_state(self) -> Tensor:
         """Return a copy of the state."""
+        if torch.initial_seed() != self._seed:
+            self._seed = torch.initial_seed()
+            self._state = _counter_state(self._seed)
         with _unseen():
             return self._state.clone()
 
