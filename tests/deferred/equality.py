@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -21,9 +19,7 @@ from torch.nn.parameter import is_lazy
 from nucleate.deferred import deferred
 from nucleate.devices import default_generator
 from nucleate.materialize import materialize
-
-#: Where models are constructed: another device than the CPU runs the same tests with what it makes eagerly.
-DEVICE = torch.device(os.environ.get("NUCLEATE_TEST_DEVICE", "cpu"))
+from tests.device import ACCELERATOR, ON_CPU, device, on_device
 
 # What no tensor is looked for in; modules are visited by themselves.
 _CLOSED = (
@@ -177,13 +173,8 @@ def seed_everything(seed: int) -> None:
 def streams() -> tuple[Any, ...]:
     """Return where the random streams of torch, Python and NumPy stand."""
     name, keys, *rest = np.random.get_state()
-    torch_states = {bits(generator.get_state()) for generator in (torch.default_generator, default_generator(DEVICE))}
+    torch_states = {bits(generator.get_state()) for generator in (torch.default_generator, default_generator(device()))}
     return torch_states, random.getstate(), (name, keys.tobytes(), *rest)
-
-
-def on_device() -> AbstractContextManager[Any]:
-    """Return the context in which factories make tensors on the device of the tests."""
-    return nullcontext() if DEVICE.type == "cpu" else DEVICE
 
 
 def construct_both(make: Callable[[], nn.Module], seed: int = 0) -> tuple[nn.Module, nn.Module]:
@@ -196,26 +187,26 @@ def construct_both(make: Callable[[], nn.Module], seed: int = 0) -> tuple[nn.Mod
         with on_device():
             eager = make()
     except Exception as error:
-        if DEVICE.type == "cpu":
+        if ON_CPU:
             raise
         with pytest.raises(type(error)):
             _construct_deferred(make, seed)
-        pytest.skip(f"eager torch fails on {DEVICE.type} as well: {type(error).__name__}: {str(error)[:200]}")
+        pytest.skip(f"eager torch fails on {ACCELERATOR} as well: {type(error).__name__}: {str(error)[:200]}")
     after_eager = streams()
     seed_everything(seed)
-    with on_device(), deferred(DEVICE):
+    with on_device(), deferred(device()):
         model = make()
     assert streams() == after_eager, "construction left a random stream elsewhere"
-    materialize(model, DEVICE)
+    materialize(model, device())
     assert streams() == after_eager, "materialization moved a random stream"
     return eager, model
 
 
 def _construct_deferred(make: Callable[[], nn.Module], seed: int) -> None:
     seed_everything(seed)
-    with on_device(), deferred(DEVICE):
+    with on_device(), deferred(device()):
         model = make()
-    materialize(model, DEVICE)
+    materialize(model, device())
 
 
 def assert_exact(make: Callable[[], nn.Module]) -> nn.Module:
