@@ -1,6 +1,23 @@
 """Kinds of device: what torch says of each in its own way, behind one set of questions."""
 
 from nucleate.devices.hooks import DeviceHooks
-from nucleate.devices.table import devices_taken, hooks_of, take_device, use_hooks
+from nucleate.devices.table import (
+    concrete,
+    default_generator,
+    devices_taken,
+    hooks_of,
+    is_present,
+    take_device,
+    use_hooks,
+)
 
-__all__ = ["DeviceHooks", "devices_taken", "hooks_of", "take_device", "use_hooks"]
+__all__ = [
+    "DeviceHooks",
+    "concrete",
+    "default_generator",
+    "devices_taken",
+    "hooks_of",
+    "is_present",
+    "take_device",
+    "use_hooks",
+]

@@ -1,4 +1,4 @@
-"""Which hooks serve which kind of device, and which devices this process uses."""
+"""Which hooks serve which device, its index and its generator, and which devices this process uses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib import import_module
 
 import torch
 
+from nucleate.devices.generators import AbsentGenerator, Generator
 from nucleate.devices.hooks import DeviceHooks
 
 # Device type to `"module:Class"`; every other device is served by `DeviceHooks` itself.
@@ -15,6 +16,7 @@ _BUILTINS = {"cpu": "nucleate.devices.cpu:CPUHooks", "cuda": "nucleate.devices.c
 _chosen: dict[str, DeviceHooks] = {}
 # By the accelerators that took them, as long as these live; the first one taken comes first.
 _taken: weakref.WeakKeyDictionary[DeviceHooks, torch.device] = weakref.WeakKeyDictionary()
+_generators: dict[torch.device, Generator] = {}
 
 
 def hooks_of(device: torch.device) -> DeviceHooks:
@@ -30,6 +32,8 @@ def use_hooks(device_type: str, hooks: DeviceHooks) -> None:
     accelerator answers only if it extends nucleate's class for that kind.
     """
     if isinstance(hooks, type(_builtin(device_type))):
+        if type(hooks) is not type(_chosen.get(device_type)):
+            _generators.clear()
         _chosen[device_type] = hooks
 
 
@@ -51,6 +55,41 @@ def devices_taken() -> list[torch.device]:
         if hooks_of(device).random_state_of(device) is not None:
             found = [device]
     return found
+
+
+def concrete(device: torch.device | str) -> torch.device:
+    """Return a device with its index; without one, the current device of its kind is meant. The CPU has none."""
+    device = torch.device(device)
+    if device.index is not None or device.type in ("cpu", "meta"):
+        return torch.device("cpu") if device.type == "cpu" else device
+    return torch.device(device.type, hooks_of(device).current_index(device.type))
+
+
+def is_present(device: torch.device) -> bool:
+    """Return whether this process can use a device."""
+    return hooks_of(device).is_present(device)
+
+
+def default_generator(device: torch.device) -> Generator:
+    """Return the generator that factories and in-place fills on a device use by default, the same object each time.
+
+    For a device that this machine does not have, it is one that keeps its states and cannot be drawn from.
+    """
+    if device.type == "cpu":
+        return torch.default_generator
+    device = concrete(device)
+    if device in _generators:
+        return _generators[device]
+    if not is_present(device):
+        return _absent(device)
+    generator = hooks_of(device).default_generator(device)
+    _generators[device] = generator
+    return generator
+
+
+@functools.cache
+def _absent(device: torch.device) -> AbsentGenerator:
+    return AbsentGenerator(device)
 
 
 @functools.cache
