@@ -28,7 +28,7 @@ from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
 from nucleate.cluster.numerics import Numerics
 from nucleate.deferred import Given, deferred, eager, is_recording, resumed
-from nucleate.devices import take_device
+from nucleate.devices import made_current, take_device
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.integrations.base import Integration
 from nucleate.materialize import Plan, reset
@@ -233,6 +233,7 @@ class Runtime:
         defer = self._strategy.shards if empty_init is None else empty_init
         self._agree_on_generators()
         with ExitStack() as stack:
+            stack.enter_context(made_current(self._device))
             for part in (self._accelerator, self._precision, self._strategy):
                 stack.enter_context(part.module_init_context())
             if defer:
@@ -247,7 +248,11 @@ class Runtime:
     def init_tensor(self) -> Iterator[None]:
         """Create tensors inside this context on the device, floating point ones in the precision's dtype."""
         self.launch()
-        with self._accelerator.module_init_context(), self._precision.module_init_context():
+        with (
+            made_current(self._device),
+            self._accelerator.module_init_context(),
+            self._precision.module_init_context(),
+        ):
             yield
 
     # -- set up --------------------------------------------------------------------------------------------
@@ -299,14 +304,14 @@ class Runtime:
         # Apart from what precedes: a strategy exchanges tensors, and would wait for a rank that failed before.
         with self._communicator.all_or_none("setup"):
             verification = Verification(model, self._verify == "all", self._device) if self._verify else None
-            with metered(self.is_global_zero):
+            with metered(self.is_global_zero), made_current(self._device):
                 forward_module = self._strategy.setup(model)
             renewed = dict(model.named_parameters(remove_duplicate=False))
             for optimizer in optimizers:
                 repoint(optimizer, names, renewed)
         if verification is not None:
             verification.run(self._communicator)
-        wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy)
+        wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy, self._device)
         for integration in integrations:
             for method in integration.inference_methods(model):
                 wrapped.mark_inference_method(method)

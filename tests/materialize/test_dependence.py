@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from nucleate.cluster.numerics import BUILD, CAPABILITY, FILLS, DEVICE, LIBRARIES, THREADS, Numerics
+from nucleate.cluster.numerics import BUILD, CAPABILITY, DEVICE, FILLS, LIBRARIES, THREADS, Numerics
 from nucleate.deferred import deferred
 from nucleate.materialize import Plan
 from nucleate.materialize.dependence import GRAIN_NUMEL, numerics_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,17 +116,22 @@ def _refuse_held(tensors: dict[Tensor, str], device: torch.device) -> None:
 
 def _is_held(tensor: Tensor) -> bool:
     """Return whether swapping a tensor would leave somebody with another one (`torch.utils.swap_tensors`, 2.13)."""
-    if not tensor.is_leaf or tensor._use_count() > 2:
+    if not tensor.is_leaf or _num_references(tensor) > 2:
         return True
-    if tensor._use_count() == 1:
+    if _num_references(tensor) == 1:
         return False
     if not tensor.requires_grad or weakref.getweakrefs(tensor):
         return True
     # The node that accumulates its gradient, which `swap_tensors` makes fail if it runs; asking may have made it.
     node = torch.autograd.graph.get_gradient_edge(tensor).node
-    is_node = tensor._use_count() == 2
+    is_node = _num_references(tensor) == 2
     del node
     return not is_node
+
+
+def _num_references(tensor: Any) -> int:
+    count: int = tensor._use_count()
+    return count
 
 
 @contextmanager

@@ -67,18 +67,20 @@ def start(environment: Environment, backend: str, timeout: timedelta, device: to
         timeout=timeout,
         device_id=bound,
     )
-    if bound is not None and not dist.group.WORLD._get_backend(bound).supports_splitting:
+    group = dist.group.WORLD
+    assert group is not None
+    if bound is not None and not group._get_backend(bound).supports_splitting:
         # A DeviceMesh splits a group that is bound to a device, and fails where the backend cannot be split
         # (`_init_one_process_group` in torch/distributed/device_mesh.py, 2.13). Of a group that is not bound it makes
         # new groups.
-        dist.group.WORLD.bound_device_id = None
+        group.bound_device_id = None
     _started_here = True
     _starts += 1
     # Without this gloo's threads now and then abort the interpreter's exit. Registering twice is harmless.
     atexit.register(stop)
 
 
-def gloo_beside(group: dist.ProcessGroup) -> str:
+def gloo_beside(group: dist.ProcessGroup | None) -> str:
     """Return the backend string of a gloo group that can be made beside a group, whatever device that is bound to.
 
     torch asks a new group for the backend of the device that the default group is bound to, and fails where it has none

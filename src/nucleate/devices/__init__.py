@@ -7,6 +7,7 @@ from nucleate.devices.table import (
     devices_taken,
     hooks_of,
     is_present,
+    made_current,
     take_device,
     use_hooks,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "devices_taken",
     "hooks_of",
     "is_present",
+    "made_current",
     "take_device",
     "use_hooks",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,10 @@ class CPUHooks(DeviceHooks):
     def current_index(self, device_type: str) -> int:
         """Return 0: there is one CPU."""
         return 0
+
+    def made_current(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return a context that does nothing."""
+        return nullcontext()
 
     def default_generator(self, device: torch.device) -> torch.Generator:
         """Return torch's default generator."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ class DeviceHooks:
         """Return the index of the current device of this kind, or 0 where there is none."""
         here = torch.device(device_type, 0)
         return int(self.module(here).current_device()) if self.is_present(here) else 0
+
+    def made_current(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return the context in which the device is the current one of its kind."""
+        return torch.accelerator.device_index(device.index)
 
     # -- random numbers ------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 
 import torch
@@ -16,6 +17,7 @@ _BUILTINS = {"cpu": "nucleate.devices.cpu:CPUHooks", "cuda": "nucleate.devices.c
 _chosen: dict[str, DeviceHooks] = {}
 # By the accelerators that took them, as long as these live; the first one taken comes first.
 _taken: weakref.WeakKeyDictionary[DeviceHooks, torch.device] = weakref.WeakKeyDictionary()
+_uses_several = False
 _generators: dict[torch.device, Generator] = {}
 
 
@@ -39,8 +41,18 @@ def use_hooks(device_type: str, hooks: DeviceHooks) -> None:
 
 def take_device(device: torch.device, hooks: DeviceHooks) -> None:
     """Note that an accelerator has selected a device, and let it answer for its kind."""
+    global _uses_several
     use_hooks(device.type, hooks)
     _taken[hooks] = device
+    _uses_several = _uses_several or len(devices_taken()) > 1
+
+
+def made_current(device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which a device is the current one, if this process has used another one as well.
+
+    Code that names a device without its index means the current one, which is that of the last accelerator made.
+    """
+    return hooks_of(device).made_current(device) if _uses_several else nullcontext()
 
 
 def devices_taken() -> list[torch.device]:
