@@ -20,7 +20,7 @@ from nucleate.deferred.random_program import Position, RandomProgram, Run
 from nucleate.deferred.replay import Replayer
 from nucleate.deferred.streams import moved
 from nucleate.deferred.tape import Step
-from nucleate.materialize.source import Recipe
+from nucleate.materialize.source import Recipe, is_moved_to, moved_to
 
 # States that are kept for each run, so that going back a little does not mean to draw it all again.
 _NUM_KEPT = 64
@@ -110,7 +110,10 @@ class Reference:
             recipe: What makes it.
             device: Where.
         """
-        return self._replayer(recipe).storage(recipe.storage, device)
+        replayer = self._replayer(recipe)
+        if is_moved_to(recipe.record, device):
+            return moved_to(device, replayer.storage(recipe.storage, recipe.record.device))
+        return replayer.storage(recipe.storage, device)
 
     def pieces(self, recipe: Recipe) -> tuple[Pieces, Cursors] | None:
         """Return how ranges of a storage on the CPU are made, in drawn places of the stream, or None.

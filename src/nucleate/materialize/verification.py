@@ -124,8 +124,9 @@ class Verification:
         local = (cast(Any, actual).to_local() if is_sharded(actual) else actual).detach()
         for row, rows in _windows(local.shape):
             begin = (offsets[0] + row, *offsets[1:])
-            part = local.narrow(0, row, rows).to(self._device)
-            expected = torch.empty(part.shape, dtype=ref.dtype, device=self._device)
+            # Ranges are made on the CPU.
+            part = local.narrow(0, row, rows).cpu()
+            expected = torch.empty(part.shape, dtype=ref.dtype, device="cpu")
             for piece in parts_of(pieces, ref.offset, ref.size, begin, expected):
                 piece.make(cursors)
             text = _first_difference(part, expected, begin)
