@@ -59,6 +59,10 @@ class Given(ABC):
         """Return memory that holds the elements already and may become the tensor's own, or None."""
         return None
 
+    def resident(self, device: torch.device) -> Tensor | None:
+        """Return a tensor of the shape with the elements that is on this kind of device already, or None."""
+        return None
+
     def check_unchanged(self) -> None:
         """Make sure that the elements are those that were given, as far as that is seen without reading them.
 
@@ -95,6 +99,10 @@ def take(tensor: Tensor, given: Given) -> None:
 
 
 def _take_on_device(out: Tensor, given: Given) -> None:
+    resident = given.resident(out.device)
+    if resident is not None:
+        out.copy_(resident)
+        return
     dtype = given.dtype if casts_there(out.device, given.dtype, out.dtype) else out.dtype
     with Staging(out.device, out.numel() * dtype.itemsize) as staging:
         for start, part in slabs(out, staging.buffer_bytes // dtype.itemsize):

@@ -208,6 +208,11 @@ def slabs(tensor: Tensor, limit: int) -> Iterator[tuple[int, Tensor]]:
             yield from ((first * row_numel + start, part) for start, part in slabs(tensor[first], limit))
 
 
+def fits(size_bytes: int) -> bool:
+    """Return whether so many bytes fit into one buffer."""
+    return size_bytes <= BUFFER_BYTES
+
+
 def aligned(size_bytes: int) -> int:
     """Return the next multiple of the alignment."""
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT

@@ -18,7 +18,7 @@ from nucleate.deferred.fills import is_contiguous
 from nucleate.deferred.replay import backward_slice, view
 from nucleate.deferred.tape import Step, TensorRef
 from nucleate.devices import Staging, casts_there
-from nucleate.devices.staging import BUFFER_BYTES
+from nucleate.devices.staging import fits
 from nucleate.errors import ConversionError
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.memory import advise_huge_pages
@@ -274,7 +274,7 @@ class Conversions:
             if self._device.type != "cpu":
                 bare = pieces.uncast()
                 pieces = bare if casts_there(self._device, bare.dtype, pieces.dtype) else pieces
-                if job.block_bytes(pieces.dtype) > BUFFER_BYTES:
+                if not fits(job.block_bytes(pieces.dtype)):
                     continue
             self._done.add(key)
             for first, last in job.blocks():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nucleate.devices import Staging
 from nucleate.devices.staging import aligned
-from nucleate.materialize.parts import Part, Placed
+from nucleate.materialize.parts import Part
 from nucleate.materialize.source import Cursors
 from nucleate.report.meter import Meter
 
@@ -52,9 +52,7 @@ def _make_staged(device: torch.device, parts: Sequence[Part], makers: _Makers, m
     """Make parts batch by batch, and send each batch while the next one is made."""
     crossing: list[Part] = []
     for part in parts:
-        value = part.pieces.constant()
-        if value is not None and isinstance(part, Placed):
-            part.out.fill_(value)
+        if part.make_there():
             meter.add(part.size_bytes)
         else:
             crossing.append(part)

@@ -76,6 +76,10 @@ class Part(ABC):
     def make(self, cursors: Cursors) -> None:
         """Make it, where it goes to host memory."""
 
+    def make_there(self) -> bool:
+        """Make it on its device, if nothing has to cross for that, and return whether that was so."""
+        return False
+
     @abstractmethod
     def on_host(self, memory: Tensor) -> Part:
         """Return the part that makes its values in host memory, `(numel,)` of the pieces' dtype."""
@@ -114,6 +118,12 @@ class Placed(Part):
     @property
     def row_bytes(self) -> int:
         return self.out.numel() // self.out.shape[0] * self.pieces.dtype.itemsize
+
+    def make_there(self) -> bool:
+        value = self.pieces.constant()
+        if value is not None:
+            self.out.fill_(value)
+        return value is not None
 
     def on_host(self, memory: Tensor) -> Part:
         return replace(self, out=memory.view(self.out.shape))
@@ -192,6 +202,31 @@ class Scattered(Placed):
             part.make(cursors)
 
 
+@dataclass(frozen=True, slots=True)
+class Resident(Placed):
+    """Elements that a tensor on this kind of device has.
+
+    Attributes:
+        source: The tensor, of the shape of `out`.
+    """
+
+    source: Tensor
+
+    @property
+    def row_numel(self) -> int:
+        return self.out.numel() // self.out.shape[0]
+
+    def cut(self, first: int, last: int) -> Part:
+        return Resident(self.pieces, self.start, self.out[first:last], self.source[first:last])
+
+    def make(self, cursors: Cursors) -> None:
+        self.make_there()
+
+    def make_there(self) -> bool:
+        self.out.copy_(self.source)
+        return True
+
+
 def parts_on(pieces: Pieces, base: int, shape: Sequence[int], offsets: Sequence[int], out: Tensor) -> Iterator[Part]:
     """Cut a box out of a contiguous tensor on a storage, for any device.
 
@@ -206,13 +241,38 @@ def parts_on(pieces: Pieces, base: int, shape: Sequence[int], offsets: Sequence[
     if out.device.type == "cpu":
         yield from parts_of(pieces, base, shape, offsets, out)
         return
+    if not out.numel():
+        return
+    resident = _resident(pieces, base, tuple(shape), offsets, out)
+    if resident is not None:
+        yield resident
+        return
     bare = pieces.uncast()
     if casts_there(out.device, bare.dtype, out.dtype):
         pieces = bare
     if out.is_contiguous() and not (out.is_conj() or out.is_neg()):
         yield from parts_of(pieces, base, shape, offsets, out)
-    elif out.numel():
+    else:
         yield from _scattered(pieces, base, tuple(shape), tuple(offsets), out)
+
+
+def _resident(
+    pieces: Pieces, base: int, shape: tuple[int, ...], offsets: Sequence[int], out: Tensor
+) -> Resident | None:
+    """Return the box where its device has the elements already, whoever gives them, or None."""
+    given = pieces.given()
+    source = None if given is None or base else given.resident(out.device)
+    if source is None or math.prod(shape) != source.numel():
+        return None
+    if shape != tuple(source.shape):
+        if shape != (out.numel(),) or not out.is_contiguous():
+            return None
+        # All of it, as the storage that is made whole.
+        out = out.view(source.shape)
+    else:
+        for dim, (offset, length) in enumerate(zip(offsets, out.shape, strict=True)):
+            source = source.narrow(dim, offset, length)
+    return Resident(pieces, base, *((out, source) if out.dim() else (out.view(1), source.view(1))))
 
 
 def _scattered(
