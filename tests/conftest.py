@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from nucleate.cluster import process_group
+from tests.device import ACCELERATOR
+
+if ACCELERATOR == "sim":
+    from tests.sim.conftest import *  # noqa: F403 - its fixtures, for every test
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -677,6 +677,7 @@ class Runtime:
         """Return a fingerprint of the recipes of a model, and what their bits depend on if there are other ranks."""
         # The plan lists the tensors as they are now, so it is not kept.
         plan = Plan.of(model)
+        plan.check_device(self._device)
         return (plan.digest(), numerics_of(plan, self._device)) if self.world_size > 1 else ("", None)
 
     def _compare_ranks(self, facts: tuple[str, Numerics | None] | None, found: Mapping[str, Any]) -> None:

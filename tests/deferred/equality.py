@@ -11,12 +11,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nucleate.deferred import deferred
+from nucleate.devices import default_generator
 from nucleate.materialize import materialize
+from tests.device import ACCELERATOR, ON_CPU, device, on_device
 
 # What no tensor is looked for in; modules are visited by themselves.
 _CLOSED = (
@@ -89,7 +92,7 @@ def _filled_cells(function: types.FunctionType) -> Iterator[types.CellType]:
 def bits(tensor: Tensor) -> bytes:
     """Return the content of a tensor as bytes, so that NaN equals NaN and -0.0 differs from 0.0."""
     flat = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return flat.view(torch.uint8).cpu().numpy().tobytes() if flat.numel() else b""
 
 
 def differences(eager: nn.Module, other: nn.Module) -> Iterator[str]:
@@ -170,21 +173,40 @@ def seed_everything(seed: int) -> None:
 def streams() -> tuple[Any, ...]:
     """Return where the random streams of torch, Python and NumPy stand."""
     name, keys, *rest = np.random.get_state()
-    return bits(torch.get_rng_state()), random.getstate(), (name, keys.tobytes(), *rest)
+    torch_states = {bits(generator.get_state()) for generator in (torch.default_generator, default_generator(device()))}
+    return torch_states, random.getstate(), (name, keys.tobytes(), *rest)
 
 
 def construct_both(make: Callable[[], nn.Module], seed: int = 0) -> tuple[nn.Module, nn.Module]:
-    """Return the model made eagerly and the same model deferred and materialized, with equal streams asserted."""
+    """Return the model made eagerly and the same model deferred and materialized, with equal streams asserted.
+
+    Where the device of the tests cannot make it eagerly, as where it needs NumPy, deferred construction must fail too.
+    """
     seed_everything(seed)
-    eager = make()
+    try:
+        with on_device():
+            eager = make()
+    except Exception as error:
+        if ON_CPU:
+            raise
+        with pytest.raises(type(error)):
+            _construct_deferred(make, seed)
+        pytest.skip(f"eager torch fails on {ACCELERATOR} as well: {type(error).__name__}: {str(error)[:200]}")
     after_eager = streams()
     seed_everything(seed)
-    with deferred():
+    with on_device(), deferred(device()):
         model = make()
     assert streams() == after_eager, "construction left a random stream elsewhere"
-    materialize(model)
+    materialize(model, device())
     assert streams() == after_eager, "materialization moved a random stream"
     return eager, model
+
+
+def _construct_deferred(make: Callable[[], nn.Module], seed: int) -> None:
+    seed_everything(seed)
+    with on_device(), deferred(device()):
+        model = make()
+    materialize(model, device())
 
 
 def assert_exact(make: Callable[[], nn.Module]) -> nn.Module:

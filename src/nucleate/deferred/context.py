@@ -23,10 +23,10 @@ from nucleate.deferred.lazy_given import given_of_lazy, memory_of_lazy
 from nucleate.deferred.live_writes import pieces_of
 from nucleate.deferred.patches import patched
 from nucleate.deferred.pieces import Pieces
-from nucleate.deferred.random_program import default_generator
 from nucleate.deferred.record import Recorder
 from nucleate.deferred.replay import Replayer
 from nucleate.deferred.tape import Step, Tape
+from nucleate.devices import concrete, default_generator
 from nucleate.errors import DeferredUseError
 
 # A tensor that one record meets may belong to another.
@@ -43,6 +43,7 @@ class Record:
     """
 
     def __init__(self, device: torch.device) -> None:
+        device = concrete(device)
         self.device = device
         self.tape = Tape()
         self.replayer = Replayer(self.tape, device)
@@ -335,8 +336,9 @@ def deferred(device: torch.device | str = "cpu") -> Iterator[Record]:
     """Construct models without making their tensors: each becomes a recipe, made later by `materialize`.
 
     Args:
-        device: The device that the tensors will live on; construction behaves as it would there. For CUDA the
-            reference is construction under `torch.device("cuda")`, which the caller enters.
+        device: The device that the tensors will live on; construction behaves as it would there. For a device other
+            than the CPU the reference is construction under `torch.device(device)`, which the caller enters. A device
+            that this machine does not have can be recorded for, but nothing can be made.
 
     Yields:
         The record. On exit, also by an exception, every random generator stands where eager construction would
@@ -352,7 +354,7 @@ def deferred(device: torch.device | str = "cpu") -> Iterator[Record]:
         Parameter(deferred, shape=(2, 2), dtype=torch.float32)
         >>> _ = materialize(model)
     """
-    device = torch.device(device)
+    device = concrete(device)
     outer = active_record(device)
     if outer is not None and outer.thread == threading.get_ident():
         # Inside another recording for the same device there is nothing to begin and nothing to end.

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from nucleate.deferred.absent import FROM_DATA, absent_as_meta
 from nucleate.deferred.active import turn
 from nucleate.deferred.copies import deepcopy
 from nucleate.deferred.geometry import is_plain
@@ -63,6 +64,9 @@ class Impersonation(TorchFunctionMode):
             if func == _IS_META and (frame := loading_frame()) is not None:
                 refuse_meta_source(frame.f_locals)
             return self.answers[func]
+        if not self.recorder.is_present and (meant := absent_as_meta(func, args, kwargs, self.recorder.device)):
+            with self._impersonated_target():
+                return self._made_for_absent(func, *meant)
         handler = _HANDLERS.get(func)
         if handler is not None:
             with turn:
@@ -209,23 +213,42 @@ class Impersonation(TorchFunctionMode):
                 if self._is_deferred(args[0]):
                     return self._to_meta(args[0], args[1:], kwargs)
                 return func(*args, **kwargs)
-        if not self._is_deferred(args[0]):
-            return func(*args, **kwargs)
         own = self.recorder.device
+        if not self._is_deferred(args[0]):
+            return func(*args, **kwargs) if self.recorder.is_present else self._move_to_absent(func, args, kwargs)
         if func is Tensor.cpu:
             return args[0] if own.type == "cpu" else func(*args, **kwargs)
         if func is Tensor.cuda:
             target = kwargs.get("device", args[1] if len(args) > 1 else None)
             same = own.type == "cuda" and (target is None or _same_device(target, own))
             return args[0] if same else func(*args, **kwargs)
+        return self._move_as_meta(func, args, kwargs)
+
+    def _move_as_meta(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         there = torch.device("meta")
 
         def here(leaf: Any) -> Any:
             is_device = isinstance(leaf, (str, torch.device))
-            return there if is_device and _same_device(leaf, own) else leaf
+            return there if is_device and _same_device(leaf, self.recorder.device) else leaf
 
         with self._impersonated_target():
             return func(args[0], *map(here, args[1:]), **{name: here(value) for name, value in kwargs.items()})
+
+    def _move_to_absent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record where a real tensor is moved to a device that is not there."""
+        if func.__name__ != self.recorder.device.type:
+            return self._move_as_meta(func, args, kwargs)
+        device = torch.device(self.recorder.device.type, self.recorder.device.index)
+        return self._move_as_meta(Tensor.to, (args[0], device), {})
+
+    def _made_for_absent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make what is asked for on a device that is not there: the meta device stands for it."""
+        if func not in FROM_DATA:
+            return func(*args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
+        value = self._construct(func, args, {**kwargs, "device": "cpu"})
+        moved: Tensor = torch.ops.aten._to_copy(value, device=torch.device("meta"))
+        return moved.requires_grad_(value.requires_grad)
 
     @contextmanager
     def _impersonated_target(self) -> Iterator[None]:

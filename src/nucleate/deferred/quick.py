@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nucleate.deferred.random_program import default_generator
 from nucleate.deferred.tape import Step, TensorRef
 from nucleate.deferred.traits import Traits
+from nucleate.devices import default_generator
 
 if TYPE_CHECKING:
     from nucleate.deferred.record import Recorder

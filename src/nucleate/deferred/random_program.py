@@ -29,6 +29,7 @@ from torch import Tensor
 from nucleate.deferred import streams
 from nucleate.deferred.mersenne_twister import Workspace
 from nucleate.deferred.plain import plain_modes
+from nucleate.devices.generators import AbsentGenerator, Generator
 
 if TYPE_CHECKING:
     from nucleate.deferred.tape import Step
@@ -40,6 +41,9 @@ NUM_REMEMBERED = 256
 # index of the next word (8), then 624 words of 8 bytes of which the engine keeps the lower four. A token replaces
 # the first two words, which leaves `initial_seed()` and the validity checks of `set_state` as they are.
 _CPU_WORDS = 24
+#: Bytes of such a state.
+CPU_STATE_BYTES = 5056
+# How other devices keep their states is their own business, so there a token is what a seed of ours leads to.
 _TOKEN_MARK = 0x6E75636C  # "nucl"
 _TOKEN_BYTES = 16
 
@@ -81,7 +85,7 @@ class Position:
 
     Attributes:
         run: The run it is in.
-        offset: How far from the run's start: in 32-bit draws on the CPU, in Philox counters on CUDA.
+        offset: How far from the run's start: in 32-bit draws on the CPU, elsewhere as the device counts.
     """
 
     run: Run
@@ -110,23 +114,26 @@ class RandomProgram:
     def __init__(self, execute: Callable[[Tensor, Step], Tensor]) -> None:
         self._execute = execute
         self._tokens: dict[bytes, Position] = {}
-        self._generators: dict[int, torch.Generator] = {}
+        self._generators: dict[int, Generator] = {}
         self._remembered: deque[tuple[Run, int]] = deque()
         self._workspace = Workspace()
         # The generator that was located last, and a copy of its state that nobody else holds.
-        self._seen: tuple[torch.Generator | None, Tensor | None] = (None, None)
+        self._seen: tuple[Generator | None, Tensor | None] = (None, None)
+        #: How many bytes the states have that it met.
+        self.state_sizes = {CPU_STATE_BYTES}
         _programs.add(self)
 
-    def generators(self, default: torch.Generator) -> list[torch.Generator]:
+    def generators(self, default: Generator) -> list[Generator]:
         """Return `default` and every generator that a random step drew from."""
         return list({id(default): default, **self._generators}.values())
 
-    def locate(self, generator: torch.Generator) -> Position:
+    def locate(self, generator: Generator) -> Position:
         """Return the position where the generator stands now."""
         self._generators[id(generator)] = generator
         state = generator.get_state()
         self._seen = (generator, state)
-        key = _key(state)
+        self.state_sizes.add(state.numel())
+        key = _key(state, generator.device.type)
         position = self._tokens.get(key)
         if position is not None:
             return position
@@ -139,9 +146,11 @@ class RandomProgram:
 
     def position_of(self, state: Tensor) -> Position | None:
         """Return the position that a token stands for, or None for any other state."""
-        return self._tokens.get(_key(state))
+        if state.numel() == CPU_STATE_BYTES and (position := self._tokens.get(_key(state, "cpu"))) is not None:
+            return position
+        return self._tokens.get(_key(state, ""))
 
-    def follow(self, generator: torch.Generator, position: Position, step: Step, state: Tensor | None = None) -> None:
+    def follow(self, generator: Generator, position: Position, step: Step, state: Tensor | None = None) -> None:
         """Put the generator behind a random step that stands at `position`.
 
         Args:
@@ -157,9 +166,8 @@ class RandomProgram:
             after = Position(Run(generator.device.type, state, (position, step)), 0)
         seen, before = self._seen
         self._seen = (None, None)
-        token = _token(generator, next(_numbers), before if seen is generator else None)
-        self._tokens[_key(token)] = after
-        generator.set_state(token)
+        key = _put_token(generator, next(_numbers), before if seen is generator else None)
+        self._tokens[key] = after
 
     def state_at(self, position: Position) -> Tensor:
         """Return the generator's true state at a position."""
@@ -194,16 +202,22 @@ class RandomProgram:
                 old, old_offset = self._remembered.popleft()
                 del old.known[bisect_right(old.known, old_offset, key=_offset) - 1]
 
-    def last_known_states(self) -> list[tuple[torch.Generator, Tensor]]:
+    def last_known_states(self) -> list[tuple[Generator, Tensor]]:
         """Return a state for every generator that holds a token, for when its true one cannot be found."""
-        positions = [(g, self._tokens.get(_key(g.get_state()))) for g in self._generators.values()]
-        return [(generator, _start(position.run)) for generator, position in positions if position is not None]
+        return [(generator, _start(position.run)) for generator, position in self._held_positions()]
 
-    def true_states(self) -> list[tuple[torch.Generator, Tensor]]:
+    def true_states(self) -> list[tuple[Generator, Tensor]]:
         """Return the true state of every generator that holds a token."""
         # All at once: making a state draws from the others.
-        positions = [(g, self._tokens.get(_key(g.get_state()))) for g in self._generators.values()]
-        return [(generator, self.state_at(position)) for generator, position in positions if position is not None]
+        return [
+            # Nothing can be run on a device that is absent, and nobody can draw from its generator.
+            (generator, _start(position.run) if isinstance(generator, AbsentGenerator) else self.state_at(position))
+            for generator, position in self._held_positions()
+        ]
+
+    def _held_positions(self) -> list[tuple[Generator, Position]]:
+        found = [(g, self._tokens.get(_key(g.get_state(), g.device.type))) for g in self._generators.values()]
+        return [(generator, position) for generator, position in found if position is not None]
 
 
 def _start(run: Run) -> Tensor:
@@ -214,34 +228,33 @@ def _start(run: Run) -> Tensor:
     return run.state
 
 
-def default_generator(device: torch.device) -> torch.Generator:
-    """Return the generator that factories and in-place fills on `device` use by default."""
-    if device.type == "cuda":
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        return torch.cuda.default_generators[index]
-    return torch.default_generator
-
-
 def _offset(known: tuple[int, Tensor]) -> int:
     return known[0]
 
 
-def _key(state: Tensor) -> bytes:
+def _key(state: Tensor, device_type: str) -> bytes:
     """Return the bytes of a state that tell a token."""
     # `bytes(storage)` would go byte by byte through Python.
-    offset = _CPU_WORDS if state.numel() > _TOKEN_BYTES else 0
-    return ctypes.string_at(state.data_ptr() + offset, _TOKEN_BYTES)
+    if device_type == "cpu":
+        return ctypes.string_at(state.data_ptr() + _CPU_WORDS, _TOKEN_BYTES)
+    content = ctypes.string_at(state.data_ptr(), state.numel())
+    return content if len(content) <= _TOKEN_BYTES else hashlib.blake2b(content, digest_size=_TOKEN_BYTES).digest()
 
 
-def _token(generator: torch.Generator, number: int, state: Tensor | None) -> Tensor:
+def _put_token(generator: Generator, number: int, state: Tensor | None) -> bytes:
+    """Put a generator into a state of our own, and return the bytes that tell it.
+
+    Args:
+        generator: The generator.
+        number: Makes the state unique.
+        state: A state of the generator that may be written to, if there is one already.
+    """
+    if generator.device.type != "cpu":
+        generator.manual_seed((_TOKEN_MARK << 31) + number)
+        return _key(generator.get_state(), generator.device.type)
     state = generator.get_state() if state is None else state
-    if generator.device.type == "cpu":
-        words = state[_CPU_WORDS : _CPU_WORDS + _TOKEN_BYTES].view(torch.int64)
-        words[0] = _TOKEN_MARK
-        words[1] = number
-    else:
-        # Philox (aten/src/ATen/cuda/CUDAGeneratorImpl.cpp): seed and offset, 8 bytes each.
-        words = state.view(torch.int64)
-        words[0] = (_TOKEN_MARK << 31) + number
-        words[1] = 0
-    return state
+    words = state[_CPU_WORDS : _CPU_WORDS + _TOKEN_BYTES].view(torch.int64)
+    words[0] = _TOKEN_MARK
+    words[1] = number
+    generator.set_state(state)
+    return _key(state, "cpu")

@@ -26,13 +26,15 @@ from nucleate.deferred.exposed import Exposed
 from nucleate.deferred.geometry import is_doubtful, is_plain, result_on_meta, result_on_stand_ins, to_meta, trust
 from nucleate.deferred.given import Given, take
 from nucleate.deferred.quick import record_factory, record_fill, remember_fill
-from nucleate.deferred.random_program import Position, default_generator
+from nucleate.deferred.random_program import Position
 from nucleate.deferred.replay import Replayer, view
 from nucleate.deferred.states import States
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
 from nucleate.deferred.tensor_given import TensorGiven
 from nucleate.deferred.traits import Traits, traits_of
 from nucleate.deferred.values import Values
+from nucleate.devices import default_generator, is_present
+from nucleate.devices.generators import Generator
 
 aten = torch.ops.aten
 
@@ -57,6 +59,8 @@ class Recorder(TorchDispatchMode):
         self.tape = tape
         self.replayer = replayer
         self.device = device
+        #: Whether values can be made on the device; else they are recorded for one that this machine does not have.
+        self.is_present = is_present(device)
         #: The Python objects of deferred tensors, as long as they live; those left at the end are guarded.
         self.handed_out: list[weakref.ref[Tensor]] = []
         #: The threads that it records. In others that have entered it, it does nothing any more.
@@ -156,7 +160,7 @@ class Recorder(TorchDispatchMode):
         # then set to real memory must be real.
         holds_nothing = traits.uninitialized and bool(args) and 0 in args[0]
         if self._is_ours(traits, kwargs):
-            if not holds_nothing:
+            if not holds_nothing or not self.is_present:
                 made = record_factory(self, func, traits, args, kwargs)
                 return self._record(func, traits, args, kwargs) if made is None else made
             if "device" in kwargs:
@@ -397,8 +401,10 @@ class Recorder(TorchDispatchMode):
             args: Plain arguments.
             generator: An explicit generator, or None for the default one.
         """
-        source = generator if generator is not None else default_generator(self.device)
-        position = self.replayer.random.locate(source)
+        source: Generator = generator if generator is not None else default_generator(self.device)
+        # Seen by our own mode, a token that is looked at would be replaced by the state that it stands for.
+        with torch._C.DisableTorchFunction():
+            position = self.replayer.random.locate(source)
         if self.exposed.holds(tensor):
             source.set_state(self.replayer.random.state_at(position))
             with torch._C.DisableTorchFunction(), _disable_current_modes():
@@ -420,7 +426,8 @@ class Recorder(TorchDispatchMode):
                 position=position,
             )
             self.tape.add_step(step)
-            self.replayer.random.follow(source, position, step)
+            with torch._C.DisableTorchFunction():
+                self.replayer.random.follow(source, position, step)
         if not tensor.is_inference():
             # Autograd has to see a write: what it saved of the old value is stale.
             torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
@@ -480,7 +487,7 @@ class Recorder(TorchDispatchMode):
 
             return map_leaves(result, counterpart), state
 
-    def _run_unrecorded(self, step: Step, generator: torch.Generator | None) -> Any:
+    def _run_unrecorded(self, step: Step, generator: Generator | None) -> Any:
         _, _, result, state = self.replayer.execute_unrecorded(step)
         if generator is not None and state is not None:
             generator.set_state(state)
@@ -494,13 +501,13 @@ class Recorder(TorchDispatchMode):
 
     def _locate(
         self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Position | None, torch.Generator | None]:
+    ) -> tuple[Position | None, Generator | None]:
         if not traits.is_random:
             return None, None
         generator = self._generator(args, kwargs)
         return self.replayer.random.locate(generator), generator
 
-    def _generator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator:
+    def _generator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator:
         for leaf in (*args, *kwargs.values()):
             if isinstance(leaf, torch.Generator):
                 return leaf
@@ -548,7 +555,9 @@ class Recorder(TorchDispatchMode):
         """Run a random operation on a real tensor now, from the generator's true state."""
         written = written_by(traits, args, kwargs)
         self._constants.before_writes(written)
-        generator = next((leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Generator)), None)
+        generator: Generator | None = next(
+            (leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Generator)), None
+        )
         if generator is None:
             device = written[0].device if written else kwargs.get("device") or torch.device("cpu")
             if device.type == "meta":

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from nucleate.deferred.plain import plain_modes
-from nucleate.deferred.random_program import RandomProgram, default_generator
+from nucleate.deferred.random_program import RandomProgram
 from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
-from nucleate.errors import ReplayError
+from nucleate.devices import default_generator, is_present
+from nucleate.devices.generators import Generator
+from nucleate.errors import DeferredUseError, ReplayError
 
 
 def backward_slice(tape: Tape, storages: Sequence[int], end: int | None = None) -> list[Step]:
@@ -65,7 +67,8 @@ class Replayer:
         # Weakly, so that a record goes with its last tensor and not when the garbage collector comes by.
         replayer = weakref.proxy(self)
         self.random = RandomProgram(lambda state, step: replayer.behind(state, step))
-        self._is_plain = False
+        # The generators that are given back where `plain_torch` ends, and their states; None outside.
+        self._borrowed: dict[int, tuple[Generator, Tensor]] | None = None
 
     def storage(
         self, number: int, device: torch.device, scratch: torch.UntypedStorage | None = None
@@ -125,6 +128,7 @@ class Replayer:
         device: torch.device,
         scratch: torch.UntypedStorage | None = None,
     ) -> dict[int, torch.UntypedStorage]:
+        self._refuse_device(device)
         last_use = {storage: step.index for step in steps for storage in (*step.reads, *step.writes, *step.creates)}
         kept = set(wanted)
         env: dict[int, torch.UntypedStorage] = {}
@@ -143,6 +147,23 @@ class Replayer:
             if storage not in env and self.tape.size_bytes(storage) == 0:
                 env[storage] = torch.UntypedStorage(0, device=device)
         return env
+
+    def _refuse_device(self, device: torch.device) -> None:
+        """Raise where the recipes cannot be made: on another kind of device, or on one that is not there.
+
+        Raises:
+            DeferredUseError: See above.
+        """
+        if device.type != self.device.type:
+            raise DeferredUseError(
+                f"this recipe was recorded for {self.device.type!r} and cannot be made on {device.type!r}: the two "
+                f"draw other random numbers and round otherwise. Make it on {self.device.type!r} and move it there."
+            )
+        if not is_present(device):
+            raise DeferredUseError(
+                f"this value would have to be made on {str(device)!r}, which this process does not have. A model that "
+                "was deferred for it can be looked at here, and made where there is such a device."
+            )
 
     def _execute(self, step: Step, env: dict[int, torch.UntypedStorage], device: torch.device) -> None:
         if step.position is not None:
@@ -176,15 +197,22 @@ class Replayer:
             if isinstance(leaf, TensorRef):
                 return view(env[leaf.storage], leaf)
             if isinstance(leaf, Constant):
-                return leaf.value()
+                value = leaf.value()
+                return value.to(device) if device != self.device == value.device else value
             # Recorded for the device that the tensors stand for; made on the one asked for.
             return device if isinstance(leaf, torch.device) and leaf == self.device else leaf
 
         return map_leaves(step.args, real), map_leaves(step.kwargs, real)
 
-    def _generator(self, step: Step, device: torch.device) -> torch.Generator:
+    def _generator(self, step: Step, device: torch.device) -> Generator:
         explicit = next((arg for arg in (*step.args, *step.kwargs.values()) if isinstance(arg, torch.Generator)), None)
-        return explicit if explicit is not None else default_generator(device)
+        if explicit is not None:
+            return explicit
+        generator = default_generator(device)
+        if self._borrowed is not None and id(generator) not in self._borrowed:
+            # A device of the same kind with another index.
+            self._borrowed[id(generator)] = (generator, generator.get_state())
+        return generator
 
     def settle(self) -> None:
         """Give every generator that holds a token its true state, as eager construction would have left it."""
@@ -205,19 +233,18 @@ class Replayer:
 
         Entered once around many values, it costs once.
         """
-        if self._is_plain:
+        if self._borrowed is not None:
             yield
             return
-        generators = {id(g): g for g in self.random.generators(default_generator(self.device))}
-        states = {key: generator.get_state() for key, generator in generators.items()}
+        borrowed = {id(g): (g, g.get_state()) for g in self.random.generators(default_generator(self.device))}
         with plain_modes():
-            self._is_plain = True
+            self._borrowed = borrowed
             try:
                 yield
             finally:
-                self._is_plain = False
-                for key, generator in generators.items():
-                    generator.set_state(states[key])
+                self._borrowed = None
+                for generator, state in borrowed.values():
+                    generator.set_state(state)
 
 
 def view(storage: torch.UntypedStorage, ref: TensorRef) -> Tensor:

@@ -6,9 +6,11 @@ that is still held when recording ends, is given the true state's bytes.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +18,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from nucleate.deferred.active import active_records
 from nucleate.deferred.replay import Replayer
-
-# Bytes of the states of a CPU and a CUDA generator (see `random_program.py`).
-_SIZES = (5056, 16)
 
 
 class States:
@@ -38,7 +37,8 @@ class States:
 
     def settle(self, tensor: Tensor) -> None:
         """If a real tensor holds a token, let it hold the true state."""
-        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() not in _SIZES or tensor.is_meta:
+        sizes = self._replayer.random.state_sizes
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() not in sizes or tensor.is_meta:
             return
         with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
             if not tensor.is_contiguous() or tensor.device.type != "cpu":
@@ -57,15 +57,25 @@ class States:
 
 
 def install_states(stack: ExitStack) -> None:
-    """Patch the functions that hand out states of the default generator until the stack is closed."""
-    original = torch.random.get_rng_state
+    """Patch the functions that hand out states of default generators until the stack is closed."""
+    _patch(stack, torch.random, (torch,))
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        # A device's module may keep its functions in a module of their own, as `torch.cuda.random` does.
+        module: Any = torch.get_device_module(accelerator)
+        _patch(stack, getattr(module, "random", module), (module,))
 
-    def get_rng_state() -> Tensor:
-        state = original()
+
+def _patch(stack: ExitStack, owner: Any, copies: tuple[Any, ...]) -> None:
+    original = owner.get_rng_state
+
+    @functools.wraps(original)
+    def get_rng_state(*args: Any, **kwargs: Any) -> Tensor:
+        state: Tensor = original(*args, **kwargs)
         for record in active_records():
             record.recorder.states.notice(state)
         return state
 
-    for owner in (torch, torch.random):
-        stack.callback(setattr, owner, "get_rng_state", original)
-        owner.get_rng_state = get_rng_state  # type: ignore[attr-defined]
+    for place in {id(place): place for place in (owner, *copies)}.values():
+        stack.callback(setattr, place, "get_rng_state", place.get_rng_state)
+        place.get_rng_state = get_rng_state

@@ -12,7 +12,7 @@ from nucleate.deferred.fills import fill_of, fills_as_described
 from nucleate.deferred.mersenne_twister import Stream, Workspace
 from nucleate.deferred.plain import plain_modes
 from nucleate.deferred.tape import Step
-from nucleate.devices import hooks_of
+from nucleate.devices import hooks_of, is_present
 
 
 def distance(step: Step, device: torch.device) -> int | None:
@@ -27,6 +27,8 @@ def distance(step: Step, device: torch.device) -> int | None:
         return None
     if device.type == "cpu":
         return fill.num_draws if fills_as_described(fill.is_normal, fill.dtype) else None
+    if not is_present(device):
+        return None
     with plain_modes():
         return hooks_of(device).fill_distance(fill.is_normal, fill.numel, fill.dtype, device)
 

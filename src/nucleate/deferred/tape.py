@@ -376,6 +376,9 @@ def _plain(value: Any, numbers: dict[int, int]) -> Any:
             return ("given", leaf.describe())
         if isinstance(leaf, Constant):
             return ("constant", leaf.tensor.dtype, tuple(leaf.tensor.shape), _content(leaf.tensor))
+        if isinstance(leaf, torch.device):
+            # Each rank has its own device of a kind, and makes the same values there.
+            return leaf.type
         return type(leaf) if isinstance(leaf, torch.Generator) else leaf
 
     return map_leaves(value, describe)

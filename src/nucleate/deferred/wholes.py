@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nucleate.deferred.random_program import default_generator
 from nucleate.deferred.tape import map_leaves, tensors
 from nucleate.deferred.traits import Traits
+from nucleate.devices import default_generator
 
 if TYPE_CHECKING:
     from nucleate.deferred.record import Recorder

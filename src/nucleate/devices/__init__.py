@@ -2,6 +2,9 @@
 
 from nucleate.devices.hooks import DeviceHooks
 from nucleate.devices.staging import Staging, casts_there, move, slabs
-from nucleate.devices.table import hooks_of, use_hooks
+from nucleate.devices.table import concrete, default_generator, hooks_of, is_present, use_hooks
 
-__all__ = ["DeviceHooks", "Staging", "casts_there", "hooks_of", "move", "slabs", "use_hooks"]
+__all__ = [
+    "DeviceHooks", "Staging", "casts_there", "concrete", "default_generator", "hooks_of", "is_present", "move", "slabs",
+    "use_hooks",
+]  # fmt: skip

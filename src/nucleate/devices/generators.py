@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Generator(Protocol):
@@ -42,21 +45,25 @@ class ModuleGenerator:
 
     def get_state(self) -> Tensor:
         """Return a copy of the state."""
-        state: Tensor = self._module.get_rng_state(self.device)
-        return state
+        with _unseen():
+            state: Tensor = self._module.get_rng_state(self.device)
+            return state
 
     def set_state(self, state: Tensor) -> None:
         """Put the generator into a state."""
-        self._module.set_rng_state(state, self.device)
+        with _unseen():
+            self._module.set_rng_state(state, self.device)
 
     def manual_seed(self, seed: int) -> None:
         """Put the generator into the state that a seed stands for."""
-        with torch.accelerator.device_index(self.device.index):
+        with _unseen(), torch.accelerator.device_index(self.device.index):
             self._module.manual_seed(seed)
 
 
 class AbsentGenerator:
-    """Stands for the generator of a device that this machine does not have: its state can be kept, not drawn from.
+    """Stands for the generator of a device that this machine does not have: it keeps states, and nothing draws from it.
+
+    `torch.manual_seed` would seed the device's generator as well, so its state follows the seed of the CPU's.
 
     Args:
         device: The device, with its index.
@@ -64,24 +71,36 @@ class AbsentGenerator:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._state = _counter_state(torch.initial_seed())
+        self._seed = torch.initial_seed()
+        self._state = _counter_state(self._seed)
 
     def get_state(self) -> Tensor:
         """Return a copy of the state."""
-        return self._state.clone()
+        if torch.initial_seed() != self._seed:
+            self._seed = torch.initial_seed()
+            self._state = _counter_state(self._seed)
+        with _unseen():
+            return self._state.clone()
 
     def set_state(self, state: Tensor) -> None:
         """Put the generator into a state."""
-        self._state = state.clone()
+        with _unseen():
+            self._state = state.clone()
 
     def manual_seed(self, seed: int) -> None:
         """Put the generator into the state that a seed stands for."""
         self._state = _counter_state(seed)
 
 
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Keep modes of torch from seeing what is done to a state."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
 def _counter_state(seed: int) -> Tensor:
     """Return a seed and an offset of 0, as the counter-based generators of devices keep them."""
-    with torch._C.DisableTorchFunction():
-        return torch.tensor([seed if seed < 2**63 else seed - 2**64, 0], dtype=torch.int64, device="cpu").view(
-            torch.uint8
-        )
+    with _unseen():
+        words = [seed if seed < 2**63 else seed - 2**64, 0]
+        return torch.tensor(words, dtype=torch.int64, device="cpu").view(torch.uint8)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nucleate.devices.table import hooks_of
+from nucleate.devices.table import concrete, hooks_of
 
 #: Bytes of one buffer.
 BUFFER_BYTES = 32 << 20
@@ -38,10 +38,8 @@ class Staging:
     """
 
     def __init__(self, device: torch.device, size_bytes: int) -> None:
-        self._hooks = hooks_of(device)
-        if device.index is None:
-            device = torch.device(device.type, self._hooks.current_index(device.type))
-        self.device = device
+        self.device = concrete(device)
+        self._hooks = hooks_of(self.device)
         self.buffer_bytes = max(ALIGNMENT, min(BUFFER_BYTES, aligned(size_bytes)))
         self._pins = self._hooks.pins_memory
         self._buffers: list[Tensor | None] = [None] * max(1, min(NUM_BUFFERS, -(-size_bytes // BUFFER_BYTES)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nucleate.deferred.replay import view
+from nucleate.devices import concrete
 from nucleate.errors import UninitializedError, name_list
 from nucleate.materialize.conversions import Conversions
 from nucleate.materialize.making import make_parts
@@ -41,11 +42,14 @@ def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modu
 
     Raises:
         UninitializedError: See `reset` and `Plan.of`; the model is then unchanged.
+        DeferredUseError: The model was constructed for another kind of device, or there is no such device.
     """
-    reset(model, torch.device(device)).report()
+    device = concrete(device)
+    reset(model, device).report()
     plan = Plan.of(model)
+    plan.check_device(device)
     plan.release()
-    execute(plan, model, torch.device(device))
+    execute(plan, model, device)
     return model
 
 

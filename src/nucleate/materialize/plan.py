@@ -19,7 +19,8 @@ from nucleate.deferred.guard import guard
 from nucleate.deferred.handle import is_edited
 from nucleate.deferred.replay import backward_slice
 from nucleate.deferred.tape import TensorRef
-from nucleate.errors import DeferredEditError, NucleateError, UninitializedError, name_list
+from nucleate.devices import is_present
+from nucleate.errors import DeferredEditError, DeferredUseError, NucleateError, UninitializedError, name_list
 from nucleate.materialize.released import mark_released, unmark_released
 from nucleate.materialize.shards import is_sharded
 from nucleate.materialize.source import Recipe
@@ -119,6 +120,35 @@ class Plan:
         plan._refuse_changed()
         plan._refuse_unwritten()
         return plan
+
+    def check_device(self, device: torch.device) -> None:
+        """Make sure that everything can be made for a device. Nothing has been changed where it cannot.
+
+        Args:
+            device: Where values are wanted.
+
+        Raises:
+            DeferredUseError: The device is not there, or recipes were recorded for another kind of device.
+        """
+        if self.groups and not is_present(device):
+            raise DeferredUseError(
+                f"the model is wanted on {str(device)!r}, which this process does not have. Set it up where there is "
+                "one, or construct it for the device that is here."
+            )
+        others = [
+            (target.fqn, group.source.record.device.type)
+            for group in self.groups
+            if group.source.record.device.type not in ("cpu", device.type) and group.source.pieces(device) is None
+            for target in group.targets
+        ]
+        if others:
+            kind = others[0][1]
+            raise DeferredUseError(
+                f"{name_list([fqn for fqn, _ in others])} were constructed for {kind!r} and are wanted on "
+                f"{device.type!r}. Their values come from the generator and the arithmetic of {kind!r}, which "
+                f"{device.type!r} does not have. Set the model up on {kind!r} and move it afterwards, or construct it "
+                f"for {device.type!r}."
+            )
 
     @classmethod
     def _find(cls, model: nn.Module) -> Plan:

@@ -20,7 +20,8 @@ from nucleate.deferred.random_program import Position, RandomProgram, Run
 from nucleate.deferred.replay import Replayer
 from nucleate.deferred.streams import moved
 from nucleate.deferred.tape import Step
-from nucleate.materialize.source import Recipe, is_moved_to, moved_to
+from nucleate.devices.generators import Generator
+from nucleate.materialize.source import Recipe
 
 # States that are kept for each run, so that going back a little does not mean to draw it all again.
 _NUM_KEPT = 64
@@ -39,7 +40,7 @@ class DrawnProgram(RandomProgram):
         self._program = program
         self._drawn: dict[Run, list[tuple[int, Tensor]]] = {}
 
-    def generators(self, default: torch.Generator) -> list[torch.Generator]:
+    def generators(self, default: Generator) -> list[Generator]:
         return self._program.generators(default)
 
     def state_at(self, position: Position) -> Tensor:
@@ -49,7 +50,7 @@ class DrawnProgram(RandomProgram):
         if offset == position.offset:
             return state
         if position.run.device != "cpu":
-            # Philox has no numbers to draw on the way: its state is a counter.
+            # The state of a device whose distances are known is a counter: there are no numbers to draw on the way.
             return moved(position.run.device, state, position.offset - offset, Workspace())
         generator = torch.Generator()
         generator.set_state(state)
@@ -110,10 +111,7 @@ class Reference:
             recipe: What makes it.
             device: Where.
         """
-        replayer = self._replayer(recipe)
-        if is_moved_to(recipe.record, device):
-            return moved_to(device, replayer.storage(recipe.storage, recipe.record.device))
-        return replayer.storage(recipe.storage, device)
+        return self._replayer(recipe).storage(recipe.storage, device)
 
     def pieces(self, recipe: Recipe) -> tuple[Pieces, Cursors] | None:
         """Return how ranges of a storage on the CPU are made, in drawn places of the stream, or None.
@@ -124,7 +122,9 @@ class Reference:
         replayer = self._replayer(recipe)
         pieces = pieces_of(replayer.tape, replayer.random, recipe.storage)
         assert isinstance(replayer.random, DrawnProgram)
-        return None if pieces is None else (pieces, DrawnCursors(replayer.random))
+        if pieces is None or (replayer.device.type != "cpu" and not pieces.is_moved):
+            return None  # A device draws and computes in its own way, and whole.
+        return pieces, DrawnCursors(replayer.random)
 
     def _replayer(self, recipe: Recipe) -> Replayer:
         record = recipe.record

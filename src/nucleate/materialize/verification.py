@@ -102,15 +102,19 @@ class Verification:
         modules = dict(self._model.named_modules())
         for group, is_whole in chosen:
             held = [(fqn, actual, target) for target in group.targets for fqn, actual in self._held(target, modules)]
-            if is_whole:
-                storage = reference.make(group.source, self._device)
-                for fqn, actual, target in held:
-                    text = _difference(actual, view(storage, target.ref), self._device)
-                    if text:
-                        yield Mismatch(fqn, text)
-            elif (found := reference.pieces(group.source)) is not None:
+            recorded_for = group.source.record.device
+            found = None if is_whole else reference.pieces(group.source)
+            if found is not None:
                 for fqn, actual, target in held:
                     yield from self._compare_windows(fqn, actual, target.ref, *found)
+            elif is_whole or recorded_for.type != "cpu":
+                # Recipes of the CPU are made there and moved; a device makes its own whole.
+                where = recorded_for if recorded_for.type == "cpu" else self._device
+                storage = reference.make(group.source, where)
+                for fqn, actual, target in held:
+                    text = _difference(actual, view(storage, target.ref), where)
+                    if text:
+                        yield Mismatch(fqn, text)
 
     def _compare_windows(
         self, fqn: str, actual: Tensor, ref: TensorRef, pieces: Pieces, cursors: Cursors
@@ -124,7 +128,6 @@ class Verification:
         local = (cast(Any, actual).to_local() if is_sharded(actual) else actual).detach()
         for row, rows in _windows(local.shape):
             begin = (offsets[0] + row, *offsets[1:])
-            # Ranges are made on the CPU.
             part = local.narrow(0, row, rows).cpu()
             expected = torch.empty(part.shape, dtype=ref.dtype, device="cpu")
             for piece in parts_of(pieces, ref.offset, ref.size, begin, expected):

@@ -1,0 +1,48 @@
+"""A device that this machine does not have: factories that ask for it are told to use the meta device.
+
+torch starts a device's runtime while it reads the arguments of a factory (`device_lazy_init`), before any mode of the
+dispatcher sees the call, and that fails where the device is absent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext, _device_constructors
+
+#: What makes a tensor of values that it is given.
+FROM_DATA = frozenset((torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor))
+
+
+def absent_as_meta(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], absent: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return the arguments with the meta device in place of an absent one, or None where a call does not ask for it.
+
+    Args:
+        func: A function of torch.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        absent: The device.
+    """
+    named = kwargs.get("device")
+    if named is None and func in _device_constructors():
+        named = _default_device()
+    if named is None or not _means(named, absent):
+        return None
+    return args, {**kwargs, "device": torch.device("meta")}
+
+
+def _default_device() -> torch.device | None:
+    """Return the device that factories use, without asking for its index as torch does."""
+    modes = reversed(_get_current_function_mode_stack())
+    return next((mode.device for mode in modes if isinstance(mode, DeviceContext)), None)
+
+
+def _means(value: Any, absent: torch.device) -> bool:
+    if not isinstance(value, (str, torch.device)):
+        return False
+    device = torch.device(value)
+    return device.type == absent.type and device.index in (None, absent.index)

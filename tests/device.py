@@ -1,0 +1,26 @@
+"""Where the tests run: on the CPU, or on the device that `NUCLEATE_TEST_DEVICE` names, such as `sim`.
+
+With another device the same tests compare with what eager torch makes there.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+#: The name of the accelerator, which is the type of its device.
+ACCELERATOR = os.environ.get("NUCLEATE_TEST_DEVICE", "cpu")
+ON_CPU = ACCELERATOR == "cpu"
+
+
+def device() -> torch.device:
+    """Return the device of this process."""
+    return torch.device("cpu") if ON_CPU else torch.device(ACCELERATOR, torch.accelerator.current_device_index())
+
+
+def on_device() -> AbstractContextManager[Any]:
+    """Return the context in which factories make tensors on the device."""
+    return nullcontext() if ON_CPU else device()
