@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from nucleate.deferred import ComputedGiven, Conversion, convert, deferred, give
 from nucleate.deferred.conversion import Layout, Output, converted
@@ -15,7 +19,7 @@ from nucleate.deferred.given import take
 from nucleate.deferred.tensor_given import TensorGiven
 from nucleate.devices import DeviceHooks, Staging, move, staging, use_hooks
 from nucleate.devices import table as hooks_table
-from nucleate.materialize import making, materialize, parts
+from nucleate.materialize import Plan, execute, making, materialize, parts
 from nucleate.materialize.reading import read_into
 from tests.deferred.test_given import Held
 
@@ -318,8 +322,6 @@ def test_recipes_of_another_device_are_not_drawn_or_computed_on_the_host() -> No
     with torch.device(SIM), deferred(SIM):
         model = Net()
     give(model.scaled, Held(numbers(300, 65)))
-    from nucleate.materialize.plan import Plan
-
     pieces = {group.targets[0].fqn: group.source.pieces(SIM) for group in Plan.of(model).groups}
     assert {name for name, found in pieces.items() if found is not None} == {
         "norm.weight", "norm.bias", "scaled", "flags",
@@ -499,3 +501,80 @@ def test_a_storage_is_moved_as_it_is(copies: Copies) -> None:
     found = torch.empty(0, device=SIM).set_(target, 0, (source.numel(),), (1,))
     assert same(found, source)
     assert (copies.size_bytes, copies.pageable_bytes) == (source.numel() * 4, 0)
+
+
+@pytest.mark.usefixtures("ring")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pending_work_still_finds_what_the_memory_held(dtype: torch.dtype) -> None:
+    out = torch.full((50_000,), 3.0, dtype=dtype, device=SIM)
+    before = torch.empty_like(out)
+    before.copy_(out)  # It waits in the queue of the current stream.
+    source = Held(numbers(50_000))
+    read_into([(out, source)])
+    assert same(before, torch.full((50_000,), 3.0, dtype=dtype))
+    assert same(out, source.tensor.to(dtype))
+
+
+@pytest.mark.usefixtures("ring")
+def test_staging_works_from_a_stream_of_the_callers_own() -> None:
+    source = Held(numbers(50_000))
+    with torch.Stream(device=SIM):
+        out = torch.zeros(50_000, dtype=torch.float64, device=SIM)
+        stream = torch.accelerator.current_stream()
+        read_into([(out, source)])
+        assert torch.accelerator.current_stream() == stream
+        twice = torch.empty_like(out)
+        twice.copy_(out)
+    assert same(out, source.tensor.double())
+    torch.accelerator.synchronize()
+    assert same(twice, source.tensor.double())
+
+
+@pytest.fixture
+def mesh(sim: Any) -> Iterator[Any]:
+    """The second of three ranks, without the others."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
+    try:
+        yield init_device_mesh("sim", (3,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("ring")
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("source", ["drawn", "file", "whole", "loaded later"])
+def test_a_rank_makes_and_sends_its_shard_alone(dim: int, source: str, mesh: Any, copies: Copies) -> None:
+    file = Held(numbers(300, 210))
+
+    def make() -> nn.Module:
+        torch.manual_seed(6)
+        model = nn.Linear(210, 300, bias=False)
+        if source == "whole":
+            nn.init.orthogonal_(model.weight)
+        return model
+
+    whole = make().weight.detach() if source in ("drawn", "whole") else file.tensor
+    with deferred():
+        model = make()
+    if source == "file":
+        give(model.weight, file)
+    plan = Plan.of(model)
+    plan.release()
+    local = torch.empty([length // 3 if axis == dim else length for axis, length in enumerate((300, 210))],
+                        device="meta")  # fmt: skip
+    model.weight = nn.Parameter(
+        DTensor.from_local(local, mesh, [Shard(dim)], run_check=False, shape=whole.shape, stride=whole.stride()),
+        requires_grad=False,
+    )
+    peak = peak_of(lambda: execute(plan, model, torch.device(SIM)))
+    shard = model.weight.to_local()
+    if source == "loaded later":
+        copies.reset()
+        read_into([(model.weight, file)])
+    assert shard.device == torch.device(SIM)
+    assert same(shard, whole.chunk(3, dim)[1])
+    assert copies.pageable_bytes == 0
+    assert copies.size_bytes == shard.numel() * 4
+    assert peak <= shard.numel() * 4 + BUFFER_BYTES
