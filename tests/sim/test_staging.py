@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -578,3 +579,44 @@ def test_a_rank_makes_and_sends_its_shard_alone(dim: int, source: str, mesh: Any
     assert copies.pageable_bytes == 0
     assert copies.size_bytes == shard.numel() * 4
     assert peak <= shard.numel() * 4 + BUFFER_BYTES
+
+
+_waits: list[tuple[int, int]] = []
+
+
+class Noting(torch.Stream):
+    """A stream that notes which stream waits for which."""
+
+    def wait_stream(self, stream: Any) -> None:
+        _waits.append((self.stream_id, stream.stream_id))
+        super().wait_stream(stream)
+
+
+class NotingHooks(DeviceHooks):
+    def make_stream(self, device: torch.device) -> torch.Stream:
+        return Noting(device=device)
+
+    def current_stream(self, device: torch.device) -> torch.Stream:
+        found = super().current_stream(device)
+        return Noting(stream_id=found.stream_id, device_index=found.device_index, device_type=found.device_type)
+
+
+@pytest.mark.usefixtures("ring")
+@pytest.mark.parametrize("fails", [False, True])
+def test_streams_wait_for_one_another_wherever_memory_changes_hands(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks_table, "_chosen", {"sim": NotingHooks()})
+    _waits.clear()
+    out = torch.zeros(10_000, dtype=torch.float64, device=SIM)
+    with suppress(OSError), Staging(torch.device(SIM), 40_000) as ring:
+        values = ring.buffer()[:40_000].view(torch.float32).copy_(numbers(10_000))
+        begun = list(_waits)
+        ring.send(values, out)
+        ring.send(values, out)
+        if fails:
+            raise OSError
+    ((side, current),) = begun
+    # Memory for the cast comes from the current stream, once, and goes back to it.
+    assert _waits == [(side, current), (side, current), (current, side)]
+    assert same(out, numbers(10_000).double())
