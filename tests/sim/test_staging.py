@@ -620,3 +620,22 @@ def test_streams_wait_for_one_another_wherever_memory_changes_hands(
     # Memory for the cast comes from the current stream, once, and goes back to it.
     assert _waits == [(side, current), (side, current), (current, side)]
     assert same(out, numbers(10_000).double())
+
+
+@pytest.mark.usefixtures("ring")
+@pytest.mark.parametrize("function", [torch.sin, lambda value: value.t() @ value, torch.rand_like])
+def test_what_the_device_computes_of_a_file_is_computed_there(function: Any, copies: Copies) -> None:
+    file = Held(numbers(120, 110))
+    torch.manual_seed(2)
+    expected = function(file.tensor.to(SIM))
+    torch.manual_seed(2)
+    with deferred(SIM):
+        tensor = torch.empty(file.shape, device=SIM)
+        give(tensor, file)
+        given = ComputedGiven(function(tensor))
+    out = torch.zeros(given.shape, device=SIM)
+    read_into([(out, given)])
+    assert same(out, expected)
+    out = torch.zeros(given.shape, dtype=torch.float64, device=SIM)
+    take(out, given)
+    assert same(out, expected.double())
