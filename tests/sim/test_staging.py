@@ -20,7 +20,7 @@ from nucleate.deferred.given import take
 from nucleate.deferred.tensor_given import TensorGiven
 from nucleate.devices import DeviceHooks, Staging, move, staging, use_hooks
 from nucleate.devices import table as hooks_table
-from nucleate.materialize import Plan, execute, making, materialize, parts
+from nucleate.materialize import Plan, device_parts, execute, making, materialize
 from nucleate.materialize.reading import read_into
 from tests.deferred.test_given import Held
 
@@ -61,7 +61,7 @@ def copies(sim: Any) -> Copies:
 def ring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let buffers be small, and several threads fill them."""
     monkeypatch.setattr(staging, "BUFFER_BYTES", BUFFER_BYTES)
-    monkeypatch.setattr(parts, "MAX_ROW_NUMEL", BUFFER_BYTES // 16)
+    monkeypatch.setattr(device_parts, "MAX_ROW_NUMEL", BUFFER_BYTES // 16)
     monkeypatch.setattr(making, "MIN_NUMEL_PER_THREAD", 1 << 10)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 

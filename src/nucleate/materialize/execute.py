@@ -20,9 +20,10 @@ from nucleate.deferred.tensor_given import TensorGiven
 from nucleate.devices import concrete
 from nucleate.errors import UninitializedError, name_list
 from nucleate.materialize.conversions import Conversions
+from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.memory import advise_huge_pages
-from nucleate.materialize.parts import Part, parts_on
+from nucleate.materialize.parts import Part
 from nucleate.materialize.plan import Group, Holder, Plan, Target
 from nucleate.materialize.reading import read_into
 from nucleate.materialize.released import unmark_released
