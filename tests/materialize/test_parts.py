@@ -12,8 +12,9 @@ from torch import nn
 
 from nucleate.deferred import ComputedGiven, deferred, give, handle_of
 from nucleate.deferred.pieces import Pieces
-from nucleate.materialize import materialize, parts
-from nucleate.materialize.parts import Columns, Range, make_parts, parts_of
+from nucleate.materialize import making, materialize, parts
+from nucleate.materialize.making import make_parts
+from nucleate.materialize.parts import Columns, Range, parts_of
 from tests.deferred.test_computed_given import held
 
 
@@ -90,7 +91,7 @@ def test_the_number_of_threads_does_not_change_a_bit(num_threads: int, monkeypat
     def make() -> nn.Module:
         return nn.Sequential(nn.Embedding(1003, 33), nn.Linear(333, 77), nn.Linear(5, 3), nn.Linear(64, 999))
 
-    monkeypatch.setattr(parts, "MIN_NUMEL_PER_THREAD", 1)
+    monkeypatch.setattr(making, "MIN_NUMEL_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     torch.manual_seed(0)
     eager = make()
@@ -106,7 +107,7 @@ def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(self: Pieces, start: int, out: torch.Tensor, cursors: object) -> None:
         raise MemoryError("no more")
 
-    monkeypatch.setattr(parts, "MIN_NUMEL_PER_THREAD", 1)
+    monkeypatch.setattr(making, "MIN_NUMEL_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(Pieces, "make", fail)
     with deferred():
@@ -116,7 +117,7 @@ def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_threads_write_what_was_allocated_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "MIN_NUMEL_PER_THREAD", 1)
+    monkeypatch.setattr(making, "MIN_NUMEL_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with deferred():
         model = nn.Linear(300, 300)

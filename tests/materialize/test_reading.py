@@ -81,3 +81,16 @@ def test_parameters_are_filled_without_a_graph() -> None:
     read_into([(weight, Held(numbers(4, 5)))])
     assert weight.is_leaf
     assert torch.equal(weight, numbers(4, 5))
+
+
+@forall(boxes(), st.data())
+def test_any_range_of_a_box_is_read(
+    box: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], data: st.DataObject
+) -> None:
+    shape, offsets, sizes = box
+    expected = numbers(*shape)[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].reshape(-1)
+    start = data.draw(st.integers(0, expected.numel() - 1))
+    stop = data.draw(st.integers(start + 1, expected.numel()))
+    out = torch.empty(stop - start)
+    GivenBox(Held(numbers(*shape)), offsets, sizes).read(start, out)
+    assert torch.equal(out, expected[start:stop])

@@ -136,11 +136,11 @@ class Snapshot:
         self.tensors = hold(written, rank)
         if keys is not None:
             self._map(keys, rank)
-        devices = [box.values.device for held in self.tensors for box in held.boxes]
-        devices += [box.values.device for box in self.moved]
-        if any(device.type != "cpu" for device in devices):
+        devices = {box.values.device for held in self.tensors for box in held.boxes}
+        devices |= {box.values.device for box in self.moved}
+        for device in (device for device in devices if device.type not in ("cpu", "meta")):
             # Other threads read them, and would not wait for what this one's stream still has to do.
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(device)
         if rank == 0:
             encode(self.skeleton)  # first by itself, so that a message names the place in the user's state
             self.values = encode(

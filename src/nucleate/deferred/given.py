@@ -7,13 +7,14 @@ made, and a rank that owns a part of it reads that part and nothing else.
 
 from __future__ import annotations
 
-import math
 import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from nucleate.devices import Staging, casts_there, slabs
 
 if TYPE_CHECKING:
     from nucleate.deferred.writes import Source
@@ -24,8 +25,6 @@ _CAST_NUMEL = 1 << 15
 _BUFFER_NUMEL = 1 << 18
 # Each thread keeps its buffer: new memory would have to be found and cleared by the system for every tensor.
 _kept = threading.local()
-#: The same for another device, where a large buffer makes the better copy.
-_PINNED_NUMEL = 1 << 24
 
 
 class Given(ABC):
@@ -60,6 +59,10 @@ class Given(ABC):
         """Return memory that holds the elements already and may become the tensor's own, or None."""
         return None
 
+    def resident(self, device: torch.device) -> Tensor | None:
+        """Return a tensor of the shape with the elements that is on this kind of device already, or None."""
+        return None
+
     def check_unchanged(self) -> None:
         """Make sure that the elements are those that were given, as far as that is seen without reading them.
 
@@ -72,6 +75,7 @@ class Given(ABC):
         return None
 
 
+@torch.no_grad()
 def take(tensor: Tensor, given: Given) -> None:
     """Fill a real tensor of any layout, dtype and device with what is given, in a buffer of a few MiB at most.
 
@@ -80,39 +84,31 @@ def take(tensor: Tensor, given: Given) -> None:
         given: The elements, which are cast to the tensor's dtype.
     """
     assert tuple(tensor.shape) == tuple(given.shape)
-    if not tensor.numel():
+    out = tensor.detach()
+    if out.device.type != "cpu":
+        _take_on_device(out, given)
+    elif out.is_contiguous() and not (out.is_conj() or out.is_neg()):
+        if out.numel():
+            take_range(out.view(-1), given, 0)
+    else:
+        held = torch.empty(min(out.numel(), _BUFFER_NUMEL), dtype=given.dtype, device="cpu")
+        for start, part in slabs(out, _BUFFER_NUMEL):
+            values = held[: part.numel()]
+            given.read(start, values)
+            part.copy_(values.view(part.shape))
+
+
+def _take_on_device(out: Tensor, given: Given) -> None:
+    resident = given.resident(out.device)
+    if resident is not None:
+        out.copy_(resident)
         return
-    with torch.no_grad():
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-            take_range(tensor.detach().view(-1), given, 0)
-            return
-        rows = tensor.detach() if tensor.dim() else tensor.detach().view(1)
-        row_numel = math.prod(rows.shape[1:])
-        on_cpu = tensor.device.type == "cpu"
-        step = max(1, (_BUFFER_NUMEL if on_cpu else _PINNED_NUMEL) // row_numel)
-        # Two buffers, so that one is read into while the other is on its way to the device.
-        buffers = [
-            torch.empty(min(step, rows.shape[0]) * row_numel, dtype=given.dtype, device="cpu", pin_memory=not on_cpu)
-            for _ in range(1 if on_cpu else 2)
-        ]
-        copied: list[torch.cuda.Event | None] = [None] * len(buffers)
-        for turn, first in enumerate(range(0, rows.shape[0], step)):
-            number = turn % len(buffers)
-            event = copied[number]
-            if event is not None:
-                event.synchronize()
-            target = rows[first : first + step]
-            buffer = buffers[number][: target.numel()]
-            given.read(first * row_numel, buffer)
-            # As it is first: a copy between devices would cast on the CPU, where that is slow.
-            arrived = buffer.view(target.shape).to(tensor.device, non_blocking=not on_cpu)
-            target.copy_(arrived)
-            if tensor.device.type == "cuda":
-                copied[number] = torch.cuda.Event()
-                copied[number].record(torch.cuda.current_stream(tensor.device))  # type: ignore[union-attr]
-        for event in copied:
-            if event is not None:
-                event.synchronize()
+    dtype = given.dtype if casts_there(out.device, given.dtype, out.dtype) else out.dtype
+    with Staging(out.device, out.numel() * dtype.itemsize) as staging:
+        for start, part in slabs(out, staging.buffer_bytes // dtype.itemsize):
+            values = staging.buffer()[: part.numel() * dtype.itemsize].view(dtype)
+            take_range(values, given, start)
+            staging.send(values, part)
 
 
 def take_range(out: Tensor, given: Given, start: int) -> None:

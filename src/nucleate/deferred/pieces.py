@@ -164,6 +164,24 @@ class Pieces:
         part = Source(source.pieces, start, tuple(size), view.stride())
         return Pieces(self.program, numel, self.dtype, [Copied(0, numel, True, part)])
 
+    def constant(self) -> bool | int | float | None:
+        """Return the number that all elements are, or None where they differ or are not known."""
+        only = self._only()
+        return only.value if isinstance(only, Filled) else None
+
+    def uncast(self) -> Pieces:
+        """Return the same elements before they are cast, where they are read from one place and a cast is all."""
+        only = self._only()
+        dtype = dtype_of(only)
+        if only is None or dtype is None or dtype == self.dtype:
+            return self
+        return Pieces(self.program, self.numel, dtype, [only])
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether elements are only moved, cast and filled in, and all that they are read from is on the host."""
+        return self.is_moved and all(constant.tensor.device.type == "cpu" for constant in self._constants())
+
     def _only(self) -> Write | None:
         """Return the write that is all there is, if it is of the whole."""
         write = self.writes[0]

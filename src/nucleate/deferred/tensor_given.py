@@ -91,9 +91,14 @@ class TensorGiven(Given):
                 return int(words.sum())
             return int(words.view(torch.int64).sum())
 
+    def resident(self, device: torch.device) -> Tensor | None:
+        if self._alias.device.type != device.type:
+            return None
+        self._refuse_lost()
+        return self._alias
+
     def read(self, start: int, out: Tensor) -> None:
-        if self._alias.untyped_storage().nbytes() != self._size_bytes:
-            raise DeferredEditError(f"a loaded tensor of shape {self.shape} has lost its memory since it was loaded.")
+        self._refuse_lost()
         if self._is_plain:
             size = self.dtype.itemsize
             ctypes.memmove(out.data_ptr(), self._alias.data_ptr() + start * size, out.numel() * size)
@@ -101,6 +106,10 @@ class TensorGiven(Given):
         with torch._C.DisableTorchFunction(), torch.no_grad():
             # A dim of one element in front would make one row of all.
             _read_rows(self._alias.squeeze(), start, out)
+
+    def _refuse_lost(self) -> None:
+        if self._alias.untyped_storage().nbytes() != self._size_bytes:
+            raise DeferredEditError(f"a loaded tensor of shape {self.shape} has lost its memory since it was loaded.")
 
     def order(self, start: int) -> tuple[int, int]:
         if self._place is None:

@@ -1,6 +1,10 @@
 """Kinds of device: what torch says of each in its own way, behind one set of questions."""
 
 from nucleate.devices.hooks import DeviceHooks
+from nucleate.devices.staging import Staging, casts_there, move, slabs
 from nucleate.devices.table import concrete, default_generator, hooks_of, is_present, use_hooks
 
-__all__ = ["DeviceHooks", "concrete", "default_generator", "hooks_of", "is_present", "use_hooks"]
+__all__ = [
+    "DeviceHooks", "Staging", "casts_there", "concrete", "default_generator", "hooks_of", "is_present", "move", "slabs",
+    "use_hooks",
+]  # fmt: skip

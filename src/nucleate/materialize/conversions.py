@@ -17,12 +17,15 @@ from nucleate.deferred import Conversion, Layout, Record
 from nucleate.deferred.fills import is_contiguous
 from nucleate.deferred.replay import backward_slice, view
 from nucleate.deferred.tape import Step, TensorRef
+from nucleate.devices import Staging, casts_there
+from nucleate.devices.staging import fits
 from nucleate.errors import ConversionError
+from nucleate.materialize.making import make_parts
 from nucleate.materialize.memory import advise_huge_pages
-from nucleate.materialize.parts import Part
+from nucleate.materialize.parts import Part, Range, parts_on
 from nucleate.materialize.plan import Group
 from nucleate.materialize.shards import flat_start
-from nucleate.materialize.source import Cursors, Pieces
+from nucleate.materialize.source import Cursors, Pieces, is_moved_to, moved_to, pieces_on_host
 
 
 @dataclass(slots=True)
@@ -48,6 +51,7 @@ class Job:
         record: The record.
         step: The step on its tape.
         fqn: What messages call it.
+        device: Where it is converted.
         groups: The outputs that the model holds, by number.
         wanted: What is to be made of the outputs.
         whole: The storages of outputs that are made whole, by number.
@@ -56,6 +60,7 @@ class Job:
     record: Record
     step: Step
     fqn: str
+    device: torch.device
     groups: dict[int, Group] = field(default_factory=dict)
     wanted: list[Wanted] = field(default_factory=list)
     whole: dict[int, torch.UntypedStorage] = field(default_factory=dict)
@@ -75,11 +80,16 @@ class Job:
         """What is done to it."""
         return self.step.args[1]  # type: ignore[no-any-return]
 
-    def want_whole(self, number: int, device: torch.device) -> None:
+    def block_bytes(self, dtype: torch.dtype) -> int:
+        """Return how much of a staging buffer a block takes that crosses in a dtype and may be cast there."""
+        source = self.source.dtype
+        return self.layout.block_numel * (dtype.itemsize + (0 if dtype == source else source.itemsize))
+
+    def want_whole(self, number: int) -> None:
         """Make an output whole."""
         if number not in self.whole:
             output = self.layout.outputs[number]
-            self.whole[number] = torch.UntypedStorage(output.numel * output.dtype.itemsize, device=device)
+            self.whole[number] = torch.UntypedStorage(output.numel * output.dtype.itemsize, device=self.device)
             self.wanted.append(Wanted(number, 0, self.flat(number)))
 
     def flat(self, number: int) -> Tensor:
@@ -87,7 +97,7 @@ class Job:
         output, storage = self.layout.outputs[number], self.whole[number]
         return torch.empty(0, dtype=output.dtype, device=storage.device).set_(storage, 0, (output.numel,), (1,))
 
-    def want_shards(self, number: int, device: torch.device) -> bool:
+    def want_shards(self, number: int) -> bool:
         """Make the shards of an output that this rank holds straight in their places, if that is possible.
 
         Returns:
@@ -100,7 +110,7 @@ class Job:
                 local, ref = shard.to_local().detach(), target.ref
                 start = flat_start(shard)
                 plain = local.is_contiguous() and local.dtype == ref.dtype == self.layout.outputs[number].dtype
-                if start is None or not plain or not is_contiguous(ref) or local.device != device:
+                if start is None or not plain or not is_contiguous(ref) or local.device != self.device:
                     return False
                 found.append(Wanted(number, ref.offset + start, local.view(-1)))
             if not shards:
@@ -184,8 +194,16 @@ class Blocks(Part):
     numel: int
 
     @property
+    def device(self) -> torch.device:
+        return self.job.device
+
+    @property
     def size_bytes(self) -> int:
         return self.numel * self.pieces.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        return self.job.block_bytes(self.pieces.dtype)
 
     @property
     def num_rows(self) -> int:
@@ -207,6 +225,13 @@ class Blocks(Part):
             values = buffer[: self.numel - begin]
             self.pieces.make(self.start + begin, values, cursors)
             self.job.convert(values, block, min(self.last, block + layout.chunk_blocks))
+
+    def on_host(self, memory: Tensor) -> Part:
+        return Range(self.pieces, self.start, memory)
+
+    def send(self, staging: Staging, memory: Tensor) -> None:
+        # All blocks at once: a few large calls are what an accelerator wants.
+        staging.use(memory, self.job.source.dtype, lambda values: self.job.convert(values, self.first, self.last))
 
 
 class Conversions:
@@ -236,18 +261,21 @@ class Conversions:
             job.groups[step.creates.index(group.source.storage)] = group
         for job in self._jobs.values():
             for number in job.groups:
-                if number not in job.whole and not job.want_shards(number, device):
-                    job.want_whole(number, device)
+                if number not in job.whole and not job.want_shards(number):
+                    job.want_whole(number)
         advise_huge_pages(storage for job in self._jobs.values() for storage in job.whole.values())
 
     def parts(self) -> Iterator[Part]:
         """Yield what can be made in ranges. What cannot is made by `finish`, afterwards."""
-        if self._device.type != "cpu":
-            return
         for key, job in self._jobs.items():
             pieces = self._pieces(key, job)
             if pieces is None:
                 continue
+            if self._device.type != "cpu":
+                bare = pieces.uncast()
+                pieces = bare if casts_there(self._device, bare.dtype, pieces.dtype) else pieces
+                if not fits(job.block_bytes(pieces.dtype)):
+                    continue
             self._done.add(key)
             for first, last in job.blocks():
                 start, stop = (min(job.source.numel, block * job.layout.block_numel) for block in (first, last))
@@ -265,12 +293,12 @@ class Conversions:
     def _job(self, record: Record, step: Step, fqn: str) -> Job:
         key = (id(record.tape), step.index)
         if key not in self._jobs:
-            self._jobs[key] = job = Job(record, step, fqn)
+            self._jobs[key] = job = Job(record, step, fqn, self._device)
             before = record.converted(job.source.storage)
             if before is not None:
                 earlier = self._job(record, before, fqn)
                 number = before.creates.index(job.source.storage)
-                earlier.want_whole(number, self._device)
+                earlier.want_whole(number)
                 self._before[key] = earlier, number
         return self._jobs[key]
 
@@ -278,15 +306,22 @@ class Conversions:
         """Return how ranges of the source are made, as it was when it was converted, or None."""
         if key in self._before or not is_contiguous(job.source):
             return None
-        pieces = job.record.pieces(job.source.storage, job.step.index)
+        pieces = pieces_on_host(job.record, job.source.storage, job.step.index)
         return pieces if pieces is not None and pieces.dtype == job.source.dtype else None
 
     def _values(self, key: tuple[int, int], job: Job) -> Tensor:
         if key in self._before:
             earlier, number = self._before[key]
-            storage = earlier.whole[number]
-        else:
-            storages = [job.source.storage]
-            steps = backward_slice(job.record.tape, storages, job.step.index)
-            storage = job.record.replayer.contents(steps, storages, self._device)[storages[0]]
-        return view(storage, job.source).reshape(-1)
+            return view(earlier.whole[number], job.source).reshape(-1)
+        pieces = self._pieces(key, job) if self._device.type != "cpu" else None
+        if pieces is not None:
+            # Its blocks are larger than what crosses at a time.
+            values = torch.empty(job.source.numel, dtype=job.source.dtype, device=self._device)
+            size = tuple(values.shape)
+            make_parts(list(parts_on(pieces, job.source.offset, size, (0,), values)), torch.get_num_threads())
+            return values
+        storages = [job.source.storage]
+        steps = backward_slice(job.record.tape, storages, job.step.index)
+        moves = is_moved_to(job.record, self._device)
+        made = job.record.replayer.contents(steps, storages, job.record.device if moves else self._device)[storages[0]]
+        return view(moved_to(self._device, made) if moves else made, job.source).reshape(-1)

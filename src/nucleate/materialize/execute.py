@@ -19,14 +19,13 @@ from nucleate.deferred.replay import view
 from nucleate.devices import concrete
 from nucleate.errors import UninitializedError, name_list
 from nucleate.materialize.conversions import Conversions
+from nucleate.materialize.making import make_parts
 from nucleate.materialize.memory import advise_huge_pages
-from nucleate.materialize.parts import Part, make_parts, parts_of
+from nucleate.materialize.parts import Part, parts_on
 from nucleate.materialize.plan import Group, Holder, Plan, Target
-from nucleate.materialize.reading import read_into
 from nucleate.materialize.released import unmark_released
 from nucleate.materialize.resetting import reset
 from nucleate.materialize.shards import allocate_shards, fill, parts_of_shard, take_back_shards
-from nucleate.materialize.source import Given
 
 
 def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
@@ -79,7 +78,7 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
         with ExitStack() as stack:
             for record in plan.records:
                 stack.enter_context(record.making())
-            rest = _read_shards(_make_in_parts(plan.groups, device), device)
+            rest = _make_in_parts(plan.groups, device)
             scratch = _scratch(rest, device)
             for group in rest:
                 sharded = all(target.shards() for target in group.targets)
@@ -119,7 +118,7 @@ def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]
             else:
                 parts.extend(part for box in boxes if box is not None for part in box)
             continue
-        held = pieces.memory()
+        held = pieces.memory() if device.type == "cpu" else None
         if held is not None:
             group.source.keep(held)
             _install_group(group, held)
@@ -127,29 +126,13 @@ def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]
         storage = torch.UntypedStorage(group.source.size_bytes, device=device)
         made.append((group, storage))
         flat = torch.empty(0, dtype=pieces.dtype, device=device).set_(storage, 0, (pieces.numel,), (1,))
-        parts.extend(parts_of(pieces, 0, flat.shape, (0,), flat))
+        parts.extend(parts_on(pieces, 0, flat.shape, (0,), flat))
     advise_huge_pages(storage for _, storage in made)
     parts.extend(conversions.parts())
     make_parts(parts, torch.get_num_threads())
     for group, storage in (*made, *conversions.finish()):
         group.source.keep(storage)
         _install_group(group, storage)
-    return rest
-
-
-def _read_shards(groups: Sequence[Group], device: torch.device) -> list[Group]:
-    """Read shards of what lies in files straight to another device. Return the other groups."""
-    rest: list[Group] = []
-    pairs: list[tuple[Tensor, Given]] = []
-    for group in groups:
-        given = group.source.given() if device.type != "cpu" else None
-        shards = [shard for target in group.targets for shard in target.shards()]
-        whole = given is not None and all(tuple(shard.shape) == tuple(given.shape) for shard in shards)
-        if given is not None and whole and shards and all(target.shards() for target in group.targets):
-            pairs.extend((shard, given) for shard in shards)
-        else:
-            rest.append(group)
-    read_into(pairs)
     return rest
 
 

@@ -1,8 +1,8 @@
-"""Parts: what of a storage this rank makes, as ranges of its elements, and the threads that make them.
+"""Parts: what of a storage this rank makes, as ranges of its elements.
 
 A shard is a box of a tensor. Where its rows are long, each is made straight into its place. Where they are short, as
 in a shard of the last dimension, some whole rows at a time are made in a small buffer and their middle is kept, which
-costs the draws of all.
+costs the draws of all. A part that goes to a device is made in host memory and sent (`making.py`).
 """
 
 from __future__ import annotations
@@ -10,24 +10,20 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from nucleate.devices import Staging, casts_there
 from nucleate.materialize.source import Cursors, Pieces
-from nucleate.report.meter import Meter
 
 #: Shorter ranges are cut out of whole rows.
 MIN_RANGE_NUMEL = 1 << 12
 #: Elements of the buffer for that.
 BUFFER_NUMEL = 1 << 18
-#: Less work than this is done by one thread.
-MIN_NUMEL_PER_THREAD = 1 << 20
-
-# Threads take their next stretch of the stream when they are done with one, so that a slow one does less.
-_STRETCHES_PER_THREAD = 6
+#: Rows of so many elements that do not lie one behind the other on a device are cut further.
+MAX_ROW_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +40,11 @@ class Part(ABC):
 
     @property
     @abstractmethod
+    def device(self) -> torch.device:
+        """Where it goes."""
+
+    @property
+    @abstractmethod
     def size_bytes(self) -> int:
         """How large what is made is."""
 
@@ -57,24 +58,50 @@ class Part(ABC):
     def row_numel(self) -> int:
         """How many elements of the storage are passed over or made for each row."""
 
+    @property
+    @abstractmethod
+    def numel(self) -> int:
+        """How many elements of the pieces' dtype cross to a device."""
+
+    @property
+    @abstractmethod
+    def row_bytes(self) -> int:
+        """How many bytes of a staging buffer a row takes."""
+
     @abstractmethod
     def cut(self, first: int, last: int) -> Part:
         """Return the rows from `first` to `last`."""
 
     @abstractmethod
     def make(self, cursors: Cursors) -> None:
-        """Make it."""
+        """Make it, where it goes to host memory."""
+
+    def make_there(self) -> bool:
+        """Make it on its device, if nothing has to cross for that, and return whether that was so."""
+        return False
+
+    @abstractmethod
+    def on_host(self, memory: Tensor) -> Part:
+        """Return the part that makes its values in host memory, `(numel,)` of the pieces' dtype."""
+
+    @abstractmethod
+    def send(self, staging: Staging, memory: Tensor) -> None:
+        """Send the values from host memory to where they go."""
 
 
 @dataclass(frozen=True, slots=True)
-class Range(Part):
-    """Elements that follow one another in the storage, into memory where they do as well.
+class Placed(Part):
+    """A part that goes into a tensor.
 
     Attributes:
-        out: Where they go.
+        out: Where it goes.
     """
 
     out: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.out.device
 
     @property
     def size_bytes(self) -> int:
@@ -82,7 +109,32 @@ class Range(Part):
 
     @property
     def num_rows(self) -> int:
+        return self.out.shape[0]
+
+    @property
+    def numel(self) -> int:
         return self.out.numel()
+
+    @property
+    def row_bytes(self) -> int:
+        return self.out.numel() // self.out.shape[0] * self.pieces.dtype.itemsize
+
+    def make_there(self) -> bool:
+        value = self.pieces.constant()
+        if value is not None:
+            self.out.fill_(value)
+        return value is not None
+
+    def on_host(self, memory: Tensor) -> Part:
+        return replace(self, out=memory.view(self.out.shape))
+
+    def send(self, staging: Staging, memory: Tensor) -> None:
+        staging.send(memory, self.out)
+
+
+@dataclass(frozen=True, slots=True)
+class Range(Placed):
+    """Elements that follow one another in the storage, into memory where they do as well."""
 
     @property
     def row_numel(self) -> int:
@@ -96,26 +148,16 @@ class Range(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class Columns(Part):
+class Columns(Placed):
     """The same columns of a number of rows.
 
     Attributes:
-        out: Where they go.
         width: How long a whole row is.
         column: The first column wanted.
     """
 
-    out: Tensor
     width: int
     column: int
-
-    @property
-    def size_bytes(self) -> int:
-        return self.out.numel() * self.out.element_size()
-
-    @property
-    def num_rows(self) -> int:
-        return self.out.shape[0]
 
     @property
     def row_numel(self) -> int:
@@ -133,6 +175,120 @@ class Columns(Part):
             self.out[row : row + step].copy_(rows[:, self.column : self.column + self.out.shape[1]])
 
 
+@dataclass(frozen=True, slots=True)
+class Scattered(Placed):
+    """A box of a contiguous tensor, into memory of a device where its elements do not follow one another.
+
+    `start` is where the tensor begins in the storage.
+
+    Attributes:
+        shape: The tensor's shape.
+        offsets: The box's first index in each dimension.
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def row_numel(self) -> int:
+        return math.prod(self.out.shape[1:])
+
+    def cut(self, first: int, last: int) -> Part:
+        offsets = (self.offsets[0] + first, *self.offsets[1:])
+        return Scattered(self.pieces, self.start, self.out[first:last], self.shape, offsets)
+
+    def make(self, cursors: Cursors) -> None:
+        for part in parts_of(self.pieces, self.start, self.shape, self.offsets, self.out):
+            part.make(cursors)
+
+
+@dataclass(frozen=True, slots=True)
+class Resident(Placed):
+    """Elements that a tensor on this kind of device has.
+
+    Attributes:
+        source: The tensor, of the shape of `out`.
+    """
+
+    source: Tensor
+
+    @property
+    def row_numel(self) -> int:
+        return self.out.numel() // self.out.shape[0]
+
+    def cut(self, first: int, last: int) -> Part:
+        return Resident(self.pieces, self.start, self.out[first:last], self.source[first:last])
+
+    def make(self, cursors: Cursors) -> None:
+        self.make_there()
+
+    def make_there(self) -> bool:
+        self.out.copy_(self.source)
+        return True
+
+
+def parts_on(pieces: Pieces, base: int, shape: Sequence[int], offsets: Sequence[int], out: Tensor) -> Iterator[Part]:
+    """Cut a box out of a contiguous tensor on a storage, for any device.
+
+    Args:
+        pieces: Makes the storage.
+        base: Where the tensor begins in it.
+        shape: The tensor's shape.
+        offsets: The box's first index in each dimension.
+        out: Of the box's shape. On the CPU it is contiguous and of the pieces' dtype; on another device it may have
+            any strides, and the values are cast to its dtype.
+    """
+    if out.device.type == "cpu":
+        yield from parts_of(pieces, base, shape, offsets, out)
+        return
+    if not out.numel():
+        return
+    resident = _resident(pieces, base, tuple(shape), offsets, out)
+    if resident is not None:
+        yield resident
+        return
+    bare = pieces.uncast()
+    if casts_there(out.device, bare.dtype, out.dtype):
+        pieces = bare
+    if out.is_contiguous() and not (out.is_conj() or out.is_neg()):
+        yield from parts_of(pieces, base, shape, offsets, out)
+    else:
+        yield from _scattered(pieces, base, tuple(shape), tuple(offsets), out)
+
+
+def _resident(
+    pieces: Pieces, base: int, shape: tuple[int, ...], offsets: Sequence[int], out: Tensor
+) -> Resident | None:
+    """Return the box where its device has the elements already, whoever gives them, or None."""
+    given = pieces.given()
+    source = None if given is None or base else given.resident(out.device)
+    if source is None or math.prod(shape) != source.numel():
+        return None
+    if shape != tuple(source.shape):
+        if shape != (out.numel(),) or not out.is_contiguous():
+            return None
+        # All of it, as the storage that is made whole.
+        out = out.view(source.shape)
+    else:
+        for dim, (offset, length) in enumerate(zip(offsets, out.shape, strict=True)):
+            source = source.narrow(dim, offset, length)
+    return Resident(pieces, base, *((out, source) if out.dim() else (out.view(1), source.view(1))))
+
+
+def _scattered(
+    pieces: Pieces, base: int, shape: tuple[int, ...], offsets: tuple[int, ...], out: Tensor
+) -> Iterator[Part]:
+    if not out.dim():
+        # Only a conjugate view: it has one element, and a dim more changes nothing.
+        yield Scattered(pieces, base, out.view(1), (1,), (0,))
+    elif math.prod(out.shape[1:]) <= MAX_ROW_NUMEL:
+        yield Scattered(pieces, base, out, shape, offsets)
+    else:
+        inner = math.prod(shape[1:])
+        for row in range(out.shape[0]):
+            yield from _scattered(pieces, base + (offsets[0] + row) * inner, shape[1:], offsets[1:], out[row])
+
+
 def parts_of(pieces: Pieces, base: int, shape: Sequence[int], offsets: Sequence[int], out: Tensor) -> Iterator[Part]:
     """Cut a box out of a contiguous tensor on a storage.
 
@@ -141,7 +297,7 @@ def parts_of(pieces: Pieces, base: int, shape: Sequence[int], offsets: Sequence[
         base: Where the tensor begins in it.
         shape: The tensor's shape.
         offsets: The box's first index in each dimension.
-        out: Contiguous, of the box's shape.
+        out: Contiguous, of the box's shape and, on the CPU, of the pieces' dtype.
     """
     if not out.numel():
         return
@@ -176,76 +332,3 @@ def merged(
             first.append(offset)
             size.append(wanted)
     return whole, first, size
-
-
-def make_parts(parts: Sequence[Part], num_threads: int) -> None:
-    """Make parts, in the order of the random streams and files, by several threads.
-
-    Args:
-        parts: They must not overlap where they go.
-        num_threads: How many threads at most.
-    """
-    ordered = sorted(parts, key=lambda part: part.pieces.order(part.start))
-    total = sum(part.num_rows * part.row_numel for part in ordered)
-    num_threads = max(1, min(num_threads, total // MIN_NUMEL_PER_THREAD))
-    with Meter(sum(part.size_bytes for part in ordered), "making parameters") as meter:
-        _make_all(ordered, total, num_threads, meter)
-
-
-def _make_all(ordered: Sequence[Part], total: int, num_threads: int, meter: Meter) -> None:
-    if num_threads == 1:
-        _make(ordered, meter)
-        return
-    stretches = list(_stretches(ordered, total, num_threads * _STRETCHES_PER_THREAD))
-    # A mode of torch's holds for one thread, and an inference tensor may only be written in that mode.
-    inference = torch.is_inference_mode_enabled()
-
-    def make(stretch: Sequence[Part]) -> None:
-        with torch.inference_mode(inference):
-            _make(stretch, meter)
-
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="nucleate-materialize") as pool:
-        try:
-            for done in [pool.submit(make, stretch) for stretch in stretches]:
-                done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _make(parts: Sequence[Part], meter: Meter) -> None:
-    every: dict[object, Cursors] = {}
-    for part in parts:
-        program = part.pieces.program
-        if program not in every:
-            every[program] = Cursors(program)
-        part.make(every[program])
-        meter.add(part.size_bytes)
-    for cursors in every.values():
-        cursors.remember()
-
-
-def _stretches(parts: Sequence[Part], total: int, count: int) -> Iterator[list[Part]]:
-    """Split the work into about `count` lists of equal size, in order."""
-    goal = -(-total // count)
-    stretch: list[Part] = []
-    room = goal
-    for part in parts:
-        first = 0
-        while first < part.num_rows:
-            # Not so few elements that files would be read in short runs.
-            least = max(room, part.pieces.grain)
-            last = min(part.num_rows, first + max(1, -(-least // part.row_numel)))
-            if 0 < part.num_rows - last < 1024:
-                last = part.num_rows
-            elif last % 64 and last < part.num_rows and part.row_numel == 1:
-                # Neither a group of `normal_` nor a cache line is split.
-                last = min(part.num_rows, last + 64 - last % 64)
-            stretch.append(part.cut(first, last))
-            room -= (last - first) * part.row_numel
-            first = last
-            if room <= 0:
-                yield stretch
-                stretch, room = [], goal
-    if stretch:
-        yield stretch

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from nucleate.deferred import Cursors, Given, Pieces
 from nucleate.deferred.given import take
-from nucleate.materialize.parts import Part, make_parts, parts_of
+from nucleate.deferred.strided import boxes
+from nucleate.materialize.making import make_parts
+from nucleate.materialize.parts import Part, parts_of, parts_on
 from nucleate.materialize.shards import fill, is_sharded, offsets_of
 
 
@@ -31,16 +33,13 @@ class GivenBox(Given):
         self._offsets = tuple(offsets)
 
     def read(self, start: int, out: Tensor) -> None:
-        if not self.shape:
-            self._given.read(0, out)
-            return
-        row_numel = math.prod(self.shape[1:])
-        first, rows = start // row_numel, out.numel() // row_numel
-        assert (first * row_numel, rows * row_numel) == (start, out.numel()), "whole rows are read"
-        offsets = (self._offsets[0] + first, *self._offsets[1:])
-        box = out.view(rows, *self.shape[1:])
-        for part in parts_of(Pieces.of(self._given, self.dtype), 0, self._given.shape, offsets, box):
-            part.make(Cursors(None))
+        pieces, cursors, done = Pieces.of(self._given, self.dtype), Cursors(None), 0
+        for begin, lengths in boxes(self.shape, start, start + out.numel()):
+            part = out[done : done + math.prod(lengths)].view(lengths)
+            offsets = tuple(map(sum, zip(self._offsets, begin, strict=True)))
+            for piece in parts_of(pieces, 0, self._given.shape, offsets, part):
+                piece.make(cursors)
+            done += part.numel()
 
     def order(self, start: int) -> tuple[int, int]:
         return self._given.order(start)
@@ -64,9 +63,9 @@ def read_into(pairs: Sequence[tuple[Tensor, Given]]) -> None:
     for tensor, given in pairs:
         local = _local(tensor)
         offsets = offsets_of(tensor) if is_sharded(tensor) else (0,) * tensor.dim()
-        plain = local.device.type == "cpu" and local.is_contiguous() and not (local.is_conj() or local.is_neg())
-        if plain and offsets is not None:
-            parts.extend(parts_of(Pieces.of(given, local.dtype), 0, given.shape, offsets, local))
+        plain = local.is_contiguous() and not (local.is_conj() or local.is_neg())
+        if offsets is not None and (plain or local.device.type != "cpu"):
+            parts.extend(parts_on(Pieces.of(given, local.dtype), 0, given.shape, offsets, local))
         else:
             rest.append((tensor, given))
     make_parts(parts, torch.get_num_threads())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nucleate.deferred.fills import is_contiguous
 from nucleate.deferred.tape import TensorRef
 from nucleate.materialize.memory import advise_huge_pages
-from nucleate.materialize.parts import Part, merged, parts_of
+from nucleate.materialize.parts import Part, merged, parts_on
 from nucleate.materialize.source import Pieces
 
 
@@ -88,9 +88,9 @@ def parts_of_shard(pieces: Pieces, ref: TensorRef, shard: Any) -> list[Part] | N
     same_dtype = local.dtype == pieces.dtype == ref.dtype
     if offsets is None or not same_dtype or not is_contiguous(ref):
         return None
-    if not local.is_contiguous() or local.device.type != "cpu":
+    if not local.is_contiguous() and local.device.type == "cpu":
         return None
-    return list(parts_of(pieces, ref.offset, ref.size, offsets, local))
+    return list(parts_on(pieces, ref.offset, ref.size, offsets, local))
 
 
 def allocate_shards(model: nn.Module, device: torch.device, addresses: set[int]) -> None:

@@ -11,6 +11,7 @@ from nucleate.deferred import Cursors, Given, Pieces, Record
 from nucleate.deferred.given import take
 from nucleate.deferred.replay import backward_slice
 from nucleate.deferred.tape import Step
+from nucleate.devices import move
 
 __all__ = ["Cursors", "Given", "Pieces", "Recipe", "Source"]
 
@@ -54,6 +55,34 @@ class Source(Protocol):
         ...
 
 
+def is_moved_to(record: Record, device: torch.device) -> bool:
+    """Return whether what was recorded is made on the CPU and then moved to a device."""
+    return record.device.type == "cpu" != device.type
+
+
+def moved_to(
+    device: torch.device, made: torch.UntypedStorage, scratch: torch.UntypedStorage | None = None
+) -> torch.UntypedStorage:
+    """Return a storage on a device with the content of one on the CPU; it may be `scratch` instead of new memory."""
+    storage = scratch if scratch is not None else torch.UntypedStorage(made.nbytes(), device=device)
+    move(made, storage)
+    return storage
+
+
+def pieces_on_host(record: Record, storage: int, end: int | None = None) -> Pieces | None:
+    """Return how ranges of a storage are made on the CPU, or None if it can only be made whole.
+
+    The CPU does not draw or compute what was recorded for another device: the bits would be others.
+
+    Args:
+        record: The record.
+        storage: The storage's number on the record's tape.
+        end: As it was before the step with this index; by default, as it is at the end.
+    """
+    pieces = record.pieces(storage, end)
+    return pieces if pieces is not None and (record.device.type == "cpu" or pieces.is_on_host) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A storage made by replaying how the constructor made it.
@@ -67,12 +96,20 @@ class Recipe:
     storage: int
 
     def make(self, device: torch.device, scratch: torch.UntypedStorage | None = None) -> torch.UntypedStorage:
-        """Replay the storage's recipe on `device`."""
-        return self.record.make(self.storage, device, scratch)
+        """Replay the storage's recipe: on `device`, or on the CPU if it was recorded for that, and move the result."""
+        if not is_moved_to(self.record, device):
+            return self.record.make(self.storage, device, scratch)
+        tape = self.record.tape
+        made = None if scratch is not None else tape.made(self.storage)
+        if made is None or made.device.type != device.type or device.index not in (None, made.device.index):
+            made = moved_to(device, self.record.replayer.storage(self.storage, self.record.device), scratch)
+            if scratch is None:
+                tape.keep_made(self.storage, made)
+        return made
 
     def pieces(self, device: torch.device) -> Pieces | None:
-        """Return how ranges are made, for a storage on the CPU that is filled and computed element by element."""
-        return self.record.pieces(self.storage) if device.type == "cpu" else None
+        """Return how ranges are made on the CPU, which moves them to `device`; None where they cannot be."""
+        return pieces_on_host(self.record, self.storage)
 
     def given(self) -> Given | None:
         """Return what the storage is given from a file, if that is all its recipe does."""
