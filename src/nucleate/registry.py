@@ -49,6 +49,10 @@ class Registry:
         """Return every name that can be asked for, sorted, without importing a plugin."""
         return sorted({*self.builtins, *self._installed})
 
+    def installed_names(self) -> list[str]:
+        """Return the names that other distributions offer, sorted, without importing a plugin."""
+        return sorted(self._installed)
+
     def get(self, name: str) -> type[Named]:
         """Import and return the class registered under `name`.
 
@@ -132,6 +136,8 @@ ACCELERATORS = Registry(
     builtins={
         "cpu": "nucleate.accelerators.cpu:CPUAccelerator",
         "cuda": "nucleate.accelerators.cuda:CUDAAccelerator",
+        "mps": "nucleate.accelerators.generic:TorchAccelerator",
+        "xpu": "nucleate.accelerators.generic:TorchAccelerator",
     },
 )
 

@@ -22,11 +22,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from nucleate.accelerators.base import Accelerator
+from nucleate.accelerators.choice import choose
 from nucleate.cluster.agreement import verify_same_model
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
 from nucleate.cluster.numerics import Numerics
 from nucleate.deferred import Given, deferred, eager, is_recording, resumed
+from nucleate.devices import made_current, take_device
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.integrations.base import Integration
 from nucleate.materialize import Plan, reset
@@ -35,7 +37,7 @@ from nucleate.materialize.vacancies import adopt_vacancies, vacancies
 from nucleate.materialize.verification import Verification
 from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
-from nucleate.registry import ACCELERATORS, INTEGRATIONS, PRECISIONS, STRATEGIES
+from nucleate.registry import INTEGRATIONS, PRECISIONS, STRATEGIES
 from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
 from nucleate.strategies.base import Strategy
@@ -62,7 +64,9 @@ class Runtime:
     """Builds, loads and launches a model on one composition of accelerator, precision and strategy.
 
     Args:
-        accelerator: `"auto"`, `"cpu"`, `"cuda"`, the name of an installed plugin, or an `Accelerator`.
+        accelerator: `"auto"` (the accelerator that torch names as the current one, an installed plugin whose device is
+            there, or the CPU), `"cpu"`, `"cuda"`, torch's name of any other kind of device, the name of an installed
+            plugin, or an `Accelerator`.
         strategy: `"auto"` (DDP in several processes, else a single device), `"single_device"`, `"ddp"`, `"fsdp"`,
             the name of an installed plugin, or a `Strategy`.
         devices: How many processes each node must have; `"auto"` takes what the launcher started.
@@ -107,22 +111,16 @@ class Runtime:
         self._verify = verify
         environment = Environment.detect()
         environment.check_request(devices, num_nodes)
-        if accelerator == "auto":
-            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         if strategy == "auto":
             strategy = "ddp" if environment.world_size > 1 else "single_device"
         if isinstance(precision, (str, int)):
             precision = _PRECISION_ALIASES.get(str(precision), str(precision))
-        self._accelerator = cast(Accelerator, ACCELERATORS.choose(accelerator))
+        self._accelerator = choose(accelerator)
         self._precision = cast(Precision, PRECISIONS.choose(precision))
         self._strategy = cast(Strategy, STRATEGIES.choose(strategy))
-        if not self._accelerator.is_available():
-            raise ConfigurationError(
-                f"accelerator {self._accelerator.name!r} was asked for, but this machine has none that this torch "
-                f"({torch.__version__}) can use. Use accelerator='cpu' or 'auto', or install a torch build for it."
-            )
         self._environment = environment
         self._device = self._accelerator.select(environment.local_rank)
+        take_device(self._device, self._accelerator)
         self._communicator = Communicator(environment, self._device)
         self._launched = False
         self._composition = Composition(self._accelerator, self._precision, self._strategy, environment, self._device)
@@ -235,6 +233,7 @@ class Runtime:
         defer = self._strategy.shards if empty_init is None else empty_init
         self._agree_on_generators()
         with ExitStack() as stack:
+            stack.enter_context(made_current(self._device))
             for part in (self._accelerator, self._precision, self._strategy):
                 stack.enter_context(part.module_init_context())
             if defer:
@@ -249,7 +248,11 @@ class Runtime:
     def init_tensor(self) -> Iterator[None]:
         """Create tensors inside this context on the device, floating point ones in the precision's dtype."""
         self.launch()
-        with self._accelerator.module_init_context(), self._precision.module_init_context():
+        with (
+            made_current(self._device),
+            self._accelerator.module_init_context(),
+            self._precision.module_init_context(),
+        ):
             yield
 
     # -- set up --------------------------------------------------------------------------------------------
@@ -301,14 +304,14 @@ class Runtime:
         # Apart from what precedes: a strategy exchanges tensors, and would wait for a rank that failed before.
         with self._communicator.all_or_none("setup"):
             verification = Verification(model, self._verify == "all", self._device) if self._verify else None
-            with metered(self.is_global_zero):
+            with metered(self.is_global_zero), made_current(self._device):
                 forward_module = self._strategy.setup(model)
             renewed = dict(model.named_parameters(remove_duplicate=False))
             for optimizer in optimizers:
                 repoint(optimizer, names, renewed)
         if verification is not None:
             verification.run(self._communicator)
-        wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy)
+        wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy, self._device)
         for integration in integrations:
             for method in integration.inference_methods(model):
                 wrapped.mark_inference_method(method)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -15,9 +16,13 @@ from typing import Any
 
 import torch
 
+from nucleate.devices import devices_taken, hooks_of
+from nucleate.devices.kinds import is_kind
 from nucleate.errors import CheckpointKeyError, ConfigurationError
 
 _MAX_SEED = 2**32 - 1  # What numpy takes.
+# What every saved state has. Beside them stand those of devices, under the name of their kind.
+_HOST_STATES = frozenset(("python", "torch", "numpy"))
 
 _seed: int | None = None
 _seeds_workers = False
@@ -102,9 +107,7 @@ class RandomState:
     def state_dict(self) -> dict[str, Any]:
         """Return `{"rank_0": ..., "rank_1": ...}`, the same on every rank."""
         mine = _capture()
-        # The device's own generator; a process that never touched CUDA has nothing to say about it.
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            mine["cuda"] = torch.cuda.get_rng_state()
+        mine.update(_device_states())
         states = [mine]
         if _is_distributed():
             gathered: list[Any] = [None] * torch.distributed.get_world_size()
@@ -125,6 +128,7 @@ class RandomState:
                 "the random state out and seed anew."
             )
         _restore(state[key])
+        _restore_devices(state[key])
 
 
 def _numpy() -> ModuleType | None:
@@ -157,8 +161,36 @@ def _restore(state: dict[str, Any]) -> None:
     if "numpy" in state and (numpy := _numpy()) is not None:
         name, keys, *rest = state["numpy"]
         numpy.random.set_state((name, keys.tolist(), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def _device_states() -> dict[str, Any]:
+    """Return the states of this rank's devices by kind: a tensor, or a tuple of them where it uses several devices."""
+    states: dict[str, list[torch.Tensor]] = {}
+    for device in devices_taken():
+        state = hooks_of(device).random_state_of(device)
+        if state is not None:
+            states.setdefault(device.type, []).append(state)
+    return {kind: found[0] if len(found) == 1 else tuple(found) for kind, found in states.items()}
+
+
+def _restore_devices(state: dict[str, Any]) -> None:
+    devices: dict[str, list[torch.device]] = {}
+    for device in devices_taken():
+        devices.setdefault(device.type, []).append(device)
+    for kind in state.keys() - _HOST_STATES:
+        saved = state[kind] if isinstance(state[kind], (tuple, list)) else (state[kind],)
+        here = devices.get(kind, [])
+        if not here and is_kind(kind) and hooks_of(torch.device(kind, 0)).is_present(torch.device(kind, 0)):
+            # Nothing has used it so far.
+            here = [torch.device(kind, hooks_of(torch.device(kind, 0)).current_index(kind))]
+        for device, value in zip(here, saved, strict=False):
+            hooks_of(device).default_generator(device).set_state(value.cpu())
+        if len(here) < len(saved):
+            warnings.warn(
+                f"the random state was saved with {len(saved)} {kind!r} device(s), and this process uses {len(here)}. "
+                "The other states are left out: random numbers drawn on a device do not continue where they were.",
+                stacklevel=3,
+            )
 
 
 def _is_distributed() -> bool:

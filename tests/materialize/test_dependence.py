@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from nucleate.cluster.numerics import BUILD, CAPABILITY, FILLS, GPU, LIBRARIES, THREADS, Numerics
+from nucleate.cluster.numerics import BUILD, CAPABILITY, DEVICE, FILLS, LIBRARIES, THREADS, Numerics
 from nucleate.deferred import deferred
 from nucleate.materialize import Plan
 from nucleate.materialize.dependence import GRAIN_NUMEL, numerics_of
@@ -112,8 +112,8 @@ def test_on_a_gpu_random_values_depend_on_which_one_it_is() -> None:
         patch.setattr(plan.records[0], "device", torch.device("cuda"))
         patch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
         found = numerics_of(plan, torch.device("cuda"))
-    assert found.examples.keys() == {BUILD, GPU}
-    assert found.facts[GPU].startswith("H100 with 132 multiprocessors")
+    assert found.examples.keys() == {BUILD, DEVICE}
+    assert found.facts[DEVICE].startswith("H100 with 132 multiprocessors")
 
 
 # -- what this build of torch does -----------------------------------------------------------------------------------

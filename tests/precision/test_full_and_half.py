@@ -6,6 +6,7 @@ from torch import nn
 
 from nucleate.accelerators import CPUAccelerator
 from nucleate.cluster import Environment
+from nucleate.devices import DeviceHooks, table
 from nucleate.errors import ConfigurationError
 from nucleate.plugin import Composition
 from nucleate.precision import FullPrecision, HalfPrecision, Precision
@@ -78,8 +79,14 @@ def test_other_dtypes_and_names_are_refused() -> None:
 
 
 def test_bfloat16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old card")
+    class OldCard(DeviceHooks):
+        def supports_bfloat16(self, device: torch.device) -> bool:
+            return False
+
+        def describe(self, device: torch.device) -> str:
+            return "an old card"
+
+    monkeypatch.setattr(table, "_chosen", {"cuda": OldCard()})
     precision = HalfPrecision()
     parts = Composition(CPUAccelerator(), precision, CPUAccelerator(), Environment(), torch.device("cuda", 0))
     with pytest.raises(ConfigurationError, match="'bf16-true' needs bfloat16, which an old card does not have"):

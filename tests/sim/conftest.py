@@ -11,6 +11,9 @@ import torch
 
 from tests.sim.device import NoCompiler, install
 
+# So that tests may name the device before it is there.
+torch.utils.rename_privateuse1_backend("sim")
+
 
 @pytest.fixture(scope="session")
 def simulated_device() -> Any:

@@ -3,5 +3,6 @@
 from nucleate.accelerators.base import Accelerator
 from nucleate.accelerators.cpu import CPUAccelerator
 from nucleate.accelerators.cuda import CUDAAccelerator
+from nucleate.accelerators.generic import TorchAccelerator
 
-__all__ = ["Accelerator", "CPUAccelerator", "CUDAAccelerator"]
+__all__ = ["Accelerator", "CPUAccelerator", "CUDAAccelerator", "TorchAccelerator"]

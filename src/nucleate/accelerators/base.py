@@ -9,26 +9,33 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from nucleate.devices import DeviceHooks
 from nucleate.plugin import Plugin
 
 
-class Accelerator(Plugin):
+class Accelerator(Plugin, DeviceHooks):
     """A kind of device.
 
     Required: the contract's two methods, `is_available`, `count` and `select`. Everything else has a
-    working default.
+    working default. That holds for `DeviceHooks`, too: its methods say how this kind of device draws random numbers,
+    pins memory and the like, and are right for every device that `torch.accelerator` serves. `TorchAccelerator` is such
+    an accelerator; a class of your own is needed only where a kind of device differs from it.
     """
 
     kind: ClassVar[str] = "accelerator"
-    #: The torch.distributed backend of its processes, such as `"gloo"`.
-    backend: ClassVar[str] = "gloo"
-    #: Whether copies from pinned host memory to this device can overlap with work on it.
-    pins_memory: ClassVar[bool] = False
 
-    @classmethod
+    @property
+    def backend(self) -> str:
+        """The torch.distributed backend of its processes, such as `"gloo"`; a subclass may set a class attribute."""
+        return "gloo"
+
     @abstractmethod
-    def is_available(cls) -> bool:
+    def is_available(self) -> bool:
         """Return whether this machine has such a device and this torch can use it."""
+
+    def why_absent(self) -> str:
+        """Return why `is_available` says no and what to do, as the rest of a sentence after "but"."""
+        return f"this machine has none that this torch ({torch.__version__}) can use: install a torch build for it"
 
     @abstractmethod
     def count(self) -> int:

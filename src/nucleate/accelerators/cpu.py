@@ -11,19 +11,19 @@ from torch import nn
 
 from nucleate.accelerators.base import Accelerator
 from nucleate.accelerators.placement import place
+from nucleate.devices.cpu import CPUHooks
 
 _DEVICE = torch.device("cpu")
 
 
 @final
-class CPUAccelerator(Accelerator):
+class CPUAccelerator(CPUHooks, Accelerator):
     """Run on the CPU."""
 
     name = "cpu"
     backend: ClassVar[str] = "gloo"
 
-    @classmethod
-    def is_available(cls) -> bool:
+    def is_available(self) -> bool:
         """Return True: there is always a CPU."""
         return True
 

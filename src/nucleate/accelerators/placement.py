@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nucleate.errors import UsageError, name_list
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -18,17 +23,22 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     Args:
         model: The module to move.
         device: Where to.
+
+    Raises:
+        UsageError: Autograd still holds a tensor, and torch cannot move it to this device then. Nothing has been moved.
     """
-    elsewhere = [
-        tensor
-        for tensor in [*model.parameters(), *model.buffers()]
+    elsewhere = {
+        tensor: name
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if tensor.device != device and tensor.device.type != "meta"
-    ]
+    }
     if elsewhere:
-        transfer(elsewhere, lambda tensor: tensor.to(device))
-        for module in model.modules():
-            if isinstance(module, nn.RNNBase):
-                module.flatten_parameters()  # cuDNN wants the weights in one buffer; nothing happens elsewhere.
+        recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+        with _without_weak_references(recurrent):
+            _refuse_held(elsewhere, device)
+            transfer(list(elsewhere), lambda tensor: tensor.to(device))
+        for module in recurrent:
+            module.flatten_parameters()  # cuDNN wants the weights in one buffer; nothing happens elsewhere.
     return model
 
 
@@ -46,7 +56,7 @@ def transfer(tensors: list[Tensor], copy: Callable[[Tensor], Tensor]) -> None:
         if gradient is not None:
             tensor.grad = None
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            tensor.data = copy(tensor.data)  # A subclass knows best what copying it means.
+            _set_value(tensor, copy(tensor.data))  # A subclass knows best what copying it means.
         else:
             old = tensor.untyped_storage()
             if old._cdata not in storages:
@@ -54,6 +64,83 @@ def transfer(tensors: list[Tensor], copy: Callable[[Tensor], Tensor]) -> None:
                 storages[old._cdata] = (old, copy(whole).untyped_storage())
             new = storages[old._cdata][1]
             view = torch.empty(0, dtype=tensor.dtype, device=new.device)
-            tensor.data = view.set_(new, tensor.storage_offset(), tensor.size(), tensor.stride())
+            _set_value(tensor, view.set_(new, tensor.storage_offset(), tensor.size(), tensor.stride()))
         if gradient is not None:
             tensor.grad = copy(gradient)
+
+
+def _set_value(tensor: Tensor, value: Tensor) -> None:
+    """Let a tensor have the data of another, which may be on any device."""
+    if torch._has_compatible_shallow_copy_type(tensor, value):
+        tensor.data = value
+        return
+    # As between the CPU and devices of other packages (`has_compatible_shallow_copy_type` in c10/core/TensorImpl.h,
+    # torch 2.13). Hooks belong to the autograd side of a tensor, which is swapped away.
+    hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
+    attributes = vars(tensor).copy()
+    if isinstance(tensor, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+    elif tensor.requires_grad:
+        value.requires_grad_()
+    if type(value) is not type(tensor):
+        value.__class__ = type(tensor)
+    # A subclass may keep its parts there, which are in their new place by now.
+    vars(value).update({name: item for name, item in attributes.items() if name not in vars(value)})
+    if weakref.getweakrefs(tensor):
+        # `swap_tensors` refuses these, though they go on to refer to the same object. The rest of it is not needed:
+        # class and attributes are alike, and `_refuse_held` has asked for other references.
+        inside = vars(value).copy()
+        torch._C._swap_tensor_impl(tensor, value)
+        vars(tensor).update(inside)
+    else:
+        torch.utils.swap_tensors(tensor, value)
+    if hooks[0]:
+        tensor._backward_hooks = hooks[0]
+    if hooks[1]:
+        tensor._post_accumulate_grad_hooks = hooks[1]
+
+
+def _refuse_held(tensors: dict[Tensor, str], device: torch.device) -> None:
+    there = torch.empty(0, device=device)
+    held = [
+        name
+        for tensor, name in tensors.items()
+        if not torch._has_compatible_shallow_copy_type(tensor, there) and _is_held(tensor)
+    ]
+    if held:
+        raise UsageError(
+            f"{name_list(held)} cannot be moved to {device}: the graph of a computation still holds them, or they are "
+            "the result of one. Move the model before its forward runs, or after the backward."
+        )
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """Return whether swapping a tensor would leave somebody with another one (`torch.utils.swap_tensors`, 2.13)."""
+    if not tensor.is_leaf or _num_references(tensor) > 2:
+        return True
+    if _num_references(tensor) == 1:
+        return False
+    if not tensor.requires_grad or weakref.getweakrefs(tensor):
+        return True
+    # The node that accumulates its gradient, which `swap_tensors` makes fail if it runs; asking may have made it.
+    node = torch.autograd.graph.get_gradient_edge(tensor).node
+    is_node = _num_references(tensor) == 2
+    del node
+    return not is_node
+
+
+def _num_references(tensor: Any) -> int:
+    count: int = tensor._use_count()
+    return count
+
+
+@contextmanager
+def _without_weak_references(modules: list[nn.RNNBase]) -> Iterator[None]:
+    """Take away the weak references to flat weights (torch/nn/modules/rnn.py), which `swap_tensors` refuses."""
+    for module in modules:
+        module._flat_weight_refs = []
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
+from nucleate.cluster.process_group import gloo_beside
 from nucleate.errors import RankFailedError
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ class SaveGroup:
             if _current is not None:
                 _current._give_up()
             # No rank starts to wait for the others here before all of them have come.
-            _current = cls(communicator.rank, communicator.world_size, dist.new_group(backend="gloo", timeout=_TIMEOUT))
+            group = dist.new_group(backend=gloo_beside(dist.group.WORLD), timeout=_TIMEOUT)
+            _current = cls(communicator.rank, communicator.world_size, group)
             # Before the groups end: what keeps one alive keeps its threads alive beyond the interpreter's end.
             atexit.register(_forget)
         assert _current is not None

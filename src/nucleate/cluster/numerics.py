@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nucleate.devices import hooks_of
 from nucleate.errors import name_list
 
 BUILD = "the torch build"
@@ -23,7 +24,7 @@ FILLS = "the CPU capability, as far as random fills tell it,"
 CAPABILITY = "the CPU capability"
 THREADS = "the number of threads"
 LIBRARIES = "what the math libraries compute (a fingerprint)"
-GPU = "the GPU"
+DEVICE = "the device"
 
 _ADVICE = {
     BUILD: "install the same torch on every host",
@@ -31,7 +32,7 @@ _ADVICE = {
     CAPABILITY: "set ATEN_CPU_CAPABILITY alike on every rank, or use hosts of one kind",
     THREADS: "set OMP_NUM_THREADS (and MKL_NUM_THREADS, if at all) alike on every rank",
     LIBRARIES: "use hosts of one kind, or set MKL_CBWR alike on every rank where torch uses MKL",
-    GPU: "use GPUs of one kind",
+    DEVICE: "use devices of one kind",
 }
 
 # `normal_` and `uniform_` give the same bits with both (torch 2.13; tests/materialize/test_dependence.py measures it).
@@ -68,11 +69,8 @@ def read_facts(device: torch.device) -> dict[str, str]:
         THREADS: _threads(),
         LIBRARIES: _libraries(),
     }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts[GPU] = (
-            f"{properties.name} with {properties.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
-        )
+    if device.type != "cpu":
+        facts[DEVICE] = hooks_of(device).describe(device)
     return facts
 
 

@@ -38,8 +38,8 @@ def start(environment: Environment, backend: str, timeout: timedelta, device: to
         environment: Which process this is, of how many.
         backend: The torch.distributed backend, such as `"gloo"`.
         timeout: How long a collective waits for the other ranks before it fails.
-        device: The device of this process; an accelerator is bound to the group at once, so that a rank
-            never opens a context on another rank's device.
+        device: The device of this process; an accelerator that the backend serves is bound to the group at once, so
+            that a rank never opens a context on another rank's device.
 
     Raises:
         ConfigurationError: This torch has no torch.distributed, or the group that runs already has another
@@ -58,18 +58,46 @@ def start(environment: Environment, backend: str, timeout: timedelta, device: to
                 "the group."
             )
         return
+    bound = device if _serves(backend, device.type) else None
     dist.init_process_group(
         backend,
         store=_store(environment, timeout),
         rank=environment.global_rank,
         world_size=environment.world_size,
         timeout=timeout,
-        device_id=device if device.type != "cpu" else None,
+        device_id=bound,
     )
+    group = dist.group.WORLD
+    assert group is not None
+    if bound is not None and not group._get_backend(bound).supports_splitting:
+        # A DeviceMesh splits a group that is bound to a device, and fails where the backend cannot be split
+        # (`_init_one_process_group` in torch/distributed/device_mesh.py, 2.13). Of a group that is not bound it makes
+        # new groups.
+        group.bound_device_id = None
     _started_here = True
     _starts += 1
     # Without this gloo's threads now and then abort the interpreter's exit. Registering twice is harmless.
     atexit.register(stop)
+
+
+def gloo_beside(group: dist.ProcessGroup | None) -> str:
+    """Return the backend string of a gloo group that can be made beside a group, whatever device that is bound to.
+
+    torch asks a new group for the backend of the device that the default group is bound to, and fails where it has none
+    (`_new_process_group_helper` in torch/distributed/distributed_c10d.py, 2.13). Of itself gloo names the CPU and CUDA
+    only. Named for another device as well it is still one backend, which opens nothing on the device.
+    """
+    bound = getattr(group, "bound_device_id", None)
+    return "gloo" if bound is None else f"cpu:gloo,{bound.type}:gloo"
+
+
+def _serves(backend: str, device_type: str) -> bool:
+    """Return whether a backend such as `"gloo"` or `"cpu:gloo,xpu:xccl"` exchanges tensors of an accelerator."""
+    if device_type == "cpu":
+        return False
+    if ":" in backend:
+        return any(part.partition(":")[0].strip() == device_type for part in backend.split(","))
+    return device_type in dist.Backend.backend_capability.get(backend.lower(), [])
 
 
 def stop() -> None:

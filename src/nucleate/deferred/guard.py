@@ -28,6 +28,7 @@ from nucleate.deferred.held import every_tensor
 from nucleate.deferred.lookout import Lookout
 from nucleate.deferred.recorded_methods import Purpose, loading_frame, refuse_meta_source, running_purpose
 from nucleate.deferred.refusal import EDITS, REFUSED, is_edit, label, refuse, refuse_move, refuse_shared
+from nucleate.devices.kinds import legacy_kind, moves
 from nucleate.errors import NucleateError
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ _QUESTIONS = {
 }  # fmt: skip
 # What `state_dict` asks of every tensor; it takes neither a step nor a look-out.
 _ALIASES = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
-# What these do depends on the device that the tensor stands for; `Impersonation` knows.
-_MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.type}
+# What these and `Tensor.cpu` and its like do depends on the device that the tensor stands for; `Impersonation` knows.
+_MOVES = {Tensor.to, Tensor.type}
 # They make a real tensor after the looks of a deferred one.
 _LIKE = {
     torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like, torch.randint_like,
@@ -168,7 +169,8 @@ def _call(
             return func(*args, **{"device": record.device, **kwargs})
     if func == _SET_DATA:
         return _set_data(*args)
-    if func in _MOVES:
+    is_move = func in _MOVES or func in moves()
+    if is_move:
         target = _target(func, args[1:], kwargs)
         if target is not None and not _same(target, record.device):
             refuse_move(handle, target)
@@ -182,7 +184,7 @@ def _call(
             stack.enter_context(record.reopened())
             if not impersonated:
                 stack.enter_context(Lookout(handle))
-            if impersonated or func in _MOVES:
+            if impersonated or is_move:
                 stack.enter_context(record.impersonation)
             result = func(*args, **kwargs)
     except (RuntimeError, TypeError) as error:
@@ -301,15 +303,17 @@ def _alias(tensor: Any) -> Tensor:
 
 def _target(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
     """Return the device that a move asks for, where it asks for one."""
-    if func is Tensor.cpu:
+    kind = moves().get(func)
+    if kind == "cpu":
         return torch.device("cpu")
-    if func is Tensor.cuda:
+    if kind is not None:
         device = args[0] if args else kwargs.get("device")
-        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
+        return torch.device(kind, device) if isinstance(device, int) else torch.device(device or kind)
     if func is Tensor.type:
-        kind = args[0] if args else kwargs.get("dtype")
-        name = kind if isinstance(kind, str) else f"{getattr(kind, '__module__', '')}.{getattr(kind, '__name__', '')}"
-        return torch.device("cuda") if name.startswith("torch.cuda.") else None
+        to = args[0] if args else kwargs.get("dtype")
+        name = to if isinstance(to, str) else f"{getattr(to, '__module__', '')}.{getattr(to, '__name__', '')}"
+        named = legacy_kind(name)
+        return None if named is None else torch.device(named)
     other = kwargs.get("other", args[0] if args else None)
     if isinstance(other, Tensor):
         return other.device

@@ -28,6 +28,7 @@ from nucleate.deferred.record import Recorder
 from nucleate.deferred.recorded_methods import loading_frame, refuse_meta_source
 from nucleate.deferred.tape import map_leaves, tensors
 from nucleate.deferred.wholes import call_whole, is_whole
+from nucleate.devices.kinds import moves, questions
 
 Handler = Callable[..., Any]
 
@@ -44,13 +45,13 @@ class Impersonation(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
+        self._moves = moves()
         device = recorder.device
         index = device.index if device.index is not None else -1
         self.answers: dict[Any, Any] = {
             Tensor.device.__get__: device,
             Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
-            Tensor.is_cpu.__get__: device.type == "cpu",  # type: ignore[attr-defined]
-            Tensor.is_cuda.__get__: device.type == "cuda",  # type: ignore[attr-defined]
+            **{question: kind == device.type for question, kind in questions().items()},
             Tensor.get_device: index,
         }
 
@@ -68,6 +69,8 @@ class Impersonation(TorchFunctionMode):
             with self._impersonated_target():
                 return self._made_for_absent(func, *meant)
         handler = _HANDLERS.get(func)
+        if handler is None and func in self._moves:
+            handler = Impersonation._move
         if handler is not None:
             with turn:
                 return handler(self, func, args, kwargs)
@@ -207,7 +210,7 @@ class Impersonation(TorchFunctionMode):
         return func(target, value)
 
     def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keep `to`, `cpu` and `cuda` from copying where eager torch, already there, would return the tensor."""
+        """Keep `to`, `cpu` and their like from copying where eager torch, already there, would return the tensor."""
         if any(_is_meta_device(arg) for arg in (*args[1:], *kwargs.values())):
             with self._meta_is_meant():
                 if self._is_deferred(args[0]):
@@ -216,11 +219,14 @@ class Impersonation(TorchFunctionMode):
         own = self.recorder.device
         if not self._is_deferred(args[0]):
             return func(*args, **kwargs) if self.recorder.is_present else self._move_to_absent(func, args, kwargs)
-        if func is Tensor.cpu:
+        kind = self._moves.get(func)
+        if kind == "cpu":
             return args[0] if own.type == "cpu" else func(*args, **kwargs)
-        if func is Tensor.cuda:
+        if kind is not None:
             target = kwargs.get("device", args[1] if len(args) > 1 else None)
-            same = own.type == "cuda" and (target is None or _same_device(target, own))
+            if isinstance(target, int):
+                target = torch.device(kind, target)
+            same = own.type == kind and (target is None or _same_device(target, own))
             return args[0] if same else func(*args, **kwargs)
         return self._move_as_meta(func, args, kwargs)
 
@@ -343,8 +349,6 @@ _HANDLERS: dict[Any, Handler] = {
     Tensor.__deepcopy__: Impersonation._deepcopy,
     Tensor.__dlpack_device__: Impersonation._on_value,
     Tensor.to: Impersonation._move,
-    Tensor.cpu: Impersonation._move,
-    Tensor.cuda: Impersonation._move,
     Tensor.type: Impersonation._type,
     Tensor.new: Impersonation._new,
     torch.tensor_split: Impersonation._split,

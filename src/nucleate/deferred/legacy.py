@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nucleate.deferred.active import active_records
 from nucleate.deferred.tape import map_leaves
+from nucleate.devices.kinds import legacy_types
 
 if TYPE_CHECKING:
     from nucleate.deferred.context import Record
@@ -33,9 +34,8 @@ def install_legacy(stack: ExitStack) -> None:
         patch(owner, "to_dlpack", _shares_memory(owner.to_dlpack))
     group = torch._C._group_tensors_by_device_and_dtype
     patch(torch._C, "_group_tensors_by_device_and_dtype", _groups(group))
-    for namespace, device in ((torch, "cpu"), (torch.cuda, "cuda")):
-        for name, dtype in _LEGACY.items():
-            patch(namespace, name, _stand_in(getattr(namespace, name), name, dtype, device))
+    for namespace, name, kind in legacy_types(frozenset(_LEGACY)):
+        patch(namespace, name, _stand_in(getattr(namespace, name), name, _LEGACY[name], kind))
     patch(torch, "set_default_tensor_type", _set_default_tensor_type(torch.set_default_tensor_type))
 
 

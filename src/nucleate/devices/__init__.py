@@ -2,9 +2,29 @@
 
 from nucleate.devices.hooks import DeviceHooks
 from nucleate.devices.staging import Staging, casts_there, move, slabs
-from nucleate.devices.table import concrete, default_generator, hooks_of, is_present, use_hooks
+from nucleate.devices.table import (
+    concrete,
+    default_generator,
+    devices_taken,
+    hooks_of,
+    is_present,
+    made_current,
+    take_device,
+    use_hooks,
+)
 
 __all__ = [
-    "DeviceHooks", "Staging", "casts_there", "concrete", "default_generator", "hooks_of", "is_present", "move", "slabs",
+    "DeviceHooks",
+    "Staging",
+    "casts_there",
+    "concrete",
+    "default_generator",
+    "devices_taken",
+    "hooks_of",
+    "is_present",
+    "made_current",
+    "move",
+    "slabs",
+    "take_device",
     "use_hooks",
-]  # fmt: skip
+]

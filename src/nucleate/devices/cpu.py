@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,10 @@ class CPUHooks(DeviceHooks):
         """Return 0: there is one CPU."""
         return 0
 
+    def made_current(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return a context that does nothing."""
+        return nullcontext()
+
     def default_generator(self, device: torch.device) -> torch.Generator:
         """Return torch's default generator."""
         return torch.default_generator
@@ -31,6 +37,10 @@ class CPUHooks(DeviceHooks):
     def pins_memory(self) -> bool:
         """False: memory is where the work is."""
         return False
+
+    def supports_bfloat16(self, device: torch.device) -> bool:
+        """Return True: torch computes in bfloat16 on every CPU."""
+        return True
 
     def describe(self, device: torch.device) -> str:
         """Return the instructions that torch uses."""

@@ -26,9 +26,9 @@ class CUDAHooks(DeviceHooks):
         return philox.moved(state, distance)
 
     def supports_bfloat16(self, device: torch.device) -> bool:
-        """Return whether the device computes in bfloat16, not by emulation."""
+        """Return whether the device computes in bfloat16, by emulation or not."""
         with torch.cuda.device(device):
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+            return bool(torch.cuda.is_bf16_supported())
 
     def describe(self, device: torch.device) -> str:
         """Return the device's name, how many processors it has, and the CUDA that torch was built with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -42,17 +43,20 @@ class ModuleGenerator:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._module: Any = torch.get_device_module(device)
+        # `torch.mps` has one device and does not ask for it (torch/mps/__init__.py, 2.13).
+        takes_device = bool(inspect.signature(self._module.get_rng_state).parameters)
+        self._named: tuple[torch.device, ...] = (device,) if takes_device else ()
 
     def get_state(self) -> Tensor:
         """Return a copy of the state."""
         with _unseen():
-            state: Tensor = self._module.get_rng_state(self.device)
+            state: Tensor = self._module.get_rng_state(*self._named)
             return state
 
     def set_state(self, state: Tensor) -> None:
         """Put the generator into a state."""
         with _unseen():
-            self._module.set_rng_state(state, self.device)
+            self._module.set_rng_state(state, *self._named)
 
     def manual_seed(self, seed: int) -> None:
         """Put the generator into the state that a seed stands for."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nucleate.devices.generators import Generator, ModuleGenerator
 
@@ -33,6 +36,10 @@ class DeviceHooks:
         """Return the index of the current device of this kind, or 0 where there is none."""
         here = torch.device(device_type, 0)
         return int(self.module(here).current_device()) if self.is_present(here) else 0
+
+    def made_current(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return the context in which the device is the current one of its kind."""
+        return torch.accelerator.device_index(device.index)
 
     # -- random numbers ------------------------------------------------------------------------------------
 
@@ -68,8 +75,8 @@ class DeviceHooks:
 
     @property
     def pins_memory(self) -> bool:
-        """Whether copies from pinned host memory can overlap with work on the device."""
-        return True
+        """Whether copies from pinned host memory can overlap with work on the device: torch pins memory for it."""
+        return _torch_pins_memory(torch.accelerator.current_accelerator())
 
     def make_stream(self, device: torch.device) -> torch.Stream:
         """Return a new stream of the device."""
@@ -87,9 +94,23 @@ class DeviceHooks:
 
     def supports_bfloat16(self, device: torch.device) -> bool:
         """Return whether the device computes in bfloat16."""
-        return True
+        asked = getattr(self.module(device), "is_bf16_supported", None)
+        return True if asked is None else bool(asked())
 
     def describe(self, device: torch.device) -> str:
         """Return a text that is equal for devices that compute the same bits."""
         name = getattr(self.module(device), "get_device_name", None)
         return str(name(device.index)) if name is not None else device.type
+
+
+@functools.cache
+def _torch_pins_memory(accelerator: torch.device | None) -> bool:
+    """Pin a byte. Not every kind of device has pinned memory, and torch has no question for it (2.13)."""
+    if accelerator is None:
+        return False
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        try:
+            torch.empty(1, dtype=torch.uint8, device="cpu", pin_memory=True)
+        except (RuntimeError, NotImplementedError):
+            return False
+        return True

@@ -1,8 +1,10 @@
-"""Which hooks serve which device, and what follows from them: a device with its index, and its generator."""
+"""Which hooks serve which device, its index and its generator, and which devices this process uses."""
 
 from __future__ import annotations
 
 import functools
+import weakref
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 
 import torch
@@ -13,6 +15,9 @@ from nucleate.devices.hooks import DeviceHooks
 # Device type to `"module:Class"`; every other device is served by `DeviceHooks` itself.
 _BUILTINS = {"cpu": "nucleate.devices.cpu:CPUHooks", "cuda": "nucleate.devices.cuda:CUDAHooks"}
 _chosen: dict[str, DeviceHooks] = {}
+# By the accelerators that took them, as long as these live; the first one taken comes first.
+_taken: weakref.WeakKeyDictionary[DeviceHooks, torch.device] = weakref.WeakKeyDictionary()
+_uses_several = False
 _generators: dict[torch.device, Generator] = {}
 
 
@@ -23,9 +28,45 @@ def hooks_of(device: torch.device) -> DeviceHooks:
 
 
 def use_hooks(device_type: str, hooks: DeviceHooks) -> None:
-    """Let an accelerator answer for its kind of device from now on, in this process."""
-    _chosen[device_type] = hooks
-    _generators.clear()
+    """Let an accelerator answer for its kind of device from now on, in this process.
+
+    Of the CPU and CUDA nucleate knows more than `DeviceHooks` does, such as what their generators do. There an
+    accelerator answers only if it extends nucleate's class for that kind.
+    """
+    if isinstance(hooks, type(_builtin(device_type))):
+        if type(hooks) is not type(_chosen.get(device_type)):
+            _generators.clear()
+        _chosen[device_type] = hooks
+
+
+def take_device(device: torch.device, hooks: DeviceHooks) -> None:
+    """Note that an accelerator has selected a device, and let it answer for its kind."""
+    global _uses_several
+    use_hooks(device.type, hooks)
+    _taken[hooks] = device
+    _uses_several = _uses_several or len(devices_taken()) > 1
+
+
+def made_current(device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which a device is the current one, if this process has used another one as well.
+
+    Code that names a device without its index means the current one, which is that of the last accelerator made.
+    """
+    return hooks_of(device).made_current(device) if _uses_several else nullcontext()
+
+
+def devices_taken() -> list[torch.device]:
+    """Return the devices that this process uses, without the CPU.
+
+    These are the ones that accelerators have selected, in that order. Where there are none it is torch's current
+    device, if this process has used it.
+    """
+    found = list(dict.fromkeys(device for device in _taken.values() if device.type != "cpu"))
+    if not found and (current := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        device = torch.device(current.type, hooks_of(current).current_index(current.type))
+        if hooks_of(device).random_state_of(device) is not None:
+            found = [device]
+    return found
 
 
 def concrete(device: torch.device | str) -> torch.device:

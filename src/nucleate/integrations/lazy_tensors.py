@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from nucleate.deferred import is_recording, record_of
+from nucleate.devices.kinds import is_kind
 from nucleate.integrations.scoped import FileIntegration, Scoped, put
 
-#: What the library reads a tensor for (lightning/fabric/utilities/load.py, 2.6).
-_TOUCHES = frozenset(("contiguous", "cuda", "half", "data", "to"))
+#: What the library reads a tensor for (lightning/fabric/utilities/load.py, 2.6), besides a move to a kind of device.
+_TOUCHES = frozenset(("contiguous", "half", "data", "to"))
 _MODULES = ("lightning.fabric.utilities.load", "lightning_fabric.utilities.load")
 
 
@@ -48,7 +49,8 @@ def _install(stack: ExitStack) -> None:
             return func(*loaded, **(kwargs or {}))
 
         def get(lazy: Any, name: str, plain_get: Any = plain_get) -> Any:
-            return getattr(_loaded(lazy), name) if name in _TOUCHES else plain_get(lazy, name)
+            touches = name in _TOUCHES or is_kind(name)
+            return getattr(_loaded(lazy), name) if touches else plain_get(lazy, name)
 
         put(stack, cls, "_load_tensor", _lazily(cls._load_tensor))
         put(stack, cls, "__torch_function__", classmethod(call))

@@ -15,8 +15,8 @@ import torch
 from nucleate.cluster.numerics import (
     BUILD,
     CAPABILITY,
+    DEVICE,
     FILLS,
-    GPU,
     LIBRARIES,
     THREADS,
     Numerics,
@@ -103,8 +103,8 @@ class _Reader:
             found |= facts_of(step)
             if step.position is not None:
                 found |= self._facts_of_run(step.position.run) | {BUILD}
-        if group.source.record.device.type == "cuda":
-            return frozenset((BUILD, GPU)) if found else frozenset()
+        if group.source.record.device.type != "cpu":
+            return frozenset((BUILD, DEVICE)) if found else frozenset()
         return frozenset(found | {BUILD} if found else found)
 
     def _facts_of_run(self, run: Run) -> frozenset[str]:

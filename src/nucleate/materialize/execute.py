@@ -93,9 +93,8 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
     finally:
         for module in recurrent:
             module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
-    if device.type == "cuda":
-        for module in recurrent:
-            module.flatten_parameters()
+    for module in recurrent:
+        module.flatten_parameters()  # cuDNN wants the weights in one buffer; nothing happens elsewhere.
     _verify(model)
 
 

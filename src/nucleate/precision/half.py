@@ -8,6 +8,7 @@ from typing import Any, Self, final
 import torch
 from torch import nn
 
+from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError
 from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
@@ -52,7 +53,7 @@ class HalfPrecision(Precision):
         return self._dtype
 
     def check(self, composition: Composition) -> None:
-        """Refuse bfloat16 on a CUDA device that does not have it."""
+        """Refuse bfloat16 on a device that does not have it."""
         refuse_missing_bfloat16(self, self._dtype, composition.device)
 
     def module_init_context(self) -> AbstractContextManager[object]:
@@ -73,9 +74,12 @@ class HalfPrecision(Precision):
 
 
 def refuse_missing_bfloat16(precision: Precision, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ConfigurationError where `dtype` is bfloat16 and the CUDA device lacks it."""
-    if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    """Raise ConfigurationError where `dtype` is bfloat16 and the device lacks it."""
+    if dtype != torch.bfloat16:
+        return
+    hooks = hooks_of(device)
+    if not hooks.supports_bfloat16(device):
         raise ConfigurationError(
-            f"precision {precision.name!r} needs bfloat16, which {torch.cuda.get_device_name(device)} does not have. "
+            f"precision {precision.name!r} needs bfloat16, which {hooks.describe(device)} does not have. "
             "Use '16-mixed' or '32-true'."
         )

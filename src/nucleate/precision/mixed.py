@@ -30,7 +30,7 @@ class MixedPrecision(Precision):
 
     Args:
         dtype: `torch.bfloat16` or `torch.float16`.
-        device_type: What autocast is for, such as `"cuda"`; None follows the device of the runtime.
+        device_type: The kind of device that autocast is for; None follows the device of the runtime.
         scaler: The gradient scaler, for other settings than torch's. float16 has one by default.
 
     Raises:

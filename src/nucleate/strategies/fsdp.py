@@ -17,6 +17,7 @@ from torch import nn
 
 from nucleate.cluster.agreement import broadcast_real, verify_replicas
 from nucleate.cluster.communicator import Communicator
+from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError, name_list
 from nucleate.materialize import Plan, execute
 from nucleate.strategies.base import Strategy
@@ -191,7 +192,7 @@ class FSDPStrategy(Strategy):
             policy = self.mixed_precision
             arguments["mp_policy"] = policy if root else replace(policy, output_dtype=None)
         if self.cpu_offload:
-            arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type != "cpu")
+            arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=hooks_of(self.device).pins_memory)
         return arguments
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
+from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError, UsageError
 from nucleate.seed import derive_seed, seed_worker
 from nucleate.wrappers.sampler import ShareSampler, SkipSampler
@@ -186,13 +187,13 @@ class DataLoaderWrapper:
 
 
 def move(data: Any, device: torch.device) -> Any:
-    """Put every tensor of a collection on `device`; from pinned host memory to CUDA without waiting.
+    """Put every tensor of a collection on `device`; from pinned host memory without waiting for the copy.
 
     Args:
         data: A tensor, or dicts, lists, tuples and dataclasses of them. Anything else is kept.
         device: Where to.
     """
-    non_blocking = device.type == "cuda"
+    non_blocking = hooks_of(device).pins_memory
     return apply_to_collection(data, (Tensor, PackedSequence), lambda it: it.to(device, non_blocking=non_blocking))
 
 

@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, final
 
@@ -19,11 +19,13 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from nucleate.devices import made_current
+from nucleate.devices.kinds import module_moves
 from nucleate.errors import UsageError
 from nucleate.precision.base import Precision
 from nucleate.strategies.base import Strategy
 
-# How many `backward_allowed` contexts are open. A plain number and not a context variable: on CUDA the hooks
+# How many `backward_allowed` contexts are open. A plain number and not a context variable: on accelerators the hooks
 # run in autograd's own threads, which do not see the caller's context.
 _backward_allowed = 0
 
@@ -48,10 +50,16 @@ class ModuleWrapper(nn.Module):
         original: The user's model, which may be the same object.
         precision: Converts inputs and outputs, and surrounds forward.
         strategy: Says which methods must go through it.
+        device: Which device is the current one during forward; None leaves that alone.
     """
 
     def __init__(
-        self, forward_module: nn.Module, original: nn.Module, precision: Precision, strategy: Strategy
+        self,
+        forward_module: nn.Module,
+        original: nn.Module,
+        precision: Precision,
+        strategy: Strategy,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         # In `__dict__`, not in `_modules`: keys must not get a prefix. The registries are the model's very own,
@@ -60,6 +68,7 @@ class ModuleWrapper(nn.Module):
             _forward_module=forward_module,
             _precision=precision,
             _strategy=strategy,
+            _run_device=device,
             _forward_methods=set(),
             _inference_methods=set(),
             _forward_depth=0,
@@ -119,7 +128,10 @@ class ModuleWrapper(nn.Module):
         args, kwargs = precision.convert_input((args, kwargs))
         self.__dict__["_forward_depth"] += 1
         try:
-            with precision.forward_context():
+            with (
+                nullcontext() if self._run_device is None else made_current(self._run_device),
+                precision.forward_context(),
+            ):
                 output = function(*args, **kwargs)
         finally:
             self.__dict__["_forward_depth"] -= 1
@@ -261,6 +273,7 @@ for _name in (
     *("children", "named_children", "get_parameter", "get_buffer", "get_submodule", "set_submodule"),
     *("register_parameter", "register_buffer", "register_module", "add_module"),
     *("train", "eval", "requires_grad_", "zero_grad", "apply", "share_memory"),
-    *("to", "to_empty", "type", "cpu", "cuda", "float", "double", "half", "bfloat16"),
+    # All of them that a package brings later for a kind of device call `_apply`.
+    *("to", "to_empty", "type", *module_moves(), "float", "double", "half", "bfloat16", "_apply"),
 ):
     setattr(ModuleWrapper, _name, _delegate(_name))

@@ -1,0 +1,84 @@
+"""Torch's names of kinds of device, in `Tensor.is_xpu`, `Tensor.xpu()` and `torch.xpu.FloatTensor`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_kind(word: str) -> bool:
+    """Return whether torch knows a kind of device by this name, whether or not it was built for it.
+
+    >>> is_kind("cpu"), is_kind("cpu:0"), is_kind("sparse")
+    (True, False, False)
+    """
+    try:
+        return torch.device(word).type == word
+    except RuntimeError:
+        return False
+
+
+def questions() -> dict[Any, str]:
+    """Return the getters of `Tensor.is_cpu` and its like, and the kind of device that each asks for."""
+    return _known(*_newest())[0]
+
+
+def moves() -> dict[Any, str]:
+    """Return `Tensor.cpu` and its like, and the kind of device that each moves to."""
+    return _known(*_newest())[1]
+
+
+def module_moves() -> list[str]:
+    """Return the names of `Module.cpu` and its like."""
+    return [name for name in dir(torch.nn.Module) if is_kind(name)]
+
+
+def legacy_types(names: frozenset[str]) -> list[tuple[ModuleType, str, str]]:
+    """Return torch's legacy tensor types, such as `torch.FloatTensor`: the module, the name and the kind of device.
+
+    Args:
+        names: Of which names.
+    """
+    found = []
+    for cls in torch._tensor_classes:
+        _, _, kind = cls.__module__.partition(".")
+        # The other modules are those of sparse types.
+        if cls.__name__ in names and (not kind or is_kind(kind)):
+            found.append((sys.modules[cls.__module__], cls.__name__, kind or "cpu"))
+    return found
+
+
+def legacy_kind(type_name: str) -> str | None:
+    """Return the kind of device that a name such as `"torch.xpu.FloatTensor"` has in it, or None."""
+    parts = type_name.split(".")
+    return parts[1] if len(parts) == 3 and parts[0] == "torch" and is_kind(parts[1]) else None
+
+
+def _newest() -> tuple[str, bool]:
+    """Return what changes when another package brings a kind of device (torch/utils/backend_registration.py, 2.13)."""
+    name = torch._C._get_privateuse1_backend_name()
+    return name, hasattr(Tensor, name)
+
+
+@functools.cache
+def _known(name: str, has_methods: bool) -> tuple[dict[Any, str], dict[Any, str]]:
+    asking: dict[Any, str] = {}
+    moving: dict[Any, str] = {}
+    with warnings.catch_warnings():
+        # torch says of some names that they are old.
+        warnings.simplefilter("ignore")
+        for attribute in dir(Tensor):
+            kind = attribute.removeprefix("is_")
+            if kind == "meta" or not is_kind(kind):
+                continue
+            if kind == attribute:
+                moving[getattr(Tensor, attribute)] = kind
+            else:
+                asking[getattr(Tensor, attribute).__get__] = kind
+    return asking, moving
