@@ -26,7 +26,7 @@ _began: dict[str, float] = {}
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Write every test that is going to run."""
     for item in session.items:
-        path = item.path.relative_to(ROOT).as_posix()
+        path = (item.path.relative_to(ROOT) if item.path.is_relative_to(ROOT) else item.path).as_posix()
         _names[item.nodeid] = f"{path}::{item.nodeid.partition('::')[2]}"
         holder = item.cls if isinstance(item, pytest.Function) else None
         function = getattr(item, "function", None)
@@ -64,6 +64,8 @@ def _purpose(holder: Any, row: str) -> str:
 
 
 def _reason(report: pytest.TestReport) -> str:
+    if hasattr(report, "wasxfail"):
+        return f"a known fault: {report.wasxfail}"
     if report.skipped and isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     return report.longreprtext[-6000:] if report.failed else ""
