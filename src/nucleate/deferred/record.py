@@ -175,7 +175,9 @@ class Recorder(TorchDispatchMode):
             if traits.mutated or self.makes_real:
                 return self._run_random(func, traits, args, kwargs)
             if not any_meta:
-                return self._record(func, traits, args, kwargs)
+                # Numbers drawn for a tensor of another device are that device's, and real.
+                record = self._is_own(_device_of(args, kwargs))
+                return (self._record if record else self._run_random)(func, traits, args, kwargs)
             device = kwargs.get("device")
             stays = device is None or device.type == "meta"
             return func(*args, **kwargs) if stays else self._run_random(func, traits, args, kwargs)
@@ -401,7 +403,7 @@ class Recorder(TorchDispatchMode):
             args: Plain arguments.
             generator: An explicit generator, or None for the default one.
         """
-        source: Generator = generator if generator is not None else default_generator(self.device)
+        source = self.generator(generator)
         # Seen by our own mode, a token that is looked at would be replaced by the state that it stands for.
         with torch._C.DisableTorchFunction():
             position = self.replayer.random.locate(source)
@@ -508,10 +510,22 @@ class Recorder(TorchDispatchMode):
         return self.replayer.random.locate(generator), generator
 
     def _generator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator:
-        for leaf in (*args, *kwargs.values()):
-            if isinstance(leaf, torch.Generator):
-                return leaf
-        return default_generator(self.device)
+        explicit = next((leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Generator)), None)
+        return self.generator(explicit)
+
+    def generator(self, explicit: torch.Generator | None) -> Generator:
+        """Return the generator that a step draws from: the one it is given, or the default one of our device.
+
+        Raises:
+            RuntimeError: It is given one of another kind of device, which torch refuses as well.
+        """
+        if explicit is None:
+            return default_generator(self.device)
+        if explicit.device.type != self.device.type:
+            raise RuntimeError(
+                f"Expected a '{self.device.type}' device type for generator but found '{explicit.device.type}'"
+            )
+        return explicit
 
     # -- real tensors --------------------------------------------------------------------------------------
 
@@ -559,7 +573,7 @@ class Recorder(TorchDispatchMode):
             (leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Generator)), None
         )
         if generator is None:
-            device = written[0].device if written else kwargs.get("device") or torch.device("cpu")
+            device = written[0].device if written else _device_of(args, kwargs)
             if device.type == "meta":
                 return func(*args, **kwargs)
             generator = default_generator(device)
@@ -568,3 +582,11 @@ class Recorder(TorchDispatchMode):
         generator.set_state(program.state_at(position))
         # The state behind it is a plain one: the next random step starts a new chain from it.
         return func(*args, **kwargs)
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """Return the device of what an operation makes."""
+    device: torch.device | None = kwargs.get("device")
+    if device is None:
+        device = next((tensor.device for tensor in tensors((args, kwargs))), None)
+    return torch.device("cpu") if device is None else device
