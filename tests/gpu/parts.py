@@ -165,7 +165,7 @@ def variables(device_type: str) -> dict[str, str]:
 
 
 def facts(device_type: str) -> dict[str, Any]:
-    """Return what a run depends on: GPUs, torch, CUDA and so on; asked in another process, which takes no memory here."""
+    """Return what a run depends on. Another process asks, so that no memory of a GPU is taken here."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.device_facts"],
         env=variables(device_type),

@@ -1,7 +1,7 @@
 """A pytest plugin that writes which tests were collected and how each ended, as lines of JSON.
 
-`run_all.py` and `page.py` load it with `-p tests.gpu.reporting` and say where to write in `NUCLEATE_TEST_REPORT`. A line
-is written at once, so that the report of a process that is killed is whole up to then.
+`run_all.py` and `page.py` load it with `-p tests.gpu.reporting`, and name the file in `NUCLEATE_TEST_REPORT`. A line is
+written at once, so that the report of a process that is killed is whole up to then.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
                 "outcome": report.outcome,
                 "seconds": round(time.monotonic() - _began.get(report.nodeid, time.monotonic()), 2),
                 "reason": _reason(report),
-                "measured": {name: value for name, value in report.user_properties},
+                "measured": dict(report.user_properties),
             }
         )
 

@@ -63,7 +63,7 @@ class TestInt8(OnCUDA):
 @pytest.mark.parametrize("source", ["file", "recipe"])
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "int8"])
 def test_codes_and_scales_are_those_of_bitsandbytes_on_the_device(tmp_path: Path, mode: str, source: str) -> None:
-    """A weight from a file or a recipe is quantized to the bits of bitsandbytes' own CUDA kernels on the whole weight."""
+    """A weight from a file or a recipe gets the bits of bitsandbytes' own CUDA kernels on the whole weight."""
     runtime = Runtime(accelerator="cuda", precision=f"bnb-{mode}")
     torch.manual_seed(0)
     with runtime.init_module(empty_init=True):
