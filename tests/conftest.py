@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nucleate.cluster import process_group
-from tests.device import ACCELERATOR
+from tests.device import ACCELERATOR, on_device
 
 if ACCELERATOR == "sim":
     from tests.sim.conftest import *  # noqa: F403 - its fixtures, for every test
@@ -47,6 +47,13 @@ def no_group_left_behind() -> Iterator[None]:
     yield
     if "RANK" not in os.environ and process_group.is_running():
         process_group.stop()
+
+
+@pytest.fixture
+def factories_on_device() -> Iterator[None]:
+    """Let factories make tensors on the device of the tests, as they do for users who set a default device."""
+    with on_device():
+        yield
 
 
 def _settings() -> dict[str, object]:

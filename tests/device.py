@@ -9,11 +9,17 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import pytest
 import torch
 
 #: The name of the accelerator, which is the type of its device.
 ACCELERATOR = os.environ.get("NUCLEATE_TEST_DEVICE", "cpu")
 ON_CPU = ACCELERATOR == "cpu"
+
+
+def cpu_only(reason: str) -> pytest.MarkDecorator:
+    """Return the mark of tests that say something of the CPU alone, with the reason."""
+    return pytest.mark.skipif(not ON_CPU, reason=f"on the CPU only: {reason}")
 
 
 def device() -> torch.device:

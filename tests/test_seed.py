@@ -12,6 +12,8 @@ import torch
 from nucleate.errors import CheckpointKeyError, ConfigurationError
 from nucleate.seed import RandomState, derive_seed, last_seed, seed_everything, seed_worker, seeded, seeds_workers
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 
 def draw() -> tuple[float, float, float, float]:
     return random.random(), random.gauss(0, 1), float(np.random.rand()), torch.rand(()).item()

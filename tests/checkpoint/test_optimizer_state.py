@@ -14,6 +14,8 @@ from nucleate.checkpoint import load, open_checkpoint, save
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError, CheckpointKeyError, UsageError
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 Build = Callable[[Any], torch.optim.Optimizer]
 
 

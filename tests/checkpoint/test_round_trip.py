@@ -16,6 +16,8 @@ from nucleate.checkpoint import load, open_checkpoint, save
 from nucleate.cluster import Communicator
 from tests.checkpoint.trees import same, trees
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 
 class Counter:
     """An object with a state of its own."""

@@ -24,6 +24,8 @@ from nucleate.errors import (
     UsageError,
 )
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 
 def bits(module: nn.Module) -> bytes:
     return pickle.dumps(module.state_dict())

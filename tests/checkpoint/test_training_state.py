@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,6 +19,8 @@ from nucleate.seed import RandomState, seed_everything
 from nucleate.wrappers.dataloader import prepare
 from nucleate.wrappers.module import ModuleWrapper
 from nucleate.wrappers.optimizer import OptimizerWrapper
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 @dataclass

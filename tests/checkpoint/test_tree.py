@@ -13,6 +13,8 @@ from nucleate.checkpoint.tree import has_data, join, key_of, split
 from nucleate.errors import CheckpointError, UsageError
 from tests.checkpoint.trees import same, trees
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 
 @given(trees)
 def test_join_gives_back_what_split_took_apart(tree: Any) -> None:

@@ -21,6 +21,8 @@ from nucleate.checkpoint.lock import SaveLock
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError, ConfigurationError
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 #: Where each format is written to, and the option that it needs.
 PLACES: list[tuple[str, str | None]] = [("c", None), ("c", "safetensors"), ("c.safetensors", None), ("c.pt", None)]
 

@@ -25,6 +25,9 @@ from nucleate.checkpoint.writers.safetensors import SafetensorsFileWriter
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError
 from tests.checkpoint.test_writer import PLACES
+from tests.device import ACCELERATOR
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_what_is_saved_is_the_state_at_the_call(
     tmp_path: Path, gate: threading.Event, name: str, format: str | None
 ) -> None:
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     model = nn.Linear(3, 3)
     before = model.weight.detach().clone()
     numbers = [1, 2]
@@ -134,7 +137,8 @@ import sys, time, torch
 from unittest import mock
 from nucleate import Runtime
 from nucleate.checkpoint.writers import output
-runtime = Runtime(accelerator="cpu")
+
+runtime = Runtime(accelerator=ACCELERATOR)
 write = output.write
 def slowly(*args):
     time.sleep(0.5)

@@ -19,6 +19,8 @@ from nucleate.checkpoint.values import decode
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64),

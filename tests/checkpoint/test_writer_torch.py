@@ -17,6 +17,8 @@ from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError
 from tests.checkpoint.test_writer_safetensors import bits, every_dtype
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 
 def test_torch_reads_back_the_nested_state(tmp_path: Path, solo: Communicator, make_tied: Any) -> None:
     model = make_tied()

@@ -18,7 +18,10 @@ from nucleate.deferred import record_of
 from nucleate.errors import CheckpointError
 from nucleate.integrations.torch_files import TorchFiles
 from nucleate.testing import IntegrationSuite
+from tests.device import ACCELERATOR
 from tests.integrations.weights import PRECISIONS, assert_loads, build, early, weights, write_in_place
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 # Looking at all names of torch meets those that are deprecated.
@@ -53,7 +56,7 @@ LOADS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.fixture
 def runtime() -> Runtime:
-    return Runtime(accelerator="cpu", strategy="single_device")
+    return Runtime(accelerator=ACCELERATOR, strategy="single_device")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from nucleate import Runtime
 from nucleate.errors import UsageError
 from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate.strategies.base import Strategy
+from tests.multi.device import accelerator, device
 
 
 class Block(abc.ABC, nn.Module):
@@ -51,7 +52,7 @@ class Model(nn.Module):
 
 
 def data(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
+    generator = torch.Generator(device()).manual_seed(step)
     return torch.randn(8, 10, generator=generator), torch.randn(8, 1, generator=generator)
 
 
@@ -75,7 +76,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def start(strategy: Strategy) -> tuple[Runtime, Any, Any, Model]:
-    runtime = Runtime(accelerator="cpu", strategy=strategy)
+    runtime = Runtime(accelerator=accelerator(), strategy=strategy)
     torch.manual_seed(0)
     with runtime.init_module(empty_init=True):
         original = Model()
