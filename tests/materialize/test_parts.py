@@ -55,7 +55,9 @@ def test_any_box_is_cut_exactly(box: tuple[list[int], list[int], list[int]], nar
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "MIN_RANGE_NUMEL", 1000 if narrow else 1)
         patch.setattr(parts, "BUFFER_NUMEL", 20)
-        make_parts(list(parts_of(pieces, 16, shape, offsets, out)), 1)
+        # As `execute` does, without a default device.
+        with torch.device("cpu"):
+            make_parts(list(parts_of(pieces, 16, shape, offsets, out)), 1)
     for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         expected = expected.narrow(dim, offset, size)
     assert torch.equal(out.cpu(), expected)
