@@ -98,7 +98,7 @@ class _Functions:
 
         def get_device_name(device: Device = None) -> str:
             index_of(device)
-            return "Simulated device"  # Both are of one kind, as two cards of a machine are.
+            return "Simulated device"  # As of real devices: those of one kind have one name.
 
         def get_device_properties(device: Device = None) -> types.SimpleNamespace:
             total = accelerator.get_memory_info(index_of(device))[1]

@@ -99,7 +99,7 @@ def trains_as_one_process(make: Callable[[], Strategy], rtol: float = 1e-4) -> N
         optimizer.step()
         optimizer.zero_grad()
     for (name, parameter), other in zip(original.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(whole(parameter), other, rtol=rtol, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(whole(parameter).to(other.device), other, rtol=rtol, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def accumulates_as_one_process(make: Callable[[], Strategy]) -> None:
@@ -113,7 +113,7 @@ def accumulates_as_one_process(make: Callable[[], Strategy]) -> None:
             runtime.backward((model(inputs) - goals).square().mean() / 2)
     optimizer.step()
     for parameter, other in zip(original.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(whole(parameter), other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole(parameter).to(other.device), other, rtol=1e-4, atol=1e-5)
 
 
 def methods_go_through_the_strategy(make: Callable[[], Strategy]) -> None:
@@ -127,7 +127,7 @@ def methods_go_through_the_strategy(make: Callable[[], Strategy]) -> None:
     runtime.backward(model.loss(*share))
     optimizer.step()
     for parameter, other in zip(original.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(whole(parameter), other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole(parameter).to(other.device), other, rtol=1e-4, atol=1e-5)
 
 
 POLICIES: dict[str, Callable[[], Strategy]] = {
