@@ -166,8 +166,9 @@ def limits(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need a CUDA device."""
+    """Run the tests that need a CUDA device, on one and on two, and the bitsandbytes plugin's.
+
+    `python -m nox -s gpu -- --out results.json --table` writes the results, and adds the table of a 7B LLaMA.
+    """
     install(session, "-e", ".[examples]", "-e", "./plugins/nucleate-bitsandbytes", group="test")
-    pytest(session, "-m", "cuda", "tests")
-    session.chdir("plugins/nucleate-bitsandbytes")
-    pytest(session, "-m", "cuda", "tests")
+    session.run("python", "tests/gpu/run_all.py", *session.posargs)

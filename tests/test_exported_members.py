@@ -21,7 +21,7 @@ PUBLIC = {
     "nucleate": """
         Accelerator Integration Precision RandomState Runtime Strategy __version__ seed_everything
     """,
-    "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator",
+    "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator TorchAccelerator",
     "nucleate.checkpoint": """
         ConvertReport Finding KeyMap LoadReport Reader Rule SaveHandle Selection StoredForm Taken VerifyReport
         add_prefix concatenate convert drop inverse load load_raw open_checkpoint permute_heads read_rules rename save
@@ -39,6 +39,9 @@ PUBLIC = {
         "deferred eager give handle_of held_tensors is_recording plain_modes record_of "
         "release resumed"
     ),
+    "nucleate.devices": """
+        DeviceHooks concrete default_generator devices_taken hooks_of is_present made_current take_device use_hooks
+    """,
     "nucleate.integrations": "Integration",
     "nucleate.materialize": "Plan execute materialize reset",
     "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",

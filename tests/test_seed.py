@@ -75,3 +75,19 @@ def test_a_saved_state_goes_on_with_the_same_numbers() -> None:
 def test_a_state_without_this_rank_is_refused() -> None:
     with pytest.raises(CheckpointKeyError, match="no random state for rank_0: it was saved by 1 ranks"):
         RandomState().load_state_dict({"rank_9": {}})
+
+
+def test_the_state_of_a_device_that_is_not_here_is_left_out_and_said() -> None:
+    state = RandomState().state_dict()
+    state["rank_0"]["cuda" if not torch.cuda.is_available() else "xpu"] = torch.zeros(16, dtype=torch.uint8)
+    expected = draw()
+    with pytest.warns(UserWarning, match=r"saved with 1 '(cuda|xpu)' device\(s\), and this process uses 0"):
+        RandomState().load_state_dict(state)
+    assert draw() == expected
+
+
+def test_the_state_of_a_device_that_torch_does_not_know_is_left_out_and_said() -> None:
+    state = RandomState().state_dict()
+    state["rank_0"]["unknown"] = (torch.zeros(16, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8))
+    with pytest.warns(UserWarning, match=r"saved with 2 'unknown' device\(s\), and this process uses 0"):
+        RandomState().load_state_dict(state)

@@ -1,4 +1,7 @@
-"""One case, made eagerly and deferred from the same seed, and what came of it."""
+"""One case, made eagerly and deferred from the same seed, and what came of it.
+
+Both are made on the device that `NUCLEATE_TEST_DEVICE` names; see `tests/device.py`.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from nucleate.materialize import materialize
 from nucleate.materialize.vacancies import vacancies
 from tests.architectures.case import Case, Family, NotBuildable
 from tests.deferred.equality import bits, differences, named_attributes, named_tensors, seed_everything, streams
+from tests.device import ACCELERATOR, device, on_device
 
 SEED = 1234
 
@@ -70,10 +74,10 @@ def judge(family: Family, name: str) -> Verdict:
         verdict.note = case.note
         # Once for what is done only the first time, such as imports and caches.
         seed_everything(SEED)
-        case.make()
+        _made(case)
         seed_everything(SEED)
         started = time.perf_counter()
-        eager = case.make()
+        eager = _made(case)
         verdict.eager_s = time.perf_counter() - started
         if case.by_hand is not None:
             case.by_hand(eager)
@@ -98,7 +102,7 @@ def judge(family: Family, name: str) -> Verdict:
 def _compare(case: Case, eager: nn.Module, after: tuple[Any, ...], verdict: Verdict) -> None:
     seed_everything(SEED)
     started = time.perf_counter()
-    with deferred() as record, _noticed(record, verdict.early) as mark_parameters:
+    with on_device(), deferred(device()) as record, _noticed(record, verdict.early) as mark_parameters:
         model = case.make()
         mark_parameters(model)
     verdict.recording_s = time.perf_counter() - started
@@ -109,9 +113,9 @@ def _compare(case: Case, eager: nn.Module, after: tuple[Any, ...], verdict: Verd
     # Else the modules' own methods would fill what eager construction leaves as heap memory.
     unwritten = _fill_unwritten(model, record) if case.by_hand is None and vacancies(model) else []
     if case.by_hand is not None:
-        Runtime(accelerator="cpu", strategy="single_device").setup(model)
+        Runtime(accelerator=ACCELERATOR, strategy="single_device").setup(model)
     else:
-        materialize(model)
+        materialize(model, device())
     if streams() != after and not found:
         found.append("materialization moves a random stream")
     found += [line for line in differences(eager, model) if not any(line.startswith(f"{n}:") for n in unwritten)]
@@ -128,7 +132,13 @@ def _output(case: Case, model: nn.Module) -> bytes:
     """Return the bits of what a model answers, from the same random state each time."""
     assert case.forward is not None
     seed_everything(SEED)
-    return bits(case.forward(model))
+    with on_device():
+        return bits(case.forward(model))
+
+
+def _made(case: Case) -> nn.Module:
+    with on_device():
+        return case.make()
 
 
 def _fill_unwritten(model: nn.Module, record: Record) -> list[str]:
@@ -157,7 +167,7 @@ def _not_poisoned(case: Case, names: list[str]) -> list[str]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
-        model = case.make()
+        model = _made(case)
     finally:
         torch.use_deterministic_algorithms(False)
     tensors = {**named_tensors(model), **named_attributes(model)}
@@ -177,10 +187,12 @@ def _noticed(record: Record, early: list[tuple[str, str, int, bool]]) -> Iterato
     contents, execute = replayer.contents, replayer.execute_unrecorded
     made: list[tuple[str, str, int, set[int]]] = []
 
-    def noticed_contents(steps: list[Step], storages: Sequence[int]) -> dict[int, torch.UntypedStorage]:
+    def noticed_contents(
+        steps: list[Step], storages: Sequence[int], device: torch.device | None = None
+    ) -> dict[int, torch.UntypedStorage]:
         size = max(map(tape.size_bytes, storages), default=0)
         made.append((_asker(), _caller(), size // 4, {*storages, *_touched(steps)}))
-        return contents(steps, storages)
+        return contents(steps, storages, device)
 
     def noticed_execute(step: Any) -> Any:
         read = sorted({*step.reads, *step.writes} - set(step.overwrites))

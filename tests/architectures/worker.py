@@ -11,6 +11,7 @@ import warnings
 
 from tests.architectures.families import family, limits
 from tests.architectures.verdict import judge
+from tests.device import ACCELERATOR
 
 
 def main() -> None:
@@ -18,6 +19,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
+    if ACCELERATOR == "sim":
+        from tests.sim.device import install
+
+        install().set_late(True)
     limit_bytes = limits(sys.argv[1]).memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
     cases = family(sys.argv[1])

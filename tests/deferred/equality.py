@@ -189,7 +189,7 @@ def construct_both(make: Callable[[], nn.Module], seed: int = 0) -> tuple[nn.Mod
     except Exception as error:
         if ON_CPU:
             raise
-        with pytest.raises(type(error)):
+        with pytest.raises(Exception):  # noqa: B017, PT011 - another operation may be the first to fail
             _construct_deferred(make, seed)
         pytest.skip(f"eager torch fails on {ACCELERATOR} as well: {type(error).__name__}: {str(error)[:200]}")
     after_eager = streams()

@@ -1,80 +1,103 @@
-"""The conformance suites on a CUDA device."""
+"""The conformance suites on the device. `test_ranks.py` runs those of strategies on two GPUs as well."""
+
+from __future__ import annotations
 
 import pytest
 
-from nucleate.accelerators import Accelerator, CUDAAccelerator
+from nucleate.accelerators import Accelerator
 from nucleate.precision import FullPrecision, HalfPrecision, MixedPrecision, Precision
 from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.single_device import SingleDeviceStrategy
 from nucleate.testing import AcceleratorSuite, PrecisionSuite, StrategySuite
+from tests.gpu.device import DEVICE_TYPE, make_accelerator
 
 pytestmark = pytest.mark.cuda
 
 
-class TestCUDA(AcceleratorSuite):
+class TestAccelerator(AcceleratorSuite):
+    """The accelerator suite."""
+
     def make_accelerator(self) -> Accelerator:
-        return CUDAAccelerator()
+        return make_accelerator()
 
 
 class Test32True(PrecisionSuite):
-    accelerator = "cuda"
+    """The precision suite with `32-true`."""
+
+    accelerator = DEVICE_TYPE
 
     def make_precision(self) -> Precision:
         return FullPrecision.from_name("32-true")
 
 
 class Test64True(PrecisionSuite):
-    accelerator = "cuda"
+    """The precision suite with `64-true`."""
+
+    accelerator = DEVICE_TYPE
 
     def make_precision(self) -> Precision:
         return FullPrecision.from_name("64-true")
 
 
 class TestBF16True(PrecisionSuite):
-    accelerator = "cuda"
+    """The precision suite with `bf16-true`."""
+
+    accelerator = DEVICE_TYPE
 
     def make_precision(self) -> Precision:
         return HalfPrecision.from_name("bf16-true")
 
 
 class Test16True(PrecisionSuite):
-    accelerator = "cuda"
+    """The precision suite with `16-true`."""
+
+    accelerator = DEVICE_TYPE
 
     def make_precision(self) -> Precision:
         return HalfPrecision.from_name("16-true")
 
 
 class TestBF16Mixed(PrecisionSuite):
-    accelerator = "cuda"
+    """The precision suite with `bf16-mixed`."""
+
+    accelerator = DEVICE_TYPE
 
     def make_precision(self) -> Precision:
         return MixedPrecision.from_name("bf16-mixed")
 
 
 class Test16Mixed(PrecisionSuite):
-    accelerator = "cuda"
+    """The precision suite with `16-mixed`."""
+
+    accelerator = DEVICE_TYPE
 
     def make_precision(self) -> Precision:
         return MixedPrecision.from_name("16-mixed")
 
 
 class TestSingleDevice(StrategySuite):
-    accelerator = "cuda"
+    """The strategy suite on a single device."""
+
+    accelerator = DEVICE_TYPE
 
     def make_strategy(self) -> Strategy:
         return SingleDeviceStrategy()
 
 
 class TestDDP(StrategySuite):
-    accelerator = "cuda"
+    """The strategy suite with DDP."""
+
+    accelerator = DEVICE_TYPE
 
     def make_strategy(self) -> Strategy:
         return DDPStrategy()
 
 
 class TestFSDP(StrategySuite):
-    accelerator = "cuda"
+    """The strategy suite with FSDP."""
+
+    accelerator = DEVICE_TYPE
 
     def make_strategy(self) -> Strategy:
         return FSDPStrategy()

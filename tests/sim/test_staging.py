@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from nucleate.deferred import ComputedGiven, Conversion, convert, deferred, give
 from nucleate.deferred.conversion import Layout, Output, converted
@@ -16,50 +20,48 @@ from nucleate.deferred.given import take
 from nucleate.deferred.tensor_given import TensorGiven
 from nucleate.devices import DeviceHooks, Staging, move, staging, use_hooks
 from nucleate.devices import table as hooks_table
-from nucleate.materialize import making, materialize, parts
+from nucleate.materialize import Plan, device_parts, execute, making, materialize
 from nucleate.materialize.reading import read_into
 from tests.deferred.test_given import Held
 
-SIM = torch.device("sim", 0)
-OTHER = torch.device("sim", 1)
+SIM, OTHER = "sim:0", "sim:1"
 BUFFER_BYTES = 64 << 10
 
 
-@dataclass
 class Copies:
-    """What was copied from the host to a device: (bytes, whether from pinned memory, whether it did not block)."""
+    """What was copied from the host to a device since the last reset."""
 
-    found: list[tuple[int, bool, bool]] = field(default_factory=list)
+    def __init__(self, controls: Any) -> None:
+        self._controls = controls
+        self.reset = controls.reset_counts
+
+    @property
+    def number(self) -> int:
+        return int(self._controls.counts()["h2d.copies"])
 
     @property
     def size_bytes(self) -> int:
-        return sum(size for size, _, _ in self.found)
+        return int(self._controls.counts()["h2d.bytes"])
 
     @property
     def pageable_bytes(self) -> int:
-        return sum(size for size, is_pinned, _ in self.found if not is_pinned)
+        return int(self._controls.counts()["h2d.pageable.bytes"])
+
+    @property
+    def num_late(self) -> int:
+        return int(self._controls.counts()["late"])
 
 
 @pytest.fixture
-def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
-    found = Copies()
-    original = Tensor.copy_
-
-    def copy_(self: Tensor, source: Any, non_blocking: bool = False) -> Tensor:
-        if isinstance(source, Tensor) and source.device.type == "cpu" and self.device.type == "sim":
-            found.found.append((source.numel() * source.element_size(), source.is_pinned(), non_blocking))
-            assert source.dtype == self.dtype, "a copy that casts crosses through memory of torch's own"
-        return original(self, source, non_blocking)
-
-    monkeypatch.setattr(Tensor, "copy_", copy_)
-    return found
+def copies(sim: Any) -> Copies:
+    return Copies(sim)
 
 
 @pytest.fixture
 def ring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let buffers be small, and several threads fill them."""
     monkeypatch.setattr(staging, "BUFFER_BYTES", BUFFER_BYTES)
-    monkeypatch.setattr(parts, "MAX_ROW_NUMEL", BUFFER_BYTES // 16)
+    monkeypatch.setattr(device_parts, "MAX_ROW_NUMEL", BUFFER_BYTES // 16)
     monkeypatch.setattr(making, "MIN_NUMEL_PER_THREAD", 1 << 10)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
@@ -108,8 +110,8 @@ def test_each_byte_crosses_once_from_pinned_memory(num_buffers: int, copies: Cop
     assert same(out, source.tensor)
     assert copies.size_bytes == out.numel() * 4
     assert copies.pageable_bytes == 0
-    assert all(non_blocking for _, _, non_blocking in copies.found)
-    assert num_buffers <= len(copies.found) <= num_buffers + 1
+    assert num_buffers <= copies.number <= num_buffers + 1
+    assert copies.num_late == copies.number, "copies do not block"
 
 
 @pytest.mark.usefixtures("ring")
@@ -172,7 +174,7 @@ def test_values_cross_in_the_smaller_dtype_with_the_bits_of_the_host(
     else:
         out = torch.zeros(given.shape, dtype=target, device=SIM)
         read_into([(out, given)])
-    assert out.device == SIM
+    assert out.device == torch.device(SIM)
     assert same(out, given.tensor.to(target))
     assert copies.size_bytes == out.numel() * crossing.itemsize
     assert copies.pageable_bytes == 0
@@ -261,7 +263,7 @@ def test_another_device_than_the_current_one_is_filled_and_the_current_one_stays
     assert peak == 0, "what arrives on one device takes memory on another"
     with deferred():
         model = nn.Linear(300, 300)
-    assert materialize(model, OTHER).weight.device == OTHER
+    assert materialize(model, OTHER).weight.device == torch.device(OTHER)
 
 
 @pytest.mark.usefixtures("ring")
@@ -310,7 +312,7 @@ def test_recipes_of_the_cpu_are_made_there_and_moved(copies: Copies) -> None:
     assert torch.equal(states[1], torch.sim.get_rng_state(SIM))  # type: ignore[attr-defined]
     assert model.head.weight is model.embedding.weight
     for name, value in eager.state_dict().items():
-        assert model.state_dict()[name].device == SIM, name
+        assert model.state_dict()[name].device == torch.device(SIM), name
         assert same(model.state_dict()[name], value), name
     assert copies.pageable_bytes == 0
     largest = sum(value.numel() * value.element_size() for value in [*eager.parameters(), *eager.buffers()])
@@ -318,11 +320,9 @@ def test_recipes_of_the_cpu_are_made_there_and_moved(copies: Copies) -> None:
 
 
 def test_recipes_of_another_device_are_not_drawn_or_computed_on_the_host() -> None:
-    with deferred(SIM), torch.device(SIM):
+    with torch.device(SIM), deferred(SIM):
         model = Net()
     give(model.scaled, Held(numbers(300, 65)))
-    from nucleate.materialize.plan import Plan
-
     pieces = {group.targets[0].fqn: group.source.pieces(SIM) for group in Plan.of(model).groups}
     assert {name for name, found in pieces.items() if found is not None} == {
         "norm.weight", "norm.bias", "scaled", "flags",
@@ -362,20 +362,20 @@ def test_a_state_dicts_tensors_arrive(copies: Copies) -> None:
 
 @pytest.mark.usefixtures("ring")
 @pytest.mark.parametrize("device", [SIM, OTHER], ids=str)
-def test_a_state_dicts_tensors_that_are_on_a_device_are_copied_there(device: torch.device, copies: Copies) -> None:
+def test_a_state_dicts_tensors_that_are_on_a_device_are_copied_there(device: str, copies: Copies) -> None:
     weight = torch.randn(300, 400)
     resident = TensorGiven(weight.to(device))
     with deferred():
         model = nn.Linear(400, 300, bias=False)
     give(model.weight, resident)
-    copies.found.clear()
+    copies.reset()
     materialize(model, SIM)
     outs = [torch.zeros(300, 400, dtype=torch.float64, device=SIM), torch.zeros(400, 300, device=SIM).t()]
     read_into([(out, resident) for out in outs])
     take(taken := torch.zeros(300, 400, device=SIM), resident)
     for out in (model.weight, *outs, taken):
         assert same(out, weight.to(out.dtype))
-    assert copies.found == []
+    assert copies.number == 0
 
 
 class Halves(Conversion):
@@ -491,7 +491,7 @@ def test_a_device_that_does_not_pin_memory_is_filled_by_copies_that_block(copies
     outs = [torch.zeros(300, 301, device=SIM), torch.zeros(301, 300, device=SIM).t()]
     read_into(list(zip(outs, sources, strict=True)))
     assert all(same(out, source.tensor.float()) for out, source in zip(outs, sources, strict=True))
-    assert not any(is_pinned or non_blocking for _, is_pinned, non_blocking in copies.found)
+    assert copies.pageable_bytes == copies.size_bytes > 0
 
 
 @pytest.mark.usefixtures("ring")
@@ -502,3 +502,140 @@ def test_a_storage_is_moved_as_it_is(copies: Copies) -> None:
     found = torch.empty(0, device=SIM).set_(target, 0, (source.numel(),), (1,))
     assert same(found, source)
     assert (copies.size_bytes, copies.pageable_bytes) == (source.numel() * 4, 0)
+
+
+@pytest.mark.usefixtures("ring")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pending_work_still_finds_what_the_memory_held(dtype: torch.dtype) -> None:
+    out = torch.full((50_000,), 3.0, dtype=dtype, device=SIM)
+    before = torch.empty_like(out)
+    before.copy_(out)  # It waits in the queue of the current stream.
+    source = Held(numbers(50_000))
+    read_into([(out, source)])
+    assert same(before, torch.full((50_000,), 3.0, dtype=dtype))
+    assert same(out, source.tensor.to(dtype))
+
+
+@pytest.mark.usefixtures("ring")
+def test_staging_works_from_a_stream_of_the_callers_own() -> None:
+    source = Held(numbers(50_000))
+    with torch.Stream(device=SIM):
+        out = torch.zeros(50_000, dtype=torch.float64, device=SIM)
+        stream = torch.accelerator.current_stream()
+        read_into([(out, source)])
+        assert torch.accelerator.current_stream() == stream
+        twice = torch.empty_like(out)
+        twice.copy_(out)
+    assert same(out, source.tensor.double())
+    torch.accelerator.synchronize()
+    assert same(twice, source.tensor.double())
+
+
+@pytest.fixture
+def mesh(sim: Any) -> Iterator[Any]:
+    """The second of three ranks, without the others."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
+    try:
+        yield init_device_mesh("sim", (3,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("ring")
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("source", ["drawn", "file", "whole", "loaded later"])
+def test_a_rank_makes_and_sends_its_shard_alone(dim: int, source: str, mesh: Any, copies: Copies) -> None:
+    file = Held(numbers(300, 210))
+
+    def make() -> nn.Module:
+        torch.manual_seed(6)
+        model = nn.Linear(210, 300, bias=False)
+        if source == "whole":
+            nn.init.orthogonal_(model.weight)
+        return model
+
+    whole = make().weight.detach() if source in ("drawn", "whole") else file.tensor
+    with deferred():
+        model = make()
+    if source == "file":
+        give(model.weight, file)
+    plan = Plan.of(model)
+    plan.release()
+    local = torch.empty([length // 3 if axis == dim else length for axis, length in enumerate((300, 210))],
+                        device="meta")  # fmt: skip
+    model.weight = nn.Parameter(
+        DTensor.from_local(local, mesh, [Shard(dim)], run_check=False, shape=whole.shape, stride=whole.stride()),
+        requires_grad=False,
+    )
+    peak = peak_of(lambda: execute(plan, model, torch.device(SIM)))
+    shard = model.weight.to_local()
+    if source == "loaded later":
+        copies.reset()
+        read_into([(model.weight, file)])
+    assert shard.device == torch.device(SIM)
+    assert same(shard, whole.chunk(3, dim)[1])
+    assert copies.pageable_bytes == 0
+    assert copies.size_bytes == shard.numel() * 4
+    assert peak <= shard.numel() * 4 + BUFFER_BYTES
+
+
+_waits: list[tuple[int, int]] = []
+
+
+class Noting(torch.Stream):
+    """A stream that notes which stream waits for which."""
+
+    def wait_stream(self, stream: Any) -> None:
+        _waits.append((self.stream_id, stream.stream_id))
+        super().wait_stream(stream)
+
+
+class NotingHooks(DeviceHooks):
+    def make_stream(self, device: torch.device) -> torch.Stream:
+        return Noting(device=device)
+
+    def current_stream(self, device: torch.device) -> torch.Stream:
+        found = super().current_stream(device)
+        return Noting(stream_id=found.stream_id, device_index=found.device_index, device_type=found.device_type)
+
+
+@pytest.mark.usefixtures("ring")
+@pytest.mark.parametrize("fails", [False, True])
+def test_streams_wait_for_one_another_wherever_memory_changes_hands(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks_table, "_chosen", {"sim": NotingHooks()})
+    _waits.clear()
+    out = torch.zeros(10_000, dtype=torch.float64, device=SIM)
+    with suppress(OSError), Staging(torch.device(SIM), 40_000) as ring:
+        values = ring.buffer()[:40_000].view(torch.float32).copy_(numbers(10_000))
+        begun = list(_waits)
+        ring.send(values, out)
+        ring.send(values, out)
+        if fails:
+            raise OSError
+    ((side, current),) = begun
+    # Memory for the cast comes from the current stream, once, and goes back to it.
+    assert _waits == [(side, current), (side, current), (current, side)]
+    assert same(out, numbers(10_000).double())
+
+
+@pytest.mark.usefixtures("ring")
+@pytest.mark.parametrize("function", [torch.sin, lambda value: value.t() @ value, torch.rand_like])
+def test_what_the_device_computes_of_a_file_is_computed_there(function: Any, copies: Copies) -> None:
+    file = Held(numbers(120, 110))
+    torch.manual_seed(2)
+    expected = function(file.tensor.to(SIM))
+    torch.manual_seed(2)
+    with deferred(SIM):
+        tensor = torch.empty(file.shape, device=SIM)
+        give(tensor, file)
+        given = ComputedGiven(function(tensor))
+    out = torch.zeros(given.shape, device=SIM)
+    read_into([(out, given)])
+    assert same(out, expected)
+    out = torch.zeros(given.shape, dtype=torch.float64, device=SIM)
+    take(out, given)
+    assert same(out, expected.double())

@@ -5,12 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import cast
 
-import torch
-
 from nucleate.accelerators.base import Accelerator
 from nucleate.accelerators.cpu import CPUAccelerator
 from nucleate.accelerators.generic import TorchAccelerator
-from nucleate.devices.kinds import is_kind
+from nucleate.devices.kinds import current_accelerator, is_kind
 from nucleate.errors import ConfigurationError, PluginConflictError, PluginLoadError
 from nucleate.registry import ACCELERATORS
 
@@ -48,7 +46,7 @@ def _named(name: str) -> Accelerator:
 
 
 def _best() -> Accelerator:
-    current = torch.accelerator.current_accelerator(check_available=True)
+    current = current_accelerator()
     plugins = ACCELERATORS.installed_names()
     if current is not None:
         found = _plugin_if_available(current.type) if current.type in plugins else None

@@ -41,14 +41,15 @@ def check_bounds(func: Any, args: tuple[Any, ...], value: Callable[[Tensor], Ten
     places = args[1:2] if packet in (*_BY_LIST, *_FLAT, aten.embedding) else args[2:3]
     if any(tensor.dtype in (torch.bool, torch.uint8) or tensor.numel() == 0 for tensor in tensors(places)):
         return  # Masks are looked at anyway.
-    target = torch.zeros(()).expand(args[0].size())
+    # On the CPU: a device may end the process where an index is out of range.
+    target = torch.zeros((), device="cpu").expand(args[0].size())
     if packet in _BY_LIST:
-        aten.index(target, [None if index is None else value(index) for index in args[1]])
+        aten.index(target, [None if index is None else value(index).cpu() for index in args[1]])
     elif packet in _BY_DIM:
-        aten.index_select(target, args[1], value(args[2]))
+        aten.index_select(target, args[1], value(args[2]).cpu())
     elif packet in _BY_ELEMENT:
-        aten.gather(target, args[1], value(args[2]))
+        aten.gather(target, args[1], value(args[2]).cpu())
     elif packet in _FLAT:
-        aten.take(target, value(args[1]))
+        aten.take(target, value(args[1]).cpu())
     else:
-        aten.embedding(target, value(args[1]))
+        aten.embedding(target, value(args[1]).cpu())

@@ -138,11 +138,11 @@ class ComputedGiven(Given):
         # Not by the record's own replayer: nothing is drawn, so no other thread has to wait.
         tape, ref = self._record.tape, self._now()
         steps = backward_slice(tape, [ref.storage], self._end())
-        made = Replayer(tape, self._record.device).contents(steps, [ref.storage], torch.device("cpu"))
-        return _in_memory(made[ref.storage], ref)
+        return _in_memory(Replayer(tape, self._record.device).contents(steps, [ref.storage])[ref.storage], ref)
 
 
 def _in_memory(storage: torch.UntypedStorage, ref: TensorRef) -> Source:
-    flat = view(storage, ref).resolve_conj().resolve_neg().reshape(-1)
+    # What a device has made is read on the host.
+    flat = view(storage, ref).resolve_conj().resolve_neg().reshape(-1).cpu()
     write = Copied(0, flat.numel(), True, Constant(flat))
     return Source(Pieces(None, flat.numel(), ref.dtype, [write]), 0)

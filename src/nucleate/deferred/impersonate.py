@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nucleate.deferred.absent import FROM_DATA, absent_as_meta
@@ -41,6 +42,9 @@ class Impersonation(TorchFunctionMode):
     Args:
         recorder: Says which tensors are deferred and records what is done to them.
     """
+
+    #: Tells it among the modes of torch.
+    is_impersonation = True
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -77,6 +81,8 @@ class Impersonation(TorchFunctionMode):
         if "device" in kwargs and _is_meta_device(kwargs["device"]):
             with self._meta_is_meant():
                 return func(*args, **kwargs)
+        if "out" in kwargs and func in _device_constructors() and self._is_deferred(kwargs["out"]):
+            return self._fill_out(func, args, kwargs)
         if is_whole(func, args, kwargs, self.recorder.device) and any(map(self._is_deferred, tensors((args, kwargs)))):
             return call_whole(self.recorder, func, args, kwargs)
         if getattr(func, "__name__", "").startswith("linalg_"):
@@ -85,6 +91,14 @@ class Impersonation(TorchFunctionMode):
 
     def _is_deferred(self, value: Any) -> bool:
         return isinstance(value, Tensor) and self.recorder.tape.number(value) is not None
+
+    def _fill_out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let a factory write into a deferred tensor: torch compares the device that it is told with the tensor's."""
+        told = kwargs.get("device")
+        if told is not None and not _same_device(told, self.recorder.device):
+            return func(*args, **kwargs)  # torch refuses it.
+        with self._impersonated_target():
+            return func(*args, **{**kwargs, "device": torch.device("meta")})
 
     @contextmanager
     def _meta_is_meant(self) -> Iterator[None]:
@@ -204,6 +218,9 @@ class Impersonation(TorchFunctionMode):
     def _set_data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, value = args
         if self._is_deferred(target) and isinstance(value, Tensor) and not value.is_meta:
+            if value.device.type != self.recorder.device.type and self.recorder.is_present:
+                # torch lets some devices take each other's memory, and refuses the others.
+                func(torch.empty(0, dtype=value.dtype, device=self.recorder.device), value)
             return func(target, self.recorder.adopt(value))
         if not self._is_deferred(target) and self._is_deferred(value):
             return func(target, self.recorder.expose(value))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils.dlpack
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
 
 from nucleate.deferred.active import active_records
 from nucleate.deferred.tape import map_leaves
@@ -55,11 +56,13 @@ def _real(leaf: Any) -> Any:
 
 
 def _has_own_torch_function(relevant: Any) -> bool:
-    """Say whether a tensor has a torch function of its own.
+    """Say whether a tensor has a torch function of its own, or a mode of somebody else's is active.
 
-    torch says so too where a mode is active, which makes attention take a slower way that gives other last bits
+    torch says so too where ours is active, which makes attention take a slower way that gives other last bits
     (torch/nn/modules/activation.py, 2.13).
     """
+    if any(not getattr(mode, "is_impersonation", False) for mode in _get_current_function_mode_stack()):
+        return True  # Eager construction under `torch.device(...)` is told so as well.
     return any(
         hasattr(type(arg), "__torch_function__")
         and type(arg) is not Tensor

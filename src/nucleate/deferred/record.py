@@ -175,7 +175,9 @@ class Recorder(TorchDispatchMode):
             if traits.mutated or self.makes_real:
                 return self._run_random(func, traits, args, kwargs)
             if not any_meta:
-                return self._record(func, traits, args, kwargs)
+                # Numbers drawn for a tensor of another device are that device's, and real.
+                record = self._is_own(_device_of(args, kwargs))
+                return (self._record if record else self._run_random)(func, traits, args, kwargs)
             device = kwargs.get("device")
             stays = device is None or device.type == "meta"
             return func(*args, **kwargs) if stays else self._run_random(func, traits, args, kwargs)
@@ -559,7 +561,7 @@ class Recorder(TorchDispatchMode):
             (leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Generator)), None
         )
         if generator is None:
-            device = written[0].device if written else kwargs.get("device") or torch.device("cpu")
+            device = written[0].device if written else _device_of(args, kwargs)
             if device.type == "meta":
                 return func(*args, **kwargs)
             generator = default_generator(device)
@@ -568,3 +570,11 @@ class Recorder(TorchDispatchMode):
         generator.set_state(program.state_at(position))
         # The state behind it is a plain one: the next random step starts a new chain from it.
         return func(*args, **kwargs)
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """Return the device of what an operation makes."""
+    device: torch.device | None = kwargs.get("device")
+    if device is None:
+        device = next((tensor.device for tensor in tensors((args, kwargs))), None)
+    return torch.device("cpu") if device is None else device

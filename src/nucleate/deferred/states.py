@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from nucleate.deferred.active import active_records
 from nucleate.deferred.replay import Replayer
+from nucleate.devices.kinds import current_accelerator
 
 
 class States:
@@ -59,7 +60,7 @@ class States:
 def install_states(stack: ExitStack) -> None:
     """Patch the functions that hand out states of default generators until the stack is closed."""
     _patch(stack, torch.random, (torch,))
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = current_accelerator()
     if accelerator is not None:
         # A device's module may keep its functions in a module of their own, as `torch.cuda.random` does.
         module: Any = torch.get_device_module(accelerator)

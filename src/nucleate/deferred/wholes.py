@@ -29,7 +29,12 @@ _SOBOL = {
     torch._sobol_engine_draw,
 }  # fmt: skip
 _ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
-
+# torch looks at the kind of device in C++ and takes kernels that the CPU and the meta device do not have: one kernel
+# for dropout (`is_fused_kernel_acceptable` in aten/src/ATen/native/Dropout.cpp, 2.13), cuDNN for the others.
+_BY_DEVICE = {
+    torch.dropout, torch.batch_norm, torch.instance_norm, torch.rms_norm, torch.ctc_loss, torch.grid_sampler,
+}  # fmt: skip
+_WITH_STATISTICS = {torch.batch_norm, torch.instance_norm}
 
 # They compute singular and eigenvalues in another way where a dispatch mode is active (`isTensorSubclassLike` in
 # aten/src/ATen/native/BatchLinearAlgebra.cpp, 2.13).
@@ -57,14 +62,22 @@ def is_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: t
         return "out" not in kwargs and not (is_norm and order in _VECTOR_ORDS)
     if func in _RECURRENT or func in _SOBOL or func in _ATTENTION or func is torch.unravel_index:
         return True
+    if device.type != "cpu" and func in _BY_DEVICE:
+        # Where statistics are written no gradient is kept.
+        return func not in _WITH_STATISTICS or not _is_tracked(args, kwargs)
     return torch.is_autocast_enabled(device.type) and _is_cast(func, device)
+
+
+def _is_tracked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors((args, kwargs)))
 
 
 def _is_cast(func: Any, device: torch.device) -> bool:
     """Return whether autocast changes what a function computes in."""
     name = f"aten::{getattr(func, '__name__', '').strip('_')}"
+    key = f"Autocast{torch._C._dispatch_key_for_device(device.type)}"
     try:
-        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, f"Autocast{device.type.upper()}"))
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
     except RuntimeError:
         return False
 
@@ -183,25 +196,35 @@ class _Differentiable(torch.autograd.Function):
 class _WholeTraits(Traits):
     """What a recorder needs to know of a function that is no aten operation."""
 
-    def __init__(self, mutates: bool, is_random: bool) -> None:
-        self.mutated = [(0, "self", False)] if mutates else []
+    def __init__(self, mutated: list[tuple[int, str, bool]], is_random: bool) -> None:
+        self.mutated = mutated
         self.is_random = is_random
         self.fills = self.uninitialized = self.retargets = self.device = self.indexes = False
         self.wrong_on_meta = self.looks_at_values = True
 
 
-_PURE = _WholeTraits(False, False)
+_PURE = _WholeTraits([], False)
 
 
 def _traits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traits:
     if func in _RECURRENT:
         # (..., has_biases, num_layers, dropout, train, bidirectional[, batch_first])
         numbers = [arg for arg in args if isinstance(arg, (bool, int, float))]
-        return _WholeTraits(False, any(type(number) is float and number > 0 for number in numbers))
+        return _WholeTraits([], any(type(number) is float and number > 0 for number in numbers))
     if func is F.scaled_dot_product_attention:
-        return _WholeTraits(False, kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0)
+        return _WholeTraits([], kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0)
     if func is F.multi_head_attention_forward:
         training = kwargs.get("training", args[13] if len(args) > 13 else True)
-        return _WholeTraits(False, training and kwargs.get("dropout_p", args[10] if len(args) > 10 else 0.0) > 0)
+        return _WholeTraits([], training and kwargs.get("dropout_p", args[10] if len(args) > 10 else 0.0) > 0)
+    if func is torch.dropout:
+        given = dict(zip(("input", "p", "train"), args, strict=False)) | kwargs
+        return _WholeTraits([], bool(given["train"]) and given["p"] > 0)
+    if func in _WITH_STATISTICS:
+        names = ("input", "weight", "bias", "running_mean", "running_var", "writes")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        writes = given.get("writes", given.get("training", given.get("use_input_stats")))
+        held = [(place, names[place], False) for place in (3, 4) if given.get(names[place]) is not None]
+        return _WholeTraits(held if writes else [], False)
     name = getattr(func, "__name__", "")
-    return _WholeTraits(name.endswith("_") and not name.endswith("__"), False)
+    is_in_place = name.endswith("_") and not name.endswith("__")
+    return _WholeTraits([(0, "self", False)] if is_in_place else [], False)

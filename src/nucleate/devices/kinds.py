@@ -24,6 +24,14 @@ def is_kind(word: str) -> bool:
         return False
 
 
+def current_accelerator() -> torch.device | None:
+    """Return the accelerator that torch names as the current one, without an index, or None if its device is absent."""
+    try:
+        return torch.accelerator.current_accelerator(check_available=True)
+    except RuntimeError:
+        return None  # A package has taken a name for its kind of device, but brought no module so far.
+
+
 def questions() -> dict[Any, str]:
     """Return the getters of `Tensor.is_cpu` and its like, and the kind of device that each asks for."""
     return _known(*_newest())[0]

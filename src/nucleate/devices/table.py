@@ -11,6 +11,7 @@ import torch
 
 from nucleate.devices.generators import AbsentGenerator, Generator
 from nucleate.devices.hooks import DeviceHooks
+from nucleate.devices.kinds import current_accelerator
 
 # Device type to `"module:Class"`; every other device is served by `DeviceHooks` itself.
 _BUILTINS = {"cpu": "nucleate.devices.cpu:CPUHooks", "cuda": "nucleate.devices.cuda:CUDAHooks"}
@@ -62,7 +63,7 @@ def devices_taken() -> list[torch.device]:
     device, if this process has used it.
     """
     found = list(dict.fromkeys(device for device in _taken.values() if device.type != "cpu"))
-    if not found and (current := torch.accelerator.current_accelerator(check_available=True)) is not None:
+    if not found and (current := current_accelerator()) is not None:
         device = torch.device(current.type, hooks_of(current).current_index(current.type))
         if hooks_of(device).random_state_of(device) is not None:
             found = [device]

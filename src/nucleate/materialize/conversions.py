@@ -20,9 +20,10 @@ from nucleate.deferred.tape import Step, TensorRef
 from nucleate.devices import Staging, casts_there
 from nucleate.devices.staging import fits
 from nucleate.errors import ConversionError
+from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.memory import advise_huge_pages
-from nucleate.materialize.parts import Part, Range, parts_on
+from nucleate.materialize.parts import Part, Range
 from nucleate.materialize.plan import Group
 from nucleate.materialize.shards import flat_start
 from nucleate.materialize.source import Cursors, Pieces, is_moved_to, moved_to, pieces_on_host

@@ -16,16 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from nucleate.deferred.replay import view
+from nucleate.deferred.tensor_given import TensorGiven
 from nucleate.devices import concrete
 from nucleate.errors import UninitializedError, name_list
 from nucleate.materialize.conversions import Conversions
+from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.memory import advise_huge_pages
-from nucleate.materialize.parts import Part, parts_on
+from nucleate.materialize.parts import Part
 from nucleate.materialize.plan import Group, Holder, Plan, Target
+from nucleate.materialize.reading import read_into
 from nucleate.materialize.released import unmark_released
 from nucleate.materialize.resetting import reset
 from nucleate.materialize.shards import allocate_shards, fill, parts_of_shard, take_back_shards
+from nucleate.materialize.source import is_moved_to
 
 
 def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
@@ -79,11 +83,15 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
             for record in plan.records:
                 stack.enter_context(record.making())
             rest = _make_in_parts(plan.groups, device)
-            scratch = _scratch(rest, device)
+            scratches = _scratches(rest, device)
             for group in rest:
-                sharded = all(target.shards() for target in group.targets)
-                _install_group(group, group.source.make(device, scratch if sharded else None))
-            del scratch
+                where = _made_on(group, device)
+                storage = group.source.make(where, scratches.get(where) if _is_sharded(group) else None)
+                if where == device:
+                    _install_group(group, storage)
+                else:
+                    _send_shards(group, storage)
+            del scratches
     except BaseException:
         # What has no value is still deferred: it can be made later, and must not be used or edited meanwhile. Shards
         # are without memory again, which a later attempt refuses, instead of with memory that nobody wrote.
@@ -110,7 +118,7 @@ def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]
             rest.append(group)
             continue
         shards = [(target, shard) for target in group.targets for shard in target.shards()]
-        if shards and all(target.shards() for target in group.targets):
+        if shards and _is_sharded(group):
             boxes = [parts_of_shard(pieces, target.ref, shard) for target, shard in shards]
             if any(box is None for box in boxes):
                 rest.append(group)
@@ -146,10 +154,30 @@ def _install_group(group: Group, storage: torch.UntypedStorage) -> None:
             _install(target, value)
 
 
-def _scratch(groups: Sequence[Group], device: torch.device) -> torch.UntypedStorage | None:
+def _is_sharded(group: Group) -> bool:
+    return all(target.shards() for target in group.targets)
+
+
+def _made_on(group: Group, device: torch.device) -> torch.device:
+    """Return where a value is made whole: of what is made on the CPU for a device, only the shards need to move."""
+    record = group.source.record
+    return record.device if is_moved_to(record, device) and _is_sharded(group) else device
+
+
+def _send_shards(group: Group, storage: torch.UntypedStorage) -> None:
+    """Copy this rank's part of a value that was made on the CPU to where shards are kept."""
+    values = [(target, TensorGiven(view(storage, target.ref))) for target in group.targets]
+    read_into([(shard, value) for target, value in values for shard in target.shards()])
+
+
+def _scratches(groups: Sequence[Group], device: torch.device) -> dict[torch.device, torch.UntypedStorage]:
     """Return memory for the largest value of which only a shard is kept, so that it is taken and touched once."""
-    sizes = [group.source.size_bytes for group in groups if all(target.shards() for target in group.targets)]
-    return torch.UntypedStorage(max(sizes), device=device) if sizes else None
+    sizes: dict[torch.device, int] = {}
+    for group in groups:
+        if _is_sharded(group):
+            where = _made_on(group, device)
+            sizes[where] = max(sizes.get(where, 0), group.source.size_bytes)
+    return {where: torch.UntypedStorage(size_bytes, device=where) for where, size_bytes in sizes.items()}
 
 
 def _install(target: Target, value: Tensor) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from nucleate.deferred import Cursors, Given, Pieces
 from nucleate.deferred.given import take
 from nucleate.deferred.strided import boxes
+from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.making import make_parts
-from nucleate.materialize.parts import Part, parts_of, parts_on
+from nucleate.materialize.parts import Part, parts_of
 from nucleate.materialize.shards import fill, is_sharded, offsets_of
 
 

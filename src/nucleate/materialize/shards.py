@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from nucleate.deferred.fills import is_contiguous
 from nucleate.deferred.tape import TensorRef
+from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.memory import advise_huge_pages
-from nucleate.materialize.parts import Part, merged, parts_on
+from nucleate.materialize.parts import Part, merged
 from nucleate.materialize.source import Pieces
 
 

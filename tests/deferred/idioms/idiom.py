@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.deferred.equality import assert_exact
+from tests.device import ON_CPU
 
 Body = Callable[[Any], None]
 
@@ -17,14 +18,32 @@ Body = Callable[[Any], None]
 class Idioms(dict[str, Body]):
     """The idioms of one file; used as a decorator, it adds one under its name."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._only_on_host: dict[str, str] = {}
+
     def __call__(self, body: Body) -> Body:
         assert body.__name__ not in self, body.__name__
         self[body.__name__] = body
         return body
 
+    def on_host(self, reason: str) -> Callable[[Body], Body]:
+        """Add an idiom that no other device can run, for a reason."""
+
+        def add(body: Body) -> Body:
+            self._only_on_host[body.__name__] = reason
+            return self(body)
+
+        return add
+
     def each(self, test: Callable[[Body], None]) -> pytest.MarkDecorator:
         """Run a test once for each idiom."""
-        return pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, body in self.items()])(test)
+        params = []
+        for name, body in self.items():
+            reason = self._only_on_host.get(name)
+            marks = [] if reason is None else [pytest.mark.skipif(not ON_CPU, reason=reason)]
+            params.append(pytest.param(body, id=name, marks=marks))
+        return pytest.mark.parametrize("body", params)(test)
 
 
 class Constructed(nn.Module):

@@ -188,7 +188,7 @@ def memory_is_read_by_address(m: Any) -> None:
     hold(m, c=(y.data_ptr() - x.data_ptr()), d=x.untyped_storage().data_ptr() == x.data_ptr())
 
 
-@idiom
+@idiom.on_host("the host writes a device's memory by address")
 def memory_is_written_by_address(m: Any) -> None:
     x = torch.zeros(4)
     memory = (ctypes.c_float * 4).from_address(x.data_ptr())

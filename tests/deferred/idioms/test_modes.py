@@ -31,7 +31,7 @@ def the_default_dtype_is_changed(m: Any) -> None:
     m.h = nn.Parameter(torch.arange(4) / 3)
 
 
-@idiom
+@idiom.on_host("it sets the default device, inside of which the other one is entered")
 def devices_are_entered(m: Any) -> None:
     with torch.device("cpu"):
         m.a = nn.Linear(3, 3)

@@ -141,6 +141,13 @@ class _Planner(DefaultSavePlanner):
         box = self._boxes[write_item.index.fqn, tuple(offset)]
         if box.given is None:
             values = box.values.resolve_conj().resolve_neg()
+            if (
+                values.device.type not in ("cpu", "meta")
+                and values.device.index != torch.accelerator.current_device_index()
+            ):
+                # DCP waits for the current device alone (`_OverlappingCpuLoader` in
+                # torch/distributed/checkpoint/filesystem.py, 2.13).
+                values = values.cpu()
         else:
             # All in one buffer: the tensor before is written by now, but DCP keeps it until the end
             # (`_write_files_from_queue` in torch/distributed/checkpoint/filesystem.py, 2.13).

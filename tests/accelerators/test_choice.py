@@ -1,0 +1,99 @@
+"""Which accelerator a name and `"auto"` stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from nucleate import Accelerator
+from nucleate.accelerators import CPUAccelerator, CUDAAccelerator, TorchAccelerator
+from nucleate.accelerators.choice import choose
+from nucleate.accelerators.generic import TorchAccelerator as Generic
+from nucleate.errors import PluginLoadError, PluginNotFoundError
+from nucleate.plugin import Named
+from nucleate.registry import ACCELERATORS, Registry
+from tests.accelerators.outsider import Outsider
+
+
+class Absent(Outsider):
+    @classmethod
+    def is_available(cls) -> bool:
+        return False
+
+
+def install(monkeypatch: pytest.MonkeyPatch, plugins: Mapping[str, type[Accelerator] | None]) -> None:
+    """Let other distributions offer accelerators; None cannot be loaded."""
+    get = Registry.get
+
+    def get_installed(registry: Registry, name: str) -> type[Named]:
+        if name not in plugins:
+            return get(registry, name)
+        plugin = plugins[name]
+        if plugin is None:
+            raise PluginLoadError(f"accelerator {name!r} cannot be loaded")
+        return plugin
+
+    monkeypatch.setattr(Registry, "get", get_installed)
+    monkeypatch.setattr(Registry, "installed_names", lambda registry: sorted(plugins))
+
+
+def let_torch_name(monkeypatch: pytest.MonkeyPatch, kind: str | None) -> None:
+    current = None if kind is None else torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: current)
+    monkeypatch.setattr(Generic, "is_available", lambda self: self.name == kind)
+
+
+def test_names_of_torch_are_names_here() -> None:
+    assert {"cpu", "cuda", "mps", "xpu"} <= set(ACCELERATORS.names())
+    assert type(ACCELERATORS.create("cuda")) is CUDAAccelerator
+    xpu = ACCELERATORS.create("xpu")
+    assert type(xpu) is TorchAccelerator
+    assert xpu.name == "xpu"
+
+
+def test_a_kind_that_only_torch_knows_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_torch_name(monkeypatch, "mtia")
+    found = choose("mtia")
+    assert type(found) is TorchAccelerator
+    assert found.name == "mtia"
+
+
+@pytest.mark.parametrize("name", ["meta", "nothing"])
+def test_what_nobody_knows_is_not_found(name: str) -> None:
+    with pytest.raises(PluginNotFoundError, match="Installed: cpu, cuda, mps, xpu"):
+        choose(name)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("cuda", CUDAAccelerator), ("xpu", TorchAccelerator)])
+def test_auto_takes_what_torch_names(kind: str, expected: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_torch_name(monkeypatch, kind)
+    found = choose("auto")
+    assert type(found) is expected
+    assert found.name == kind
+
+
+def test_auto_takes_a_plugin_of_that_name_before_our_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_torch_name(monkeypatch, "mtia")
+    install(monkeypatch, {"mtia": Outsider, "another": Outsider})
+    assert type(choose("auto")) is Outsider
+    install(monkeypatch, {"mtia": Absent, "another": Outsider})
+    assert type(choose("auto")) is TorchAccelerator
+
+
+def test_auto_takes_another_plugin_that_is_there_before_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_torch_name(monkeypatch, None)
+    install(monkeypatch, {"a": Absent, "b": Outsider})
+    assert type(choose("auto")) is Outsider
+    install(monkeypatch, {"a": Absent})
+    assert type(choose("auto")) is CPUAccelerator
+
+
+def test_auto_passes_over_a_broken_plugin_and_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_torch_name(monkeypatch, None)
+    install(monkeypatch, {"broken": None})
+    with pytest.warns(UserWarning, match="passes over a plugin: accelerator 'broken' cannot be loaded"):
+        assert type(choose("auto")) is CPUAccelerator
+    with pytest.raises(PluginLoadError):
+        choose("broken")

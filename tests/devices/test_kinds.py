@@ -1,0 +1,61 @@
+"""torch's names of kinds of device are torch's to list."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nucleate.devices.kinds import is_kind, legacy_kind, legacy_types, module_moves, moves, questions
+
+
+@pytest.mark.parametrize(("word", "known"), [("cpu", True), ("cuda", True), ("cuda:0", False), ("sparse", False)])
+def test_a_kind_is_a_word_that_torch_takes_for_a_device(word: str, known: bool) -> None:
+    assert is_kind(word) is known
+
+
+def test_questions_and_moves_are_found_on_the_tensor() -> None:
+    assert questions()[Tensor.is_cuda.__get__] == "cuda"  # type: ignore[attr-defined]
+    assert questions()[Tensor.is_xpu.__get__] == "xpu"  # type: ignore[attr-defined]
+    assert Tensor.is_meta.__get__ not in questions()  # type: ignore[attr-defined]
+    assert moves()[Tensor.cuda] == "cuda"
+    assert moves()[Tensor.xpu] == "xpu"
+    assert moves()[Tensor.cpu] == "cpu"
+    assert Tensor.to not in moves()
+    assert set(module_moves()) >= {"cpu", "cuda", "xpu"}
+    assert all(callable(getattr(nn.Module, name)) for name in module_moves())
+
+
+def test_legacy_types_are_those_of_dense_tensors() -> None:
+    found = {(module.__name__, name, kind) for module, name, kind in legacy_types(frozenset(("FloatTensor",)))}
+    assert found == {("torch", "FloatTensor", "cpu"), ("torch.cuda", "FloatTensor", "cuda")}
+    assert legacy_kind("torch.cuda.FloatTensor") == "cuda"
+    assert legacy_kind("torch.FloatTensor") is None
+    assert legacy_kind("torch.sparse.FloatTensor") is None
+
+
+def test_the_methods_that_another_package_brings_are_found_after_it_came() -> None:
+    program = """
+import torch
+from nucleate.deferred import deferred
+from nucleate.devices.kinds import moves, questions
+before = len(questions())
+torch.utils.rename_privateuse1_backend("later")
+torch.utils.generate_methods_for_privateuse1_backend()
+assert questions()[torch.Tensor.is_later.__get__] == "later" and len(questions()) == before + 1
+assert moves()[torch.Tensor.later] == "later"
+with deferred():
+    tensor = torch.empty(2)
+    assert tensor.is_later is False and tensor.is_cpu
+    assert tensor.cpu() is tensor
+assert tensor.is_later is False
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_listing_them_warns_of_nothing() -> None:
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", "from nucleate.devices.kinds import moves; moves()"], check=True
+    )
+    assert torch.device("cpu").type == "cpu"
