@@ -30,3 +30,8 @@ def device() -> torch.device:
 def on_device() -> AbstractContextManager[Any]:
     """Return the context in which factories make tensors on the device."""
     return nullcontext() if ON_CPU else device()
+
+
+def equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Return whether two tensors have the same values, wherever they are: what is read without a target is on the CPU."""
+    return torch.equal(left.cpu(), right.cpu())

@@ -15,7 +15,7 @@ from nucleate import Runtime
 from nucleate.checkpoint import files
 from nucleate.deferred import record_of
 from nucleate.errors import CheckpointError, CheckpointKeyError, ShapeMismatchError
-from tests.device import ACCELERATOR
+from tests.device import ACCELERATOR, equal
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 
@@ -303,7 +303,7 @@ def test_own_code_that_writes_in_other_ways_is_done(tmp_path: Path, kind: type[n
     found |= dict(model.module.named_parameters())
     wanted |= dict(expected.named_parameters())
     assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_module_that_makes_modules_is_refused_and_stays_as_it_was(tmp_path: Path) -> None:

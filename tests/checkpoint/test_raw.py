@@ -23,7 +23,7 @@ from nucleate.errors import (
     ShapeMismatchError,
     UsageError,
 )
-from tests.device import ACCELERATOR
+from tests.device import ACCELERATOR, cpu_only
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 
@@ -294,6 +294,7 @@ def test_a_hook_may_compute_with_values(runtime: Runtime, path: Path, deferred: 
     assert torch.equal(runtime.setup(model).head.weight, 2 * expected["head.weight"])
 
 
+@cpu_only("a device cannot use the memory of a mapped file")
 def test_mapped_weights_lie_in_the_file_and_the_file_is_never_changed(runtime: Runtime, path: Path) -> None:
     before = path.read_bytes()
     with runtime.init_module(empty_init=True):

@@ -44,7 +44,14 @@ def measure(device_type: str, facts: dict[str, Any], limit_s: float) -> dict[str
                 rows = list(csv.DictReader(file))
     fault = "" if code == 0 and rows else f"the example ended with {code}:\n{said[-4000:]}"
     notes = "\n".join([*left_out, *([fault] if fault else [])])
-    return {"size": size, "device": device, "rows": rows, "left_out": left_out, "fault": fault, "text": f"{text}\n{notes}"}
+    return {
+        "size": size,
+        "device": device,
+        "rows": rows,
+        "left_out": left_out,
+        "fault": fault,
+        "text": f"{text}\n{notes}",
+    }
 
 
 def possible(facts: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -56,7 +63,9 @@ def possible(facts: dict[str, Any]) -> tuple[list[str], list[str]]:
             ("host", host_gib, facts["host_bytes"] / GIB),
         ):
             if there < needed:
-                left_out.append(f"Way {way} was left out: it needs {needed} GiB of {what} memory, there are {there:.0f}.")
+                left_out.append(
+                    f"Way {way} was left out: it needs {needed} GiB of {what} memory, there are {there:.0f}."
+                )
                 break
         else:
             ways.append(way)

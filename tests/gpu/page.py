@@ -1,7 +1,7 @@
 """Writes the page of the docs that lists which tests have run on a GPU, from the tests and from a file of results.
 
-    python -m tests.gpu.page --write                    # write the page anew
-    python -m tests.gpu.page --add results.json --write # after `tests/gpu/run_all.py --out results.json` on a GPU
+python -m tests.gpu.page --write                    # write the page anew
+python -m tests.gpu.page --add results.json --write # after `tests/gpu/run_all.py --out results.json` on a GPU
 """
 
 from __future__ import annotations
@@ -142,7 +142,9 @@ def _table(rows: Sequence[Row], passed: set[str]) -> str:
         lines = [f"### `{path}`", "", "| test | cases | what it shows |", "| --- | ---: | --- |"]
         for row in its_rows:
             number = len(row.cases & passed)
-            cases = f"{number} of {len(row.cases)} passed" if number and number < len(row.cases) else str(len(row.cases))
+            cases = (
+                f"{number} of {len(row.cases)} passed" if number and number < len(row.cases) else str(len(row.cases))
+            )
             purpose = row.purpose.replace("|", "\\|")
             lines.append(f"| `{row.name.partition('::')[2]}` | {cases} | {purpose} |")
         texts.append("\n".join(lines))

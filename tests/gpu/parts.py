@@ -167,7 +167,11 @@ def variables(device_type: str) -> dict[str, str]:
 def facts(device_type: str) -> dict[str, Any]:
     """Return what a run depends on: GPUs, torch, CUDA and so on; asked in another process, which takes no memory here."""
     done = subprocess.run(
-        [sys.executable, "-m", device_facts.__name__], env=variables(device_type), cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", device_facts.__name__],
+        env=variables(device_type),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise SystemExit(f"The device cannot be asked:\n{done.stderr}")

@@ -95,7 +95,10 @@ def next_part(waiting: Sequence[Part], running: Sequence[Running]) -> Part | Non
 def finish(results: list[Result], result: Result) -> None:
     results.append(result)
     counts = ", ".join(f"{result.count(outcome)} {outcome}" for outcome in ("passed", "failed", "not run"))
-    print(f"{result.part.name}: {counts} in {result.seconds:.0f} s{'; ' + result.fault if result.fault else ''}", flush=True)
+    print(
+        f"{result.part.name}: {counts} in {result.seconds:.0f} s{'; ' + result.fault if result.fault else ''}",
+        flush=True,
+    )
 
 
 # -- what is said --------------------------------------------------------------------------------------------
@@ -128,7 +131,9 @@ def summary(words: str, results: Sequence[Result], seconds: float) -> str:
     reasons = Counter(
         test["reason"] for result in results for test in result.tests.values() if test["outcome"] == "not run"
     )
-    lines += ["", "Not run:", *(f"  {number:>4}  {reason}" for reason, number in reasons.most_common())] if reasons else []
+    lines += (
+        ["", "Not run:", *(f"  {number:>4}  {reason}" for reason, number in reasons.most_common())] if reasons else []
+    )
     measured = [
         f"  {name}: {', '.join(f'{key} {value}' for key, value in test['measured'].items())}"
         for result in results

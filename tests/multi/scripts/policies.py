@@ -99,7 +99,9 @@ def trains_as_one_process(make: Callable[[], Strategy], rtol: float = 1e-4) -> N
         optimizer.step()
         optimizer.zero_grad()
     for (name, parameter), other in zip(original.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(whole(parameter).to(other.device), other, rtol=rtol, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            whole(parameter).to(other.device), other, rtol=rtol, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def accumulates_as_one_process(make: Callable[[], Strategy]) -> None:
