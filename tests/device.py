@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from nucleate.accelerators import Accelerator
+
 #: The name of the accelerator, which is the type of its device.
 ACCELERATOR = os.environ.get("NUCLEATE_TEST_DEVICE", "cpu")
 ON_CPU = ACCELERATOR == "cpu"
@@ -32,6 +34,15 @@ def on_device() -> AbstractContextManager[Any]:
     return nullcontext() if ON_CPU else device()
 
 
+def accelerator() -> str | Accelerator:
+    """Return the accelerator of a rank for `Runtime`; ranks share the devices where there are more ranks."""
+    if ACCELERATOR != "sim":
+        return ACCELERATOR
+    from tests.sim.shared import SharedDevices
+
+    return SharedDevices()
+
+
 def equal(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Return whether two tensors have the same values, wherever they are: what is read without a target is on the CPU."""
+    """Return whether two tensors have the same values, wherever they are: what has no target is read to the CPU."""
     return torch.equal(left.cpu(), right.cpu())

@@ -16,8 +16,6 @@ from nucleate.checkpoint.files import DataFile, HeldBytes
 from nucleate.checkpoint.stored import _BUFFER_BYTES, Chunk, StoredTensor
 from nucleate.errors import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
-
 
 def held(tensor: Tensor) -> HeldBytes:
     return HeldBytes("it", tensor.contiguous())

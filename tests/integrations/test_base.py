@@ -20,8 +20,6 @@ from nucleate.testing import IntegrationSuite
 from tests.device import ACCELERATOR
 from tests.integrations import fake_library
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
-
 LIBRARY = "nucleate_fake_library"
 
 

@@ -16,8 +16,6 @@ from nucleate.testing.memory import assert_peak_memory_below
 from tests.device import ACCELERATOR
 from tests.integrations.weights import early
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
-
 MIB = 2**20
 UNET: dict[str, Any] = {
     "sample_size": 8, "layers_per_block": 1, "block_out_channels": (16, 32), "norm_num_groups": 8,

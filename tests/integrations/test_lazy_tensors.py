@@ -18,8 +18,6 @@ from nucleate.testing import IntegrationSuite
 from tests.device import ACCELERATOR
 from tests.integrations.weights import PRECISIONS, assert_loads, build, early, weights, write_in_place
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
-
 
 class TestLazyTensors(IntegrationSuite):
     loads = True

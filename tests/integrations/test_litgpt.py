@@ -17,8 +17,6 @@ from litgpt import GPT, Config
 
 from tests.device import ACCELERATOR
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
-
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
 

@@ -24,8 +24,6 @@ from nucleate.testing import IntegrationSuite
 from tests.device import ACCELERATOR
 from tests.integrations.weights import PRECISIONS, assert_loads, build, weights, write_in_place
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
-
 
 class TestSafetensorsFiles(IntegrationSuite):
     loads = True

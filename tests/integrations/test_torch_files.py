@@ -21,8 +21,6 @@ from nucleate.testing import IntegrationSuite
 from tests.device import ACCELERATOR
 from tests.integrations.weights import PRECISIONS, assert_loads, build, early, weights, write_in_place
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
-
 
 # Looking at all names of torch meets those that are deprecated.
 @pytest.mark.filterwarnings("ignore:.*is deprecated")

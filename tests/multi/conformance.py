@@ -3,7 +3,7 @@
 from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate.strategies.base import Strategy
 from nucleate.testing import StrategySuite
-from tests.multi.device import accelerator
+from tests.device import accelerator
 
 
 class TestDDP(StrategySuite):

@@ -10,21 +10,11 @@ from datetime import timedelta
 
 import torch
 
-from nucleate.accelerators.base import Accelerator
 from nucleate.accelerators.choice import choose
 from nucleate.cluster import Communicator, Environment, process_group
-from tests.device import ACCELERATOR, ON_CPU, device
+from tests.device import ACCELERATOR, ON_CPU, accelerator, device, equal
 
-__all__ = ["ACCELERATOR", "accelerator", "device", "start_group"]
-
-
-def accelerator() -> str | Accelerator:
-    """Return the accelerator of a rank for `Runtime`; ranks share the devices where there are more ranks."""
-    if ACCELERATOR != "sim":
-        return ACCELERATOR
-    from tests.sim.shared import SharedDevices
-
-    return SharedDevices()
+__all__ = ["ACCELERATOR", "accelerator", "device", "equal", "start_group"]
 
 
 def start_group() -> Communicator:

@@ -32,7 +32,7 @@ class PrecisionSuite(ABC):
             frozen.
     """
 
-    accelerator: str = "cpu"
+    accelerator: str | Accelerator = "cpu"
     updates: float | None = 0.9
     cannot_run: tuple[type[TinyModel], ...] = ()
     quantizes: bool = False

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nucleate.accelerators.base import Accelerator
 from nucleate.errors import NonFiniteGradientError, UsageError
 from nucleate.runtime import Runtime
 from nucleate.strategies.base import Strategy
@@ -35,7 +36,7 @@ class StrategySuite(ABC):
         skipped_models: Tiny models that this strategy cannot take, by its nature.
     """
 
-    accelerator: str = "cpu"
+    accelerator: str | Accelerator = "cpu"
     rtol: float = 1e-5
     skipped_models: tuple[type[TinyModel], ...] = ()
 

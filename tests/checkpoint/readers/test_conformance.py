@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,8 +18,6 @@ from nucleate.checkpoint.readers.safetensors import SafetensorsReader
 from nucleate.checkpoint.readers.torch_file import TorchReader
 from nucleate.testing import ReaderSuite
 from nucleate.testing.reader import ALL_DTYPES
-
-pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 MORE_DTYPES = (
     *ALL_DTYPES,

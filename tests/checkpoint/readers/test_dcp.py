@@ -23,8 +23,6 @@ from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError, CheckpointNotFoundError
 from tests.checkpoint.readers.reading import same_bits, tensor_at, whole
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
-
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:

@@ -18,8 +18,6 @@ from nucleate.errors import CheckpointError, CheckpointNotFoundError, Configurat
 from nucleate.registry import READERS
 from tests.checkpoint.readers.reading import as_nobody, entry, write_raw
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
-
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:

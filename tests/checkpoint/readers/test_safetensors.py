@@ -20,8 +20,6 @@ from nucleate.checkpoint.values import encode
 from nucleate.errors import CheckpointError, CheckpointKeyError, CheckpointNotFoundError
 from tests.checkpoint.readers.reading import entry, same_bits, tensor_at, whole, write_raw
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
-
 INDEX = "model.safetensors.index.json"
 
 

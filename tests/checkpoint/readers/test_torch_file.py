@@ -22,8 +22,6 @@ from nucleate.errors import CheckpointError, CheckpointNotFoundError
 from tests.checkpoint.readers.reading import same_bits, tensor_at, whole
 from tests.checkpoint.trees import same, trees
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
-
 both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
 

@@ -31,7 +31,7 @@ from nucleate.errors import (
     ShapeMismatchError,
 )
 from tests.multi.checks import run_checks
-from tests.multi.device import ACCELERATOR, device, start_group
+from tests.multi.device import ACCELERATOR, device, equal, start_group
 
 Optimizer = torch.optim.Optimizer
 
@@ -102,7 +102,7 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert [name for name in left if not equal(left[name], right[name])] == []
 
 
 def resumes_exactly(

@@ -27,7 +27,7 @@ from nucleate.checkpoint.writers import output
 from nucleate.cluster import Communicator, Environment
 from nucleate.errors import CheckpointError, NucleateError, RankDisagreementError, RankFailedError
 from tests.multi.checks import run_checks
-from tests.multi.device import ACCELERATOR, device, start_group
+from tests.multi.device import ACCELERATOR, device, equal, start_group
 from tests.multi.scripts.checkpoint import adamw, full, hybrid, plain, sharded, train
 
 PLACES: list[tuple[str, str | None]] = [("c", None), ("c", "safetensors"), ("c.safetensors", None), ("c.pt", None)]
@@ -57,7 +57,7 @@ def read(path: Path) -> dict[str, Tensor]:
 def assert_holds(path: Path, wanted: dict[str, Tensor]) -> None:
     found = read(path)
     assert wanted.keys() <= found.keys(), wanted.keys() - found.keys()
-    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+    assert [key for key in wanted if not equal(found[key], wanted[key])] == []
 
 
 def layouts(comm: Communicator) -> dict[str, Tensor]:
