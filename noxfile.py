@@ -79,7 +79,7 @@ def types(session: nox.Session) -> None:
 @shared
 def tests(session: nox.Session) -> None:
     """Run the tests that need one process, and the doctests."""
-    elsewhere = [f"--ignore=tests/{folder}" for folder in ("multi", "examples", "bench", "gpu", "libraries")]
+    elsewhere = [f"--ignore=tests/{folder}" for folder in ("multi", "sim", "examples", "bench", "gpu", "libraries")]
     pytest(session, *WORKERS, "--doctest-modules", "src/nucleate", "tests", *elsewhere)
 
 
@@ -87,6 +87,13 @@ def tests(session: nox.Session) -> None:
 def multi(session: nox.Session) -> None:
     """Run the tests on 2 and more gloo ranks."""
     pytest(session, *TWO_AT_ONCE, "tests/multi")
+
+
+@shared
+def devices(session: nox.Session) -> None:
+    """Build the simulated device, which takes a minute once, and run the tests on it."""
+    run(session, "python", "-m", "tests.sim.build", env=ONE_THREAD)
+    pytest(session, "-n", "2", "--dist", "loadfile", "tests/sim")
 
 
 @shared

@@ -40,7 +40,8 @@ PUBLIC = {
         "release resumed"
     ),
     "nucleate.devices": """
-        DeviceHooks concrete default_generator devices_taken hooks_of is_present made_current take_device use_hooks
+        DeviceHooks Staging casts_there concrete default_generator devices_taken hooks_of is_present made_current move
+        slabs take_device use_hooks
     """,
     "nucleate.integrations": "Integration",
     "nucleate.materialize": "Plan execute materialize reset",

@@ -53,3 +53,35 @@ def test_a_group_of_another_size_than_the_environment_says_is_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.raises(ConfigurationError, match="rank 0 of 1, but the launcher's environment says rank 1 of 2"):
         process_group.start(Environment("torchrun", world_size=2, global_rank=1), "gloo", MINUTE, CPU)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device_type", "expected"),
+    [
+        ("gloo", "cpu", False),  # Nothing is bound to the CPU.
+        ("gloo", "xpu", False),
+        ("cpu:gloo,xpu:xccl", "xpu", True),
+        ("cpu:gloo, xpu:xccl", "xpu", True),
+        ("cpu:gloo,xpu:xccl", "mps", False),
+        ("XCCL", "xpu", True),
+        ("another", "xpu", False),
+    ],
+)
+def test_a_group_is_bound_to_a_device_that_its_backend_serves(backend: str, device_type: str, expected: bool) -> None:
+    assert process_group._serves(backend, device_type) is expected
+
+
+def test_a_gloo_group_beside_another_names_the_device_that_the_other_is_bound_to() -> None:
+    process_group.start(Environment(), "gloo", MINUTE, CPU)
+    group = dist.group.WORLD
+    assert group is not None
+    assert process_group.gloo_beside(group) == "gloo"
+
+    class Bound:
+        bound_device_id = torch.device("xpu", 1)
+
+    assert process_group.gloo_beside(Bound()) == "cpu:gloo,xpu:gloo"  # type: ignore[arg-type]
+    beside = dist.new_group(backend="cpu:gloo,xpu:gloo")
+    objects: list[object] = [None]
+    dist.all_gather_object(objects, "said", group=beside)
+    assert objects == ["said"]

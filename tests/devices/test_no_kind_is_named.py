@@ -17,8 +17,6 @@ OWN = {"accelerators/cuda.py", "devices/cuda.py", "devices/philox.py"}
 ALLOWED = {
     ("accelerators/__init__.py", "cuda"): "exports the class",
     ("accelerators/__init__.py", "CUDAAccelerator"): "exports the class",
-    # Until staging asks for events in general.
-    ("deferred/given.py", "cuda"): "staging",
     ("deferred/traits.py", "cudnn_batch_norm"): "torch's name of an operation",
     ("devices/table.py", "cuda"): "the kind that has hooks of its own",
     ("devices/table.py", "CUDAHooks"): "the kind that has hooks of its own",

@@ -64,9 +64,9 @@ def assert_deferred_is_eager(make: Callable[[], nn.Module], seed: int = 3) -> nn
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor gathered from its shards, on the CPU; every rank calls it."""
+    """Return a copy of a tensor on the CPU, gathered from its shards; every rank calls it."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu()
+    return full.detach().cpu().clone()
 
 
 def wholes(model: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.gpu import device_facts, reporting
+from tests.gpu import reporting
 from tests.gpu.reporting import ROOT
 
 BITSANDBYTES = "plugins/nucleate-bitsandbytes"
@@ -165,9 +165,9 @@ def variables(device_type: str) -> dict[str, str]:
 
 
 def facts(device_type: str) -> dict[str, Any]:
-    """Return what a run depends on: GPUs, torch, CUDA and so on; asked in another process, which takes no memory here."""
+    """Return what a run depends on. Another process asks, so that no memory of a GPU is taken here."""
     done = subprocess.run(
-        [sys.executable, "-m", device_facts.__name__],
+        [sys.executable, "-m", "tests.gpu.device_facts"],
         env=variables(device_type),
         cwd=ROOT,
         capture_output=True,

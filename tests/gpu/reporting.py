@@ -1,7 +1,7 @@
 """A pytest plugin that writes which tests were collected and how each ended, as lines of JSON.
 
-`run_all.py` and `page.py` load it with `-p tests.gpu.reporting` and say where to write in `NUCLEATE_TEST_REPORT`. A line
-is written at once, so that the report of a process that is killed is whole up to then.
+`run_all.py` and `page.py` load it with `-p tests.gpu.reporting`, and name the file in `NUCLEATE_TEST_REPORT`. A line is
+written at once, so that the report of a process that is killed is whole up to then.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _began: dict[str, float] = {}
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Write every test that is going to run."""
     for item in session.items:
-        path = item.path.relative_to(ROOT).as_posix()
+        path = (item.path.relative_to(ROOT) if item.path.is_relative_to(ROOT) else item.path).as_posix()
         _names[item.nodeid] = f"{path}::{item.nodeid.partition('::')[2]}"
         holder = item.cls if isinstance(item, pytest.Function) else None
         function = getattr(item, "function", None)
@@ -48,7 +48,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
                 "outcome": report.outcome,
                 "seconds": round(time.monotonic() - _began.get(report.nodeid, time.monotonic()), 2),
                 "reason": _reason(report),
-                "measured": {name: value for name, value in report.user_properties},
+                "measured": dict(report.user_properties),
             }
         )
 
@@ -64,6 +64,8 @@ def _purpose(holder: Any, row: str) -> str:
 
 
 def _reason(report: pytest.TestReport) -> str:
+    if hasattr(report, "wasxfail"):
+        return f"a known fault: {report.wasxfail}"
     if report.skipped and isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     return report.longreprtext[-6000:] if report.failed else ""

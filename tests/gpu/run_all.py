@@ -110,7 +110,8 @@ def describe(found: dict[str, Any]) -> str:
     devices = ", ".join(f"{number} x {name}" for name, number in names.items())
     devices = devices or f"{found['devices']} devices of type {found['device']}"
     cuda = f"CUDA {found['cuda']}, NCCL {found['nccl']}" if found["cuda"] else "no CUDA"
-    return f"{devices}; torch {found['torch']}, {cuda}, nucleate {found['nucleate']}, {found['cores']} cores, {found['date']}"
+    machine = f"nucleate {found['nucleate']}, {found['cores']} cores, {found['date']}"
+    return f"{devices}; torch {found['torch']}, {cuda}, {machine}"
 
 
 def summary(words: str, results: Sequence[Result], seconds: float) -> str:

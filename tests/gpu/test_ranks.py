@@ -64,6 +64,7 @@ def test_a_strategy_passes_its_suite_on_two_devices(name: str) -> None:
 def test_a_rank_that_raises_ends_the_other_in_seconds(strategy: str, fault: str, tmp_path: Path) -> None:
     """One rank raises; the other one waits in a collective of NCCL, and ends too."""
     done = run_ranks("tests.gpu.scripts.faults", 2, strategy, fault, tmp_path, expected_rc=None, timeout=100)
+    assert (tmp_path / "raised").exists(), done.stderr
     elapsed_s = time.time() - float((tmp_path / "raised").read_text())
     assert elapsed_s < 30
     assert ("RankDisagreementError" if fault == "setup" else "out of cheese") in done.stderr

@@ -1,6 +1,7 @@
 """The compiled part of the simulated device: built at first use, then loaded from torch's folder of extensions.
 
 The folder's name holds the versions of torch and Python and a hash of the sources, so a copy that is there fits.
+`python -m tests.sim.build` builds it ahead of the tests.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FLAGS = ("-O1", "-g0")
 _MESSAGE_LIMIT = 4000
 
 
-class NoCompiler(RuntimeError):
+class NoCompiler(RuntimeError):  # noqa: N818
     """The extension is not built yet and cannot be built here."""
 
 
@@ -119,3 +120,7 @@ def _imported(library: Path) -> ModuleType:
     loader.exec_module(module)
     sys.modules[NAME] = module
     return module
+
+
+if __name__ == "__main__":
+    print(load().__file__)

@@ -1,6 +1,8 @@
 """The simulated device "sim": two devices of CPU memory on which a missing event or synchronization shows every time.
 
-`install` gives it to torch. What it promises and what it cannot show is in `csrc/` and in README.md beside this file.
+Kernels are the CPU's and run when they are called. Copies that do not block wait in the queue of their stream. So the
+order of copies among each other and against kernels is tested; the order of kernels of two streams is not, nor are
+Philox's numbers, overlap in time, fragmentation, NCCL, sparse tensors, and kernels' own rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ __all__ = ["NoCompiler", "install"]
 
 
 def install() -> Any:
-    """Make torch know the device and return its controls, the compiled module; once in a process, later calls do nothing.
+    """Make torch know the device and return its controls, the compiled module. Later calls only return them.
 
     It must come before the first backward pass of a process: torch's autograd engine starts its threads then, one for
     each device that it knows.

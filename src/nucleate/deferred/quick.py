@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nucleate.deferred.tape import Step, TensorRef
 from nucleate.deferred.traits import Traits
-from nucleate.devices import default_generator
 
 if TYPE_CHECKING:
     from nucleate.deferred.record import Recorder
@@ -59,7 +58,7 @@ def record_fill(recorder: Recorder, func: Any, traits: Traits, args: tuple[Any, 
     is_full = offset == 0 and ref.numel * ref.dtype.itemsize == tape.size_bytes(number)
     generator = None
     if traits.is_random:
-        generator = kwargs.get("generator") or default_generator(recorder.device)
+        generator = recorder.generator(kwargs.get("generator"))
     random = recorder.replayer.random
     step = Step(
         index=len(tape.steps),

@@ -403,7 +403,7 @@ class Recorder(TorchDispatchMode):
             args: Plain arguments.
             generator: An explicit generator, or None for the default one.
         """
-        source: Generator = generator if generator is not None else default_generator(self.device)
+        source = self.generator(generator)
         # Seen by our own mode, a token that is looked at would be replaced by the state that it stands for.
         with torch._C.DisableTorchFunction():
             position = self.replayer.random.locate(source)
@@ -510,10 +510,22 @@ class Recorder(TorchDispatchMode):
         return self.replayer.random.locate(generator), generator
 
     def _generator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator:
-        for leaf in (*args, *kwargs.values()):
-            if isinstance(leaf, torch.Generator):
-                return leaf
-        return default_generator(self.device)
+        explicit = next((leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Generator)), None)
+        return self.generator(explicit)
+
+    def generator(self, explicit: torch.Generator | None) -> Generator:
+        """Return the generator that a step draws from: the one it is given, or the default one of our device.
+
+        Raises:
+            RuntimeError: It is given one of another kind of device, which torch refuses as well.
+        """
+        if explicit is None:
+            return default_generator(self.device)
+        if explicit.device.type != self.device.type:
+            raise RuntimeError(
+                f"Expected a '{self.device.type}' device type for generator but found '{explicit.device.type}'"
+            )
+        return explicit
 
     # -- real tensors --------------------------------------------------------------------------------------
 

@@ -30,11 +30,21 @@ _SOBOL = {
 }  # fmt: skip
 _ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 # torch looks at the kind of device in C++ and takes kernels that the CPU and the meta device do not have: one kernel
-# for dropout (`is_fused_kernel_acceptable` in aten/src/ATen/native/Dropout.cpp, 2.13), cuDNN for the others.
+# for dropout (`is_fused_kernel_acceptable` in aten/src/ATen/native/Dropout.cpp, 2.13), cuDNN for the others. What
+# a function of `torch.nn.functional` calls no mode of ours sees.
+_DROPOUT = {torch.dropout, F.dropout}
+# The names of their first arguments, up to the one that says whether running statistics are written.
+_WITH_STATISTICS: dict[Any, tuple[str, ...]] = {
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
+    torch.instance_norm: ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats"),
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training"),
+    F.instance_norm: ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats"),
+}
 _BY_DEVICE = {
-    torch.dropout, torch.batch_norm, torch.instance_norm, torch.rms_norm, torch.ctc_loss, torch.grid_sampler,
+    *_DROPOUT, *_WITH_STATISTICS, torch.rms_norm, torch.ctc_loss, torch.grid_sampler, F.rms_norm, F.ctc_loss,
+    F.grid_sample,
 }  # fmt: skip
-_WITH_STATISTICS = {torch.batch_norm, torch.instance_norm}
+
 
 # They compute singular and eigenvalues in another way where a dispatch mode is active (`isTensorSubclassLike` in
 # aten/src/ATen/native/BatchLinearAlgebra.cpp, 2.13).
@@ -63,8 +73,8 @@ def is_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: t
     if func in _RECURRENT or func in _SOBOL or func in _ATTENTION or func is torch.unravel_index:
         return True
     if device.type != "cpu" and func in _BY_DEVICE:
-        # Where statistics are written no gradient is kept.
-        return func not in _WITH_STATISTICS or not _is_tracked(args, kwargs)
+        # Of what is written no gradient is kept.
+        return not _traits(func, args, kwargs).mutated or not _is_tracked(args, kwargs)
     return torch.is_autocast_enabled(device.type) and _is_cast(func, device)
 
 
@@ -216,15 +226,20 @@ def _traits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traits:
     if func is F.multi_head_attention_forward:
         training = kwargs.get("training", args[13] if len(args) > 13 else True)
         return _WholeTraits([], training and kwargs.get("dropout_p", args[10] if len(args) > 10 else 0.0) > 0)
-    if func is torch.dropout:
-        given = dict(zip(("input", "p", "train"), args, strict=False)) | kwargs
-        return _WholeTraits([], bool(given["train"]) and given["p"] > 0)
+    if func in _DROPOUT:
+        named = _named(("input", "p", "train" if func is torch.dropout else "training", "inplace"), args, kwargs)
+        is_random = named.get("train", named.get("training", True)) and named.get("p", 0.5) > 0
+        return _WholeTraits([(0, "input", False)] if named.get("inplace") else [], bool(is_random))
     if func in _WITH_STATISTICS:
-        names = ("input", "weight", "bias", "running_mean", "running_var", "writes")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        writes = given.get("writes", given.get("training", given.get("use_input_stats")))
-        held = [(place, names[place], False) for place in (3, 4) if given.get(names[place]) is not None]
-        return _WholeTraits(held if writes else [], False)
+        names = _WITH_STATISTICS[func]
+        named = _named(names, args, kwargs)
+        places = [names.index("running_mean"), names.index("running_var")]
+        held = [(place, names[place], False) for place in places if named.get(names[place]) is not None]
+        return _WholeTraits(held if named.get(names[-1], func is F.instance_norm) else [], False)
     name = getattr(func, "__name__", "")
     is_in_place = name.endswith("_") and not name.endswith("__")
     return _WholeTraits([(0, "self", False)] if is_in_place else [], False)
+
+
+def _named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(names, args, strict=False)) | kwargs

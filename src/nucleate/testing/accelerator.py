@@ -42,6 +42,7 @@ class AcceleratorSuite(ABC):
 
     def test_being_absent_is_an_answer_and_not_an_error(self, accelerator: Accelerator) -> None:
         if accelerator.is_available() is False:
+            assert accelerator.why_absent()
             assert accelerator.count() == 0
             with pytest.raises(ConfigurationError):
                 accelerator.select(0)
@@ -51,7 +52,7 @@ class AcceleratorSuite(ABC):
 
     def test_its_backend_can_be_used(self, accelerator: Accelerator, device: torch.device) -> None:
         if torch.distributed.is_available():
-            # Either one name for all devices, or "cpu:gloo,cuda:nccl".
+            # Either one name for all devices, or a list such as "cpu:gloo,xpu:xccl".
             for part in accelerator.backend.split(","):
                 assert torch.distributed.is_backend_available(part.rpartition(":")[2])
 
@@ -101,6 +102,18 @@ class AcceleratorSuite(ABC):
         first = torch.rand(5, device=device)
         accelerator.set_random_state(state)
         assert torch.equal(torch.rand(5, device=device), first)
+
+    def test_its_hooks_know_the_devices_generator(self, accelerator: Accelerator, device: torch.device) -> None:
+        state = accelerator.random_state()
+        if state is not None:
+            assert torch.equal(accelerator.default_generator(device).get_state(), state)
+            torch.rand(5, device=device)
+            assert not torch.equal(accelerator.default_generator(device).get_state(), state)
+
+    def test_what_it_says_of_pinned_memory_is_true(self, accelerator: Accelerator, device: torch.device) -> None:
+        if accelerator.pins_memory:
+            tensor = torch.arange(5, pin_memory=True)
+            assert torch.equal(tensor.to(device, non_blocking=True).cpu(), tensor)
 
     def test_it_counts_the_memory_of_its_device_or_says_that_it_cannot(
         self, accelerator: Accelerator, device: torch.device

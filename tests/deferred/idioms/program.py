@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.device import device
+
 #: One instruction: what to do, with which tensors (by number, modulo how many there are), and a parameter.
 Instruction = tuple[str, int, int, int]
 _SHAPES = [(), (3,), (4, 3), (2, 3, 2), (17,), (0, 3), (1, 5)]
@@ -103,6 +105,13 @@ OPERATIONS: dict[str, Callable[[Machine, Tensor, Tensor, int], Any]] = {
     "contiguous": lambda m, x, y, n: x.contiguous(),
     "deepcopy": lambda m, x, y, n: copy.deepcopy(x),
     "double": lambda m, x, y, n: x.double(),
+    "to the host": lambda m, x, y, n: x.cpu(),
+    "from the host": lambda m, x, y, n: x.cpu().to(device()),
+    "as another": lambda m, x, y, n: x.to(y),
+    "rand on the host": lambda m, x, y, n: torch.rand(_SHAPES[n % 7], device="cpu"),
+    "rand on the device": lambda m, x, y, n: torch.rand(_SHAPES[n % 7], device=device()),
+    "rand like": lambda m, x, y, n: torch.rand_like(x),
+    "new full": lambda m, x, y, n: x.new_full((2, 3), n),
     "parameter": lambda m, x, y, n: nn.Parameter(x.float()).detach(),
     "add": lambda m, x, y, n: x + y,
     "multiply": lambda m, x, y, n: x * 1.5 - n,

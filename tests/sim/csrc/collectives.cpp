@@ -5,6 +5,11 @@
 #include "queue.h"
 #include "work.h"
 
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/reducer_timer.hpp>
+
+#include <optional>
 #include <utility>
 
 namespace sim {
@@ -47,6 +52,23 @@ class Backend final : public c10d::Backend {
   void setTimeout(std::chrono::milliseconds timeout) override { inner_->setTimeout(timeout); }
   void setSequenceNumberForGroup() override { inner_->setSequenceNumberForGroup(); }
   uint64_t getSequenceNumberForGroup() override { return inner_->getSequenceNumberForGroup(); }
+  bool supportsSplitting() const override { return inner_->supportsSplitting(); }
+  BackendPtr split(
+      const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
+      const c10::intrusive_ptr<Options>& options) override {
+    // The group's backend for the CPU is split with the same store.
+    auto own_store = c10::make_intrusive<c10d::PrefixStore>("simccl", store);
+    auto part = inner_->split(own_store, ranks, options);
+    if (!part) return nullptr;
+    return c10::make_intrusive<Backend>(std::move(part));
+  }
+  // Between these two each collective starts at once; the end gives one work for all.
+  bool supportsCoalescing() const override { return true; }
+  void startCoalescing() override { coalesced_.emplace(); }
+  WorkPtr endCoalescing() override {
+    auto parts = std::exchange(coalesced_, std::nullopt);
+    return c10::make_intrusive<CoalescedWork>(std::move(parts).value());
+  }
   void abort() override { inner_->abort(); }
   void shutdown() override { inner_->shutdown(); }
 
@@ -191,8 +213,10 @@ class Backend final : public c10d::Backend {
     run_current_stream(-1);
   }
 
-  static WorkPtr work(WorkPtr inner, Tensors results, std::function<void()> finish = nullptr) {
-    return c10::make_intrusive<Work>(std::move(inner), std::move(results), std::move(finish));
+  WorkPtr work(WorkPtr inner, Tensors results, std::function<void()> finish = nullptr) {
+    auto result = c10::make_intrusive<Work>(std::move(inner), std::move(results), std::move(finish));
+    if (coalesced_) coalesced_->push_back(result);
+    return result;
   }
 
   // Gloo has no average: options that sum, and what divides the sums in `outputs` afterwards.
@@ -207,10 +231,42 @@ class Backend final : public c10d::Backend {
   }
 
   BackendPtr inner_;
+  std::optional<std::vector<WorkPtr>> coalesced_;
 };
 
-}  // namespace
+// torch.distributed.split_group copies a backend's options before it uses them. Gloo's cannot be copied in Python.
+struct CopiedOptions {
+  c10::intrusive_ptr<c10d::Backend::Options> options;
+};
+
+// DDP takes the times of a step with the timer of its device type, and warns where there is none.
+struct Timer final : c10d::Timer {
+  explicit Timer(c10::Device) {}
+  std::optional<int64_t> measureDifference(Event start, Event end) override {
+    auto from = getTimestamp(start), to = getTimestamp(end);
+    return from && to && *to >= *from ? std::optional<int64_t>(*to - *from) : std::nullopt;
+  }
+};
 
 BackendPtr make_backend(BackendPtr inner) { return c10::make_intrusive<Backend>(std::move(inner)); }
 
+}  // namespace
+
+void bind_collectives(pybind11::module& module) {
+  pybind11::class_<CopiedOptions>(module, "CopiedOptions")
+      .def("__deepcopy__", [](CopiedOptions& self, const pybind11::object&) { return self.options; });
+  using Holder = c10::intrusive_ptr<Backend>;
+  pybind11::class_<Backend, c10d::Backend, Holder>(module, "SimulatedCollectives")
+      // For NCCL ranks that are not in a new group must take part in the split; gloo asks nothing of them.
+      .def("perform_nocolor_split", [](Backend&, const pybind11::object&) {})
+      .def_property_readonly("options", [](Backend& self) { return CopiedOptions{self.getBackendOptions()}; });
+  module.def("make_backend", &make_backend, "Return a backend for the device that hands its memory to a gloo backend.");
+}
+
 }  // namespace sim
+
+namespace c10d {
+namespace {
+C10_REGISTER_TYPED_CLASS(TimerRegistry, c10::kPrivateUse1, sim::Timer)
+}  // namespace
+}  // namespace c10d

@@ -1,11 +1,10 @@
-// The process group backend "simccl".
+// The process group backend "simccl": gloo on the device's memory.
 #pragma once
 
-#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/utils/pybind.h>
 
 namespace sim {
 
-// A backend for tensors of the device that hands their memory to `inner`, a gloo backend.
-c10::intrusive_ptr<c10d::Backend> make_backend(c10::intrusive_ptr<c10d::Backend> inner);
+void bind_collectives(pybind11::module& module);
 
 }  // namespace sim

@@ -105,7 +105,8 @@ class Call {
   at::Generator generator(const c10::IValue& given) {
     int64_t numel = -1;
     for_each_tensor([&](const at::Tensor& tensor) { numel = numel < 0 && tensor.defined() ? tensor.numel() : numel; });
-    return generator_for_kernel(given.isNone() ? default_generator(device_) : given.toGenerator(), numel < 0 ? 1 : numel);
+    auto generator = given.isNone() ? default_generator(device_) : given.toGenerator();
+    return generator_for_kernel(generator, numel < 0 ? 1 : numel);
   }
 
   void replace(c10::IValue& value, Aliases& aliases) {
@@ -152,9 +153,10 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
-// These have a composite kernel, which would be taken before the fallback and rounds differently from the CPU's.
+// These have a composite kernel, which would be taken before the fallback. It rounds differently from the CPU's (norms)
+// or resizes its own output with a warning (losses).
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
-  for (auto name : {"native_layer_norm", "native_group_norm"}) {
+  for (auto name : {"native_layer_norm", "native_group_norm", "mse_loss", "smooth_l1_loss"}) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
   }
 }

@@ -1,7 +1,9 @@
-// Kernels that torch asks devices other than the CPU for: convolutions under their own name, and cells of LSTM and GRU.
+// Kernels that torch asks devices other than the CPU for: convolutions under their own name, dropout,
+// and the cells of LSTM and GRU.
 #include "alias.h"
 #include "counts.h"
 #include "device.h"
+#include "generator.h"
 #include "queue.h"
 
 #include <ATen/ATen.h>
@@ -54,6 +56,17 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(
       kernel.in(grad), kernel.in(input), kernel.in(weight), at::OptionalIntArrayRef(bias_size), stride, padding,
       dilation, transposed, output_padding, groups, mask);
   return {kernel.out(grad_input), kernel.out(grad_weight), kernel.out(grad_bias)};
+}
+
+// The CPU's kernel takes no generator, so it would draw from the CPU's.
+std::tuple<Tensor, Tensor> dropout(const Tensor& input, double probability, std::optional<bool> train) {
+  Kernel kernel("aten::native_dropout", input);
+  auto from = kernel.in(input);
+  auto mask = at::ones_like(from, at::kBool);
+  if (!train.value_or(true)) return {kernel.out(from.clone()), kernel.out(mask)};
+  double kept = 1 - probability;
+  mask.bernoulli_(kept, generator_for_kernel(default_generator(input.device().index()), input.numel()));
+  return {kernel.out(from * mask * (kept > 0 ? 1 / kept : 0)), kernel.out(mask)};
 }
 
 // The formulas of both cells are those of aten/src/ATen/native/cuda/RNN.cu; so is the contents of the workspaces.
@@ -124,6 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("convolution_overrideable", convolution);
   library.impl("convolution_backward_overrideable", convolution_backward);
+  library.impl("native_dropout", dropout);
   library.impl("_thnn_fused_lstm_cell", lstm_cell);
   library.impl("_thnn_fused_lstm_cell_backward_impl", lstm_cell_backward);
   library.impl("_thnn_fused_gru_cell", gru_cell);

@@ -1,5 +1,5 @@
-// One lock for all state of the device. Whoever holds it must not need Python's lock: tensors are freed, and the device's
-// lock taken, by threads that hold Python's.
+// One lock for all state of the device. Whoever holds it must not need Python's lock: threads that hold Python's free
+// tensors, and take this one for it.
 #pragma once
 
 #include <mutex>

@@ -3,8 +3,10 @@
 #include "device.h"
 #include "lock.h"
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
+#include <list>
 #include <map>
 
 namespace sim {
@@ -62,15 +64,44 @@ void give_back(const BlockPtr& block) {
   std::memset(block->data, kRubbish, block->size);
 }
 
+// A block that is freed while copies wait. The next allocation on its stream may get it, as CUDA's caching allocator
+// does it: what that stream is told to do from then on writes to the block, and what other streams still do to it is a
+// race, unless `Tensor.record_stream` named them before.
+struct Freed {
+  BlockPtr block;
+  std::vector<Place> places;
+};
+
+std::list<Freed>& freed_blocks() {
+  static auto* instance = new std::list<Freed>;
+  return *instance;
+}
+
+void reuse_freed(const c10::Stream& stream) {
+  auto& freed = freed_blocks();
+  bool all = idle();
+  for (auto it = freed.begin(); it != freed.end();) {
+    bool own = it->block->device == stream.device_index() && it->block->stream == stream.id();
+    if (!own && !all) {
+      ++it;
+      continue;
+    }
+    auto [block, places] = std::move(*it);
+    it = freed.erase(it);
+    if (own) places.push_back(end_of(stream));
+    when_reached(std::move(places), [block = block] { give_back(block); });
+  }
+}
+
 void free_device(void* data) {
   Lock lock(mutex());
   auto block = take(device_blocks(), data);
   if (!block) return;
   statistics_of(block->device).decrease(block->size);
-  c10::Stream stream(c10::Stream::UNSAFE, c10::Device(kDeviceType, block->device), block->stream);
-  std::vector<Place> places{end_of(stream)};
-  for (auto& other : block->other_streams) places.push_back(end_of(other));
-  when_reached(std::move(places), [block] { give_back(block); });
+  if (idle()) return give_back(block);
+  Freed freed{block, {}};
+  for (auto& stream : block->other_streams) freed.places.push_back(end_of(stream));
+  freed_blocks().push_back(std::move(freed));
 }
 
 void free_pinned(void* data) {
@@ -81,8 +112,10 @@ void free_pinned(void* data) {
 
 c10::DataPtr register_on_device(BlockPtr block, c10::DeviceIndex device) {
   Lock lock(mutex());
+  auto stream = current_stream(device);
+  reuse_freed(stream);
   block->device = device;
-  block->stream = current_stream(device).id();
+  block->stream = stream.id();
   statistics_of(device).increase(block->size);
   auto data = block->data;
   device_blocks()[static_cast<const char*>(data)] = std::move(block);

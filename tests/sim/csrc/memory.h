@@ -12,8 +12,8 @@
 namespace sim {
 
 // Memory of the device or pinned memory. Whoever holds a block keeps its memory mapped, not its contents: as on a real
-// device, a freed block is used again as soon as the stream on which it was allocated comes to the place where it was
-// freed. Here it is filled with rubbish then.
+// device, the next allocation on its stream may use a freed block again. Here it is filled with rubbish then, and a copy
+// that comes later and uses it is an error.
 struct Block {
   void* data = nullptr;
   size_t size = 0;

@@ -33,5 +33,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("reset_counts", &sim::reset_counts, Released());
 
   module.def("default_generator", [](int device) { return sim::default_generator(device); });
-  module.def("make_backend", &sim::make_backend);
+  sim::bind_collectives(module);
 }

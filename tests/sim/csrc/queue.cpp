@@ -137,4 +137,9 @@ uint64_t queued(c10::DeviceIndex device) {
   return total;
 }
 
+bool idle() {
+  Lock lock(mutex());
+  return std::all_of(queues.begin(), queues.end(), [](auto& entry) { return entry.second.tasks.empty(); });
+}
+
 }  // namespace sim

@@ -42,5 +42,7 @@ void run_device(c10::DeviceIndex device);
 void run_all();
 // How many tasks wait on a device.
 uint64_t queued(c10::DeviceIndex device);
+// Whether no task waits anywhere.
+bool idle();
 
 }  // namespace sim

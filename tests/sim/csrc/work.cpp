@@ -52,4 +52,26 @@ c10::intrusive_ptr<c10::ivalue::Future> Work::getFuture() {
   return future;
 }
 
+CoalescedWork::CoalescedWork(std::vector<c10::intrusive_ptr<c10d::Work>> parts) : parts_(std::move(parts)) {}
+
+bool CoalescedWork::isCompleted() {
+  return std::all_of(parts_.begin(), parts_.end(), [](auto& part) { return part->isCompleted(); });
+}
+
+Tensors CoalescedWork::result() {
+  Tensors results;
+  for (auto& part : parts_) {
+    for (auto& tensor : part->result()) results.push_back(tensor);
+  }
+  return results;
+}
+
+void CoalescedWork::synchronize() { wait(kNoTimeout); }
+
+bool CoalescedWork::wait(std::chrono::milliseconds timeout) {
+  bool done = true;
+  for (auto& part : parts_) done = part->wait(timeout) && done;
+  return done;
+}
+
 }  // namespace sim

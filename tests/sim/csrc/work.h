@@ -1,4 +1,4 @@
-// A collective in flight.
+// Collectives in flight.
 #pragma once
 
 #include <torch/csrc/distributed/c10d/Work.hpp>
@@ -34,6 +34,20 @@ class Work final : public c10d::Work {
   Tensors results_;
   std::function<void()> finish_;
   std::once_flag finished_;
+};
+
+// Several collectives that are waited for as one.
+class CoalescedWork final : public c10d::Work {
+ public:
+  explicit CoalescedWork(std::vector<c10::intrusive_ptr<c10d::Work>> parts);
+
+  bool isCompleted() override;
+  Tensors result() override;
+  void synchronize() override;
+  bool wait(std::chrono::milliseconds timeout) override;
+
+ private:
+  std::vector<c10::intrusive_ptr<c10d::Work>> parts_;
 };
 
 }  // namespace sim
