@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from nucleate.deferred.context import Record
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 #: Threads take turns at operations that are recorded or replayed: they find a generator's place in the stream by its
 #: state, and borrow the default generators while they make a value.
 turn = threading.RLock()
+_NOTHING = nullcontext()
 
 
 class _Active(threading.local):
@@ -44,6 +46,14 @@ def active(record: Record) -> Iterator[None]:
 def active_record(device: torch.device) -> Record | None:
     """Return the innermost record that records for a device in this thread."""
     return next((record for record in reversed(active_records()) if record.device == device), None)
+
+
+def alone() -> AbstractContextManager[object]:
+    """Return the context in which one record finds out what an operation makes, unseen by others of this thread.
+
+    Inside a record for another device they would take what it makes on the meta device for tensors of their own.
+    """
+    return _disable_current_modes() if len(_active.records) > 1 else _NOTHING
 
 
 def is_recording() -> bool:

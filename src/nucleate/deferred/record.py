@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from nucleate.deferred.active import turn
+from nucleate.deferred.active import alone, turn
 from nucleate.deferred.bounds import check_bounds
 from nucleate.deferred.constants import Constants
 from nucleate.deferred.effects import needed_by, overwritten_by, read_by, written_by
@@ -351,7 +351,8 @@ class Recorder(TorchDispatchMode):
             uninitialized=traits.uninitialized,
         )
         try:
-            result, state = self._geometry(func, traits, args, kwargs, step)
+            with alone():
+                result, state = self._geometry(func, traits, args, kwargs, step)
         except Exception:
             if position is not None:
                 self._fail_random(func, traits, args, kwargs)
