@@ -29,7 +29,7 @@ from nucleate.checkpoint import (
 )
 from nucleate.checkpoint import plan as plans
 from nucleate.errors import CheckpointError, CheckpointKeyError, ConfigurationError, ShapeMismatchError
-from tests.device import ACCELERATOR
+from tests.device import ACCELERATOR, ON_CPU
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 
@@ -124,8 +124,8 @@ def test_a_deferred_model_reads_at_setup_every_byte_once(
     runtime.setup(model)
     assert_loaded(model)
     everything = sum(tensor.numel() * 4 for tensor in stored().values())
-    # What is only renamed may lie in the file's pages.
-    assert sum(sizes) == everything if not mmap else everything * 0.5 < sum(sizes) < everything
+    # What is only renamed may lie in the file's pages, if it stays on the CPU.
+    assert sum(sizes) == everything if not (mmap and ON_CPU) else everything * 0.5 < sum(sizes) < everything
 
 
 @pytest.mark.parametrize("is_set_up", [False, True])

@@ -17,7 +17,7 @@ from nucleate.errors import ConfigurationError, PluginNotFoundError
 from nucleate.plugin import Composition
 from nucleate.registry import INTEGRATIONS, Registry
 from nucleate.testing import IntegrationSuite
-from tests.device import ACCELERATOR
+from tests.device import ACCELERATOR, device
 from tests.integrations import fake_library
 
 LIBRARY = "nucleate_fake_library"
@@ -97,7 +97,7 @@ def test_it_is_active_from_the_first_construction_or_setup_after_the_import(monk
         model = nn.Linear(2, 2)
     one.setup(model)
     [made] = FakeIntegration.made
-    assert made.events == ["check bf16-true", "connect cpu", "enter", "exit", "setup"]
+    assert made.events == ["check bf16-true", f"connect {device()}", "enter", "exit", "setup"]
     one.setup(nn.Linear(2, 2))
     assert FakeIntegration.made == [made]
 

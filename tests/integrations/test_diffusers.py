@@ -13,8 +13,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from nucleate import Runtime
 from nucleate.testing.memory import assert_peak_memory_below
-from tests.device import ACCELERATOR
+from tests.device import cpu_only
 from tests.integrations.weights import early
+
+pytestmark = cpu_only("what a library loads for the CPU is bound to its file where the CPU is recorded for")
 
 MIB = 2**20
 UNET: dict[str, Any] = {
@@ -73,7 +75,7 @@ def test_from_pretrained_makes_nothing_early_and_gives_diffusers_own_values(
     options = {"low_cpu_mem_usage": low_cpu_mem_usage, "torch_dtype": dtype, "use_safetensors": "bin" not in form}
     expected = cls.from_pretrained(store(name, form), **options)
     for precision in ("bf16-true",) if dtype is not None else ("32-true", "bf16-true"):
-        runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device", precision=precision)
+        runtime = Runtime(accelerator="cpu", strategy="single_device", precision=precision)
         with runtime.init_module(empty_init=True):
             model = cls.from_pretrained(store(name, form), **options)
         assert early(model) == []
@@ -89,7 +91,7 @@ def test_from_pretrained_makes_nothing_early_and_gives_diffusers_own_values(
 
 def test_the_model_computes_what_diffusers_own_computes(store: Store) -> None:
     folder = store("UNet2DConditionModel", "safetensors")
-    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device")
+    runtime = Runtime(accelerator="cpu", strategy="single_device")
     with runtime.init_module(empty_init=True):
         model = UNet2DConditionModel.from_pretrained(folder)
     inputs = torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 16)
@@ -103,7 +105,7 @@ def test_a_damaged_file_is_an_error_of_diffusers_that_names_it(store: Store, tmp
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     whole = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(whole[:-10])
-    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device")
+    runtime = Runtime(accelerator="cpu", strategy="single_device")
     with runtime.init_module(empty_init=True):
         with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
             AutoencoderKL.from_pretrained(tmp_path)

@@ -15,8 +15,10 @@ from nucleate.deferred import lazy_given, record_of
 from nucleate.errors import CheckpointError
 from nucleate.integrations.lazy_tensors import LazyTensors
 from nucleate.testing import IntegrationSuite
-from tests.device import ACCELERATOR
+from tests.device import cpu_only
 from tests.integrations.weights import PRECISIONS, assert_loads, build, early, weights, write_in_place
+
+pytestmark = cpu_only("what a library loads for the CPU is bound to its file where the CPU is recorded for")
 
 
 class TestLazyTensors(IntegrationSuite):
@@ -39,7 +41,7 @@ class TestLazyTensors(IntegrationSuite):
 
 @pytest.fixture
 def runtime() -> Runtime:
-    return Runtime(accelerator=ACCELERATOR, strategy="single_device")
+    return Runtime(accelerator="cpu", strategy="single_device")
 
 
 KINDS = {
@@ -78,7 +80,7 @@ def test_all_parameters_stay_deferred_and_get_the_files_values(path: Path, preci
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_lazy_state_dict_stays_lazy_outside_of_the_block(path: Path, precision: str) -> None:
-    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device", precision=precision)
+    runtime = Runtime(accelerator="cpu", strategy="single_device", precision=precision)
     with runtime.init_module(empty_init=True):
         model = build()
     model.load_state_dict(fabric._lazy_load(path))

@@ -15,8 +15,6 @@ pytest.importorskip("litgpt", reason="litgpt is not installed; it goes without i
 from lightning.fabric.utilities.load import _lazy_load, _NotYetLoadedTensor
 from litgpt import GPT, Config
 
-from tests.device import ACCELERATOR
-
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
 
@@ -33,7 +31,7 @@ def test_parameters_stay_deferred_and_get_the_files_values(
     torch.save(expected.state_dict(), tmp_path / "lit_model.pth")
     monkeypatch.setattr(_NotYetLoadedTensor, "_load_tensor", lambda self: pytest.fail("it was read by its library"))
     checkpoint = _lazy_load(tmp_path / "lit_model.pth")
-    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device", precision=precision)
+    runtime = Runtime(accelerator="cpu", strategy="single_device", precision=precision)
     with runtime.init_module(empty_init=True):
         model = GPT(config)
         model.load_state_dict(_lazy_load(tmp_path / "lit_model.pth") if inside else checkpoint)
@@ -69,7 +67,7 @@ def test_files_of_every_version_are_loaded(tmp_path: Path, groups: int, version:
     expected = GPT(config)
     state = older(expected.state_dict(), config) if version == "older" else expected.state_dict()
     torch.save(state, tmp_path / "lit_model.pth")
-    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device", precision="32-true")
+    runtime = Runtime(accelerator="cpu", strategy="single_device", precision="32-true")
     with runtime.init_module(empty_init=True):
         model = GPT(config)
     if way == "load_state_dict":
@@ -93,7 +91,7 @@ def test_files_of_every_version_are_quantized_while_they_are_read(tmp_path: Path
     tokens, outputs = torch.arange(12).view(2, 6), []
     for state in (older(expected.state_dict(), config), expected.state_dict()):
         torch.save(state, tmp_path / "lit_model.pth")
-        runtime = Runtime(accelerator=ACCELERATOR, precision=mode)
+        runtime = Runtime(accelerator="cpu", precision=mode)
         with runtime.init_module(empty_init=True):
             model = GPT(config)
         assert runtime.load_raw(tmp_path / "lit_model.pth", model).is_exact

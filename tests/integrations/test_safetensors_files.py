@@ -21,8 +21,10 @@ from nucleate.deferred import record_of
 from nucleate.errors import CheckpointError
 from nucleate.integrations.safetensors_files import SafetensorsFiles
 from nucleate.testing import IntegrationSuite
-from tests.device import ACCELERATOR
+from tests.device import cpu_only
 from tests.integrations.weights import PRECISIONS, assert_loads, build, weights, write_in_place
+
+pytestmark = cpu_only("what a library loads for the CPU is bound to its file where the CPU is recorded for")
 
 
 class TestSafetensorsFiles(IntegrationSuite):
@@ -106,7 +108,7 @@ def test_all_parameters_stay_deferred_and_get_the_files_values(
 
 @pytest.fixture
 def runtime() -> Runtime:
-    return Runtime(accelerator=ACCELERATOR, strategy="single_device")
+    return Runtime(accelerator="cpu", strategy="single_device")
 
 
 def test_every_tensor_that_is_read_is_deferred(path: Path, runtime: Runtime) -> None:

@@ -18,8 +18,10 @@ from nucleate.deferred import record_of
 from nucleate.errors import CheckpointError
 from nucleate.integrations.torch_files import TorchFiles
 from nucleate.testing import IntegrationSuite
-from tests.device import ACCELERATOR
+from tests.device import cpu_only
 from tests.integrations.weights import PRECISIONS, assert_loads, build, early, weights, write_in_place
+
+pytestmark = cpu_only("what a library loads for the CPU is bound to its file where the CPU is recorded for")
 
 
 # Looking at all names of torch meets those that are deprecated.
@@ -54,7 +56,7 @@ LOADS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.fixture
 def runtime() -> Runtime:
-    return Runtime(accelerator=ACCELERATOR, strategy="single_device")
+    return Runtime(accelerator="cpu", strategy="single_device")
 
 
 @pytest.fixture

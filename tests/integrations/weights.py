@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from nucleate import Runtime
 from nucleate.deferred import record_of
-from tests.device import ACCELERATOR
 
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
@@ -32,7 +31,7 @@ def early(model: nn.Module) -> list[str]:
 
 def assert_loads(load: Callable[[nn.Module], object], expected: dict[str, Tensor], precision: str = "32-true") -> None:
     """Load inside the block, and compare what `setup` makes."""
-    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device", precision=precision)
+    runtime = Runtime(accelerator="cpu", strategy="single_device", precision=precision)
     with runtime.init_module(empty_init=True):
         model = build()
         load(model)

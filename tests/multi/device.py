@@ -14,7 +14,7 @@ from nucleate.accelerators.choice import choose
 from nucleate.cluster import Communicator, Environment, process_group
 from tests.device import ACCELERATOR, ON_CPU, accelerator, device, equal
 
-__all__ = ["ACCELERATOR", "accelerator", "device", "equal", "start_group"]
+__all__ = ["ACCELERATOR", "ON_CPU", "accelerator", "device", "equal", "start_group"]
 
 
 def start_group() -> Communicator:

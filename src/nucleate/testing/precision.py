@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from nucleate.accelerators.base import Accelerator
 from nucleate.precision.base import Precision
 from nucleate.precision.fixed_dtype import FixedDtype
 from nucleate.runtime import Runtime

@@ -27,7 +27,7 @@ from nucleate.checkpoint.writers import output
 from nucleate.cluster import Communicator, Environment
 from nucleate.errors import CheckpointError, NucleateError, RankDisagreementError, RankFailedError
 from tests.multi.checks import run_checks
-from tests.multi.device import ACCELERATOR, device, equal, start_group
+from tests.multi.device import ACCELERATOR, ON_CPU, device, equal, start_group
 from tests.multi.scripts.checkpoint import adamw, full, hybrid, plain, sharded, train
 
 PLACES: list[tuple[str, str | None]] = [("c", None), ("c", "safetensors"), ("c.safetensors", None), ("c.pt", None)]
@@ -250,7 +250,9 @@ def no_rank_holds_more_than_its_part(comm: Communicator, path: Path) -> None:
         before = _peak_kib("VmHWM")
         save(path / name, state, comm)
         grown = _peak_kib("VmHWM") - before
-        assert grown < (output._num_threads() * 16 + 24) * 1024, f"{name}: {grown} KiB"
+        # A tensor that does not lie row by row is made so where it is, and a simulated device has memory of this process.
+        per_thread = 16 if ON_CPU else 32
+        assert grown < (output._num_threads() * per_thread + 24) * 1024, f"{name}: {grown} KiB"
     assert load_file(path / "c.safetensors")["t"].shape == (rows, 1 << 18)
     comm.barrier()
     if comm.rank == 0:
