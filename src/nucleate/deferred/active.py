@@ -48,12 +48,17 @@ def active_record(device: torch.device) -> Record | None:
     return next((record for record in reversed(active_records()) if record.device == device), None)
 
 
-def alone() -> AbstractContextManager[object]:
-    """Return the context in which one record finds out what an operation makes, unseen by others of this thread.
+def alone(device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which a record finds out what an operation makes, unseen by those for other devices.
 
-    Inside a record for another device they would take what it makes on the meta device for tensors of their own.
+    They would take what it makes on the meta device for tensors of their own.
+
+    Args:
+        device: The record's device.
     """
-    return _disable_current_modes() if len(_active.records) > 1 else _NOTHING
+    records = _active.records
+    is_alone = len(records) < 2 or all(record.device == device for record in records)
+    return _NOTHING if is_alone else _disable_current_modes()
 
 
 def is_recording() -> bool:

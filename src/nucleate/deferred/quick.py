@@ -93,7 +93,7 @@ def record_factory(
         return None
     if kwargs.get("pin_memory") or "memory_format" in kwargs:
         return None
-    with alone():
+    with alone(recorder.device):
         tensor: Tensor = func(*args, **{**kwargs, "device": torch.device("meta")})
     tape = recorder.tape
     number = tape.add_storage(tensor)

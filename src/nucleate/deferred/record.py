@@ -351,7 +351,7 @@ class Recorder(TorchDispatchMode):
             uninitialized=traits.uninitialized,
         )
         try:
-            with alone():
+            with alone(self.device):
                 result, state = self._geometry(func, traits, args, kwargs, step)
         except Exception:
             if position is not None:
