@@ -1,6 +1,7 @@
 """Every check of the project, one session each. `python -m nox` runs the short ones.
 
-`python -m nox -t long` runs `bench`, `zoo`, `limits` and `libraries`, which take hours together; `gpu` needs a device.
+`python -m nox -t long` runs `bench`, `zoo`, `limits`, `libraries` and `devices-long`, which take hours together; `gpu`
+needs a device.
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
 
@@ -89,11 +90,39 @@ def multi(session: nox.Session) -> None:
     pytest(session, *TWO_AT_ONCE, "tests/multi")
 
 
+# On it in the default run: each room once. `devices-long` runs all.
+QUICK_ON_DEVICES = (
+    *("tests/precision", "tests/strategies", "tests/wrappers", "tests/test_runtime.py", "tests/test_seed.py"),
+    *(f"tests/materialize/test_{name}.py" for name in ("execute", "parts", "plan", "verification")),
+    *(f"tests/checkpoint/test_{name}.py" for name in ("raw", "round_trip", "tensor_map", "training_state")),
+    *("tests/multi/test_conformance.py", "tests/multi/test_policies.py"),
+)
+ALL_ON_DEVICES = (
+    *("tests/precision", "tests/strategies", "tests/wrappers", "tests/integrations", "tests/materialize"),
+    *("tests/checkpoint", "tests/deferred", "tests/architectures", "tests/multi", "tests/test_runtime.py"),
+    "tests/test_seed.py",
+)
+
+
+def on_device(session: nox.Session, *arguments: str) -> None:
+    """Run tests that compare with eager torch on the simulated device instead of the CPU."""
+    variables = {**ONE_THREAD, "NUCLEATE_TEST_DEVICE": "sim"}
+    run(session, "python", "-m", "pytest", *TWO_AT_ONCE, *arguments, *session.posargs, env=variables)
+
+
 @shared
 def devices(session: nox.Session) -> None:
-    """Build the simulated device, which takes a minute once, and run the tests on it."""
+    """Build the simulated device, which takes a minute once, and run its tests and the quick ones of the rest on it."""
     run(session, "python", "-m", "tests.sim.build", env=ONE_THREAD)
     pytest(session, "-n", "2", "--dist", "loadfile", "tests/sim")
+    on_device(session, *QUICK_ON_DEVICES)
+
+
+@nox.session(name="devices-long", default=False, venv_backend="none", requires=["environment"], tags=["long"])
+def devices_long(session: nox.Session) -> None:
+    """Run all tests that can run on the simulated device there."""
+    run(session, "python", "-m", "tests.sim.build", env=ONE_THREAD)
+    on_device(session, *ALL_ON_DEVICES)
 
 
 @shared

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from tests.device import device
+
 
 def children_first(module: nn.Module, seen: set[int] | None = None) -> Iterator[nn.Module]:
     """Yield modules as `Module.apply` visits them, each once."""
@@ -36,7 +38,7 @@ def made_by_hand(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             ties.setdefault(id(parameter), []).append((module, name))
-    model.to_empty(device="cpu")
+    model.to_empty(device=device())
     for places in ties.values():
         # `to_empty` has untied them.
         for module, name in places:

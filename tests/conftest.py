@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
 
 from nucleate.cluster import process_group
-from tests.device import ACCELERATOR
+from tests.device import ACCELERATOR, on_device
 
 if ACCELERATOR == "sim":
     from tests.sim.conftest import *  # noqa: F403 - its fixtures, for every test
+    from tests.sim.device import NoCompiler, install
+
+    # Now: libraries ask torch for its accelerator while they are imported. Without a compiler the fixtures skip.
+    with suppress(NoCompiler):
+        install().set_available(False)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,6 +55,13 @@ def no_group_left_behind() -> Iterator[None]:
     yield
     if "RANK" not in os.environ and process_group.is_running():
         process_group.stop()
+
+
+@pytest.fixture
+def factories_on_device() -> Iterator[None]:
+    """Let factories make tensors on the device of the tests, as they do for users who set a default device."""
+    with on_device():
+        yield
 
 
 def _settings() -> dict[str, object]:

@@ -9,11 +9,19 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import pytest
 import torch
+
+from nucleate.accelerators import Accelerator
 
 #: The name of the accelerator, which is the type of its device.
 ACCELERATOR = os.environ.get("NUCLEATE_TEST_DEVICE", "cpu")
 ON_CPU = ACCELERATOR == "cpu"
+
+
+def cpu_only(reason: str) -> pytest.MarkDecorator:
+    """Return the mark of tests that say something of the CPU alone, with the reason."""
+    return pytest.mark.skipif(not ON_CPU, reason=f"on the CPU only: {reason}")
 
 
 def device() -> torch.device:
@@ -24,3 +32,17 @@ def device() -> torch.device:
 def on_device() -> AbstractContextManager[Any]:
     """Return the context in which factories make tensors on the device."""
     return nullcontext() if ON_CPU else device()
+
+
+def accelerator() -> str | Accelerator:
+    """Return the accelerator of a rank for `Runtime`; ranks share the devices where there are more ranks."""
+    if ACCELERATOR != "sim":
+        return ACCELERATOR
+    from tests.sim.shared import SharedDevices
+
+    return SharedDevices()
+
+
+def equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Return whether two tensors have the same values, wherever they are: what has no target is read to the CPU."""
+    return torch.equal(left.cpu(), right.cpu())

@@ -11,17 +11,23 @@ import torch
 
 from nucleate.errors import CheckpointKeyError, ConfigurationError
 from nucleate.seed import RandomState, derive_seed, last_seed, seed_everything, seed_worker, seeded, seeds_workers
+from tests.device import device
 
 
 def draw() -> tuple[float, float, float, float]:
     return random.random(), random.gauss(0, 1), float(np.random.rand()), torch.rand(()).item()
 
 
+def draw_everywhere() -> tuple[float, ...]:
+    """Draw from the generator of the device as well, if it has one of its own."""
+    return (*draw(), torch.rand((), device=device()).item())
+
+
 def test_the_same_seed_gives_the_same_numbers_everywhere() -> None:
     assert seed_everything(7) == 7
-    first = draw()
+    first = draw_everywhere()
     assert seed_everything(7, workers=False) == 7
-    assert draw() == first
+    assert draw_everywhere() == first
     assert last_seed() == 7
     assert not seeds_workers()
 
@@ -61,13 +67,13 @@ def test_the_generators_go_on_as_if_nothing_had_been_drawn_inside() -> None:
 
 def test_a_saved_state_goes_on_with_the_same_numbers() -> None:
     seed_everything(3)
-    draw()  # Leaves a cached gauss in Python's generator.
+    draw_everywhere()  # Leaves a cached gauss in Python's generator.
     file = io.BytesIO()
     torch.save(RandomState().state_dict(), file)
-    expected = draw()
+    expected = draw_everywhere()
     file.seek(0)
     RandomState().load_state_dict(torch.load(file, weights_only=True))
-    assert draw() == expected
+    assert draw_everywhere() == expected
 
 
 def test_a_state_without_this_rank_is_refused() -> None:

@@ -150,7 +150,7 @@ def _capture() -> dict[str, Any]:
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if (numpy := _numpy()) is not None:
         name, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (str(name), torch.tensor(keys.tolist()), *rest)
+        state["numpy"] = (str(name), torch.tensor(keys.tolist(), device="cpu"), *rest)
     return state
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nucleate.cluster import Communicator, Environment
+from tests.device import device
 
 
 class Tied(nn.Module):
@@ -27,7 +28,7 @@ class Tied(nn.Module):
 
 @pytest.fixture
 def solo() -> Communicator:
-    return Communicator(Environment(), torch.device("cpu"))
+    return Communicator(Environment(), device())
 
 
 @pytest.fixture

@@ -23,6 +23,9 @@ from nucleate.checkpoint.values import encode
 from nucleate.checkpoint.writer import SaveJob, choose
 from nucleate.checkpoint.writers import output
 from nucleate.errors import CheckpointError, CheckpointKeyError, CheckpointNotFoundError, ConfigurationError
+from tests.device import ACCELERATOR, equal
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 TARGETS = {"dcp": "folder", "safetensors": "folder", "one safetensors file": "a.safetensors", "torch": "a.pt"}
 
@@ -44,7 +47,7 @@ class Tied(nn.Module):
 
 
 def start() -> tuple[Runtime, Any, Any]:
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     torch.manual_seed(0)
     model = Tied()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -135,7 +138,7 @@ def test_what_is_written_is_read_by_the_libraries_of_others(tmp_path: Path) -> N
         shards.update(load_file(path))
     for found in (loaded, shards):
         assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+        assert all(equal(found[key], tensors[key]) for key in tensors)
 
 
 def in_parts(path: Path) -> torch.Tensor:
@@ -185,9 +188,9 @@ def test_transposed_and_expanded_tensors_of_a_torch_file_are_written_row_by_row(
     tensors = {"t": torch.randn(5, 3).t(), "e": torch.randn(3, 1).expand(3, 4), "s": torch.randn(9)[::2]}
     torch.save(tensors, tmp_path / "source.pth")
     convert(tmp_path / "source.pth", tmp_path / TARGETS[target], format=format_of(target))
-    loaded = Runtime(accelerator="cpu").load(tmp_path / TARGETS[target])
+    loaded = Runtime(accelerator=ACCELERATOR).load(tmp_path / TARGETS[target])
     for key, tensor in tensors.items():
-        assert torch.equal(loaded[key], tensor)
+        assert equal(loaded[key], tensor)
 
 
 def test_tensors_that_share_bytes_under_two_names_are_written_once(tmp_path: Path) -> None:
@@ -219,7 +222,7 @@ def test_the_nested_checkpoint_of_another_framework_comes_back_as_it_was(tmp_pat
     assert not open_checkpoint(tmp_path / "out" / TARGETS[target]).is_complete
     convert(tmp_path / "out" / TARGETS[target], tmp_path / "back.ckpt")
     back = torch.load(tmp_path / "back.ckpt", weights_only=True)
-    torch.testing.assert_close(back, saved, rtol=0, atol=0)
+    torch.testing.assert_close(back, saved, rtol=0, atol=0, check_device=False)
     assert back["optimizer_states"][0]["param_groups"] == saved["optimizer_states"][0]["param_groups"]
 
 
@@ -229,8 +232,8 @@ def test_one_entry_becomes_a_model_of_its_own(tmp_path: Path, training: Path) ->
     assert "embed.weight" in weights
     assert "head.weight" not in weights  # tied
     fresh = Tied()
-    Runtime(accelerator="cpu").load_raw(tmp_path / "a.safetensors", fresh)
-    assert torch.equal(fresh.head.weight, weights["embed.weight"])
+    Runtime(accelerator=ACCELERATOR).load_raw(tmp_path / "a.safetensors", fresh)
+    assert equal(fresh.head.weight, weights["embed.weight"])
     assert open_checkpoint(tmp_path / "a.safetensors").modules == ((),)
 
 
@@ -275,7 +278,10 @@ def test_a_cast_takes_the_models_floating_point_tensors_and_no_others(tmp_path: 
     cast = {key for key, stored in contents.tensors.items() if stored.dtype is torch.bfloat16}
     assert cast == {f"model.{key}" for key in ("embed.weight", "norm.weight", "norm.bias", *RUNNING)}
     assert report.num_cast == len(cast)
-    loaded, saved = Runtime(accelerator="cpu").load(tmp_path / "out"), Runtime(accelerator="cpu").load(training)
+    loaded, saved = (
+        Runtime(accelerator=ACCELERATOR).load(tmp_path / "out"),
+        Runtime(accelerator=ACCELERATOR).load(training),
+    )
     assert torch.equal(loaded["model"]["embed.weight"], saved["model"]["embed.weight"].bfloat16())
     with pytest.raises(ConfigurationError, match="torch.int8 is not one that models are cast to"):
         convert(training, tmp_path / "other", dtype=torch.int8)
@@ -369,6 +375,7 @@ import torch
 from nucleate.checkpoint import convert
 from nucleate.report import anonymous_bytes
 import nucleate.checkpoint.writers.dcp, nucleate.checkpoint.writers.torch_file, torch._subclasses.fake_tensor
+
 # What it imports when it is first used is no tensor.
 convert(sys.argv[1], sys.argv[2] + ".first" + sys.argv[3], format=sys.argv[4] or None, dtype=torch.bfloat16)
 peak, base, done = 0, anonymous_bytes(), False

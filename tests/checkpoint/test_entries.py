@@ -11,6 +11,8 @@ from torch import nn
 from nucleate.checkpoint.entries import Entry, Kind, ParameterNames, agree, entries_of
 from nucleate.errors import ConfigurationError, RankDisagreementError
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 
 class FakeCommunicator:
     """Says what the other ranks would."""

@@ -15,6 +15,9 @@ from nucleate import Runtime
 from nucleate.checkpoint import load, save
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError, CheckpointKeyError
+from tests.device import ACCELERATOR, device, equal
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 def body(seed: int, wraps: bool) -> nn.Module:
@@ -40,7 +43,7 @@ def test_activation_checkpointing_does_not_show_in_the_keys(
     assert same(model, body(1, False))
     save_file({n: t.clone() for n, t in body(1, saved).state_dict().items()}, tmp_path / "m.safetensors")
     raw = body(3, here)
-    assert Runtime(accelerator="cpu").load_raw(tmp_path / "m.safetensors", raw).is_exact
+    assert Runtime(accelerator=ACCELERATOR).load_raw(tmp_path / "m.safetensors", raw).is_exact
     assert same(raw, body(1, False))
 
 
@@ -61,7 +64,7 @@ class Extra(nn.Linear):
 @pytest.mark.parametrize("deferred", [True, False])
 @pytest.mark.parametrize("name", ["c", "c.safetensors", "c.pt"])
 def test_extra_state_comes_back_into_deferred_and_real_modules(tmp_path: Path, deferred: bool, name: str) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="single_device")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device")
     saved = Extra()
     saved.note = "kept"
     runtime.save(tmp_path / name, {"model": nn.Sequential(saved)})
@@ -107,7 +110,7 @@ def stored_as(tmp_path: Path, runtime: Runtime) -> dict[str, Path]:
 
 
 def test_every_format_gives_the_same_report(tmp_path: Path) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="single_device")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device")
     reports = {}
     for name, path in stored_as(tmp_path, runtime).items():
         model = make(2).to(torch.float64)
@@ -142,7 +145,7 @@ class Holding(nn.Module):
 @pytest.mark.parametrize("deferred", [True, False])
 @pytest.mark.parametrize("writer", ["torch", "c", "c.pt"])
 def test_extra_state_with_tensors_is_handed_back(tmp_path: Path, nested: bool, deferred: bool, writer: str) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="single_device")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device")
     saved = nn.Sequential(Holding(nested))
     saved[0].scale = torch.ones(2)
     path = tmp_path / ("t.pt" if writer == "torch" else writer)
@@ -153,7 +156,7 @@ def test_extra_state_with_tensors_is_handed_back(tmp_path: Path, nested: bool, d
     with runtime.init_module(empty_init=deferred):
         model = nn.Sequential(Holding(nested))
     assert runtime.load_raw(path, model).is_exact
-    assert torch.equal(runtime.setup(model).module[0].scale, torch.ones(2))
+    assert equal(runtime.setup(model).module[0].scale, torch.ones(2))
 
 
 class Copying(nn.Linear):
@@ -187,7 +190,7 @@ def test_what_a_module_does_with_what_it_loads_is_done(tmp_path: Path, kind: typ
     save_file(stored, tmp_path / "m.safetensors")
     expected, model = kind(2, 2), kind(2, 2)
     expected.load_state_dict(stored)
-    runtime = Runtime(accelerator="cpu", strategy="single_device")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device")
     runtime.load_raw(tmp_path / "m.safetensors", model)
     assert torch.equal(model.weight, expected.weight)
     assert torch.equal(model.bias, expected.bias)
@@ -203,7 +206,7 @@ def test_what_a_module_does_with_what_it_loads_is_done(tmp_path: Path, kind: typ
 
 @pytest.mark.parametrize("name", ["c", "c.safetensors", "c.pt"])
 def test_a_default_device_does_not_matter(tmp_path: Path, name: str) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="single_device")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device")
     model = nn.Linear(300, 200)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model(torch.ones(1, 300)).sum().backward()
@@ -215,8 +218,8 @@ def test_a_default_device_does_not_matter(tmp_path: Path, name: str) -> None:
         runtime.load(tmp_path / name, {"model": other, "optimizer": resumed})
         rest = runtime.load(tmp_path / name)
     assert torch.equal(other.weight, model.weight.bfloat16())
-    assert torch.equal(rest["model"]["weight"], model.weight)
-    assert resumed.state[other.weight]["momentum_buffer"].device.type == "cpu"
+    assert equal(rest["model"]["weight"], model.weight)
+    assert resumed.state[other.weight]["momentum_buffer"].device == device()
 
 
 class Renamed(nn.Module):
@@ -239,7 +242,7 @@ class Renamed(nn.Module):
 
 
 def test_hooks_see_the_version_that_the_file_was_saved_by(tmp_path: Path) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="single_device")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device")
     saved = nn.Sequential(Renamed())
     nn.init.ones_(saved[0].weight)
     torch.save(saved.state_dict(), tmp_path / "new.pt")
@@ -256,12 +259,12 @@ def test_hooks_see_the_version_that_the_file_was_saved_by(tmp_path: Path) -> Non
 def test_a_hook_may_refuse_a_file(tmp_path: Path) -> None:
     save_file({"gain": torch.ones(3), "offset": torch.ones(3), "ancient": torch.ones(1)}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=r"Renamed refuses .*m\.safetensors: it was saved by an ancient version"):
-        Runtime(accelerator="cpu").load_raw(tmp_path / "m.safetensors", Renamed())
+        Runtime(accelerator=ACCELERATOR).load_raw(tmp_path / "m.safetensors", Renamed())
 
 
 @pytest.mark.parametrize("deferred", [True, False])
 def test_old_batch_norms_lack_a_counter_and_new_ones_do_not(tmp_path: Path, deferred: bool) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="single_device")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device")
     state = nn.Sequential(nn.BatchNorm1d(3)).state_dict()
     state["0.running_mean"].fill_(2)
     new = {name: tensor for name, tensor in state.items() if "tracked" not in name}

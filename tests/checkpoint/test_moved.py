@@ -13,6 +13,9 @@ from nucleate import Runtime
 from nucleate.checkpoint import drop, inverse, open_checkpoint, rename, split, transpose
 from nucleate.errors import CheckpointKeyError, ConfigurationError, ShapeMismatchError
 from tests.checkpoint.test_tensor_map import RULES, Fused
+from tests.device import ACCELERATOR
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 TARGETS = {"safetensors": "folder", "dcp": "folder", "one file": "a.safetensors", "torch": "a.pt"}
 # From the model to the file.
@@ -21,7 +24,7 @@ BACK: list[Any] = [*inverse(RULES[1:-1]), lambda key: f"model.{key}"]  # type: i
 
 @pytest.fixture
 def runtime() -> Runtime:
-    return Runtime(accelerator="cpu", strategy="single_device")
+    return Runtime(accelerator=ACCELERATOR, strategy="single_device")
 
 
 def save(runtime: Runtime, tmp_path: Path, target: str, model: nn.Module, **options: Any) -> Path:

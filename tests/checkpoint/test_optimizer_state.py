@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from nucleate.checkpoint import load, open_checkpoint, save
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError, CheckpointKeyError, UsageError
+from tests.device import device
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 Build = Callable[[Any], torch.optim.Optimizer]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> list[float]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device()).manual_seed(seed)
     losses = []
     for _ in range(steps):
         batch = torch.randn(4, 6, generator=generator)

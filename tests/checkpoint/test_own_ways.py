@@ -15,6 +15,9 @@ from nucleate import Runtime
 from nucleate.checkpoint import files
 from nucleate.deferred import record_of
 from nucleate.errors import CheckpointError, CheckpointKeyError, ShapeMismatchError
+from tests.device import ACCELERATOR, equal
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 HEADS, SIZE, WIDTH = 4, 8, 32
 
@@ -85,7 +88,7 @@ def test_old_names_and_layouts_are_read_as_the_modules_code_has_it(
 ) -> None:
     path, stored = tmp_path / f"m.{suffix}", old()
     save_file(stored, path) if suffix == "safetensors" else torch.save(stored, path)
-    runtime = Runtime(accelerator="cpu", precision=precision)
+    runtime = Runtime(accelerator=ACCELERATOR, precision=precision)
     with runtime.init_module(empty_init=when != "real"):
         model = Model()
     if when == "after setup":
@@ -109,7 +112,7 @@ def test_nothing_is_read_before_setup(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         files.DataFile, "read_into", lambda self, at, size, offset: (read.append(size), plain(self, at, size, offset))
     )
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     with runtime.init_module(empty_init=True):
         model = Model()
     runtime.load_raw(tmp_path / "m.safetensors", model)
@@ -122,7 +125,7 @@ def test_nothing_is_read_before_setup(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("deferred", [True, False])
 def test_strict_refuses_what_the_modules_code_leaves(tmp_path: Path, deferred: bool) -> None:
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     wrong: dict[str, tuple[Callable[[dict[str, Tensor]], Any], type[Exception], str]] = {
         "missing": (lambda s: s.pop("head.old"), CheckpointKeyError, r"missing in the checkpoint: .*embed\.weight"),
         "unexpected": (
@@ -158,7 +161,7 @@ def test_code_that_looks_at_a_value_gets_it(tmp_path: Path) -> None:
                 state[f"{prefix}weight"] = state[f"{prefix}weight"].neg()
             super()._load_from_state_dict(state, prefix, *args)
 
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     for number in (1, 2):
         weight = torch.arange(6.0).view(3, 2)
         save_file({"weight": weight, "bias": torch.ones(3), "format": torch.tensor(number)}, tmp_path / "m.safetensors")
@@ -177,7 +180,7 @@ def test_code_that_writes_elsewhere_is_refused_by_name(tmp_path: Path, deferred:
             super()._load_from_state_dict(state, prefix, *args)
 
     save_file({"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3)}, tmp_path / "m.safetensors")
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     torch.manual_seed(1)
     with runtime.init_module(empty_init=deferred):
         model = nn.Sequential(Writing(2, 3))
@@ -194,7 +197,7 @@ def test_a_module_that_refuses_is_quoted(tmp_path: Path) -> None:
             args[-1].append("this format is too old")
 
     save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, tmp_path / "m.safetensors")
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     with runtime.init_module(empty_init=True):
         model = Refusing(2, 3)
     with pytest.raises(CheckpointError, match=r"Refusing refuses .*m\.safetensors: this format is too old"):
@@ -207,7 +210,7 @@ def test_hooks_after_loading_are_recorded(tmp_path: Path) -> None:
             module.weight.div_(module.weight.norm())
 
     save_file({"weight": torch.arange(6.0).view(3, 2), "bias": torch.ones(3)}, tmp_path / "m.safetensors")
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     with runtime.init_module(empty_init=True):
         model = nn.Linear(2, 3)
     model.register_load_state_dict_post_hook(normalize)
@@ -217,7 +220,7 @@ def test_hooks_after_loading_are_recorded(tmp_path: Path) -> None:
 
 
 def test_a_training_state_loads_into_a_deferred_model_of_such_modules(tmp_path: Path) -> None:
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     torch.manual_seed(3)
     first = runtime.setup(Model())
     runtime.save(tmp_path / "last", {"model": first, "step": 3})
@@ -285,7 +288,7 @@ def test_own_code_that_writes_in_other_ways_is_done(tmp_path: Path, kind: type[n
     torch.manual_seed(1)
     expected = nn.Sequential(kind(3, 4))
     expected.load_state_dict(stored, strict=False)
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     torch.manual_seed(1)
     with runtime.init_module(empty_init=when == "before setup"):
         model: Any = nn.Sequential(kind(3, 4))
@@ -300,7 +303,7 @@ def test_own_code_that_writes_in_other_ways_is_done(tmp_path: Path, kind: type[n
     found |= dict(model.module.named_parameters())
     wanted |= dict(expected.named_parameters())
     assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_module_that_makes_modules_is_refused_and_stays_as_it_was(tmp_path: Path) -> None:
@@ -314,7 +317,7 @@ def test_a_module_that_makes_modules_is_refused_and_stays_as_it_was(tmp_path: Pa
     model = Making(2, 3)
     before = set(vars(model)) | set(model._modules)
     with pytest.raises(CheckpointError, match=r"Making \(the model\) makes or replaces modules while it loads"):
-        Runtime(accelerator="cpu").load_raw(tmp_path / "m.safetensors", model)
+        Runtime(accelerator=ACCELERATOR).load_raw(tmp_path / "m.safetensors", model)
     assert set(vars(model)) | set(model._modules) == before
 
 
@@ -327,7 +330,7 @@ def test_lazy_modules_get_their_shape_from_the_file(tmp_path: Path, make: Callab
             tensor.copy_(torch.randn(tensor.shape) if tensor.is_floating_point() else torch.tensor(3))
     save_file(source.state_dict(), tmp_path / "m.safetensors")
     model = make()
-    assert Runtime(accelerator="cpu").load_raw(tmp_path / "m.safetensors", model).is_exact
+    assert Runtime(accelerator=ACCELERATOR).load_raw(tmp_path / "m.safetensors", model).is_exact
     assert same(model, dict(source.state_dict()))
 
 
@@ -337,7 +340,7 @@ def test_hooks_run_once_after_loading_into_a_model_that_is_set_up(tmp_path: Path
     model = nn.Sequential(nn.Linear(2, 3))
     model.register_load_state_dict_post_hook(lambda module, keys: seen.append(type(module).__name__))
     model[0].register_load_state_dict_post_hook(lambda module, keys: seen.append(type(module).__name__))
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     wrapped = runtime.setup(model)
     if call == "load":
         runtime.save(tmp_path / "last", {"model": wrapped})

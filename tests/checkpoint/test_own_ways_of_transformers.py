@@ -14,6 +14,9 @@ from transformers import MambaConfig, MambaForCausalLM, RTDetrResNetConfig
 from transformers.models.rt_detr.modeling_rt_detr import RTDetrConfig, RTDetrConvEncoder
 
 from nucleate import Runtime
+from tests.device import ACCELERATOR
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 def mamba() -> nn.Module:
@@ -56,7 +59,7 @@ def test_a_file_of_an_older_version_is_loaded_before_setup(tmp_path: Path, kind:
             nn.init.uniform_(tensor)
     stored = age(dict(source.state_dict()))
     source.load_state_dict(stored)
-    runtime = Runtime(accelerator="cpu", precision="32-true")
+    runtime = Runtime(accelerator=ACCELERATOR, precision="32-true")
     with runtime.init_module(empty_init=True):
         model: Any = make()
     if way == "file":

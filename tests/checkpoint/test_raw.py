@@ -23,6 +23,9 @@ from nucleate.errors import (
     ShapeMismatchError,
     UsageError,
 )
+from tests.device import ACCELERATOR, cpu_only
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 class Model(nn.Module):
@@ -51,7 +54,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.fixture
 def runtime() -> Runtime:
-    return Runtime(accelerator="cpu", strategy="single_device")
+    return Runtime(accelerator=ACCELERATOR, strategy="single_device")
 
 
 @pytest.fixture
@@ -194,7 +197,7 @@ def test_other_floating_dtypes_are_cast_and_reported(
 
 def test_the_precision_casts_what_was_read(tmp_path: Path) -> None:
     save_file(weights(make(1)), tmp_path / "m.safetensors")
-    runtime = Runtime(accelerator="cpu", precision="bf16-true", strategy="single_device")
+    runtime = Runtime(accelerator=ACCELERATOR, precision="bf16-true", strategy="single_device")
     with runtime.init_module(empty_init=True):
         model = Model()
     runtime.load_raw(tmp_path / "m.safetensors", model)
@@ -291,6 +294,7 @@ def test_a_hook_may_compute_with_values(runtime: Runtime, path: Path, deferred: 
     assert torch.equal(runtime.setup(model).head.weight, 2 * expected["head.weight"])
 
 
+@cpu_only("a device cannot use the memory of a mapped file")
 def test_mapped_weights_lie_in_the_file_and_the_file_is_never_changed(runtime: Runtime, path: Path) -> None:
     before = path.read_bytes()
     with runtime.init_module(empty_init=True):

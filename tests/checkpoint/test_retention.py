@@ -19,6 +19,8 @@ from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
 from tests.checkpoint.test_writer import PLACES
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:

@@ -15,6 +15,9 @@ from torch import nn
 from nucleate.checkpoint import load, open_checkpoint, save
 from nucleate.cluster import Communicator
 from tests.checkpoint.trees import same, trees
+from tests.device import equal
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 class Counter:
@@ -118,7 +121,7 @@ def test_a_plain_value_takes_whatever_was_saved_there(tmp_path: Path, solo: Comm
     save(tmp_path / "c", {"model": model}, solo)
     state: dict[str, Any] = {"model": None}
     load(tmp_path / "c", state, solo)
-    assert torch.equal(state["model"]["weight"], model.weight)
+    assert equal(state["model"]["weight"], model.weight)
 
 
 def test_objects_get_back_what_their_state_dict_returned(tmp_path: Path, solo: Communicator) -> None:
@@ -128,8 +131,8 @@ def test_objects_get_back_what_their_state_dict_returned(tmp_path: Path, solo: C
     load(tmp_path / "c", {"loader": other}, solo)
     assert other.state["epoch"] == 3
     assert other.state["none"] is None
-    assert torch.equal(other.state["nested"]["t"], torch.arange(3))
-    assert torch.equal(other.state["nested"]["list"][0], torch.ones(1))
+    assert equal(other.state["nested"]["t"], torch.arange(3))
+    assert equal(other.state["nested"]["list"][0], torch.ones(1))
     assert other.state["nested"]["list"][1] == "x"
 
 
@@ -172,7 +175,7 @@ def test_extra_state_of_a_module_comes_back(tmp_path: Path, solo: Communicator) 
     save(tmp_path / "c", {"model": Extra({"scale": torch.tensor([2.0]), "names": ["a"]})}, solo)
     other = Extra(None)
     load(tmp_path / "c", {"model": other}, solo)
-    assert torch.equal(other.extra["scale"], torch.tensor([2.0]))
+    assert equal(other.extra["scale"], torch.tensor([2.0]))
     assert other.extra["names"] == ["a"]
 
 
@@ -198,9 +201,9 @@ def test_everything_is_remainder_where_nothing_is_asked_for(tmp_path: Path, solo
     save(tmp_path / "c", {"model": model, "deep": {"t": torch.ones(1), "v": 1}}, solo)
     for state in (None, {}):
         rest = load(tmp_path / "c", state, solo)
-        assert torch.equal(rest["model"]["norm.weight"], model.norm.weight)
+        assert equal(rest["model"]["norm.weight"], model.norm.weight)
         assert rest["model"]["head.weight"] is rest["model"]["embed.weight"]
-        assert torch.equal(rest["deep"]["t"], torch.ones(1))
+        assert equal(rest["deep"]["t"], torch.ones(1))
         assert rest["deep"]["v"] == 1
 
 

@@ -17,6 +17,9 @@ from nucleate.deferred import ConvertedGiven, Given, convert, record_of
 from nucleate.errors import CheckpointError, CheckpointKeyError
 from nucleate.precision import FullPrecision
 from tests.deferred.rows import Rows
+from tests.device import ACCELERATOR
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 class Quantized(nn.Module, StoredForm):
@@ -51,7 +54,7 @@ class Quantized(nn.Module, StoredForm):
 
 
 def model(*, deferred: bool) -> tuple[Runtime, nn.Module]:
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     with runtime.init_module(empty_init=deferred):
         made = nn.ModuleDict({"first": Quantized(nn.Linear(6, 4).weight), "norm": nn.LayerNorm(4)})
     return runtime, made
@@ -136,7 +139,7 @@ def test_the_precision_sees_what_is_stored_before_it_is_compared(
 ) -> None:
     _, source = model(deferred=False)
     save_file(dict(source.state_dict()), tmp_path / "a.safetensors")
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     with runtime.init_module(empty_init=True):
         target = nn.ModuleDict({"first": nn.Linear(6, 4, bias=False), "norm": nn.LayerNorm(4)})
 
@@ -163,7 +166,7 @@ def test_a_module_that_stands_in_two_places_is_filled_once(tmp_path: Path, defer
     stored = {name: t.clone() for name, t in (full if form == "full" else source.state_dict()).items()}
     prefixes = ["second"] if form == "under one name" else ["first", "second"]
     save_file({f"{p}.{n}": t.clone() for p in prefixes for n, t in stored.items()}, tmp_path / "a.safetensors")
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     with runtime.init_module(empty_init=deferred):
         part = Quantized(nn.Linear(6, 4).weight)
         target = nn.ModuleDict({"first": part, "second": part})
@@ -178,7 +181,9 @@ def test_a_module_in_two_places_takes_no_two_weights(tmp_path: Path) -> None:
     save_file({"first.weight": torch.ones(4, 6), "second.weight": torch.zeros(4, 6)}, tmp_path / "a.safetensors")
     part = Quantized(torch.randn(4, 6))
     with pytest.raises(CheckpointError, match=r"second\.weight is tied to first\.weight here but not"):
-        Runtime(accelerator="cpu").load_raw(tmp_path / "a.safetensors", nn.ModuleDict({"first": part, "second": part}))
+        Runtime(accelerator=ACCELERATOR).load_raw(
+            tmp_path / "a.safetensors", nn.ModuleDict({"first": part, "second": part})
+        )
 
 
 @pytest.mark.parametrize("deferred", [True, False])
@@ -200,7 +205,7 @@ def test_a_tensor_tied_to_one_of_another_module_may_be_stored_once(tmp_path: Pat
 
     stored = {"first.weight": torch.ones(4, 6), f"{kept}.bias": torch.arange(4.0)}
     save_file(stored, tmp_path / "a.safetensors")
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     with runtime.init_module(empty_init=deferred):
         target = nn.ModuleDict({"first": WithBias(), "second": nn.Module()})
         target["second"].bias = target["first"].bias

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nucleate.checkpoint import load, open_checkpoint, save
 from nucleate.cluster import Communicator
-from nucleate.precision.base import Precision
-from nucleate.registry import PRECISIONS, STRATEGIES
+from nucleate.precision import MixedPrecision, Precision
+from nucleate.registry import STRATEGIES
 from nucleate.seed import RandomState, seed_everything
 from nucleate.wrappers.dataloader import prepare
 from nucleate.wrappers.module import ModuleWrapper
 from nucleate.wrappers.optimizer import OptimizerWrapper
+from tests.device import ACCELERATOR, device, on_device
 
 
 @dataclass
@@ -31,14 +32,16 @@ class Run:
     @classmethod
     def start(cls, seed: int) -> Run:
         seed_everything(seed)
-        original = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 1))
-        precision: Any = PRECISIONS.create("bf16-mixed")
+        with on_device():
+            original = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 1))
+        precision: Any = MixedPrecision(device_type=ACCELERATOR)
         strategy: Any = STRATEGIES.create("single_device")
         model = ModuleWrapper(original, original, precision, strategy)
         optimizer = OptimizerWrapper(torch.optim.AdamW(model.parameters(), lr=0.05), precision)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
         data = TensorDataset(torch.arange(64.0).view(16, 4) / 64)
-        loader: Any = prepare(DataLoader(data, batch_size=4, shuffle=True), num_replicas=1, rank=0, device=None, seed=0)
+        plain = DataLoader(data, batch_size=4, shuffle=True)
+        loader: Any = prepare(plain, num_replicas=1, rank=0, device=device(), seed=0)
         return cls(model, optimizer, scheduler, precision, loader)
 
     def state(self) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from torch import Tensor
 from nucleate.checkpoint.tree import has_data, join, key_of, split
 from nucleate.errors import CheckpointError, UsageError
 from tests.checkpoint.trees import same, trees
+from tests.device import cpu_only
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 @given(trees)
@@ -59,6 +62,7 @@ def test_a_meta_tensor_that_pretends_to_be_on_a_device_is_seen_through() -> None
     assert not has_data(tensor)
 
 
+@cpu_only("the simulated device has strided tensors only")
 def test_a_sparse_tensor_is_refused_by_name() -> None:
     with pytest.raises(CheckpointError, match=r"grid is a tensor of layout torch\.sparse_coo"):
         split(torch.eye(2).to_sparse(), ("grid",), {})

@@ -17,6 +17,8 @@ from torch import Tensor
 from nucleate.checkpoint.values import decode, encode
 from nucleate.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 Point = namedtuple("Point", "x y")
 
 

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from nucleate.checkpoint import convert, files, open_checkpoint, sweep, verify
 from nucleate.errors import CheckpointError, CheckpointNotFoundError
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:

@@ -20,6 +20,9 @@ from nucleate.checkpoint import load, save
 from nucleate.checkpoint.lock import SaveLock
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError, ConfigurationError
+from tests.device import equal
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 #: Where each format is written to, and the option that it needs.
 PLACES: list[tuple[str, str | None]] = [("c", None), ("c", "safetensors"), ("c.safetensors", None), ("c.pt", None)]
@@ -86,18 +89,18 @@ def test_a_filter_chooses_what_is_saved_of_an_entry(
     if name == "c" and format is None:
         rest = load(tmp_path / name, None, solo)
         assert list(rest["model"]) == ["head.weight"]
-        assert torch.equal(rest["model"]["head.weight"], model.head.weight)
+        assert equal(rest["model"]["head.weight"], model.head.weight)
         assert list(rest["deep"]["other"]) == ["bias"]
         assert rest["plain"] == {"b": 2}
         return
     found = tensors_at(tmp_path / name)
     if name == "c.pt":
         assert list(found["model"]) == ["head.weight"]
-        assert torch.equal(found["model"]["head.weight"], model.head.weight)
+        assert equal(found["model"]["head.weight"], model.head.weight)
         assert found["plain"] == {"b": 2}
     else:
         assert sorted(found) == ["deep.other.bias", "model.head.weight"]
-        assert torch.equal(found["model.head.weight"], model.head.weight)
+        assert equal(found["model.head.weight"], model.head.weight)
 
 
 def test_the_filter_of_a_bare_module_is_a_function(tmp_path: Path, solo: Communicator) -> None:

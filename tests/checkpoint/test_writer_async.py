@@ -25,6 +25,9 @@ from nucleate.checkpoint.writers.safetensors import SafetensorsFileWriter
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError
 from tests.checkpoint.test_writer import PLACES
+from tests.device import ACCELERATOR, equal
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_what_is_saved_is_the_state_at_the_call(
     tmp_path: Path, gate: threading.Event, name: str, format: str | None
 ) -> None:
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     model = nn.Linear(3, 3)
     before = model.weight.detach().clone()
     numbers = [1, 2]
@@ -65,13 +68,13 @@ def test_what_is_saved_is_the_state_at_the_call(
     if name == "c.pt":
         found = torch.load(tmp_path / name, weights_only=True)
         assert found["numbers"] == [1, 2]
-        assert torch.equal(found["model"]["weight"], before)
+        assert equal(found["model"]["weight"], before)
     elif name == "c.safetensors":
-        assert torch.equal(load_file(tmp_path / name)["model.weight"], before)
+        assert equal(load_file(tmp_path / name)["model.weight"], before)
     elif format is None:
         rest = runtime.load(tmp_path / name)
         assert rest["numbers"] == [1, 2]
-        assert torch.equal(rest["model"]["weight"], before)
+        assert equal(rest["model"]["weight"], before)
 
 
 def test_what_can_be_refused_is_refused_at_the_call(tmp_path: Path, solo: Communicator) -> None:
@@ -134,6 +137,7 @@ import sys, time, torch
 from unittest import mock
 from nucleate import Runtime
 from nucleate.checkpoint.writers import output
+
 runtime = Runtime(accelerator="cpu")
 write = output.write
 def slowly(*args):

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from nucleate.checkpoint.writers.output import check_room, create, failure, reserve, runs
 from nucleate.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 
 @st.composite
 def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

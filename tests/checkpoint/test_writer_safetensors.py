@@ -18,6 +18,9 @@ from nucleate.checkpoint import save
 from nucleate.checkpoint.values import decode
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError
+from tests.device import device, equal
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
@@ -27,11 +30,11 @@ DTYPES = [
 
 
 def bits(tensor: torch.Tensor) -> list[int]:
-    return tensor.resolve_conj().contiguous().view(-1).view(torch.uint8).tolist()
+    return tensor.cpu().resolve_conj().contiguous().view(-1).view(torch.uint8).tolist()
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
-    random = torch.randint(256, (4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    random = torch.randint(256, (4096,), dtype=torch.uint8, generator=torch.Generator(device()).manual_seed(0))
     state = {}
     for number, dtype in enumerate(DTYPES):
         # Every bit pattern, NaN and infinities among them; odd sizes, so that alignment has to be cared for.
@@ -70,7 +73,7 @@ def test_tensors_of_any_layout_are_kept(tmp_path: Path, solo: Communicator) -> N
     assert found.keys() == state.keys()
     for key, tensor in state.items():
         assert found[key].shape == tensor.shape
-        assert torch.equal(found[key], tensor), key
+        assert equal(found[key], tensor), key
 
 
 def test_large_tensors_are_copied_in_small_steps(
@@ -80,7 +83,7 @@ def test_large_tensors_are_copied_in_small_steps(
     state = {"t": torch.randn(3, 50, 7).transpose(0, 2), "row": torch.randn(1, 999), "c": torch.randn(100)}
     save(tmp_path / "c.safetensors", state, solo)
     found = load_file(tmp_path / "c.safetensors")
-    assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+    assert all(equal(found[key], tensor) for key, tensor in state.items())
 
 
 @pytest.mark.parametrize("name", ["c.safetensors", "c"])
@@ -124,7 +127,7 @@ def test_a_folder_has_shards_of_the_size_and_an_index(tmp_path: Path, solo: Comm
     files = sorted(item.name for item in (tmp_path / "c").glob("model-*"))
     assert files == [f"model-{number:05}-of-00006.safetensors" for number in range(1, 7)]
     for key, name in index["weight_map"].items():
-        assert torch.equal(load_file(tmp_path / "c" / name)[key], state[key])
+        assert equal(load_file(tmp_path / "c" / name)[key], state[key])
     sizes = [sum(t.nbytes for t in load_file(tmp_path / "c" / name).values()) for name in files]
     assert sizes == [800] * 5 + [4000]
     values = load_file(tmp_path / "c" / "nucleate.values.safetensors")

@@ -16,6 +16,9 @@ from nucleate.checkpoint import save
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError
 from tests.checkpoint.test_writer_safetensors import bits, every_dtype
+from tests.device import equal
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 def test_torch_reads_back_the_nested_state(tmp_path: Path, solo: Communicator, make_tied: Any) -> None:
@@ -32,10 +35,10 @@ def test_torch_reads_back_the_nested_state(tmp_path: Path, solo: Communicator, m
         assert found["deep"]["list"] == [1, "a", None]
         assert found["nucleate"] == {"version": 1, "sharded": {}, "modules": [("model",)]}
         assert found["model"].keys() == model.state_dict().keys()
-        assert all(torch.equal(found["model"][key], tensor) for key, tensor in model.state_dict().items())
+        assert all(equal(found["model"][key], tensor) for key, tensor in model.state_dict().items())
         assert found["model"]["embed.weight"].data_ptr() == found["model"]["head.weight"].data_ptr()
         moments = found["optimizer"]["state"]["model.embed.weight"]
-        assert torch.equal(moments["exp_avg"], optimizer.state[model.embed.weight]["exp_avg"])
+        assert equal(moments["exp_avg"], optimizer.state[model.embed.weight]["exp_avg"])
 
 
 def test_a_bare_module_is_exactly_its_state_dict(tmp_path: Path, solo: Communicator) -> None:

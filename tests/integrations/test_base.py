@@ -17,6 +17,7 @@ from nucleate.errors import ConfigurationError, PluginNotFoundError
 from nucleate.plugin import Composition
 from nucleate.registry import INTEGRATIONS, Registry
 from nucleate.testing import IntegrationSuite
+from tests.device import ACCELERATOR, device
 from tests.integrations import fake_library
 
 LIBRARY = "nucleate_fake_library"
@@ -80,7 +81,7 @@ class TestFake(IntegrationSuite):
 
 @pytest.mark.usefixtures("registered")
 def test_an_integration_is_not_made_as_long_as_nobody_imported_its_library() -> None:
-    one = Runtime(accelerator="cpu")
+    one = Runtime(accelerator=ACCELERATOR)
     with one.init_module():
         model = nn.Linear(2, 2)
     one.setup(model)
@@ -89,14 +90,14 @@ def test_an_integration_is_not_made_as_long_as_nobody_imported_its_library() -> 
 
 @pytest.mark.usefixtures("registered")
 def test_it_is_active_from_the_first_construction_or_setup_after_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = Runtime(accelerator="cpu", precision="bf16-true")
+    one = Runtime(accelerator=ACCELERATOR, precision="bf16-true")
     monkeypatch.setitem(sys.modules, LIBRARY, ModuleType(LIBRARY))
     assert FakeIntegration.made == []
     with one.init_module():
         model = nn.Linear(2, 2)
     one.setup(model)
     [made] = FakeIntegration.made
-    assert made.events == ["check bf16-true", "connect cpu", "enter", "exit", "setup"]
+    assert made.events == ["check bf16-true", f"connect {device()}", "enter", "exit", "setup"]
     one.setup(nn.Linear(2, 2))
     assert FakeIntegration.made == [made]
 
@@ -104,30 +105,30 @@ def test_it_is_active_from_the_first_construction_or_setup_after_the_import(monk
 @pytest.mark.usefixtures("registered")
 def test_a_list_means_exactly_those_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, LIBRARY, ModuleType(LIBRARY))
-    with Runtime(accelerator="cpu", plugins=[]).init_module():
+    with Runtime(accelerator=ACCELERATOR, plugins=[]).init_module():
         pass
     assert FakeIntegration.made == []
     mine = FakeIntegration()
-    with Runtime(accelerator="cpu", plugins=[mine]).init_module():
+    with Runtime(accelerator=ACCELERATOR, plugins=[mine]).init_module():
         pass
     assert FakeIntegration.made == [mine]
     monkeypatch.delitem(sys.modules, LIBRARY)
-    with Runtime(accelerator="cpu", plugins=[LIBRARY]).init_module():
+    with Runtime(accelerator=ACCELERATOR, plugins=[LIBRARY]).init_module():
         pass
     assert [made.events[-1] for made in FakeIntegration.made] == ["exit", "exit"]
 
 
 def test_what_is_no_integration_is_refused_by_name() -> None:
     with pytest.raises(PluginNotFoundError, match="no integration plugin named 'tranformers'.*'transformers'"):
-        Runtime(accelerator="cpu", plugins=["tranformers"])
+        Runtime(accelerator=ACCELERATOR, plugins=["tranformers"])
     with pytest.raises(ConfigurationError, match="must be a list"):
-        Runtime(accelerator="cpu", plugins="transformers")
+        Runtime(accelerator=ACCELERATOR, plugins="transformers")
     with pytest.raises(ConfigurationError, match="neither a name nor a Integration"):
-        Runtime(accelerator="cpu", plugins=[nn.Linear])  # type: ignore[list-item]
+        Runtime(accelerator=ACCELERATOR, plugins=[nn.Linear])  # type: ignore[list-item]
 
 
 def test_an_inference_method_goes_through_the_precision() -> None:
-    one = Runtime(accelerator="cpu", precision="bf16-true", plugins=[FakeIntegration()])
+    one = Runtime(accelerator=ACCELERATOR, precision="bf16-true", plugins=[FakeIntegration()])
     model = one.setup(fake_library.Model())
     # Inputs are cast on the way in, outputs on the way out; an unmarked method would fail on the mix of dtypes.
     assert model.generate(torch.ones(2, 3)).dtype == torch.float32

@@ -13,7 +13,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from nucleate import Runtime
 from nucleate.testing.memory import assert_peak_memory_below
+from tests.device import cpu_only
 from tests.integrations.weights import early
+
+pytestmark = cpu_only("what a library loads for the CPU is bound to its file where the CPU is recorded for")
 
 MIB = 2**20
 UNET: dict[str, Any] = {

@@ -15,7 +15,10 @@ from nucleate.deferred import lazy_given, record_of
 from nucleate.errors import CheckpointError
 from nucleate.integrations.lazy_tensors import LazyTensors
 from nucleate.testing import IntegrationSuite
+from tests.device import cpu_only
 from tests.integrations.weights import PRECISIONS, assert_loads, build, early, weights, write_in_place
+
+pytestmark = cpu_only("what a library loads for the CPU is bound to its file where the CPU is recorded for")
 
 
 class TestLazyTensors(IntegrationSuite):

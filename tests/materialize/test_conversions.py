@@ -16,6 +16,9 @@ from nucleate.errors import ConversionError, DeferredUseError
 from nucleate.materialize import Plan, materialize
 from nucleate.testing import peak_memory
 from tests.deferred.rows import Blocks, Rows
+from tests.device import ACCELERATOR, cpu_only, device
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 MIB = 2**20
 
@@ -60,16 +63,17 @@ INITS = {
 def test_the_outputs_are_those_of_eager_conversion(layer: type[nn.Module], init: str, dtype: torch.dtype) -> None:
     eager = build(layer, INITS[init], dtype)
     after = torch.get_rng_state()
-    with deferred():
+    with deferred(device()):
         model = build(layer, INITS[init], dtype)
-    materialize(model)
+    materialize(model, device())
     for (name, expected), (_, made) in zip(eager.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(expected, made), name
     assert torch.equal(after, torch.get_rng_state())
 
 
+@cpu_only("a device with a generator of its own makes a tensor whole, not in ranges")
 def test_each_range_of_the_source_is_made_once_for_all_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    with deferred():
+    with deferred(device()):
         model = build(Chained, INITS["fill"], torch.float32)
     made: list[int] = []
     real = Pieces.make
@@ -79,7 +83,7 @@ def test_each_range_of_the_source_is_made_once_for_all_outputs(monkeypatch: pyte
         real(self, start, out, cursors)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Pieces, "make", counted)
-    materialize(model)
+    materialize(model, device())
     assert sum(made) == 3 * 257 * 65
 
 
@@ -92,9 +96,9 @@ def test_a_tensor_that_changes_later_is_converted_as_it_was() -> None:
         return linear
 
     eager = build()
-    with deferred():
+    with deferred(device()):
         model = build()
-    materialize(model)
+    materialize(model, device())
     assert torch.equal(eager.quantized.codes, model.quantized.codes)
     assert not model.weight.any()
 
@@ -107,9 +111,9 @@ def test_operations_on_an_output_are_replayed() -> None:
         return module
 
     eager = build()
-    with deferred():
+    with deferred(device()):
         model = build()
-    materialize(model)
+    materialize(model, device())
     assert torch.equal(eager.codes, model.codes)
     assert torch.equal(eager.scales, model.scales)
 
@@ -117,13 +121,13 @@ def test_operations_on_an_output_are_replayed() -> None:
 def test_a_tensor_of_a_file_is_converted_while_it_is_read_and_cast(tmp_path: Path) -> None:
     weight = torch.randn(30, 50)
     save_file({"weight": weight}, tmp_path / "a.safetensors")
-    runtime = Runtime(accelerator="cpu", precision="32-true")
+    runtime = Runtime(accelerator=ACCELERATOR, precision="32-true")
     with runtime.init_module(empty_init=True):
         linear = nn.Linear(50, 30, bias=False, dtype=torch.bfloat16)
     runtime.load_raw(tmp_path / "a.safetensors", linear)
     with resumed(linear):
         model = Quantized(linear.weight)
-    materialize(model)
+    materialize(model, device())
     assert torch.equal(model.codes, convert(weight.bfloat16(), Rows())[0])
 
 
@@ -131,14 +135,14 @@ def test_a_value_that_cannot_be_converted_is_told_by_name_and_the_model_stays_de
     weight = torch.randn(30, 50)
     weight[17, 3] = torch.nan
     save_file({"weight": weight}, tmp_path / "a.safetensors")
-    runtime = Runtime(accelerator="cpu")
+    runtime = Runtime(accelerator=ACCELERATOR)
     with runtime.init_module(empty_init=True):
         linear = nn.Linear(50, 30, bias=False)
     runtime.load_raw(tmp_path / "a.safetensors", linear)
     with resumed(linear):
         model = nn.Sequential(Quantized(linear.weight))
     with pytest.raises(ConversionError, match=r"0\.codes: .*not finite"):
-        materialize(model)
+        materialize(model, device())
     with pytest.raises(DeferredUseError):
         model[0].codes.tolist()
 
@@ -146,7 +150,7 @@ def test_a_value_that_cannot_be_converted_is_told_by_name_and_the_model_stays_de
 def test_the_digest_of_a_plan_tells_conversions_apart() -> None:
     def digest(limit: float) -> str:
         torch.manual_seed(0)
-        with deferred():
+        with deferred(device()):
             module = nn.Module()
             module.codes = nn.Buffer(convert(nn.Linear(4, 4).weight, Rows(limit))[0])
         return Plan.of(module).digest()
@@ -155,7 +159,7 @@ def test_the_digest_of_a_plan_tells_conversions_apart() -> None:
 
 
 def test_verification_makes_outputs_again() -> None:
-    runtime = Runtime(accelerator="cpu", verify="all")
+    runtime = Runtime(accelerator=ACCELERATOR, verify="all")
     with runtime.init_module(empty_init=True):
         model = build(Chained, INITS["fill"], torch.float32)
     runtime.setup(model)

@@ -17,6 +17,9 @@ from nucleate.errors import DeferredError, ReplayError, UninitializedError
 from nucleate.materialize import Plan, execute, materialize
 from nucleate.testing import peak_memory
 from tests.deferred.equality import assert_same_model
+from tests.device import ACCELERATOR, device
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 MIB = 2**20
 
@@ -47,40 +50,40 @@ def test_the_peak_is_the_model_itself_and_recording_takes_next_to_nothing() -> N
 
 
 def test_objects_ties_and_attributes_are_kept() -> None:
-    with deferred():
+    with deferred(device()):
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         model[1].weight = model[0].weight
     weight = model[0].weight
     weight.decay = "none"
-    materialize(model)
+    materialize(model, device())
     assert model[0].weight is weight is model[1].weight
     assert weight.decay == "none"
     assert type(weight) is nn.Parameter
 
 
 def test_a_tensor_that_somebody_holds_weakly_is_replaced_where_it_is_held() -> None:
-    with deferred():
+    with deferred(device()):
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         model[1].weight = model[0].weight
         model.everything = [model[0].weight, {"again": model[0].weight}]
     reference = weakref.ref(model[0].weight)
-    materialize(model)
+    materialize(model, device())
     assert reference() is None
     assert model[0].weight is model[1].weight is model.everything[0] is model.everything[1]["again"]
     assert not model[0].weight.is_meta
 
 
 def test_materializing_again_changes_nothing() -> None:
-    with deferred():
+    with deferred(device()):
         model = nn.Linear(3, 3)
-    materialize(model)
+    materialize(model, device())
     before = model.weight.detach().clone()
-    assert materialize(model) is model
+    assert materialize(model, device()) is model
     assert torch.equal(model.weight, before)
 
 
 def test_a_plan_lists_every_tensor_with_all_its_names_and_sizes() -> None:
-    with deferred():
+    with deferred(device()):
         model = nn.Sequential(nn.Linear(10, 20, bias=False), nn.BatchNorm1d(20))
         model.tied = model[0].weight
     plan = Plan.of(model)
@@ -97,7 +100,7 @@ def test_a_plan_lists_every_tensor_with_all_its_names_and_sizes() -> None:
 def test_equal_constructions_have_equal_digests_and_others_have_not() -> None:
     def digest(seed: int, width: int = 4) -> str:
         torch.manual_seed(seed)
-        with deferred():
+        with deferred(device()):
             model = nn.Linear(4, width)
             nn.init.trunc_normal_(model.weight)
         return Plan.of(model).digest()
@@ -109,7 +112,7 @@ def test_equal_constructions_have_equal_digests_and_others_have_not() -> None:
 
 def test_other_constants_make_other_digests() -> None:
     def digest(value: float) -> str:
-        with deferred():
+        with deferred(device()):
             layer = nn.Linear(2, 2)
             layer.weight.data.copy_(torch.from_numpy(np.full((2, 2), value)))
         return Plan.of(layer).digest()
@@ -139,30 +142,30 @@ with deferred():
 
 
 def test_a_step_that_does_something_else_when_replayed_is_an_error() -> None:
-    with deferred() as record:
+    with deferred(device()) as record:
         model = nn.Module()
         model.weight = nn.Parameter(torch.randn(4) + 1)
     step = record.tape.steps[-1]
     step.func = lambda *args, **kwargs: torch.zeros(5)
     with pytest.raises(ReplayError, match=r"\(5,\).*recorded as torch.float32 of shape \(4,\)"):
-        materialize(model)
+        materialize(model, device())
 
 
 def test_what_is_left_without_a_value_is_an_error_by_name() -> None:
-    with deferred():
+    with deferred(device()):
         model = nn.Linear(3, 3)
     plan = Plan.of(model)
     plan.release()
     plan.groups.pop()
     with pytest.raises(UninitializedError, match=r"(weight|bias) have no value"):
-        execute(plan, model, torch.device("cpu"))
+        execute(plan, model, device())
 
 
 def construct_apart(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     eager = make()
     torch.manual_seed(0)
-    with deferred():
+    with deferred(device()):
         model = make()
     return eager, model
 
@@ -188,16 +191,16 @@ def test_what_an_interrupted_materialization_did_not_reach_is_still_deferred(mon
     with monkeypatch.context() as patch:
         patch.setattr(Record, "make", make_one)
         with pytest.raises(KeyboardInterrupt):
-            materialize(model)
+            materialize(model, device())
     assert torch.equal(model.first, eager.first)
     with pytest.raises(DeferredError, match="second"):
         model.second.data.add_(1)
-    materialize(model)
+    materialize(model, device())
     assert_same_model(eager, model)
 
 
 def test_shards_that_were_interrupted_are_without_memory_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="fsdp")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="fsdp")
     with runtime.init_module():
         model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
     real = Pieces.make
@@ -215,4 +218,4 @@ def test_shards_that_were_interrupted_are_without_memory_and_refused(monkeypatch
             runtime.setup(model)
     assert all(parameter.is_meta for parameter in model.parameters())
     with pytest.raises(UninitializedError, match="weight"):
-        materialize(model)
+        materialize(model, device())

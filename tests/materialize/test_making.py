@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,8 @@ from nucleate.devices.staging import ALIGNMENT
 from nucleate.materialize.making import _batches
 from nucleate.materialize.parts import Columns, Part, Range
 from tests.deferred.test_given import held
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 def range_of(numel: int, grain: int = 1) -> Range:

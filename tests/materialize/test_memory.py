@@ -10,6 +10,8 @@ import torch
 from nucleate.materialize import memory
 from nucleate.materialize.memory import MIN_ADVISED_BYTES, advise_huge_pages
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 HUGE_PAGE = 2 << 20
 
 

@@ -16,15 +16,19 @@ from nucleate.materialize import making, materialize, parts
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.parts import Columns, Range, parts_of
 from tests.deferred.test_computed_given import held
+from tests.device import cpu_only, device
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 def pieces_of_shape(*shape: int) -> tuple[torch.Tensor, Pieces]:
     """Return a tensor of a shape, and how the storage is made in which it lies behind 16 other elements."""
     numel = 16 + math.prod(shape)
     torch.manual_seed(2)
-    expected = torch.randn(numel)[16:].view(shape)
+    expected = torch.randn(numel, device="cpu")[16:].view(shape)
     torch.manual_seed(2)
-    with deferred():
+    # In pieces is made what is recorded for the CPU, wherever it goes to.
+    with torch.device("cpu"), deferred():
         model = nn.Module()
         model.weight = nn.Parameter(torch.randn(numel))
     handle = handle_of(model.weight)
@@ -51,16 +55,18 @@ def test_any_box_is_cut_exactly(box: tuple[list[int], list[int], list[int]], nar
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "MIN_RANGE_NUMEL", 1000 if narrow else 1)
         patch.setattr(parts, "BUFFER_NUMEL", 20)
-        make_parts(list(parts_of(pieces, 16, shape, offsets, out)), 1)
+        # As `execute` does, without a default device.
+        with torch.device("cpu"):
+            make_parts(list(parts_of(pieces, 16, shape, offsets, out)), 1)
     for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         expected = expected.narrow(dim, offset, size)
-    assert torch.equal(out, expected)
+    assert torch.equal(out.cpu(), expected)
 
 
 @pytest.mark.parametrize(("offsets", "size"), [((0, 100), (300, 100)), ((7, 0), (50, 512)), ((3, 5), (200, 400))])
 def test_a_box_of_a_transposed_tensor_reads_only_what_is_in_it(offsets: tuple[int, int], size: tuple[int, int]) -> None:
     file = held(512, 300)
-    with deferred():
+    with deferred(device()):
         tensor = torch.empty(file.shape)
         give(tensor, file)
         given = ComputedGiven(tensor.t())
@@ -96,13 +102,14 @@ def test_the_number_of_threads_does_not_change_a_bit(num_threads: int, monkeypat
     torch.manual_seed(0)
     eager = make()
     torch.manual_seed(0)
-    with deferred():
+    with deferred(device()):
         model = make()
-    materialize(model)
+    materialize(model, device())
     for expected, actual in zip(eager.parameters(), model.parameters(), strict=True):
         assert torch.equal(expected, actual)
 
 
+@cpu_only("only what is made on the CPU is made by several threads of ours")
 def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Pieces, start: int, out: torch.Tensor, cursors: object) -> None:
         raise MemoryError("no more")
@@ -110,17 +117,17 @@ def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(making, "MIN_NUMEL_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(Pieces, "make", fail)
-    with deferred():
+    with deferred(device()):
         model = nn.Linear(100, 100)
     with pytest.raises(MemoryError, match="no more"):
-        materialize(model)
+        materialize(model, device())
 
 
 def test_threads_write_what_was_allocated_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(making, "MIN_NUMEL_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with deferred():
+    with deferred(device()):
         model = nn.Linear(300, 300)
     with torch.inference_mode():
-        materialize(model)
+        materialize(model, device())
     assert float(model.weight.detach().std()) > 0

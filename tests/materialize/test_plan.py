@@ -13,6 +13,9 @@ from nucleate.deferred import deferred, handle_of
 from nucleate.errors import DeferredUseError
 from nucleate.materialize import Plan, materialize
 from tests.deferred.equality import assert_same_model
+from tests.device import device
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 class Net(nn.Module):
@@ -27,14 +30,14 @@ class Net(nn.Module):
 
 def digest(then: Callable[[nn.Module], object] = lambda model: None, seed: int = 0) -> str:
     torch.manual_seed(seed)
-    with deferred():
+    with deferred(device()):
         model = Net()
     then(model)
     return Plan.of(model).digest()
 
 
 def another_model(model: nn.Module) -> None:
-    with deferred():
+    with deferred(device()):
         other = nn.Linear(30, 30)
         other.weight.data.copy_(model.first.weight)
 
@@ -65,18 +68,18 @@ def test_what_one_rank_makes_besides_does_not_show_in_the_digest(
 
 
 def edit(model: nn.Module) -> None:
-    with deferred():
+    with deferred(device()):
         model.table.add_(1)
 
 
 def draw(model: nn.Module) -> None:
-    with deferred():
+    with deferred(device()):
         torch.rand(5)
         model.table.uniform_()
 
 
 def draw_more(model: nn.Module) -> None:
-    with deferred():
+    with deferred(device()):
         torch.rand(6)
         model.table.uniform_()
 
@@ -102,7 +105,7 @@ def test_restore_puts_the_guards_back_on_what_has_no_value() -> None:
     torch.manual_seed(0)
     expected = Net()
     torch.manual_seed(0)
-    with deferred():
+    with deferred(device()):
         model = Net()
     plan = Plan.of(model)
     plan.release()
@@ -110,7 +113,7 @@ def test_restore_puts_the_guards_back_on_what_has_no_value() -> None:
     plan.restore()
     with pytest.raises(DeferredUseError, match=r"first\.weight"):
         model.first(torch.ones(30))
-    materialize(model)
+    materialize(model, device())
     plan.restore()
     assert type(model.first.weight) is nn.Parameter
     assert_same_model(expected, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given as forall
 from hypothesis import strategies as st
@@ -10,6 +11,8 @@ from torch import Tensor
 from nucleate.deferred import Given
 from nucleate.deferred.given import take
 from nucleate.materialize.reading import GivenBox, read_into
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 class Held(Given):

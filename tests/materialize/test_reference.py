@@ -10,7 +10,10 @@ from nucleate.deferred import deferred, mersenne_twister
 from nucleate.deferred.replay import view
 from nucleate.materialize import Plan
 from nucleate.materialize.reference import Reference
+from tests.device import cpu_only, device
 from tests.zoo import ZOO
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 class Reseeded(nn.Module):
@@ -18,7 +21,7 @@ class Reseeded(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(5)
+        generator = torch.Generator(device()).manual_seed(5)
         self.first = nn.Parameter(torch.randn(700, 700))
         self.own = nn.Parameter(torch.rand(9, 9, generator=generator))
         with torch.random.fork_rng(devices=[]):
@@ -41,7 +44,7 @@ def test_it_makes_what_eager_makes_in_any_order(name: str, backward: bool, monke
     torch.manual_seed(0)
     eager = make()
     torch.manual_seed(0)
-    with deferred():
+    with deferred(device()):
         model = make()
     expected = {**dict(eager.named_parameters()), **dict(eager.named_buffers())}
     plan = Plan.of(model)
@@ -49,18 +52,19 @@ def test_it_makes_what_eager_makes_in_any_order(name: str, backward: bool, monke
     before = torch.get_rng_state()
     monkeypatch.setattr(mersenne_twister, "jump", no_jump)
     for group in plan.groups[:: -1 if backward else 1]:
-        storage = reference.make(group.source, torch.device("cpu"))
+        storage = reference.make(group.source, device())
         for target in group.targets:
             if target.holders[0].kind != "attribute":
                 assert torch.equal(view(storage, target.ref), expected[target.fqn]), target.fqn
     assert torch.equal(before, torch.get_rng_state())
 
 
+@cpu_only("a device with a generator of its own makes a tensor whole, not in ranges")
 def test_a_range_is_made_from_the_place_that_drawing_leads_to(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     eager = nn.Sequential(nn.Linear(900, 900), nn.Embedding(40, 40))
     torch.manual_seed(0)
-    with deferred():
+    with deferred(device()):
         model = nn.Sequential(nn.Linear(900, 900), nn.Embedding(40, 40))
     monkeypatch.setattr(mersenne_twister, "jump", no_jump)
     group = next(group for group in Plan.of(model).groups if group.targets[0].fqn == "1.weight")
@@ -74,7 +78,7 @@ def test_a_range_is_made_from_the_place_that_drawing_leads_to(monkeypatch: pytes
 
 
 def _orthogonal() -> nn.Module:
-    with deferred():
+    with deferred(device()):
         layer = nn.Linear(4, 4, bias=False)
         nn.init.orthogonal_(layer.weight)
     return layer

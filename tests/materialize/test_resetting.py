@@ -21,6 +21,9 @@ from nucleate.materialize import Plan, materialize, reset
 from nucleate.testing import peak_memory
 from tests.by_hand import made_by_hand, reset_by_hand
 from tests.deferred.equality import assert_same_model, bits, named_tensors
+from tests.device import ACCELERATOR, cpu_only, device
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 SEED = 11
 
@@ -35,7 +38,7 @@ class Table(nn.Module):
         self.register_buffer("scale", torch.empty(size))
 
     def reset_parameters(self) -> None:
-        assert self.weight.device.type == "cpu"
+        assert self.weight.device == device()
         assert not self.weight.is_meta
         nn.init.trunc_normal_(self.weight, std=0.7, a=-1, b=1)
         nn.init.orthogonal_(self.basis)
@@ -109,7 +112,7 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 @pytest.fixture
 def runtime() -> Runtime:
-    return Runtime(accelerator="cpu", strategy="single_device")
+    return Runtime(accelerator=ACCELERATOR, strategy="single_device")
 
 
 # -- the same bits as by hand ----------------------------------------------------------------------------------------
@@ -121,7 +124,7 @@ def test_a_model_built_on_meta_is_what_the_calls_make_by_hand(make: Callable[[],
     after = torch.rand(3)
     model = on_meta(make)
     objects = {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
-    materialize(model)
+    materialize(model, device())
     assert torch.equal(torch.rand(3), after)
     assert {name: id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)} == objects
     assert_same_model(expected, model)
@@ -130,7 +133,7 @@ def test_a_model_built_on_meta_is_what_the_calls_make_by_hand(make: Callable[[],
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("verify", [False, "all"])
 def test_setup_does_it_wherever_the_model_was_built(inside: bool, verify: bool | str) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="single_device", verify=verify)
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device", verify=verify)
     expected = made_by_hand(Tied, SEED)
     after = torch.rand(3)
     torch.manual_seed(SEED)
@@ -167,7 +170,7 @@ def test_views_of_one_storage_stay_views_of_one() -> None:
     torch.manual_seed(SEED)
     expected.reset_parameters()
     model = on_meta(Views)
-    materialize(model)
+    materialize(model, device())
     assert bits(model.first) == bits(expected.first)
     assert bits(model.second) == bits(expected.second)
     assert model.first.untyped_storage().data_ptr() == model.second.untyped_storage().data_ptr()
@@ -190,6 +193,7 @@ def test_a_model_that_needs_nothing_is_not_touched(runtime: Runtime, monkeypatch
     assert_same_model(expected, model)
 
 
+@cpu_only("NumPy writes into the host's memory only")
 def test_a_method_may_write_through_numpy_and_data_and_with_a_seed_of_its_own() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -206,7 +210,7 @@ def test_a_method_may_write_through_numpy_and_data_and_with_a_seed_of_its_own() 
     expected = made_by_hand(Odd, SEED)
     after = torch.rand(3)
     model = on_meta(Odd)
-    materialize(model)
+    materialize(model, device())
     assert torch.equal(torch.rand(3), after)
     assert_same_model(expected, model)
 
@@ -261,14 +265,14 @@ def test_the_rule_of_the_model_around_comes_after_a_modules_own_method() -> None
         expected._init_weights(module)
     after = torch.rand(3)
     model = on_meta(Ruled)
-    materialize(model)
+    materialize(model, device())
     assert torch.equal(torch.rand(3), after)
     assert_same_model(expected, model)
 
 
 def made_empty(make: Callable[[], nn.Module]) -> Any:
     with torch.device("meta"):
-        return make().to_empty(device="cpu")
+        return make().to_empty(device=device())
 
 
 def test_the_nearest_rule_counts() -> None:
@@ -304,12 +308,12 @@ def test_a_rule_may_look_into_a_module_for_its_children() -> None:
             if module is self.block[1]:
                 nn.init.ones_(module[0].weight)  # type: ignore[index,arg-type]
 
-    with deferred():
+    with deferred(device()):
         model = Model()
     with torch.device("meta"):
         model.block[1][0] = nn.Linear(2, 2)  # type: ignore[index,operator]
     kept = model.block[0]
-    materialize(model)
+    materialize(model, device())
     assert bool((model.block[1][0].weight == 1).all())  # type: ignore[index]
     inner: Any = model.block[1]
     assert [id(module) for module in model.seen] == [id(inner[0]), id(inner), id(model.block), id(model)]
@@ -418,7 +422,7 @@ def given_values(kind: str, model: Any) -> None:
     elif kind == "parameter":
         model.weight = nn.Parameter(value)
     elif kind == "deferred":
-        with deferred():
+        with deferred(device()):
             model.weight = nn.Parameter(torch.full((5, 5), 7.0))
     elif kind == "frozen":
         model.weight = nn.Parameter(value, requires_grad=False)
@@ -427,7 +431,7 @@ def given_values(kind: str, model: Any) -> None:
 @pytest.mark.parametrize("kind", ["assigned", "parameter", "deferred", "frozen"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_a_tensor_with_a_value_keeps_it(kind: str, precision: str) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="single_device", precision=precision)
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device", precision=precision)
     expected: Any = made_by_hand(lambda: nn.Linear(5, 5), SEED)
     after = torch.rand(3)
     model: Any = on_meta(lambda: nn.Linear(5, 5))
@@ -459,10 +463,10 @@ def test_ties_and_attributes_of_what_is_kept_are_put_back() -> None:
             assert bool((self.other == 0).all())
             assert bool((self.listed[1]["inner"] == 0).all())  # type: ignore[call-overload,index]
 
-    with deferred():
+    with deferred(device()):
         model = Holder()
     listed, weight = model.listed, model.weight
-    materialize(model)
+    materialize(model, device())
     assert model.listed is listed
     assert model.other is weight is model.weight is listed[0] is listed[1]["inner"]  # type: ignore[call-overload,index]
     assert bool((model.weight == 5).all())
@@ -483,11 +487,11 @@ def test_a_value_computed_from_one_that_is_kept_sees_what_the_method_sees(real: 
                 self.norm.copy_(self.weight.norm(dim=1))
                 self.weight.zero_()
 
-    with deferred():
+    with deferred(device()):
         model = Normalized()
     if real:
         model.weight = nn.Parameter(torch.full((4, 4), 2.0))
-    materialize(model)
+    materialize(model, device())
     assert bool((model.norm == 4).all())
     assert bool((model.weight == 2).all())
 
@@ -512,6 +516,7 @@ def test_a_real_model_around_a_part_on_meta_is_left_as_it_is(runtime: Runtime) -
     assert all(torch.equal(before[name], tensor) for name, tensor in model.body.state_dict().items())
 
 
+@cpu_only("the simulated device has strided tensors only")
 def test_a_tensor_that_cannot_be_protected_is_not_overwritten_in_silence() -> None:
     class Sparse(nn.Module):
         def __init__(self) -> None:
@@ -530,7 +535,7 @@ def test_a_tensor_that_cannot_be_protected_is_not_overwritten_in_silence() -> No
 def test_weights_of_a_recurrent_layer_are_kept_one_by_one() -> None:
     model: Any = on_meta(lambda: nn.LSTM(3, 4))
     model.weight_ih_l0 = nn.Parameter(torch.ones(16, 3))
-    materialize(model)
+    materialize(model, device())
     assert bool((model.weight_ih_l0 == 1).all())
     assert [id(weight) for weight in model._flat_weights] == [id(weight) for weight in model.parameters()]
     assert model(torch.ones(2, 3))[0].isfinite().all()
@@ -568,7 +573,7 @@ def test_keeping_what_has_a_value_takes_no_memory(build: str, kept_mib: int) -> 
 
 
 def test_half_precision_casts_parameters_and_keeps_buffers() -> None:
-    runtime = Runtime(accelerator="cpu", strategy="single_device", precision="bf16-true")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device", precision="bf16-true")
     expected: Any = made_by_hand(Table, SEED)
     model: Any = on_meta(Table)
     runtime.setup(model)
@@ -578,7 +583,7 @@ def test_half_precision_casts_parameters_and_keeps_buffers() -> None:
 
 
 def test_what_the_precision_made_empty_in_its_own_dtype_is_filled_in_it() -> None:
-    runtime = Runtime(accelerator="cpu", strategy="single_device", precision="bf16-true")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="single_device", precision="bf16-true")
     with runtime.init_module(empty_init=True):
         model = Named("reset_parameters")
     torch.manual_seed(SEED)
@@ -603,27 +608,27 @@ def test_an_optimizer_built_before_trains_what_was_made(runtime: Runtime) -> Non
 
 def test_a_model_is_reset_once(runtime: Runtime) -> None:
     model = on_meta(lambda: nn.Linear(4, 4))
-    reset(model, torch.device("cpu"))
+    reset(model, device())
     state = torch.get_rng_state()
-    assert not reset(model, torch.device("cpu"))
+    assert not reset(model, device())
     runtime.setup(model)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_records_go_with_their_last_tensor() -> None:
     model = on_meta(Tied)
-    reset(model, torch.device("cpu"))
+    reset(model, device())
     handle = handle_of(model.embed.weight)
     assert handle is not None
     tape = weakref.ref(handle.record.tape)
     del handle
-    materialize(model)
+    materialize(model, device())
     gc.collect()
     assert tape() is None
 
 
 def test_not_while_the_model_is_constructed() -> None:
-    with deferred(), pytest.raises(UsageError, match="inside the context"):
+    with deferred(device()), pytest.raises(UsageError, match="inside the context"):
         materialize(nn.Linear(2, 2))
 
 
@@ -634,14 +639,14 @@ def test_a_report_says_whose_values_come_from_where(
     runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_file({"0.weight": torch.ones(5, 5)}, tmp_path / "part.safetensors")
-    with deferred():
+    with deferred(device()):
         model = nn.Sequential(nn.Linear(5, 5), nn.Sequential())
     with torch.device("meta"):
         model[1].append(nn.Linear(5, 5))
         model[1].append(nn.MultiheadAttention(4, 1))
     with pytest.warns(UserWarning, match="not in it"):
         runtime.load_raw(tmp_path / "part.safetensors", model, strict=False)
-    resets = reset(model, torch.device("cpu"))
+    resets = reset(model, device())
     assert resets.by_method == {
         "Linear.reset_parameters": ["1.0.weight", "1.0.bias"],
         "MultiheadAttention._reset_parameters": ["1.1.in_proj_weight", "1.1.in_proj_bias", "1.1.out_proj.bias"],
@@ -694,12 +699,12 @@ class Idle(nn.Module):
 def test_what_nothing_writes_is_an_error_with_the_cure(make: Callable[[], nn.Module], message: str) -> None:
     model = on_meta(make)
     with pytest.raises(UninitializedError, match=message):
-        materialize(model)
+        materialize(model, device())
     # As it was: it can be built by hand.
     assert not any(handle_of(tensor) for tensor in named_tensors(model).values())
     assert all("Deferred" not in type(tensor).__name__ for tensor in named_tensors(model).values())
     assert all(tensor.is_meta for tensor in named_tensors(model).values())
-    model.to_empty(device="cpu")
+    model.to_empty(device=device())
 
 
 def test_a_lazy_module_on_meta_is_refused() -> None:
@@ -735,7 +740,7 @@ def test_a_method_that_fails_is_named_with_the_tensors_it_was_called_for(runtime
 
 
 def test_a_strategy_that_fails_halfway_does_not_cost_what_was_loaded(runtime: Runtime) -> None:
-    with deferred():
+    with deferred(device()):
         model = nn.Linear(2, 2)
     Plan.of(model).release()
     with pytest.raises(UninitializedError, match="no recipe: weight, bias"):
@@ -748,7 +753,7 @@ def test_a_strategy_that_fails_halfway_does_not_cost_what_was_loaded(runtime: Ru
 @pytest.mark.parametrize("strategy", ["single_device", "ddp", "fsdp"])
 @pytest.mark.parametrize("make", [nn.ReLU, nn.MSELoss, lambda: nn.Sequential(nn.Tanh())])
 def test_setup_of_a_model_without_tensors_says_so(strategy: str, make: Callable[[], nn.Module]) -> None:
-    runtime = Runtime(accelerator="cpu", strategy=strategy)
+    runtime = Runtime(accelerator=ACCELERATOR, strategy=strategy)
     model = make()
     name = type(model).__name__
     with pytest.warns(UserWarning, match=rf"setup: {name} has no parameter and no buffer") as caught:

@@ -15,6 +15,7 @@ from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.single_device import SingleDeviceStrategy
 from tests.deferred.equality import bits, named_tensors
+from tests.multi.device import accelerator, device
 from tests.zoo import ZOO, ConvNet
 
 SEED = 4321
@@ -40,7 +41,7 @@ def whole(tensor: Tensor) -> Tensor:
 def check_weights(strategy: str, name: str, empty_init: bool | None, precision: str = "32-true") -> None:
     """Assert that weights, buffers, ties and the random stream are eager's, though ranks are seeded differently."""
     make, _ = ZOO[name]
-    runtime = Runtime(accelerator="cpu", strategy=make_strategy(strategy), precision=precision)
+    runtime = Runtime(accelerator=accelerator(), strategy=make_strategy(strategy), precision=precision)
     torch.manual_seed(SEED)
     with runtime.precision.module_init_context():
         eager = make()
@@ -64,13 +65,13 @@ def check_weights(strategy: str, name: str, empty_init: bool | None, precision: 
 def train(strategy: str, name: str) -> tuple[list[float], dict[str, Tensor]]:
     """Train a model of the zoo on whole batches split over the ranks; return losses and final weights."""
     make, sample = ZOO[name]
-    runtime = Runtime(accelerator="cpu", strategy=make_strategy(strategy))
+    runtime = Runtime(accelerator=accelerator(), strategy=make_strategy(strategy))
     torch.manual_seed(SEED)
     with runtime.init_module(empty_init=True):
         model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     wrapped, optimizer = runtime.setup(model, optimizer)
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(device()).manual_seed(7)
     losses = []
     for _ in range(NUM_STEPS):
         batch = sample(generator).chunk(runtime.world_size)[runtime.global_rank]
@@ -107,7 +108,7 @@ def train_alone(name: str) -> tuple[list[float], dict[str, Tensor]]:
     torch.manual_seed(SEED)
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(device()).manual_seed(7)
     losses = []
     for _ in range(NUM_STEPS):
         output = model(sample(generator))

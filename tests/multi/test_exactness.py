@@ -12,6 +12,7 @@ from tests.multi.ranks import fork_ranks
 SCRIPT = Path(__file__).with_name("exactness.py")
 
 
+@pytest.mark.usefixtures("factories_on_device")
 def test_one_process_makes_what_eager_makes_and_trains_as_eager_trains() -> None:
     main("single")
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from nucleate.precision.casting import cast_parameters, convert, default_dtype
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -96,7 +98,7 @@ def test_floating_point_tensors_are_converted_wherever_they_are() -> None:
         "frozen": Frozen(one, other=[one]),
         "ordered": OrderedDict(a=one),
         "default": defaultdict(list, b=one),
-        "packed": pack_sequence([one]),
+        "packed": PackedSequence(one, torch.ones(1, dtype=torch.int64, device="cpu")),
         "integers": torch.arange(3),
         "float8": one.to(torch.float8_e4m3fn),
         "range": range(3),

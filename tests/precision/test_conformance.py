@@ -2,34 +2,47 @@
 
 from nucleate.precision import FullPrecision, HalfPrecision, MixedPrecision, Precision
 from nucleate.testing import PrecisionSuite, TinyRecurrent
+from tests.device import ACCELERATOR
 
 
 class Test32True(PrecisionSuite):
+    accelerator = ACCELERATOR
+
     def make_precision(self) -> Precision:
         return FullPrecision.from_name("32-true")
 
 
 class Test64True(PrecisionSuite):
+    accelerator = ACCELERATOR
+
     def make_precision(self) -> Precision:
         return FullPrecision.from_name("64-true")
 
 
 class TestBF16True(PrecisionSuite):
+    accelerator = ACCELERATOR
+
     def make_precision(self) -> Precision:
         return HalfPrecision.from_name("bf16-true")
 
 
 class Test16True(PrecisionSuite):
+    accelerator = ACCELERATOR
+
     def make_precision(self) -> Precision:
         return HalfPrecision.from_name("16-true")
 
 
 class TestBF16Mixed(PrecisionSuite):
+    accelerator = ACCELERATOR
+
     def make_precision(self) -> Precision:
         return MixedPrecision.from_name("bf16-mixed")
 
 
 class Test16Mixed(PrecisionSuite):
+    accelerator = ACCELERATOR
+
     # oneDNN has no float16 LSTM on CPUs without AVX512-FP16: "could not create a primitive descriptor".
     cannot_run = (TinyRecurrent,)
 

@@ -12,6 +12,8 @@ from nucleate.plugin import Composition
 from nucleate.precision import FullPrecision, HalfPrecision, Precision
 from nucleate.registry import PRECISIONS
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 NAMES = {
     "32-true": torch.float32,
     "64-true": torch.float64,

@@ -12,16 +12,17 @@ from nucleate.cluster import Environment
 from nucleate.errors import ConfigurationError, UsageError
 from nucleate.plugin import Composition
 from nucleate.precision import MixedPrecision
+from tests.device import ACCELERATOR, device
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
-def composition(precision: MixedPrecision, device: torch.device = CPU) -> Composition:
-    return Composition(CPUAccelerator(), precision, CPUAccelerator(), Environment(), device)
+def composition(precision: MixedPrecision, place: torch.device | None = None) -> Composition:
+    return Composition(CPUAccelerator(), precision, CPUAccelerator(), Environment(), place or device())
 
 
 def fp16(**options: float) -> MixedPrecision:
-    return MixedPrecision(torch.float16, scaler=torch.amp.GradScaler("cpu", **options))  # type: ignore[arg-type]
+    return MixedPrecision(torch.float16, scaler=torch.amp.GradScaler(ACCELERATOR, **options))  # type: ignore[arg-type]
 
 
 def backward(precision: MixedPrecision, model: nn.Module, factor: float = 1.0) -> None:
@@ -156,7 +157,7 @@ def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="not torch.float32"):
         MixedPrecision(torch.float32)
     with pytest.raises(ConfigurationError, match="leave the scaler out"):
-        MixedPrecision(scaler=torch.amp.GradScaler("cpu"))
+        MixedPrecision(scaler=torch.amp.GradScaler(ACCELERATOR))
     with pytest.raises(ConfigurationError, match="no variant '32-mixed'"):
         MixedPrecision.from_name("32-mixed")
     cuda = MixedPrecision(device_type="cuda")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred import deferred
+from nucleate.deferred import deferred, record_of
 from nucleate.devices import default_generator
 from nucleate.errors import DeferredUseError
 from nucleate.materialize import Plan, materialize
@@ -168,3 +168,14 @@ def test_a_module_that_offers_only_the_states_of_its_generators_will_do(monkeypa
         materialize(model, device)
         assert all(map(torch.equal, both_states(device), expected))
         assert_same_model(eager, model)
+
+
+def test_a_recording_for_the_cpu_inside_one_for_the_device_keeps_its_tensors_to_itself() -> None:
+    with SIM, deferred(SIM) as outer:
+        with deferred("cpu") as inner:
+            made = torch.ones(3, device="cpu")
+            doubled = made * 2
+        assert record_of(made) is record_of(doubled) is inner
+        assert not outer.tape.steps
+        model = nn.Linear(2, 2)
+    assert record_of(model.weight) is outer

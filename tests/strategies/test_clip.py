@@ -11,6 +11,8 @@ from torch import nn
 from nucleate.errors import ConfigurationError
 from nucleate.strategies.clip import clip_by_norm, clip_by_value
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
 @pytest.mark.parametrize("max_norm", [0.0, 0.1, 1e6])

@@ -13,6 +13,9 @@ from torch.distributed.fsdp._fully_shard._fully_shard import get_cls_to_fsdp_cls
 
 from nucleate import Runtime
 from nucleate.strategies.sharded_class import make_shardable
+from tests.device import ACCELERATOR
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 T = TypeVar("T")
 
@@ -69,7 +72,7 @@ UNASSIGNABLE = [Abstract, Parametric, Structural, WithSlots]
 
 @pytest.mark.parametrize("cls", [*UNASSIGNABLE, Mixed])
 def test_a_sharded_model_of_any_base_is_exact_and_trains(cls: type[Body]) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="fsdp")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="fsdp")
     torch.manual_seed(0)
     expected = cls()
     torch.manual_seed(0)
@@ -87,7 +90,7 @@ def test_a_sharded_model_of_any_base_is_exact_and_trains(cls: type[Body]) -> Non
 
 @pytest.mark.parametrize("cls", UNASSIGNABLE)
 def test_torch_cannot_assign_its_own_class_and_names_are_looked_up_in_its_order(cls: type[Body]) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="fsdp")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="fsdp")
     runtime.launch()
     get_cls_to_fsdp_cls().pop(cls, None)
     with pytest.raises(TypeError, match="object layout differs"):

@@ -11,6 +11,9 @@ from torch import nn
 from nucleate.errors import ConfigurationError
 from nucleate.strategies import FSDPStrategy, declare_units
 from nucleate.strategies.wrap_policy import find_units
+from tests.device import ACCELERATOR
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 class Block(nn.Module):
@@ -84,7 +87,7 @@ def test_what_cannot_be_sharded_is_refused_by_name_before_anything_changes() -> 
         model[0].extra = parameter
         return model
 
-    runtime = Runtime(accelerator="cpu", strategy="fsdp")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="fsdp")
     cases = {
         r"not contiguous: 0\.extra": lambda: nn.Parameter(torch.ones(3, 4).t()),
         r"one dtype, but in the root .*0\.extra is torch.float64": lambda: nn.Parameter(torch.ones(3).double()),
@@ -107,7 +110,7 @@ def test_parameters_that_are_not_trained_may_have_other_dtypes() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].codes = nn.Parameter(torch.arange(5, dtype=torch.uint8), requires_grad=False)
     model[0].scale = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
-    runtime = Runtime(accelerator="cpu", strategy="fsdp")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="fsdp")
     runtime.launch()
     model = runtime.strategy.setup(model)
     model(torch.ones(2, 4)).sum().backward()
@@ -126,7 +129,7 @@ def test_different_parameters_in_one_memory_are_refused_unless_they_do_not_overl
             self.a = nn.Parameter(whole[: 4 + overlap])
             self.b = nn.Parameter(whole[4:])
 
-    runtime = Runtime(accelerator="cpu", strategy="fsdp")
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="fsdp")
     with runtime.init_module():
         model = Views(overlap=1)
     with pytest.raises(ConfigurationError, match="a and b are different parameters that share memory"):

@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from nucleate.errors import ConfigurationError, UsageError
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
+from tests.device import device
 
 
 class Numbers(Dataset[int]):
@@ -181,10 +182,13 @@ def test_the_users_worker_init_still_runs() -> None:
 
 
 def test_batches_are_put_on_the_device() -> None:
-    wrapper = prepare(loader(), device=torch.device("meta"))
-    assert next(iter(wrapper)).device.type == "meta"
-    moved = move({"a": [torch.ones(1)], "packed": pack_sequence([torch.ones(1)]), "text": "b"}, torch.device("cpu"))
+    for where in (torch.device("meta"), device()):
+        wrapper = prepare(loader(), device=where)
+        assert next(iter(wrapper)).device == where
+    moved = move({"a": [torch.ones(1)], "packed": pack_sequence([torch.ones(1)]), "text": "b"}, device())
     assert isinstance(moved["packed"], PackedSequence)
+    assert moved["a"][0].device == moved["packed"].data.device == device()
+    assert moved["a"][0].item() == moved["packed"].data.item() == 1
     assert moved["text"] == "b"
 
 

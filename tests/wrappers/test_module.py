@@ -16,6 +16,9 @@ from nucleate.precision import FullPrecision, HalfPrecision, MixedPrecision, Pre
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers import ModuleWrapper
 from nucleate.wrappers.module import backward_allowed
+from tests.device import ACCELERATOR
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 class FakeStrategy(Strategy):
@@ -107,7 +110,8 @@ def wrap(precision: Precision | None = None, outer: bool = False, guards: bool =
     return ModuleWrapper(forward_module, model, precision or FullPrecision(), FakeStrategy(guards))
 
 
-X = torch.ones(1, 2)
+def ones() -> Tensor:
+    return torch.ones(1, 2)
 
 
 @contextmanager
@@ -122,7 +126,7 @@ def no_hooks_left() -> Iterator[None]:
 def test_forward_is_converted_and_entered_where_the_strategy_says(outer: bool) -> None:
     wrapper = wrap(HalfPrecision(), outer)
     wrapper.module.to(torch.bfloat16)
-    output = wrapper(X, scale=2.0)
+    output = wrapper(ones(), scale=2.0)
     assert wrapper.module.seen == [torch.bfloat16]
     assert output.dtype == torch.float32
     if outer:
@@ -194,7 +198,7 @@ def test_the_models_own_versions_of_module_methods_are_called_and_return_the_wra
 def test_hooks_on_the_wrapper_surround_its_forward() -> None:
     wrapper, seen = wrap(), []
     with wrapper.register_forward_hook(lambda module, args, output: seen.append(module)):
-        wrapper(X)
+        wrapper(ones())
     assert seen == [wrapper]
 
 
@@ -206,12 +210,12 @@ def test_a_marked_method_goes_through_precision_and_strategy(outer: bool, name: 
     wrapper.mark_forward_method(name)
     assert wrapper._strategy.marked == [name]
     with no_hooks_left():
-        getattr(wrapper, name)(X).backward()
+        getattr(wrapper, name)(ones()).backward()
     assert wrapper.module.seen == [torch.float64]
     assert "forward" not in wrapper.module.__dict__
     if outer:
         assert wrapper.forward_module.entered == 1
-    wrapper(X)  # forward is forward again
+    wrapper(ones())  # forward is forward again
     assert wrapper.module.seen == [torch.float64] * 2
 
 
@@ -237,31 +241,31 @@ def test_an_unmarked_method_that_calls_forward_is_refused_before_it_runs() -> No
     wrapper = wrap(outer=True, guards=True)
     with no_hooks_left():
         with pytest.raises(UsageError, match=r"Model.loss\(\) calls forward .*'fake'.*mark_forward_method\('loss'\)"):
-            wrapper.loss(X)
+            wrapper.loss(ones())
         assert wrapper.module.seen == []
         with pytest.raises(UsageError, match="mark_forward_method"):
-            wrapper.harmful(X)
+            wrapper.harmful(ones())
         with pytest.raises(ZeroDivisionError):
             wrapper.fail()
 
 
 def test_methods_without_forward_or_without_gradients_are_free() -> None:
     wrapper = wrap(outer=True, guards=True)
-    wrapper.direct(X)
-    wrapper.generate(X)
+    wrapper.direct(ones())
+    wrapper.generate(ones())
     with torch.no_grad():
-        wrapper.loss(X)
+        wrapper.loss(ones())
     with torch.inference_mode():
-        wrapper.loss(X)
+        wrapper.loss(ones())
     assert wrapper.twice == 6
-    assert wrap(outer=True).loss(X).requires_grad  # a strategy that does not guard
+    assert wrap(outer=True).loss(ones()).requires_grad  # a strategy that does not guard
 
 
 def test_other_models_and_the_wrapper_itself_may_be_called_in_an_unmarked_method() -> None:
     wrapper, other = wrap(outer=True, guards=True), nn.Linear(2, 2)
 
     def with_callback(self: Model, call: Any) -> Any:
-        return call(X)
+        return call(ones())
 
     wrapper.module.with_callback = with_callback.__get__(wrapper.module)
     wrapper.with_callback(other)
@@ -271,8 +275,8 @@ def test_other_models_and_the_wrapper_itself_may_be_called_in_an_unmarked_method
 
 
 def test_plain_backward_is_refused_before_any_gradient_changes_where_gradients_are_scaled() -> None:
-    wrapper = wrap(MixedPrecision(torch.float16, device_type="cpu"))
-    loss = wrapper(X).sum() + wrapper.module.layer.weight.sum()
+    wrapper = wrap(MixedPrecision(torch.float16, device_type=ACCELERATOR))
+    loss = wrapper(ones()).sum() + wrapper.module.layer.weight.sum()
     with pytest.raises(UsageError, match=r"Call runtime.backward\(loss\). No gradient was changed."):
         loss.backward(retain_graph=True)
     assert all(parameter.grad is None for parameter in wrapper.parameters())
@@ -280,35 +284,35 @@ def test_plain_backward_is_refused_before_any_gradient_changes_where_gradients_a
         loss.backward()
     assert wrapper.layer.weight.grad is not None
     with torch.no_grad():
-        wrapper(X)
+        wrapper(ones())
 
 
 def test_a_parameter_that_forward_hands_out_keeps_no_hook() -> None:
-    wrapper = wrap(MixedPrecision(torch.float16, device_type="cpu"))
+    wrapper = wrap(MixedPrecision(torch.float16, device_type=ACCELERATOR))
     wrapper.module.forward = lambda x: (x, wrapper.module.layer.weight)  # type: ignore[method-assign]
-    wrapper(X)
+    wrapper(ones())
     wrapper.layer.weight.sum().backward()
 
 
 def test_plain_backward_is_fine_where_nothing_is_scaled() -> None:
-    wrapper = wrap(MixedPrecision(device_type="cpu"))
-    wrapper(X).sum().backward()
+    wrapper = wrap(MixedPrecision(device_type=ACCELERATOR))
+    wrapper(ones()).sum().backward()
     assert wrapper.layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("outer", [False, True])
 def test_it_pickles(outer: bool) -> None:
-    wrapper = wrap(MixedPrecision(torch.float16, device_type="cpu"), outer)
+    wrapper = wrap(MixedPrecision(torch.float16, device_type=ACCELERATOR), outer)
     wrapper.mark_forward_method("loss")
     file = io.BytesIO()
     torch.save(wrapper, file)
     file.seek(0)
     for clone in (pickle.loads(pickle.dumps(wrapper)), torch.load(file, weights_only=False)):
-        assert torch.equal(clone(X), wrapper(X))
+        assert torch.equal(clone(ones()), wrapper(ones()))
         assert clone.module is not wrapper.module
         assert list(clone.state_dict()) == list(wrapper.state_dict())
         assert clone.layer is clone.module.layer
-        assert clone.loss(X).item() == wrapper.loss(X).item()
+        assert clone.loss(ones()).item() == wrapper.loss(ones()).item()
         clone.extra = nn.Parameter(torch.ones(1))
         assert "extra" in dict(clone.module.named_parameters())
 
@@ -316,7 +320,7 @@ def test_it_pickles(outer: bool) -> None:
 def test_a_copy_has_weights_of_its_own_and_the_same_plugins() -> None:
     wrapper = wrap(outer=True)
     clone = copy.deepcopy(wrapper)
-    assert torch.equal(clone(X), wrapper(X))
+    assert torch.equal(clone(ones()), wrapper(ones()))
     assert clone.forward_module.module is clone.module
     assert clone.layer.weight is not wrapper.layer.weight
     assert clone._precision is wrapper._precision

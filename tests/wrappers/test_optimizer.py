@@ -12,6 +12,9 @@ from torch.optim import Optimizer, lr_scheduler
 
 from nucleate.precision import FullPrecision, MixedPrecision
 from nucleate.wrappers import OptimizerWrapper
+from tests.device import ACCELERATOR
+
+pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 def wrapped(**options: Any) -> OptimizerWrapper:
@@ -113,7 +116,7 @@ def test_it_pickles_and_copies_also_under_a_scheduler() -> None:
 
 def test_an_overflow_skips_the_step_of_the_wrapper() -> None:
     model = nn.Linear(2, 2)
-    precision = MixedPrecision(torch.float16, device_type="cpu")
+    precision = MixedPrecision(torch.float16, device_type=ACCELERATOR)
     wrapper = OptimizerWrapper(torch.optim.SGD(model.parameters(), lr=1.0), precision)
     before = model.weight.clone()
     precision.scale(model(torch.ones(1, 2)).sum() * float("inf")).backward()

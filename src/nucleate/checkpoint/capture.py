@@ -93,7 +93,7 @@ class Capture(TorchFunctionMode):
         if not is_whole:
             made = self._parts.get(name)
             if made is None:
-                made = self._parts[name] = torch.empty(whole.shape, dtype=whole.dtype)
+                made = self._parts[name] = torch.empty(whole.shape, dtype=whole.dtype, device="cpu")
             with torch.no_grad():
                 made.as_strided(size, stride, offset).copy_(value)
             value = made
@@ -111,7 +111,7 @@ class Capture(TorchFunctionMode):
     def _value(self, func: Any, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Return what the target holds afterwards, if that does not depend on what it holds now."""
         if func in _CONSTANTS:
-            made: Tensor = func(torch.empty(target.shape, dtype=target.dtype), *args[1:], **kwargs)
+            made: Tensor = func(torch.empty(target.shape, dtype=target.dtype, device="cpu"), *args[1:], **kwargs)
             return made
         value = args[1] if len(args) > 1 else kwargs.get("src")
         if func == _SET_DATA:
@@ -119,7 +119,7 @@ class Capture(TorchFunctionMode):
         if func is not Tensor.copy_:
             return None
         if not isinstance(value, Tensor):
-            value = torch.as_tensor(value)
+            value = torch.as_tensor(value, device="cpu")
         if not value.dtype.is_floating_point and target.dtype.is_floating_point:
             value = value.to(target.dtype)
         return value if value.shape == target.shape else value.expand(target.shape)

@@ -89,7 +89,7 @@ class Sweep:
         Raises:
             CheckpointError: The file is shorter than it was, or the disk fails.
         """
-        buffer = torch.empty(min(stored.numel, RANGE_BYTES // stored.dtype.itemsize), dtype=stored.dtype)
+        buffer = torch.empty(min(stored.numel, RANGE_BYTES // stored.dtype.itemsize), dtype=stored.dtype, device="cpu")
         for start, stop in spans(stored):
             values = buffer[: stop - start]
             stored.read(start, values)

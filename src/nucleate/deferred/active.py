@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from nucleate.deferred.context import Record
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 #: Threads take turns at operations that are recorded or replayed: they find a generator's place in the stream by its
 #: state, and borrow the default generators while they make a value.
 turn = threading.RLock()
+_NOTHING = nullcontext()
 
 
 class _Active(threading.local):
@@ -44,6 +46,19 @@ def active(record: Record) -> Iterator[None]:
 def active_record(device: torch.device) -> Record | None:
     """Return the innermost record that records for a device in this thread."""
     return next((record for record in reversed(active_records()) if record.device == device), None)
+
+
+def alone(device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which a record finds out what an operation makes, unseen by those for other devices.
+
+    They would take what it makes on the meta device for tensors of their own.
+
+    Args:
+        device: The record's device.
+    """
+    records = _active.records
+    is_alone = len(records) < 2 or all(record.device == device for record in records)
+    return _NOTHING if is_alone else _disable_current_modes()
 
 
 def is_recording() -> bool:

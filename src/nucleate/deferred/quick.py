@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nucleate.deferred.active import alone
 from nucleate.deferred.tape import Step, TensorRef
 from nucleate.deferred.traits import Traits
 
@@ -92,7 +93,8 @@ def record_factory(
         return None
     if kwargs.get("pin_memory") or "memory_format" in kwargs:
         return None
-    tensor: Tensor = func(*args, **{**kwargs, "device": torch.device("meta")})
+    with alone(recorder.device):
+        tensor: Tensor = func(*args, **{**kwargs, "device": torch.device("meta")})
     tape = recorder.tape
     number = tape.add_storage(tensor)
     recorder.hand_out(tensor)

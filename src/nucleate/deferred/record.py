@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from nucleate.deferred.active import turn
+from nucleate.deferred.active import alone, turn
 from nucleate.deferred.bounds import check_bounds, refuse_overlap
 from nucleate.deferred.constants import Constants
 from nucleate.deferred.effects import needed_by, overwritten_by, read_by, written_by
@@ -353,7 +353,8 @@ class Recorder(TorchDispatchMode):
             uninitialized=traits.uninitialized,
         )
         try:
-            result, state = self._geometry(func, traits, args, kwargs, step)
+            with alone(self.device):
+                result, state = self._geometry(func, traits, args, kwargs, step)
         except Exception:
             if position is not None:
                 self._fail_random(func, traits, args, kwargs)

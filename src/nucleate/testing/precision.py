@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from nucleate.accelerators.base import Accelerator
 from nucleate.precision.base import Precision
 from nucleate.precision.fixed_dtype import FixedDtype
 from nucleate.runtime import Runtime
@@ -32,7 +33,7 @@ class PrecisionSuite(ABC):
             frozen.
     """
 
-    accelerator: str = "cpu"
+    accelerator: str | Accelerator = "cpu"
     updates: float | None = 0.9
     cannot_run: tuple[type[TinyModel], ...] = ()
     quantizes: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nucleate.accelerators.base import Accelerator
 from nucleate.errors import NonFiniteGradientError, UsageError
 from nucleate.runtime import Runtime
 from nucleate.strategies.base import Strategy
@@ -35,7 +36,7 @@ class StrategySuite(ABC):
         skipped_models: Tiny models that this strategy cannot take, by its nature.
     """
 
-    accelerator: str = "cpu"
+    accelerator: str | Accelerator = "cpu"
     rtol: float = 1e-5
     skipped_models: tuple[type[TinyModel], ...] = ()
 
@@ -171,7 +172,8 @@ class StrategySuite(ABC):
     @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
     def test_gradients_are_clipped_by_their_norm_over_all_ranks(self, runtime: Runtime, norm_type: float) -> None:
         torch.manual_seed(SEED)
-        eager = TinyTransformer().to(runtime.device)
+        with _factories_on(runtime.device):
+            eager = TinyTransformer()
         eager.loss(eager(self._whole_batch(runtime, eager, 0))).backward()
         expected = torch.nn.utils.clip_grad_norm_(eager.parameters(), 1e-3, norm_type)
         model, optimizer = self._trainable(runtime, TinyTransformer, torch.optim.SGD)
@@ -259,8 +261,7 @@ class StrategySuite(ABC):
 
     def _eager(self, model_class: type[TinyModel]) -> tuple[dict[str, Tensor], Tensor]:
         torch.manual_seed(SEED)
-        device = self.make_runtime().device
-        with device if device.type != "cpu" else nullcontext():
+        with _factories_on(self.make_runtime().device):
             model = model_class()
         return _named_tensors(model), torch.rand(3)
 
@@ -274,7 +275,7 @@ class StrategySuite(ABC):
     ) -> list[float]:
         """Train a model on the whole batch without nucleate."""
         torch.manual_seed(SEED)
-        with runtime.device if runtime.device.type != "cpu" else nullcontext():
+        with _factories_on(runtime.device):
             model = model_class()
         optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=0.01)
         losses = []
@@ -296,6 +297,11 @@ class StrategySuite(ABC):
         if not model.per_sample:
             return whole
         return whole[runtime.strategy.data_parallel_rank :: runtime.strategy.data_parallel_size]
+
+
+def _factories_on(device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which eager code makes tensors on a device."""
+    return nullcontext() if device.type == "cpu" else device
 
 
 def _full(tensor: Tensor) -> Tensor:

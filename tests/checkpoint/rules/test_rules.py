@@ -25,6 +25,8 @@ from nucleate.checkpoint import (
 from nucleate.checkpoint.renaming import Item, Renaming
 from nucleate.errors import CheckpointKeyError, ConfigurationError, ShapeMismatchError
 
+pytestmark = pytest.mark.usefixtures("factories_on_device")
+
 
 def applied(tensors: dict[str, Tensor], rules: object) -> dict[str, Tensor]:
     """Apply rules to real tensors."""

@@ -8,9 +8,10 @@ from torch import nn
 
 from nucleate import Runtime
 from nucleate.errors import ConfigurationError, RankDisagreementError
+from tests.multi.device import accelerator
 
 for strategy in ("ddp", "fsdp"):
-    runtime = Runtime(accelerator="cpu", strategy=strategy)
+    runtime = Runtime(accelerator=accelerator(), strategy=strategy)
     rank = runtime.global_rank
 
     # Real tensors are taken from rank 0, down to a single element, buffers too.
@@ -75,7 +76,7 @@ for strategy in ("ddp", "fsdp"):
             assert expected.dtype == tensor.dtype
             assert torch.equal(expected, tensor)
 
-runtime = Runtime(accelerator="cpu", strategy="fsdp")
+runtime = Runtime(accelerator=accelerator(), strategy="fsdp")
 calls = []
 with runtime.init_module():
     model = nn.Linear(4, 4)

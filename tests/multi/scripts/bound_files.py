@@ -23,6 +23,7 @@ from nucleate.deferred import record_of
 from nucleate.errors import CheckpointError, RankFailedError
 from tests.integrations.test_diffusers import UNET, VAE
 from tests.integrations.weights import write_in_place
+from tests.multi.device import accelerator
 from tests.multi.scripts.load_raw import Model, stored, strategies, whole
 from tests.multi.scripts.load_state_dict import MIB, Wide, complete, peak_bytes
 
@@ -37,7 +38,7 @@ LOADS: dict[str, Callable[[nn.Module, Path], object]] = {
 
 def each_strategy_and_precision() -> list[tuple[Runtime, torch.dtype]]:
     return [
-        (Runtime(accelerator="cpu", strategy=strategy, precision=precision), dtype)
+        (Runtime(accelerator=accelerator(), strategy=strategy, precision=precision), dtype)
         for name, strategy in strategies()
         if name in ("ddp", "fsdp")
         for precision, dtype in PRECISIONS.items()
@@ -77,7 +78,7 @@ def from_pretrained_of_diffusers_is_diffusers_own(path: Path) -> None:
 
 def a_file_that_is_written_is_an_error_on_all_ranks(path: Path) -> None:
     for strategy in ("ddp", "fsdp"):
-        runtime = Runtime(accelerator="cpu", strategy=strategy)
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy)
         mine = path / f"{strategy}{runtime.global_rank}" / "whole.safetensors"
         mine.parent.mkdir()
         save_file({name: value.clone() for name, value in complete().items()}, mine)
@@ -100,7 +101,7 @@ def nothing_but_the_kept_weights_is_allocated(path: Path) -> None:
     for strategy in ("ddp", "fsdp"):
         for precision, size in (("32-true", 4), ("bf16-true", 2)):
             for name, load in loads.items():
-                runtime = Runtime(accelerator="cpu", strategy=strategy, precision=precision)
+                runtime = Runtime(accelerator=accelerator(), strategy=strategy, precision=precision)
                 gc.collect()
                 with peak_bytes() as peak:
                     with runtime.init_module(empty_init=True):
@@ -126,7 +127,7 @@ CHECKS: list[Callable[[Path], None]] = [
 
 def main(path: Path) -> None:
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
-    runtime = Runtime(accelerator="cpu", strategy="ddp")
+    runtime = Runtime(accelerator=accelerator(), strategy="ddp")
     runtime.launch()
     try:
         if runtime.is_global_zero:

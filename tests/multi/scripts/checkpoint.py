@@ -7,7 +7,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
 from nucleate.checkpoint import load, save
-from nucleate.cluster import Communicator, Environment, process_group
+from nucleate.cluster import Communicator, Environment
 from nucleate.errors import (
     CheckpointError,
     CheckpointKeyError,
@@ -32,6 +31,7 @@ from nucleate.errors import (
     ShapeMismatchError,
 )
 from tests.multi.checks import run_checks
+from tests.multi.device import ACCELERATOR, device, equal, start_group
 
 Optimizer = torch.optim.Optimizer
 
@@ -64,14 +64,14 @@ def sharded(seed: int = 0) -> Model:
 
 
 def hybrid(seed: int = 0) -> Model:
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(ACCELERATOR, (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
     model = plain(seed)
     fully_shard(model.body, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int, seed: int) -> list[float]:
-    generator = torch.Generator().manual_seed(seed + 100 * dist.get_rank())
+    generator = torch.Generator(device()).manual_seed(seed + 100 * dist.get_rank())
     losses = []
     for _ in range(steps):
         tokens = torch.randint(11, (8,), generator=generator)
@@ -102,7 +102,7 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert [name for name in left if not equal(left[name], right[name])] == []
 
 
 def resumes_exactly(
@@ -203,7 +203,7 @@ def one_format_serves_every_layout(comm: Communicator, path: Path) -> None:
                 if parameter.requires_grad
             }
             assert_same(back, moments)
-        alone = Communicator(Environment(), torch.device("cpu"))
+        alone = Communicator(Environment(), device())
         single = plain(2)
         load(path / source, {"model": single}, alone, remainder=False)
         assert_same(parameters(single), parameters(model))
@@ -352,7 +352,7 @@ def optimizers_with_factored_state_resume_exactly(comm: Communicator, path: Path
 
 
 def a_tensor_that_is_not_reduced_is_refused(comm: Communicator, path: Path) -> None:
-    mesh = init_device_mesh("cpu", (comm.world_size,))
+    mesh = init_device_mesh(ACCELERATOR, (comm.world_size,))
     partial = DTensor.from_local(torch.ones(2), mesh, [Partial()], run_check=False)
     with pytest.raises(CheckpointError, match=r"loss is a DTensor that is not reduced"):
         save(path / "c", {"loss": partial}, comm)
@@ -399,9 +399,7 @@ def survived(comm: Communicator, path: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    environment = Environment.detect()
-    process_group.start(environment, "gloo", timedelta(seconds=60), torch.device("cpu"))
-    communicator = Communicator(environment, torch.device("cpu"))
+    communicator = start_group()
     command, folder = sys.argv[1], Path(sys.argv[2])
     if command == "checks":
         run_checks(CHECKS, communicator, folder)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from nucleate.cluster import Communicator, Environment, process_group
+from nucleate.cluster import Communicator
 from nucleate.errors import ConfigurationError, RankDisagreementError, RankFailedError, UsageError
+from tests.multi.device import ACCELERATOR, start_group
 
 
 @dataclass
@@ -81,7 +81,9 @@ def all_gather_lets_gradients_flow_back(comm: Communicator) -> None:
 
 
 def disagreeing_shapes_are_an_error_on_every_rank(comm: Communicator) -> None:
-    with pytest.raises(RankDisagreementError, match=r"tensor 1 is float32 \(1,\) on cpu on rank 0 but float32 \(2,\)"):
+    with pytest.raises(
+        RankDisagreementError, match=rf"tensor 1 is float32 \(1,\) on {ACCELERATOR}(:0)? on rank 0 but float32 \(2,\)"
+    ):
         comm.all_gather([torch.ones(1), torch.ones(1 + min(comm.rank, 1))])
     with pytest.raises(RankDisagreementError, match="brings 1 tensors but rank 1 brings 2"):
         comm.all_reduce([1.0] * (1 + min(comm.rank, 1)))
@@ -116,7 +118,7 @@ def a_sharded_tensor_stands_for_its_whole_value(comm: Communicator) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (comm.world_size,))
+    mesh = init_device_mesh(ACCELERATOR, (comm.world_size,))
     sharded = distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])
     assert comm.all_reduce(sharded).tolist() == list(range(6))
     assert comm.all_gather(sharded).shape == (comm.world_size, 6)
@@ -163,11 +165,9 @@ CHECKS: list[Callable[[Communicator], None]] = [
 ]
 
 if __name__ == "__main__":
-    environment = Environment.detect()
-    device = torch.device("cpu")
-    process_group.start(environment, "gloo", timedelta(seconds=60), device)
-    process_group.start(environment, "gloo", timedelta(seconds=60), device)
-    assert dist.get_world_size() == environment.world_size
+    start_group()
+    communicator = start_group()
+    assert dist.get_world_size() == communicator.world_size
     for check in CHECKS:
-        check(Communicator(environment, device))
+        check(communicator)
         sys.stdout.write(f"{check.__name__}\n")

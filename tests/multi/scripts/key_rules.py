@@ -22,6 +22,7 @@ from nucleate.checkpoint.rules import Rule
 from nucleate.cluster import process_group
 from nucleate.errors import CheckpointError, CheckpointKeyError, RankFailedError
 from nucleate.strategies import DDPStrategy, FSDPStrategy, Strategy
+from tests.multi.device import accelerator
 
 ROWS, COLUMNS = 256, 512
 
@@ -106,7 +107,7 @@ def assert_loaded(model: nn.Module) -> None:
 
 def a_deferred_model_reads_on_each_rank_what_it_owns_and_no_more(path: Path) -> None:
     for strategy in strategies():
-        runtime = Runtime(accelerator="cpu", strategy=strategy)
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy)
         with runtime.init_module(empty_init=True):
             model = Fused()
         with counted() as sizes:
@@ -119,7 +120,7 @@ def a_deferred_model_reads_on_each_rank_what_it_owns_and_no_more(path: Path) -> 
 
 def a_model_that_is_set_up_reads_on_each_rank_what_it_owns_and_no_more(path: Path) -> None:
     for strategy in strategies():
-        runtime = Runtime(accelerator="cpu", strategy=strategy)
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy)
         wrapped = runtime.setup(Fused())
         with counted() as sizes:
             assert runtime.load_raw(path / "model.safetensors", wrapped, keys=RULES).is_exact
@@ -129,7 +130,7 @@ def a_model_that_is_set_up_reads_on_each_rank_what_it_owns_and_no_more(path: Pat
 
 def what_every_rank_saves_of_its_own_is_the_file_that_it_was(path: Path) -> None:
     for number, strategy in enumerate(strategies()):
-        runtime = Runtime(accelerator="cpu", strategy=strategy)
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy)
         with runtime.init_module(empty_init=True):
             model = Fused()
         runtime.load_raw(path / "model.safetensors", model, keys=RULES)
@@ -150,7 +151,7 @@ def what_every_rank_saves_of_its_own_is_the_file_that_it_was(path: Path) -> None
 
 
 def a_dcp_folder_takes_rows_and_refuses_what_would_be_many_small_boxes(path: Path) -> None:
-    runtime = Runtime(accelerator="cpu", strategy=FSDPStrategy())
+    runtime = Runtime(accelerator=accelerator(), strategy=FSDPStrategy())
     wrapped = runtime.setup(Fused())
     rows = [rule for rule in inverse(RULES) if "split" in str(rule) or "unstack" in str(rule)]
     runtime.save(path / "dcp", wrapped, keys=rows)
@@ -169,7 +170,7 @@ def a_dcp_folder_takes_rows_and_refuses_what_would_be_many_small_boxes(path: Pat
 
 
 def an_error_is_raised_on_every_rank_with_nothing_changed(path: Path) -> None:
-    runtime = Runtime(accelerator="cpu", strategy=FSDPStrategy())
+    runtime = Runtime(accelerator=accelerator(), strategy=FSDPStrategy())
     wrapped = runtime.setup(Fused())
     before = {name: tensor.clone() for name, tensor in whole(wrapped.module).items()}
     with pytest.raises(CheckpointKeyError, match="finds nothing"):
@@ -190,7 +191,7 @@ CHECKS: list[Callable[[Path], None]] = [
 
 
 def main(path: Path) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="ddp")
+    runtime = Runtime(accelerator=accelerator(), strategy="ddp")
     runtime.launch()
     try:
         if runtime.is_global_zero:

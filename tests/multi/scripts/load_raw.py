@@ -23,6 +23,7 @@ from nucleate.cluster import process_group
 from nucleate.errors import CheckpointError, CheckpointKeyError, RankDisagreementError, RankFailedError
 from nucleate.strategies import DDPStrategy, FSDPStrategy, Strategy
 from tests.checkpoint import test_own_ways as own_ways
+from tests.multi.device import accelerator
 
 
 class Model(nn.Module):
@@ -94,7 +95,7 @@ def make(runtime: Runtime, path: Path, when: str, **options: Any) -> tuple[Any, 
 def each_rank_reads_what_it_owns_and_no_more(path: Path) -> None:
     for when in ("before", "after"):
         for _, strategy in strategies():
-            runtime = Runtime(accelerator="cpu", strategy=strategy)
+            runtime = Runtime(accelerator=accelerator(), strategy=strategy)
             with counted() as read:
                 model, report = make(runtime, path / "model.safetensors", when)
             tensors = whole(model)
@@ -110,7 +111,7 @@ def what_is_missing_is_eagers_with_rank_0s_seed(path: Path) -> None:
     torch.manual_seed(7)
     eager = Model().state_dict()
     for name, strategy in strategies():
-        runtime = Runtime(accelerator="cpu", strategy=strategy)
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy)
         with warns_on_rank_0(name):
             model, report = make(runtime, path / "half.safetensors", "before", strict=False)
         tensors = whole(model)
@@ -132,7 +133,7 @@ def warns_on_rank_0(name: str) -> Iterator[None]:
 
 def strict_is_refused_on_every_rank_with_nothing_changed(path: Path) -> None:
     for _, strategy in strategies():
-        runtime = Runtime(accelerator="cpu", strategy=strategy)
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy)
         with runtime.init_module(empty_init=True):
             torch.manual_seed(7)
             model = Model()
@@ -146,7 +147,7 @@ def strict_is_refused_on_every_rank_with_nothing_changed(path: Path) -> None:
 def a_rank_that_cannot_read_fails_all_of_them_in_seconds(path: Path) -> None:
     for when in ("before", "after"):
         for _, strategy in strategies():
-            runtime = Runtime(accelerator="cpu", strategy=strategy)
+            runtime = Runtime(accelerator=accelerator(), strategy=strategy)
             plain = files.DataFile.read_into
             last = runtime.world_size - 1
 
@@ -171,7 +172,7 @@ def a_rank_that_cannot_read_fails_all_of_them_in_seconds(path: Path) -> None:
 
 
 def a_file_that_only_some_ranks_have_is_an_error_on_all(path: Path) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="fsdp")
+    runtime = Runtime(accelerator=accelerator(), strategy="fsdp")
     with runtime.init_module(empty_init=True):
         model = Model()
     # Rank 0's path counts; on another node there may be nothing.
@@ -191,7 +192,7 @@ def ranks_that_bind_other_files_are_told_so(path: Path) -> None:
     from nucleate.checkpoint import open_checkpoint
     from nucleate.deferred import give
 
-    runtime = Runtime(accelerator="cpu", strategy="fsdp")
+    runtime = Runtime(accelerator=accelerator(), strategy="fsdp")
     with runtime.init_module(empty_init=True):
         model = Model()
     if runtime.global_rank == 1:
@@ -203,7 +204,7 @@ def ranks_that_bind_other_files_are_told_so(path: Path) -> None:
 
 def a_model_that_is_deferred_on_some_ranks_only_is_filled_on_all(path: Path) -> None:
     for call in ("load", "load_raw"):
-        runtime = Runtime(accelerator="cpu", strategy="ddp")
+        runtime = Runtime(accelerator=accelerator(), strategy="ddp")
         with runtime.init_module(empty_init=runtime.global_rank == 0):
             model = Model()
         if call == "load":
@@ -218,7 +219,7 @@ def modules_that_load_in_their_own_way_read_what_they_own(path: Path) -> None:
     for when in ("before", "after"):
         for name, strategy in strategies():
             runtime = Runtime(
-                accelerator="cpu", strategy=strategy, precision="bf16-true" if name == "fsdp" else "32-true"
+                accelerator=accelerator(), strategy=strategy, precision="bf16-true" if name == "fsdp" else "32-true"
             )
             torch.manual_seed(7 + runtime.global_rank)
             with runtime.init_module(empty_init=True):
@@ -251,7 +252,7 @@ CHECKS: list[Callable[[Path], None]] = [
 
 
 def main(path: Path) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="ddp")
+    runtime = Runtime(accelerator=accelerator(), strategy="ddp")
     runtime.launch()
     try:
         if runtime.is_global_zero:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nucleate import Runtime
 from nucleate.cluster import process_group
 from nucleate.errors import DeferredEditError, RankDisagreementError, RankFailedError
+from tests.multi.device import accelerator
 from tests.multi.scripts.load_raw import Model, stored, strategies, whole
 
 MIB = 2**20
@@ -48,7 +49,7 @@ def the_values_are_those_of_the_state_dict(path: Path) -> None:
         for precision, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16)):
             for read in READS.values():
                 for inside in (False, True):
-                    runtime = Runtime(accelerator="cpu", strategy=strategy, precision=precision)
+                    runtime = Runtime(accelerator=accelerator(), strategy=strategy, precision=precision)
                     model, state = lazy(runtime), read(path)
                     with runtime.init_module(empty_init=True) if inside else nullcontext():
                         result = model.load_state_dict(state)
@@ -63,7 +64,7 @@ def the_values_are_those_of_the_state_dict(path: Path) -> None:
 
 def assigned_tensors_are_kept(path: Path) -> None:
     for _, strategy in strategies():
-        runtime = Runtime(accelerator="cpu", strategy=strategy)
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy)
         model = lazy(runtime)
         state = complete()
         model.load_state_dict(state, assign=True)
@@ -78,7 +79,7 @@ def what_is_missing_is_eagers_with_rank_0s_seed(path: Path) -> None:
     eager = Model().state_dict()
     half = dict(list(stored().items())[::2])
     for _, strategy in strategies():
-        runtime = Runtime(accelerator="cpu", strategy=strategy)
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy)
         model = lazy(runtime)
         model.load_state_dict(half, strict=False)
         tensors = whole(runtime.setup(model))
@@ -104,7 +105,7 @@ def other_values(path: Path, rank: int) -> dict[str, Mapping[str, Tensor]]:
 
 def ranks_with_other_values_are_told_so(path: Path) -> None:
     for _, strategy in strategies():
-        runtime = Runtime(accelerator="cpu", strategy=strategy)
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy)
         for state in other_values(path, runtime.global_rank).values():
             model = lazy(runtime)
             model.load_state_dict(state, strict=False)
@@ -114,7 +115,7 @@ def ranks_with_other_values_are_told_so(path: Path) -> None:
 
 def a_tensor_that_one_rank_has_changed_is_an_error_on_all(path: Path) -> None:
     for _, strategy in strategies():
-        runtime = Runtime(accelerator="cpu", strategy=strategy)
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy)
         model = lazy(runtime)
         state = complete()
         model.load_state_dict(state)
@@ -139,7 +140,7 @@ def nothing_but_the_kept_weights_is_allocated(path: Path) -> None:
             continue
         for precision, size in (("32-true", 4), ("bf16-true", 2)):
             for mapped in (True, False):
-                runtime = Runtime(accelerator="cpu", strategy=strategy, precision=precision)
+                runtime = Runtime(accelerator=accelerator(), strategy=strategy, precision=precision)
                 with runtime.init_module(empty_init=True):
                     model = Wide()
                 kept = size * sum(parameter.numel() for parameter in model.parameters())
@@ -195,7 +196,7 @@ CHECKS: list[Callable[[Path], None]] = [
 
 
 def main(path: Path) -> None:
-    runtime = Runtime(accelerator="cpu", strategy="ddp")
+    runtime = Runtime(accelerator=accelerator(), strategy="ddp")
     runtime.launch()
     try:
         if runtime.is_global_zero:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nucleate import Runtime
 from nucleate.cluster import process_group
 from nucleate.strategies import FSDPStrategy, Strategy
+from tests.multi.device import accelerator, device
 
 NUM_STEPS = 3
 FORMATS = ("dcp", "safetensors", "torch")
@@ -76,7 +77,7 @@ def suffix(format: str) -> str:
 
 
 def batch(step: int) -> Tensor:
-    return torch.randint(13, (4, 5), generator=torch.Generator().manual_seed(step))
+    return torch.randint(13, (4, 5), generator=torch.Generator(device()).manual_seed(step))
 
 
 def build(runtime: Runtime, seed: int, before: Callable[[nn.Module], object] = lambda model: None) -> tuple[Any, ...]:
@@ -128,7 +129,7 @@ def save_all(folder: Path, world_size: int) -> None:
     for name, (ranks, strategy) in STRATEGIES.items():
         if ranks != world_size:
             continue
-        runtime = Runtime(accelerator="cpu", strategy=strategy())
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy())
         model, optimizer, scheduler = build(runtime, seed=1)
         train(runtime, model, optimizer, scheduler, 0, NUM_STEPS)
         for format in FORMATS:
@@ -140,7 +141,7 @@ def load_all(folder: Path, world_size: int) -> None:
     for name, (ranks, strategy) in {**STRATEGIES, **OTHER_POLICIES}.items():
         if ranks != world_size:
             continue
-        runtime = Runtime(accelerator="cpu", strategy=strategy())
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy())
         model, optimizer, scheduler = build(runtime, seed=1)
         train(runtime, model, optimizer, scheduler, 0, NUM_STEPS)
         losses = train(runtime, model, optimizer, scheduler, NUM_STEPS, 2 * NUM_STEPS)

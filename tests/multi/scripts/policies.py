@@ -15,6 +15,7 @@ from nucleate import Runtime
 from nucleate.errors import UsageError
 from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate.strategies.base import Strategy
+from tests.multi.device import accelerator, device
 
 
 class Block(abc.ABC, nn.Module):
@@ -51,7 +52,7 @@ class Model(nn.Module):
 
 
 def data(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
+    generator = torch.Generator(device()).manual_seed(step)
     return torch.randn(8, 10, generator=generator), torch.randn(8, 1, generator=generator)
 
 
@@ -75,7 +76,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def start(strategy: Strategy) -> tuple[Runtime, Any, Any, Model]:
-    runtime = Runtime(accelerator="cpu", strategy=strategy)
+    runtime = Runtime(accelerator=accelerator(), strategy=strategy)
     torch.manual_seed(0)
     with runtime.init_module(empty_init=True):
         original = Model()
@@ -98,7 +99,9 @@ def trains_as_one_process(make: Callable[[], Strategy], rtol: float = 1e-4) -> N
         optimizer.step()
         optimizer.zero_grad()
     for (name, parameter), other in zip(original.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(whole(parameter), other, rtol=rtol, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            whole(parameter).to(other.device), other, rtol=rtol, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def accumulates_as_one_process(make: Callable[[], Strategy]) -> None:
@@ -112,7 +115,7 @@ def accumulates_as_one_process(make: Callable[[], Strategy]) -> None:
             runtime.backward((model(inputs) - goals).square().mean() / 2)
     optimizer.step()
     for parameter, other in zip(original.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(whole(parameter), other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole(parameter).to(other.device), other, rtol=1e-4, atol=1e-5)
 
 
 def methods_go_through_the_strategy(make: Callable[[], Strategy]) -> None:
@@ -126,7 +129,7 @@ def methods_go_through_the_strategy(make: Callable[[], Strategy]) -> None:
     runtime.backward(model.loss(*share))
     optimizer.step()
     for parameter, other in zip(original.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(whole(parameter), other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole(parameter).to(other.device), other, rtol=1e-4, atol=1e-5)
 
 
 POLICIES: dict[str, Callable[[], Strategy]] = {

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from nucleate import Runtime
 from tests.architectures.torchrec_family import TorchrecFamily, forward
+from tests.multi.device import accelerator
 
 # What torchrec and its compiled part warn of when they are imported.
 warnings.simplefilter("ignore")
@@ -32,7 +33,7 @@ def is_exact_and_trains(name: str, strategy: str) -> None:
     expected, after = seeded(make)
     # One table is fp16 by its configuration. This precision casts it.
     expected.float()
-    runtime = Runtime(accelerator="cpu", strategy=strategy, precision="32-true")
+    runtime = Runtime(accelerator=accelerator(), strategy=strategy, precision="32-true")
     with runtime.init_module(empty_init=True):
         original, _ = seeded(make)
     model, optimizer = runtime.setup(original, torch.optim.SGD(original.parameters(), lr=0.1))

@@ -20,6 +20,7 @@ from nucleate.cluster import Communicator
 from nucleate.errors import NucleateError, RankDisagreementError, RankFailedError, UninitializedError
 from tests.by_hand import made_by_hand
 from tests.deferred.equality import bits, named_tensors
+from tests.multi.device import accelerator
 from tests.multi.exactness import make_strategy, whole
 
 SEED = 77
@@ -174,7 +175,7 @@ CHECKS: tuple[Callable[[Runtime, Path], None], ...] = (
 def main() -> None:
     for name in sys.argv[1:]:
         for check in CHECKS:
-            runtime = Runtime(accelerator="cpu", strategy=make_strategy(name))
+            runtime = Runtime(accelerator=accelerator(), strategy=make_strategy(name))
             folder = Path(runtime.broadcast(tempfile.mkdtemp()))
             check(runtime, folder)
         sys.stdout.write(f"{name} holds\n")

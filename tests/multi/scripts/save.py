@@ -9,7 +9,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,13 +24,14 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from nucleate.checkpoint import load, save
 from nucleate.checkpoint.writer import SaveJob
 from nucleate.checkpoint.writers import output
-from nucleate.cluster import Communicator, Environment, process_group
+from nucleate.cluster import Communicator, Environment
 from nucleate.errors import CheckpointError, NucleateError, RankDisagreementError, RankFailedError
 from tests.multi.checks import run_checks
+from tests.multi.device import ACCELERATOR, ON_CPU, device, equal, start_group
 from tests.multi.scripts.checkpoint import adamw, full, hybrid, plain, sharded, train
 
 PLACES: list[tuple[str, str | None]] = [("c", None), ("c", "safetensors"), ("c.safetensors", None), ("c.pt", None)]
-SOLO = Communicator(Environment(), torch.device("cpu"))
+SOLO = Communicator(Environment(), device())
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -57,15 +57,15 @@ def read(path: Path) -> dict[str, Tensor]:
 def assert_holds(path: Path, wanted: dict[str, Tensor]) -> None:
     found = read(path)
     assert wanted.keys() <= found.keys(), wanted.keys() - found.keys()
-    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+    assert [key for key in wanted if not equal(found[key], wanted[key])] == []
 
 
 def layouts(comm: Communicator) -> dict[str, Tensor]:
     """Return tensors spread over the ranks in every way that there is."""
     world = comm.world_size
-    flat = init_device_mesh("cpu", (world,))
-    square = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("a", "b"))
-    generator = torch.Generator().manual_seed(0)
+    flat = init_device_mesh(ACCELERATOR, (world,))
+    square = init_device_mesh(ACCELERATOR, (2, world // 2), mesh_dim_names=("a", "b"))
+    generator = torch.Generator(device()).manual_seed(0)
 
     def tensor(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
@@ -131,7 +131,7 @@ def models_and_optimizers_are_saved_whole(comm: Communicator, path: Path) -> Non
 
 
 def every_rank_writes_its_own_part_and_no_more(comm: Communicator, path: Path) -> None:
-    mesh = init_device_mesh("cpu", (2, comm.world_size // 2))
+    mesh = init_device_mesh(ACCELERATOR, (2, comm.world_size // 2))
     written = 0
     pwrite = output._pwrite
 
@@ -154,7 +154,7 @@ def every_rank_writes_its_own_part_and_no_more(comm: Communicator, path: Path) -
 
 
 def sharded_tensors_that_differ_are_refused_everywhere(comm: Communicator, path: Path) -> None:
-    mesh = init_device_mesh("cpu", (comm.world_size,))
+    mesh = init_device_mesh(ACCELERATOR, (comm.world_size,))
     model = nn.ParameterDict()
     for name in ("a", "b") if comm.rank == 0 else ("b", "a"):
         model[name] = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None))
@@ -239,7 +239,7 @@ def the_failure_of_an_asynchronous_save_is_heard_everywhere(comm: Communicator, 
 
 
 def no_rank_holds_more_than_its_part(comm: Communicator, path: Path) -> None:
-    mesh = init_device_mesh("cpu", (comm.world_size,))
+    mesh = init_device_mesh(ACCELERATOR, (comm.world_size,))
     rows = 64 * comm.world_size
     local = torch.ones(64, 1 << 18)  # 64 MiB, and as many on every rank
     state = {"t": DTensor.from_local(local, mesh, [Shard(0)]), "u": torch.ones(1 << 18, 16).t()}
@@ -250,7 +250,9 @@ def no_rank_holds_more_than_its_part(comm: Communicator, path: Path) -> None:
         before = _peak_kib("VmHWM")
         save(path / name, state, comm)
         grown = _peak_kib("VmHWM") - before
-        assert grown < (output._num_threads() * 16 + 24) * 1024, f"{name}: {grown} KiB"
+        # A tensor that does not lie row by row is made so where it is, and a simulated device has memory of this process.
+        per_thread = 16 if ON_CPU else 32
+        assert grown < (output._num_threads() * per_thread + 24) * 1024, f"{name}: {grown} KiB"
     assert load_file(path / "c.safetensors")["t"].shape == (rows, 1 << 18)
     comm.barrier()
     if comm.rank == 0:
@@ -319,9 +321,7 @@ def abandoned(comm: Communicator, path: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    environment = Environment.detect()
-    process_group.start(environment, "gloo", timedelta(seconds=60), torch.device("cpu"))
-    communicator = Communicator(environment, torch.device("cpu"))
+    communicator = start_group()
     command, folder = sys.argv[1], Path(sys.argv[2])
     if command == "checks":
         run_checks(CHECKS, communicator, folder)

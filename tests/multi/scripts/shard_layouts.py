@@ -21,6 +21,7 @@ from nucleate.deferred import convert, deferred
 from nucleate.deferred.fills import Fill
 from nucleate.materialize import Plan, execute
 from tests.deferred.rows import Rows
+from tests.multi.device import ACCELERATOR, device, start_group
 
 made = 0
 real_make = Fill.make
@@ -53,18 +54,18 @@ class Net(nn.Module):
 
 
 def rows(model: Net) -> None:
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(model, mesh=init_device_mesh(ACCELERATOR, (dist.get_world_size(),)))
 
 
 def columns(model: Net) -> None:
     def place(parameter: nn.Parameter) -> Shard:
         return Shard(parameter.dim() - 1)
 
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), shard_placement_fn=place)
+    fully_shard(model, mesh=init_device_mesh(ACCELERATOR, (dist.get_world_size(),)), shard_placement_fn=place)
 
 
 def tensor_parallel_and_rows(model: Net) -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+    mesh = init_device_mesh(ACCELERATOR, (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
     parallelize_module(model, mesh["tensor"], plan, src_data_rank=None)
     fully_shard(model, mesh=mesh["data"])
@@ -79,7 +80,7 @@ def every_third_row(model: Net) -> None:
 
 
 def distribute(model: Net, place: Callable[[Any], Any]) -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(ACCELERATOR, (dist.get_world_size(),))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             sharded = distribute_tensor(parameter.detach(), mesh, [place(parameter)], src_data_rank=None)
@@ -101,21 +102,21 @@ LAYOUTS: dict[str, tuple[Callable[[Net], None], int, int, Callable[[int], float]
 
 def main() -> None:
     global made
-    dist.init_process_group("gloo")
+    start_group()
     for name in sys.argv[1:]:
         lay_out, width, height, share = LAYOUTS[name]
         torch.manual_seed(5)
         eager = Net(width, height)
         stream = torch.rand(4)
         torch.manual_seed(5)
-        with deferred():
+        with deferred(device()):
             model = Net(width, height)
         assert torch.equal(torch.rand(4), stream)
         plan = Plan.of(model)
         plan.release()
         lay_out(model)
         made = 0
-        execute(plan, model, torch.device("cpu"))
+        execute(plan, model, device())
         expected = dict(eager.named_parameters())
         numel = sum(parameter.numel() for parameter in expected.values())
         # Rounded up to rows, and groups of 16 at the ends.

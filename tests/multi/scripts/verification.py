@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nucleate import Runtime
 from nucleate.errors import NucleateError, RankDisagreementError, RankFailedError, VerificationError
 from nucleate.strategies.base import Strategy
+from tests.multi.device import accelerator
 from tests.multi.exactness import make_strategy
 from tests.zoo import ZOO
 
@@ -58,7 +59,7 @@ class Model(nn.Module):
 
 
 def expect(strategy: Strategy, verify: Any, message: str, rank: int, adopt: bool = False) -> None:
-    runtime = Runtime(accelerator="cpu", strategy=strategy, verify=verify)
+    runtime = Runtime(accelerator=accelerator(), strategy=strategy, verify=verify)
     with runtime.init_module(empty_init=not adopt):
         model = Model()
     with pytest.raises(NucleateError, match=message) as caught:
@@ -71,7 +72,7 @@ for name in sys.argv[1:]:
     # Healthy, in whole and in a sample, deferred and not.
     for key, (make, _) in ZOO.items():
         for verify in (True, "all"):
-            runtime = Runtime(accelerator="cpu", strategy=make_strategy(name), verify=verify)
+            runtime = Runtime(accelerator=accelerator(), strategy=make_strategy(name), verify=verify)
             with runtime.init_module(empty_init=key != "gpt" or verify is True):
                 model = make()
             runtime.setup(model)
@@ -91,7 +92,11 @@ for name in sys.argv[1:]:
         expect(Meddler(make_strategy(name), "layers.0.weight", last, 1), True, found, -1, adopt=True)
 
     # One rank alone cannot verify.
-    runtime = Runtime(accelerator="cpu", strategy=make_strategy(name), verify=Runtime(accelerator="cpu").is_global_zero)
+    runtime = Runtime(
+        accelerator=accelerator(),
+        strategy=make_strategy(name),
+        verify=Runtime(accelerator=accelerator()).is_global_zero,
+    )
     with pytest.raises(RankDisagreementError, match="verify is True on rank 0 but False on rank 1"):
         runtime.setup(nn.Linear(2, 2))
 print("verified", flush=True)

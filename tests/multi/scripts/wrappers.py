@@ -6,7 +6,6 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 
 import pytest
 import torch
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from nucleate.cluster import Communicator, Environment, process_group
+from nucleate.cluster import Communicator
 from nucleate.errors import UsageError
 from nucleate.precision import FullPrecision, MixedPrecision
 from nucleate.seed import RandomState
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers import ModuleWrapper, OptimizerWrapper
+from tests.multi.device import ACCELERATOR, start_group
 
 
 class Replicas(Strategy):
@@ -72,7 +72,7 @@ def an_overflow_in_one_shard_skips_the_step_on_every_rank(comm: Communicator) ->
         fully_shard(model.first)
         fully_shard(model)
         precision = MixedPrecision(
-            torch.float16, device_type="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=64.0)
+            torch.float16, device_type=ACCELERATOR, scaler=torch.amp.GradScaler(ACCELERATOR, init_scale=64.0)
         )
         optimizer = OptimizerWrapper(torch.optim.AdamW(model.parameters(), **options), precision)
         skipped = []
@@ -109,9 +109,7 @@ CHECKS: list[Callable[[Communicator], None]] = [
 ]
 
 if __name__ == "__main__":
-    environment = Environment.detect()
-    device = torch.device("cpu")
-    process_group.start(environment, "gloo", timedelta(seconds=60), device)
+    communicator = start_group()
     for check in CHECKS:
-        check(Communicator(environment, device))
+        check(communicator)
         sys.stdout.write(f"{check.__name__}\n")

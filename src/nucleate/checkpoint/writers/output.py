@@ -328,7 +328,7 @@ def _scatter_slab(
 def _copy_slab(given: Given, slab: Tensor, begin: tuple[int, ...], place: Place, descriptor: int) -> None:
     """Write what somebody else has; the slab only says how much of it."""
     for offset, numel in runs(begin, tuple(slab.shape), place.shape):
-        plain = torch.empty(numel, dtype=place.dtype)
+        plain = torch.empty(numel, dtype=place.dtype, device="cpu")
         take_range(plain, given, offset)
         _pwrite(
             descriptor, plain.data_ptr(), numel * place.dtype.itemsize, place.offset + offset * place.dtype.itemsize
