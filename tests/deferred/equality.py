@@ -139,12 +139,17 @@ def _other_content(name: str, tensor: Tensor, twin: Tensor) -> Iterator[str]:
             yield f"{name}: other values"
         return
     # Without elements strides lead nowhere, and kernels of the meta device give others.
-    if tensor.numel() and tensor.stride() != twin.stride():
+    if tensor.numel() and _strides(tensor) != _strides(twin):
         yield f"{name}: stride {twin.stride()}, eagerly {tensor.stride()}"
     if tensor.storage_offset() != twin.storage_offset():
         yield f"{name}: storage offset {twin.storage_offset()}, eagerly {tensor.storage_offset()}"
     if bits(tensor) != bits(twin):
         yield f"{name}: other values"
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Return the strides; on other devices than the CPU without those of dims of one element, which lead nowhere."""
+    return [step for step, length in zip(tensor.stride(), tensor.shape, strict=True) if ON_CPU or length > 1]
 
 
 def _first_of_each(tensors: dict[str, Tensor], key: Callable[[Tensor], int]) -> dict[str, str]:

@@ -88,6 +88,33 @@ def test_a_value_that_the_constructor_reads_cannot_be_made() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda: torch.tensor([1, 5]).tolist(),
+        lambda: [value.item() for value in torch.linspace(0, 1, 4)],
+        lambda: torch.randn(4, 5)[torch.arange(3)],
+        lambda: nn.functional.embedding(torch.arange(3), torch.randn(4, 5)),
+        lambda: nn.functional.dropout(torch.ones(4, 5)),
+        lambda: torch.multinomial(torch.ones(5), 2),
+        lambda: nn.init.sparse_(torch.empty(4, 5), 0.5),
+        lambda: nn.init.orthogonal_(torch.empty(4, 4)),
+        lambda: torch.arange(4)[torch.arange(4) > 1],
+        lambda: torch.ones(3, device="cpu").new_tensor([1.0], device="cuda"),
+        lambda: torch.empty(3, device=0),
+    ],
+)
+def test_what_depends_on_no_random_number_is_looked_at_on_the_cpu(look: Callable[[], object]) -> None:
+    before = torch.get_rng_state()
+    with torch.device("cuda"), deferred("cuda"):
+        seen = look()
+    assert torch.equal(torch.get_rng_state(), before)
+    if isinstance(seen, Tensor):
+        assert seen.device == torch.device("cuda", 0)
+    else:
+        assert seen == look()
+
+
 def test_it_cannot_be_made_there_nor_on_another_kind_of_device_and_stays_deferred() -> None:
     model = construct(Mixed)
     with pytest.raises(DeferredUseError, match="wanted on 'cuda:0', which this process does not have"):

@@ -15,7 +15,7 @@ from nucleate.devices import philox
 from nucleate.errors import NucleateError
 from nucleate.materialize import materialize
 from tests.deferred.equality import named_tensors
-from tests.gpu.device import DEVICE_TYPE, IS_SIMULATED, DeviceMemory, device, free_bytes, only_on_gpu
+from tests.gpu.device import DEVICE_TYPE, DeviceMemory, device, free_bytes, only_on_gpu
 from tests.gpu.models import (
     assert_deferred_is_eager,
     assert_same_values,
@@ -86,13 +86,7 @@ DRAWS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-# Its kernel has no argument for a generator, so that the fallback to the CPU's kernel draws from the CPU's.
-OF_THE_CPU = pytest.mark.xfail(IS_SIMULATED, reason="the simulated device's dropout draws from the CPU's generator")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=OF_THE_CPU) if name == "dropout" else name for name in DRAWS]
-)
+@pytest.mark.parametrize("name", DRAWS)
 def test_what_is_drawn_after_a_random_operation_is_eagers(name: str) -> None:
     """Each random operation of torch has eager's values, and so has what is drawn behind it."""
 

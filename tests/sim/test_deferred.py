@@ -179,3 +179,57 @@ def test_a_recording_for_the_cpu_inside_one_for_the_device_keeps_its_tensors_to_
         assert not outer.tape.steps
         model = nn.Linear(2, 2)
     assert record_of(model.weight) is outer
+
+
+def test_the_constructor_may_change_the_current_device() -> None:
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.here = nn.Parameter(torch.rand(3))
+            with torch.accelerator.device_index(1):
+                self.there = nn.Parameter(torch.rand(3, device="sim"))
+
+    apart()
+    with SIM:
+        eager = Changes()
+    expected = [both_states(device) for device in (SIM, OTHER)]
+    apart()
+    model = construct(Changes, SIM)
+    materialize(model, SIM)
+    assert model.there.device == eager.there.device == OTHER
+    assert_same_model(eager, model)
+    for device, states in zip((SIM, OTHER), expected, strict=True):
+        assert all(map(torch.equal, both_states(device), states))
+
+
+def test_the_seed_that_a_constructor_asks_for_is_the_users() -> None:
+    torch.manual_seed(5)
+    with SIM, deferred(SIM):
+        torch.rand(3)
+        assert torch.sim.initial_seed() == torch.initial_seed() == 5
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "pow", "norm", "matmul"])
+def test_autocast_casts_as_it_does_on_the_device(name: str) -> None:
+    functions = {
+        "softmax": lambda x: x.softmax(-1),
+        "log_softmax": lambda x: nn.functional.log_softmax(x, -1),
+        "pow": lambda x: x.pow(2),
+        "norm": lambda x: torch.norm(x),
+        "matmul": lambda x: x @ x.t(),
+    }
+
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.autocast("sim", dtype=torch.bfloat16):
+                half = torch.randn(4, 4).to(torch.bfloat16)
+                self.register_buffer("made", functions[name](half if name != "matmul" else half.float()))
+
+    torch.manual_seed(5)
+    with SIM:
+        eager = Casts()
+    torch.manual_seed(5)
+    model = construct(Casts, SIM)
+    materialize(model, SIM)
+    assert_same_model(eager, model)

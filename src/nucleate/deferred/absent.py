@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext, _device_constructors
 
 #: What makes a tensor of values that it is given.
-FROM_DATA = frozenset((torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor))
+FROM_DATA = frozenset((torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor))
 
 
 def absent_as_meta(
@@ -42,6 +43,8 @@ def _default_device() -> torch.device | None:
 
 
 def _means(value: Any, absent: torch.device) -> bool:
+    if isinstance(value, int):
+        return value == (absent.index or 0)
     if not isinstance(value, (str, torch.device)):
         return False
     device = torch.device(value)

@@ -111,6 +111,14 @@ def result_on_stand_ins(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return map_leaves(result, lambda leaf: originals[id(leaf)][1] if id(leaf) in originals else to_meta(leaf))
 
 
+# They want one dtype, which most of their meta kernels do not look at.
+_PRODUCTS = {
+    torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.mv, torch.ops.aten.dot, torch.ops.aten.vdot,
+    torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.addmv, torch.ops.aten.addmv_, torch.ops.aten.baddbmm,
+    torch.ops.aten.addbmm,
+}  # fmt: skip
+
+
 def is_doubtful(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a small operation may have no kernel for its dtypes, which its meta kernel would not say."""
     given = tensors((args, kwargs))
@@ -121,6 +129,8 @@ def is_doubtful(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     # Many, such as `index_put_`, want one dtype only; so more than one needs to be tried once.
     floats = {tensor.dtype for tensor in given if tensor.is_floating_point()}
     usual = known or (len(floats) == 1 and floats <= _USUAL)
+    if func.overloadpacket in _PRODUCTS and len({tensor.dtype for tensor in given}) > 1:
+        usual = False
     return not usual and sum(t.numel() for t in given) <= 4 * SMALL_NUMEL and (func, _dtypes(given)) not in _trusted
 
 

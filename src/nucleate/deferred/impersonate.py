@@ -29,6 +29,7 @@ from nucleate.deferred.record import Recorder
 from nucleate.deferred.recorded_methods import loading_frame, refuse_meta_source
 from nucleate.deferred.tape import map_leaves, tensors
 from nucleate.deferred.wholes import call_whole, is_whole
+from nucleate.devices import concrete, is_present
 from nucleate.devices.kinds import moves, questions
 
 Handler = Callable[..., Any]
@@ -400,7 +401,11 @@ def _same_device(value: Any, own: torch.device) -> bool:
         device = torch.device(value)
     except (RuntimeError, TypeError):
         return False
-    return device.type == own.type and device.index in (None, own.index)
+    if device.type != own.type:
+        return False
+    if device.index is None and own.index is not None and is_present(own):
+        device = concrete(device)  # The current one, which the constructor may have changed.
+    return device.index in (None, own.index)
 
 
 def _type_name(dtype: torch.dtype, device: torch.device) -> str:

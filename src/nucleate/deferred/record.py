@@ -33,7 +33,7 @@ from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, 
 from nucleate.deferred.tensor_given import TensorGiven
 from nucleate.deferred.traits import Traits, traits_of
 from nucleate.deferred.values import Values
-from nucleate.devices import default_generator, is_present
+from nucleate.devices import concrete, default_generator, is_present
 from nucleate.devices.generators import Generator
 
 aten = torch.ops.aten
@@ -264,6 +264,8 @@ class Recorder(TorchDispatchMode):
         )
 
     def _is_own(self, device: torch.device) -> bool:
+        if device.index is None and self.is_present:
+            device = concrete(device)  # The current one, which the constructor may have changed.
         return device.type == self.device.type and device.index in (None, self.device.index)
 
     def _is_ours(self, traits: Traits, kwargs: dict[str, Any]) -> bool:
@@ -322,7 +324,7 @@ class Recorder(TorchDispatchMode):
                 return self._record(func, traits, args, kwargs)
 
     def _record(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if traits.indexes:
+        if traits.indexes and self.is_present:
             check_bounds(func, args, lambda leaf: self.value(leaf) if leaf.is_meta else leaf)
         written = written_by(traits, args, kwargs)
         if traits.is_random:

@@ -86,22 +86,31 @@ class Replayer:
     def contents(
         self, steps: list[Step], storages: Sequence[int], device: torch.device | None = None
     ) -> dict[int, torch.UntypedStorage]:
-        """Return what a slice makes of several storages, on a device or on the one that they stand for."""
+        """Return what a slice makes of several storages, on a device or on the one that they stand for.
+
+        Where that is absent, what depends on no random number is made on the CPU: somebody wants to look at it.
+        """
         with self.plain_torch():
-            return self._run(steps, storages, device or self.device)
+            return self._run(steps, storages, device or self._looked_at_on(steps))
 
     def execute_unrecorded(self, step: Step) -> tuple[tuple[Any, ...], dict[str, Any], Any, Tensor | None]:
         """Run a step that is not on the tape yet, on real values.
 
         Returns:
             Its real positional arguments, keyword arguments and result, and the generator's state behind it if it
-            is random.
+            is random and the device is there.
         """
         with self.plain_torch():
             needed = sorted({*step.reads, *step.writes})
-            env = self._run(backward_slice(self.tape, needed), needed, self.device)
-            args, kwargs = self._bind(step, env, self.device)
+            before = backward_slice(self.tape, needed)
+            where = self._looked_at_on(before)
+            env = self._run(before, needed, where)
+            args, kwargs = self._bind(step, env, where)
             generator = None
+            if where != self.device:
+                # Only the geometry of random numbers is right, and the CPU's generator is given back.
+                with torch.random.fork_rng(devices=()):
+                    return args, kwargs, step.func(*args, **kwargs), None
             if step.position is not None:
                 generator = self._generator(step, self.device)
                 generator.set_state(self.random.state_at(step.position))
@@ -128,7 +137,8 @@ class Replayer:
         device: torch.device,
         scratch: torch.UntypedStorage | None = None,
     ) -> dict[int, torch.UntypedStorage]:
-        self._refuse_device(device)
+        if not self._is_looked_at(steps, device):
+            self._refuse_device(device)
         last_use = {storage: step.index for step in steps for storage in (*step.reads, *step.writes, *step.creates)}
         kept = set(wanted)
         env: dict[int, torch.UntypedStorage] = {}
@@ -147,6 +157,15 @@ class Replayer:
             if storage not in env and self.tape.size_bytes(storage) == 0:
                 env[storage] = torch.UntypedStorage(0, device=device)
         return env
+
+    def _looked_at_on(self, steps: list[Step]) -> torch.device:
+        """Return where a constructor's questions about values are answered."""
+        host = torch.device("cpu")
+        return host if self._is_looked_at(steps, host) else self.device
+
+    def _is_looked_at(self, steps: list[Step], device: torch.device) -> bool:
+        is_absent = device.type == "cpu" != self.device.type and not is_present(self.device)
+        return is_absent and all(step.position is None for step in steps)
 
     def _refuse_device(self, device: torch.device) -> None:
         """Raise where the recipes cannot be made: on another kind of device, or on one that is not there.

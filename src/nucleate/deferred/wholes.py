@@ -7,6 +7,7 @@ memory. They run once on real values, and are one step on the tape. Their gradie
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -65,11 +66,13 @@ def is_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: t
         device: The device that deferred tensors stand for.
     """
     if func is torch.norm or func is Tensor.norm:
-        return bool(kwargs.get("p", args[1] if len(args) > 1 else None) == "nuc")
-    if func in _SPECTRAL:
+        if kwargs.get("p", args[1] if len(args) > 1 else None) == "nuc":
+            return True
+    elif func in _SPECTRAL:
         is_norm = func is torch.linalg.norm or func is torch.linalg.matrix_norm
         order = kwargs.get("ord", args[1] if len(args) > 1 else None)
-        return "out" not in kwargs and not (is_norm and order in _VECTOR_ORDS)
+        if "out" not in kwargs and not (is_norm and order in _VECTOR_ORDS):
+            return True
     if func in _RECURRENT or func in _SOBOL or func in _ATTENTION or func is torch.unravel_index:
         return True
     if device.type != "cpu" and func in _BY_DEVICE:
@@ -84,12 +87,23 @@ def _is_tracked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _is_cast(func: Any, device: torch.device) -> bool:
     """Return whether autocast changes what a function computes in."""
-    name = f"aten::{getattr(func, '__name__', '').strip('_')}"
-    key = f"Autocast{torch._C._dispatch_key_for_device(device.type)}"
+    name = getattr(func, "__name__", "").strip("_")
+    return _has_kernel(name, f"Autocast{torch._C._dispatch_key_for_device(device.type)}")
+
+
+@functools.cache
+def _has_kernel(name: str, key: str) -> bool:
+    packet = getattr(torch.ops.aten, name, None)
+    # Kernels are registered for some of the overloads, such as `softmax.int`.
+    return packet is not None and any(_has_overload_kernel(name, overload, key) for overload in packet.overloads())
+
+
+def _has_overload_kernel(name: str, overload: str, key: str) -> bool:
+    full = f"aten::{name}" if overload == "default" else f"aten::{name}.{overload}"
     try:
-        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(full, key))
     except RuntimeError:
-        return False
+        return False  # One that only TorchScript has.
 
 
 def call_whole(recorder: Recorder, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
