@@ -96,10 +96,7 @@ QUICK_ON_DEVICES = (
     *("tests/precision", "tests/strategies", "tests/wrappers", "tests/test_runtime.py", "tests/test_seed.py"),
     *(f"tests/materialize/test_{name}.py" for name in ("execute", "parts", "plan", "verification")),
     *(f"tests/checkpoint/test_{name}.py" for name in ("raw", "round_trip", "tensor_map", "training_state")),
-    *(
-        f"tests/multi/test_conformance.py::test_a_strategy_passes_its_suite_on_several_ranks[{name}-2]"
-        for name in RANKS
-    ),
+    *(f"tests/multi/test_conformance.py::{SUITE}[{name}-2]" for name in ("TestDDP", "TestFSDP")),
     "tests/multi/test_policies.py",
 )
 ALL_ON_DEVICES = (
