@@ -133,8 +133,8 @@ class Runtime:
         self._integrations: dict[str, Integration] = {}
         for choice in self._only_plugins or ():
             self._add_integration(cast(Integration, INTEGRATIONS.choose(choice)))
-        # What has been set up: the original models, and what was returned for each.
-        self._models: weakref.WeakKeyDictionary[nn.Module, ModuleWrapper] = weakref.WeakKeyDictionary()
+        # What has been set up: the original models.
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     # -- what it is made of --------------------------------------------------------------------------------
 
@@ -315,7 +315,7 @@ class Runtime:
         for integration in integrations:
             for method in integration.inference_methods(model):
                 wrapped.mark_inference_method(method)
-        self._models[model] = wrapped
+        self._models.add(model)
         if not optimizers:
             return wrapped
         return (wrapped, *(OptimizerWrapper(optimizer, self._precision) for optimizer in optimizers))

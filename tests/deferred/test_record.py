@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nucleate.deferred import deferred
 from nucleate.materialize import materialize
 from tests.deferred.equality import assert_exact, assert_same_model, bits
+from tests.device import device
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(7, 5),
@@ -157,7 +158,7 @@ def test_a_tensor_the_user_puts_on_meta_stays_there() -> None:
 
 def test_lstm_weights_work_after_materialization() -> None:
     model = assert_exact(lambda: nn.LSTM(3, 4))
-    output, _ = model(torch.ones(2, 1, 3))
+    output, _ = model(torch.ones(2, 1, 3, device=device()))
     output.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert all(a is b for a, b in zip(model._flat_weights, model.parameters(), strict=True))

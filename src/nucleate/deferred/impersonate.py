@@ -228,6 +228,12 @@ class Impersonation(TorchFunctionMode):
 
     def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep `to`, `cpu` and their like from copying where eager torch, already there, would return the tensor."""
+        other = kwargs.get("other", args[1] if len(args) > 1 else None)
+        if isinstance(other, Tensor):
+            # torch would see that a deferred tensor is on the meta device.
+            device = self.recorder.device if self._is_deferred(other) else other.device
+            args = (args[0], device, other.dtype, *args[2:])
+            kwargs = {name: value for name, value in kwargs.items() if name != "other"}
         if any(_is_meta_device(arg) for arg in (*args[1:], *kwargs.values())):
             with self._meta_is_meant():
                 if self._is_deferred(args[0]):

@@ -75,8 +75,9 @@ def _install(stack: ExitStack) -> None:
         for record in reversed(active_records()):
             if record.holds(tensor):
                 with plain_modes():
-                    # It refuses wrong numbers also on no elements.
-                    trunc_normal(torch.empty(0), mean, std, a, b, torch.Generator())
+                    # It refuses wrong numbers also on no elements, and wrong dtypes on one.
+                    numel = 0 if tensor.dtype.is_floating_point else 1
+                    trunc_normal(torch.empty(numel, dtype=tensor.dtype), mean, std, a, b, torch.Generator())
                 return record.recorder.opaque(trunc_normal, tensor, (mean, std, a, b), generator)
         return trunc_normal(tensor, mean, std, a, b, generator)
 

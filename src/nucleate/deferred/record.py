@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from nucleate.deferred.active import alone, turn
-from nucleate.deferred.bounds import check_bounds
+from nucleate.deferred.bounds import check_bounds, refuse_overlap
 from nucleate.deferred.constants import Constants
 from nucleate.deferred.effects import needed_by, overwritten_by, read_by, written_by
 from nucleate.deferred.exposed import Exposed
@@ -325,6 +325,8 @@ class Recorder(TorchDispatchMode):
         if traits.indexes:
             check_bounds(func, args, lambda leaf: self.value(leaf) if leaf.is_meta else leaf)
         written = written_by(traits, args, kwargs)
+        if traits.is_random:
+            refuse_overlap(written)
         written_refs = tuple(self.tape.ref(tensor) for tensor in written)
         replay_args, replay_kwargs = map_leaves(args, self._capture), map_leaves(kwargs, self._capture)
         if traits.device:
@@ -404,6 +406,7 @@ class Recorder(TorchDispatchMode):
             args: Plain arguments.
             generator: An explicit generator, or None for the default one.
         """
+        refuse_overlap([tensor])
         source = self.generator(generator)
         # Seen by our own mode, a token that is looked at would be replaced by the state that it stands for.
         with torch._C.DisableTorchFunction():

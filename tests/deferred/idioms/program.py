@@ -63,6 +63,12 @@ def _numpy_write(m: Machine, x: Tensor, y: Tensor, n: int) -> None:
     m.reads.append(float(np.nansum(array)))
 
 
+def _out(m: Machine, x: Tensor, y: Tensor, n: int) -> None:
+    # A larger result takes new memory, and what shared the old one by DLPack is left with what is freed.
+    if x.numel() <= y.numel():
+        torch.add(x.detach(), 1, out=y.detach())
+
+
 def _assign(m: Machine, x: Tensor, y: Tensor, n: int) -> None:
     x.data = y.detach()
 
@@ -155,7 +161,7 @@ OPERATIONS: dict[str, Callable[[Machine, Tensor, Tensor, int], Any]] = {
     "rows of a list": lambda m, x, y, n: x[[0, n % 3]],
     "put": lambda m, x, y, n: _write(lambda t: t.index_put_((torch.tensor([n % 3]),), torch.rand(())))(m, x, y, n),
     "cumsum in place": lambda m, x, y, n: _write(lambda t: t.cumsum_(0))(m, x, y, n),
-    "out": lambda m, x, y, n: _write(lambda t: torch.add(t, 1, out=y.detach()))(m, x, y, n),
+    "out": _out,
     "multinomial": lambda m, x, y, n: torch.multinomial(x.abs() + 0.1, 2),
     "seed": lambda m, x, y, n: _seed(torch.default_generator, n),
     "seed the generator": lambda m, x, y, n: _seed(m.generator, n),

@@ -250,7 +250,7 @@ def no_rank_holds_more_than_its_part(comm: Communicator, path: Path) -> None:
         before = _peak_kib("VmHWM")
         save(path / name, state, comm)
         grown = _peak_kib("VmHWM") - before
-        # What does not lie row by row is copied where it is, and a simulated device has memory of this process.
+        # What does not lie row by row is made so where it is, and a simulated device has memory of this process.
         per_thread = 16 if ON_CPU else 32
         assert grown < (output._num_threads() * per_thread + 24) * 1024, f"{name}: {grown} KiB"
     assert load_file(path / "c.safetensors")["t"].shape == (rows, 1 << 18)
