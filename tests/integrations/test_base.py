@@ -131,4 +131,4 @@ def test_an_inference_method_goes_through_the_precision() -> None:
     one = Runtime(accelerator=ACCELERATOR, precision="bf16-true", plugins=[FakeIntegration()])
     model = one.setup(fake_library.Model())
     # Inputs are cast on the way in, outputs on the way out; an unmarked method would fail on the mix of dtypes.
-    assert model.generate(torch.ones(2, 3)).dtype == torch.float32
+    assert model.generate(torch.ones(2, 3, device=device())).dtype == torch.float32

@@ -9,8 +9,9 @@ import torch
 
 from nucleate.materialize import memory
 from nucleate.materialize.memory import MIN_ADVISED_BYTES, advise_huge_pages
+from tests.device import cpu_only
 
-pytestmark = pytest.mark.usefixtures("factories_on_device")
+pytestmark = cpu_only("huge pages are of the host's memory")
 
 HUGE_PAGE = 2 << 20
 

@@ -138,7 +138,7 @@ def _sums(part: Tensor) -> tuple[int, int]:
     """Return two sums over the words of some elements; the second one depends on their order."""
     words = part.view(torch.uint8)
     words = words.view(torch.int64) if words.numel() % 8 == 0 else words.to(torch.int64)
-    places = torch.arange(1, 1 + words.numel())
+    places = torch.arange(1, 1 + words.numel(), device=words.device)
     return int(words.sum()), int((words * places).sum())
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nucleate import Runtime
 from nucleate.cluster import process_group
 from nucleate.errors import DeferredEditError, RankDisagreementError, RankFailedError
-from tests.multi.device import accelerator
+from tests.multi.device import ON_CPU, accelerator
 from tests.multi.scripts.load_raw import Model, stored, strategies, whole
 
 MIB = 2**20
@@ -191,7 +191,8 @@ CHECKS: list[Callable[[Path], None]] = [
     what_is_missing_is_eagers_with_rank_0s_seed,
     ranks_with_other_values_are_told_so,
     a_tensor_that_one_rank_has_changed_is_an_error_on_all,
-    nothing_but_the_kept_weights_is_allocated,
+    # A device keeps its weights beside those of the host, and a simulated one in the same memory.
+    *([nothing_but_the_kept_weights_is_allocated] if ON_CPU else []),
 ]
 
 
