@@ -473,7 +473,7 @@ class Recorder(TorchDispatchMode):
     ) -> tuple[Any, Tensor | None]:
         """Find the result's geometry; where that needs values, run the operation for real and keep only that."""
         try:
-            if traits.looks_at_values:
+            if traits.looks_at_values or self._mixes_devices(func, args, kwargs):
                 raise NotImplementedError
             if not traits.wrong_on_meta and not is_doubtful(func, args, kwargs):
                 return result_on_meta(func, args, kwargs, traits.fills), None
@@ -494,6 +494,18 @@ class Recorder(TorchDispatchMode):
                 return originals.get(id(leaf), to_meta(leaf))
 
             return map_leaves(result, counterpart), state
+
+    def _mixes_devices(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether real tensors of another device take part, which most operations refuse."""
+        return (
+            self.device.type != "cpu"
+            and self.is_present
+            and func is not aten.copy_.default
+            and any(
+                not tensor.is_meta and tensor.device.type != self.device.type and tensor.dim() > 0
+                for tensor in tensors((args, kwargs))
+            )
+        )
 
     def _run_unrecorded(self, step: Step, generator: Generator | None) -> Any:
         _, _, result, state = self.replayer.execute_unrecorded(step)

@@ -29,6 +29,7 @@ _WRONG_ON_META = {
     "nonzero_static", "quantize_per_tensor", "quantize_per_channel", "quantize_per_tensor_dynamic",
     "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "_batch_norm_no_update",
     "_embedding_bag_forward_only", "_embedding_bag", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
+    "sort",
 }  # fmt: skip
 # They refuse parameters by value, and moving the generator takes a run anyway.
 _REFUSING = {"multinomial", "bernoulli", "poisson", "binomial", "_standard_gamma", "_sample_dirichlet"}

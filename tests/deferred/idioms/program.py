@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.device import device
+from tests.device import ON_CPU, device
 
 #: One instruction: what to do, with which tensors (by number, modulo how many there are), and a parameter.
 Instruction = tuple[str, int, int, int]
@@ -111,13 +111,6 @@ OPERATIONS: dict[str, Callable[[Machine, Tensor, Tensor, int], Any]] = {
     "contiguous": lambda m, x, y, n: x.contiguous(),
     "deepcopy": lambda m, x, y, n: copy.deepcopy(x),
     "double": lambda m, x, y, n: x.double(),
-    "to the host": lambda m, x, y, n: x.cpu(),
-    "from the host": lambda m, x, y, n: x.cpu().to(device()),
-    "as another": lambda m, x, y, n: x.to(y),
-    "rand on the host": lambda m, x, y, n: torch.rand(_SHAPES[n % 7], device="cpu"),
-    "rand on the device": lambda m, x, y, n: torch.rand(_SHAPES[n % 7], device=device()),
-    "rand like": lambda m, x, y, n: torch.rand_like(x),
-    "new full": lambda m, x, y, n: x.new_full((2, 3), n),
     "parameter": lambda m, x, y, n: nn.Parameter(x.float()).detach(),
     "add": lambda m, x, y, n: x + y,
     "multiply": lambda m, x, y, n: x * 1.5 - n,
@@ -169,6 +162,17 @@ OPERATIONS: dict[str, Callable[[Machine, Tensor, Tensor, int], Any]] = {
     "save the state": _save_state,
     "restore the state": lambda m, x, y, n: torch.set_rng_state(m.state),
 }
+
+if not ON_CPU:
+    OPERATIONS |= {
+        "to the host": lambda m, x, y, n: x.cpu(),
+        "from the host": lambda m, x, y, n: x.cpu().to(device()),
+        "as another": lambda m, x, y, n: x.to(y),
+        "rand on the host": lambda m, x, y, n: torch.rand(_SHAPES[n % 7], device="cpu"),
+        "rand on the device": lambda m, x, y, n: torch.rand(_SHAPES[n % 7], device=device()),
+        "rand like": lambda m, x, y, n: torch.rand_like(x),
+        "new full": lambda m, x, y, n: x.new_full((2, 3), n),
+    }
 
 programs = st.lists(
     st.tuples(st.sampled_from(sorted(OPERATIONS)), st.integers(0, 30), st.integers(0, 30), st.integers(0, 20)),

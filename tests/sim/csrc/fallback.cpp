@@ -45,6 +45,11 @@ class Call {
     for (size_t i = 0; i < size(); i++) replace(argument(i), aliases);
   }
 
+  // A kernel that refuses its arguments has drawn nothing.
+  void give_generator_back() {
+    if (moved_.first.defined()) moved_.first.unsafeGetGeneratorImpl()->set_state(*moved_.second);
+  }
+
   void replace_results(Aliases& aliases) {
     aliases.take_over_changes();
     for (size_t i = stack_->size() - schema_.returns().size(); i < stack_->size(); i++) {
@@ -106,6 +111,7 @@ class Call {
     int64_t numel = -1;
     for_each_tensor([&](const at::Tensor& tensor) { numel = numel < 0 && tensor.defined() ? tensor.numel() : numel; });
     auto generator = given.isNone() ? default_generator(device_) : given.toGenerator();
+    moved_ = {generator, generator.unsafeGetGeneratorImpl()->get_state()};
     return generator_for_kernel(generator, numel < 0 ? 1 : numel);
   }
 
@@ -132,6 +138,8 @@ class Call {
   size_t begin_;
   c10::DeviceIndex device_ = -1;
   bool host_tensor_ = false;
+  // The generator that the kernel draws from, and its state before.
+  std::pair<at::Generator, c10::intrusive_ptr<c10::TensorImpl>> moved_;
 };
 
 void fallback(const c10::OperatorHandle& op, Stack* stack) {
@@ -142,9 +150,12 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
   c10::DeviceGuard device_guard(c10::Device(kDeviceType, call.device()));
   Aliases aliases(call.device());
   call.replace_arguments(aliases);
-  {
+  try {
     KernelsOnly guard;
     op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  } catch (...) {
+    call.give_generator_back();
+    throw;
   }
   call.replace_results(aliases);
 }
