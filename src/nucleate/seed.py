@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from nucleate.devices import devices_taken, hooks_of
+from nucleate.devices import default_generator, devices_taken, hooks_of, is_present
+from nucleate.devices.generators import ModuleGenerator
 from nucleate.devices.kinds import is_kind
 from nucleate.errors import CheckpointKeyError, ConfigurationError
 
@@ -164,33 +165,59 @@ def _restore(state: dict[str, Any]) -> None:
 
 
 def _device_states() -> dict[str, Any]:
-    """Return the states of this rank's devices by kind: a tensor, or a tuple of them where it uses several devices."""
-    states: dict[str, list[torch.Tensor]] = {}
+    """Return the states of this rank's devices, by their kind and then by their index as a string."""
+    states: dict[str, dict[str, torch.Tensor]] = {}
     for device in devices_taken():
         state = hooks_of(device).random_state_of(device)
         if state is not None:
-            states.setdefault(device.type, []).append(state)
-    return {kind: found[0] if len(found) == 1 else tuple(found) for kind, found in states.items()}
+            states.setdefault(device.type, {})[str(device.index)] = state
+    return states
 
 
 def _restore_devices(state: dict[str, Any]) -> None:
-    devices: dict[str, list[torch.device]] = {}
-    for device in devices_taken():
-        devices.setdefault(device.type, []).append(device)
+    devices = devices_taken()
     for kind in state.keys() - _HOST_STATES:
-        saved = state[kind] if isinstance(state[kind], (tuple, list)) else (state[kind],)
-        here = devices.get(kind, [])
-        if not here and is_kind(kind) and hooks_of(torch.device(kind, 0)).is_present(torch.device(kind, 0)):
-            # Nothing has used it so far.
-            here = [torch.device(kind, hooks_of(torch.device(kind, 0)).current_index(kind))]
-        for device, value in zip(here, saved, strict=False):
-            hooks_of(device).default_generator(device).set_state(value.cpu())
-        if len(here) < len(saved):
+        used = [device for device in devices if device.type == kind]
+        pairs, num_saved = _pair(kind, state[kind], used)
+        for device, value in pairs:
+            _set_state(device, value)
+        if len(pairs) < num_saved:
             warnings.warn(
-                f"the random state was saved with {len(saved)} {kind!r} device(s), and this process uses {len(here)}. "
-                "The other states are left out: random numbers drawn on a device do not continue where they were.",
+                f"the random state was saved with {num_saved} {kind!r} device(s), and this process uses {len(used)}; "
+                f"the states of {num_saved - len(pairs)} are left out: random numbers drawn on a device do not "
+                "continue where they were. Use the same devices as the process that saved it.",
                 stacklevel=3,
             )
+
+
+def _pair(kind: str, saved: Any, used: list[torch.device]) -> tuple[list[tuple[torch.device, torch.Tensor]], int]:
+    """Return which device gets which of the saved states of its kind, and how many states were saved.
+
+    Args:
+        kind: The kind of device.
+        saved: The states by index; or as they were saved once, one state, or several in the order in which the
+            accelerators were made.
+        used: The devices of this kind that this process uses.
+    """
+    if not used and is_kind(kind):
+        # Nothing has used the kind so far.
+        indices = saved if isinstance(saved, dict) and len(saved) > 1 else (None,)
+        places = [torch.device(kind if index is None else f"{kind}:{index}") for index in indices]
+        used = [device for device in places if is_present(device)]
+    if isinstance(saved, dict) and (len(saved) > 1 or len(used) > 1):
+        return [(device, saved[str(device.index)]) for device in used if str(device.index) in saved], len(saved)
+    # One device takes the place of one, whatever its index was.
+    states = list(saved.values()) if isinstance(saved, dict) else saved
+    states = states if isinstance(states, (list, tuple)) else [states]
+    return list(zip(used, states, strict=False)), len(states)
+
+
+def _set_state(device: torch.device, state: torch.Tensor) -> None:
+    if hooks_of(device).is_initialized(device.type):
+        default_generator(device).set_state(state.cpu())
+    else:
+        # torch keeps it until the device is used, and does not begin to use the device for it.
+        ModuleGenerator(device).set_state(state.cpu())
 
 
 def _is_distributed() -> bool:

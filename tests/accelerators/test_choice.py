@@ -11,7 +11,7 @@ from nucleate import Accelerator
 from nucleate.accelerators import CPUAccelerator, CUDAAccelerator, TorchAccelerator
 from nucleate.accelerators.choice import choose
 from nucleate.accelerators.generic import TorchAccelerator as Generic
-from nucleate.errors import PluginLoadError, PluginNotFoundError
+from nucleate.errors import ConfigurationError, PluginLoadError, PluginNotFoundError
 from nucleate.plugin import Named
 from nucleate.registry import ACCELERATORS, Registry
 from tests.accelerators.outsider import Outsider
@@ -97,3 +97,42 @@ def test_auto_passes_over_a_broken_plugin_and_names_it(monkeypatch: pytest.Monke
         assert type(choose("auto")) is CPUAccelerator
     with pytest.raises(PluginLoadError):
         choose("broken")
+
+
+class Broken(Outsider):
+    @classmethod
+    def from_name(cls, name: str) -> Outsider:
+        raise OSError("no driver")
+
+
+class Unsure(Outsider):
+    @classmethod
+    def is_available(cls) -> bool:
+        raise ValueError("no answer")
+
+
+@pytest.mark.parametrize(
+    ("plugin", "reason"), [(Broken, "OSError: no driver"), (Unsure, "ValueError: no answer")], ids=["made", "asked"]
+)
+@pytest.mark.parametrize("current", [None, "mtia"])
+def test_auto_passes_over_a_plugin_that_fails_with_any_error_and_names_it(
+    plugin: type[Accelerator], reason: str, current: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_torch_name(monkeypatch, current)
+    install(monkeypatch, {"mtia": plugin})
+    with pytest.warns(UserWarning, match=f"passes over a plugin: accelerator 'mtia' failed with {reason}"):
+        assert type(choose("auto")) is (CPUAccelerator if current is None else TorchAccelerator)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("cuda:0", r"accelerator=CUDAAccelerator\(index=0\)"),
+        ("xpu:1", r"accelerator=TorchAccelerator\('xpu', index=1\)"),
+        ("hpu:1", r"accelerator=TorchAccelerator\('hpu', index=1\)"),
+        ("cpu:0", "accelerator='cpu'"),
+    ],
+)
+def test_a_name_with_an_index_is_refused_and_the_object_for_it_is_told(name: str, written: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"accelerator='{name}' names one device.*: give {written}."):
+        choose(name)

@@ -46,9 +46,18 @@ def parts(accelerator: TorchAccelerator, **place: int) -> Composition:
     return Composition(accelerator, FullPrecision(), SingleDeviceStrategy(), environment, torch.device("xpu", 0))
 
 
-@pytest.mark.parametrize("name", ["sim2", "cpu", "meta", "cuda:0"])
-def test_what_is_not_an_accelerator_to_torch_is_refused(name: str) -> None:
-    with pytest.raises(ConfigurationError, match="knows no accelerator of that name"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("sim2", "torch .* knows no accelerator of that name. If another package brings it, import that package"),
+        ("cpu", r"the CPU is not an accelerator of torch. Use CPUAccelerator\(\) or accelerator='cpu'"),
+        ("cpu:0", "the CPU is not an accelerator of torch"),
+        ("meta", "tensors on the meta device have no values"),
+        ("cuda:1", r"the name of one device. Give the kind and the index: TorchAccelerator\('cuda', index=1\)"),
+    ],
+)
+def test_what_is_not_an_accelerator_to_torch_is_refused(name: str, reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"TorchAccelerator\('{name}'\): .*{reason}"):
         TorchAccelerator(name)
 
 
@@ -134,6 +143,7 @@ def test_the_backend_is_torchs_default_beside_gloo(monkeypatch: pytest.MonkeyPat
     assert TorchAccelerator("xpu").backend == "cpu:gloo,xpu:xccl"
     assert CUDAAccelerator().backend == "cpu:gloo,cuda:nccl"
     assert TorchAccelerator("mps").backend == "cpu:gloo,mps:gloo"
+    monkeypatch.delitem(dist.Backend.default_device_backend_map, "hpu", raising=False)  # torch's fake backend adds it
     assert TorchAccelerator("hpu").backend == "gloo"
     with pytest.raises(ConfigurationError, match="2 processes cannot exchange tensors on hpu devices"):
         TorchAccelerator("hpu").check(parts(TorchAccelerator("hpu"), world_size=2))
@@ -143,6 +153,18 @@ def test_a_backend_that_this_torch_lacks_is_not_named(monkeypatch: pytest.Monkey
     monkeypatch.setattr(dist, "is_backend_available", lambda name: name == "gloo")
     assert TorchAccelerator("xpu").backend == "gloo"
     assert TorchAccelerator("mps").backend == "cpu:gloo,mps:gloo"
+
+
+def test_gloo_takes_the_place_of_a_backend_that_this_torch_lacks_where_it_serves_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dist, "is_backend_available", lambda name: name == "gloo")
+    assert CUDAAccelerator().backend == "cpu:gloo,cuda:gloo"
+    CUDAAccelerator().check(parts(CUDAAccelerator(), world_size=2, local_world_size=2))
+    with pytest.raises(ConfigurationError, match="2 processes cannot exchange tensors on xpu devices"):
+        TorchAccelerator("xpu").check(parts(TorchAccelerator("xpu"), world_size=2))
+    monkeypatch.setattr(dist, "is_backend_available", lambda name: False)
+    assert CUDAAccelerator().backend == "gloo"
 
 
 def test_an_outsiders_class_attributes_hold() -> None:

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from nucleate.devices import kinds as kinds_module
 from nucleate.devices.kinds import is_kind, legacy_kind, legacy_types, module_moves, moves, questions
 
 
@@ -25,6 +27,23 @@ def test_questions_and_moves_are_found_on_the_tensor() -> None:
     assert Tensor.to not in moves()
     assert set(module_moves()) >= {"cpu", "cuda", "xpu"}
     assert all(callable(getattr(nn.Module, name)) for name in module_moves())
+
+
+def test_no_kind_is_passed_over_where_only_words_with_a_getter_are_tried() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kinds = {name.removeprefix("is_") for name in dir(Tensor) if is_kind(name.removeprefix("is_"))}
+    assert set(questions().values()) == kinds - {"meta"}
+    assert set(moves().values()) == {kind for kind in kinds if hasattr(Tensor, kind)}
+    assert module_moves() == [name for name in dir(nn.Module) if is_kind(name)]
+
+
+def test_few_words_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(kinds_module, "is_kind", lambda word: tried.append(word) is None and is_kind(word))
+    kinds_module._known.__wrapped__("later", False)
+    module_moves()
+    assert 10 < len(tried) < 60, "each of the others costs an exception, and dir(Tensor) has 700"
 
 
 def test_legacy_types_are_those_of_dense_tensors() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from nucleate.accelerators import TorchAccelerator
 from nucleate.accelerators.placement import place
 from nucleate.cluster import process_group
 from nucleate.deferred import deferred
-from nucleate.devices import hooks_of
+from nucleate.devices import default_generator, hooks_of
 from nucleate.errors import ConfigurationError, UsageError
 from nucleate.plugin import Composition
 from nucleate.precision import HalfPrecision
@@ -278,6 +280,22 @@ def test_batches_from_pinned_memory_are_copied_without_waiting(sim: Any) -> None
     assert sim.counts()["late"] > before
 
 
+def test_only_copies_from_pinned_memory_do_not_wait(sim: Any) -> None:
+    sequences = [torch.ones(3, 2), torch.zeros(2, 2)]
+    packed = pack_sequence(sequences, enforce_sorted=False)
+    for data, is_late in [
+        (torch.ones(4), False),
+        (torch.ones(4).pin_memory(), True),
+        (packed, False),
+        (packed._replace(data=packed.data.pin_memory()), False),
+        (packed.pin_memory(), True),
+    ]:
+        before = sim.counts()["late"]
+        moved = move([data], SIM)[0]
+        assert (sim.counts()["late"] > before) is is_late
+        assert torch.equal(moved.data.cpu(), data.data)
+
+
 def test_packed_sequences_are_moved_as_well() -> None:
     packed = pack_sequence([torch.ones(3, 2), torch.zeros(2, 2)])
     moved: PackedSequence = move({"a": packed.pin_memory()}, OTHER)["a"]
@@ -308,6 +326,65 @@ def test_both_devices_of_a_process_are_saved_and_restored() -> None:
     expected = [torch.rand(3, device=runtime.device) for runtime in runtimes]
     RandomState().load_state_dict(state)
     assert all(torch.equal(torch.rand(3, device=r.device), e) for r, e in zip(runtimes, expected, strict=True))
+
+
+def test_each_index_gets_its_own_state_whatever_the_order_of_the_runtimes(tmp_path: Path) -> None:
+    runtimes = [Runtime(accelerator=TorchAccelerator("sim", index=index)) for index in (1, 0)]
+    for index in (0, 1):
+        default_generator(torch.device("sim", index)).manual_seed(100 + index)
+    state = RandomState().state_dict()
+    assert sorted(state["rank_0"]["sim"]) == ["0", "1"]
+    runtimes[0].save(tmp_path / "saved", {"random": RandomState()})
+    expected = [torch.rand(3, device=device).cpu() for device in (SIM, OTHER)]
+    del runtimes
+    gc.collect()
+    again = [Runtime(accelerator=TorchAccelerator("sim", index=index)) for index in (0, 1)]
+    RandomState().load_state_dict(state)
+    assert_equal([torch.rand(3, device=device) for device in (SIM, OTHER)], expected)
+    again[0].load(tmp_path / "saved", {"random": RandomState()})
+    assert_equal([torch.rand(3, device=device) for device in (SIM, OTHER)], expected)
+
+
+def test_the_state_of_an_index_that_is_not_used_now_is_left_out_and_said() -> None:
+    runtimes = [Runtime(accelerator=TorchAccelerator("sim", index=index)) for index in (0, 1)]
+    state = RandomState().state_dict()
+    expected = torch.rand(3, device=OTHER)
+    del runtimes
+    gc.collect()
+    alone = Runtime(accelerator=TorchAccelerator("sim", index=1))
+    with pytest.warns(UserWarning, match=r"saved with 2 'sim' device\(s\), and this process uses 1; the states of 1"):
+        RandomState().load_state_dict(state)
+    assert_equal([torch.rand(3, device=alone.device)], [expected])
+
+
+def test_a_rank_restores_the_state_of_its_one_device_to_the_one_that_it_uses_now() -> None:
+    runtime = Runtime(accelerator=TorchAccelerator("sim", index=1))
+    state = RandomState().state_dict()
+    expected = torch.rand(3, device=runtime.device)
+    del runtime
+    gc.collect()
+    runtime = Runtime(accelerator=TorchAccelerator("sim", index=0))
+    RandomState().load_state_dict(state)
+    assert_equal([torch.rand(3, device=runtime.device)], [expected])
+
+
+def test_states_without_indices_are_read() -> None:
+    runtimes = [Runtime(accelerator=TorchAccelerator("sim", index=index)) for index in (1, 0)]
+    state = RandomState().state_dict()
+    states = state["rank_0"]["sim"]
+    expected = [torch.rand(3, device=device) for device in (SIM, OTHER)]
+    # Several were saved in the order of the runtimes.
+    state["rank_0"]["sim"] = (states["1"], states["0"])
+    RandomState().load_state_dict(state)
+    assert_equal([torch.rand(3, device=device) for device in (SIM, OTHER)], expected)
+    state["rank_0"]["sim"] = states["1"]
+    with torch.random.fork_rng(device_type="sim", devices=[0]):
+        RandomState().load_state_dict(state)
+    assert_equal([torch.rand(3, device=runtimes[0].device)], expected[1:])
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert all(torch.equal(f.cpu(), e.cpu()) for f, e in zip(found, expected, strict=True))
 
 
 # -- two runtimes ----------------------------------------------------------------------------------------------------

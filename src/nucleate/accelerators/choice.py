@@ -8,7 +8,7 @@ from typing import cast
 from nucleate.accelerators.base import Accelerator
 from nucleate.accelerators.cpu import CPUAccelerator
 from nucleate.accelerators.generic import TorchAccelerator
-from nucleate.devices.kinds import current_accelerator, is_kind
+from nucleate.devices.kinds import available_accelerator, is_kind
 from nucleate.errors import ConfigurationError, PluginConflictError, PluginLoadError
 from nucleate.registry import ACCELERATORS
 
@@ -40,13 +40,27 @@ def choose(choice: str | Accelerator) -> Accelerator:
 
 
 def _named(name: str) -> Accelerator:
+    kind, _, index = name.partition(":")
+    if index.isdecimal() and is_kind(kind):
+        raise ConfigurationError(
+            f"accelerator={name!r} names one device. An accelerator's name is that of a kind: "
+            f"give accelerator={_of_index(kind, index)}."
+        )
     if name not in ACCELERATORS.names() and is_kind(name) and name != "meta":
         return TorchAccelerator(name)
     return cast(Accelerator, ACCELERATORS.create(name))
 
 
+def _of_index(kind: str, index: str) -> str:
+    """Return how an accelerator for one device is written."""
+    accelerator = type(_named(kind))
+    if accelerator is TorchAccelerator:
+        return f"TorchAccelerator({kind!r}, index={index})"
+    return f"{accelerator.__name__}(index={index})" if issubclass(accelerator, TorchAccelerator) else repr(kind)
+
+
 def _best() -> Accelerator:
-    current = current_accelerator()
+    current = available_accelerator()
     plugins = ACCELERATORS.installed_names()
     if current is not None:
         found = _plugin_if_available(current.type) if current.type in plugins else None
@@ -67,8 +81,9 @@ def _ours(kind: str) -> Accelerator:
 def _plugin_if_available(name: str) -> Accelerator | None:
     try:
         plugin = cast(Accelerator, ACCELERATORS.create(name))
-    except (PluginLoadError, PluginConflictError) as error:
-        # Nobody asked for it by name.
-        warnings.warn(f"accelerator='auto' passes over a plugin: {error}", stacklevel=5)
+        return plugin if plugin.is_available() else None
+    except Exception as error:  # Whatever it is: nobody asked for it by name.
+        names_it = isinstance(error, (PluginLoadError, PluginConflictError))
+        reason = error if names_it else f"accelerator {name!r} failed with {type(error).__name__}: {error}"
+        warnings.warn(f"accelerator='auto' passes over a plugin: {reason}", stacklevel=5)
         return None
-    return plugin if plugin.is_available() else None

@@ -20,6 +20,12 @@ from nucleate.devices.kinds import is_kind
 from nucleate.errors import ConfigurationError
 from nucleate.plugin import Composition
 
+#: Kinds of device that torch.accelerator does not serve, and what to do instead.
+_NOT_ACCELERATORS = {
+    "cpu": "the CPU is not an accelerator of torch. Use CPUAccelerator() or accelerator='cpu'",
+    "meta": "tensors on the meta device have no values. Name a kind of device that holds them",
+}
+
 
 class TorchAccelerator(Accelerator):
     """Run on devices of one kind of torch.accelerator.
@@ -33,11 +39,8 @@ class TorchAccelerator(Accelerator):
     """
 
     def __init__(self, name: str, index: int | None = None) -> None:
-        if not is_kind(name) or name in ("cpu", "meta"):
-            raise ConfigurationError(
-                f"TorchAccelerator({name!r}): torch {torch.__version__} knows no accelerator of that name. If another "
-                "package brings it, import that package first."
-            )
+        if not is_kind(name) or name in _NOT_ACCELERATORS:
+            raise ConfigurationError(f"TorchAccelerator({name!r}): {_why_not(name)}.")
         if index is not None and (isinstance(index, bool) or not isinstance(index, int) or index < 0):
             raise ConfigurationError(f"index={index!r} must be None or the number of a device, from 0 on.")
         self.name = name
@@ -52,7 +55,10 @@ class TorchAccelerator(Accelerator):
 
     @property
     def backend(self) -> str:
-        """Gloo for the host's memory, and torch's default backend for the device's; gloo alone if it has none."""
+        """Gloo for the host's memory, and torch's default backend for the device's; gloo alone if it has none.
+
+        If this torch was built without the default backend, gloo serves the device as well where torch lets it.
+        """
         own = self._own_backend()
         return "gloo" if own is None else f"cpu:gloo,{self._kind}:{own}"
 
@@ -190,10 +196,27 @@ class TorchAccelerator(Accelerator):
             name = dist.get_default_backend_for_device(self._kind)
         except ValueError:
             return None
-        return name if dist.is_backend_available(name) else None
+        if dist.is_backend_available(name):
+            return name
+        # As on Windows, where torch has no NCCL, and gloo exchanges tensors of CUDA.
+        serves = self._kind in dist.Backend.backend_capability.get("gloo", ())
+        return "gloo" if serves and dist.is_backend_available("gloo") else None
 
     def _shared(self, who: str) -> str:
         return (
             f"{type(self).__name__}(index={self._index}) is for one process on a node, but {who} would share "
             f"{self._kind}:{self._index}. Leave the index out, and each process gets the device of its local rank."
         )
+
+
+def _why_not(name: str) -> str:
+    """Return why a name is not one of an accelerator and what to do, as the rest of a sentence."""
+    kind, _, index = name.partition(":")
+    if kind in _NOT_ACCELERATORS:
+        return _NOT_ACCELERATORS[kind]
+    if index.isdecimal() and is_kind(kind):
+        return f"this is the name of one device. Give the kind and the index: TorchAccelerator({kind!r}, index={index})"
+    return (
+        f"torch {torch.__version__} knows no accelerator of that name. If another package brings it, import that "
+        "package first"
+    )

@@ -17,6 +17,10 @@ class CPUHooks(DeviceHooks):
         """Return True."""
         return True
 
+    def is_initialized(self, device_type: str) -> bool:
+        """Return True."""
+        return True
+
     def current_index(self, device_type: str) -> int:
         """Return 0: there is one CPU."""
         return 0

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nucleate.devices.generators import Generator, ModuleGenerator
+from nucleate.devices.kinds import current_accelerator
 
 
 class DeviceHooks:
@@ -32,10 +33,30 @@ class DeviceHooks:
             return False
         return (device.index or 0) < int(count)
 
+    def is_initialized(self, device_type: str) -> bool:
+        """Return whether this process has begun to use devices of this kind. Asking does not begin it.
+
+        Where torch's module does not say so, a device that is there counts as used.
+        """
+        here = torch.device(device_type, 0)
+        try:
+            asked = getattr(self.module(here), "is_initialized", None)
+        except (AttributeError, RuntimeError):
+            return False
+        return self.is_present(here) if asked is None else bool(asked())
+
     def current_index(self, device_type: str) -> int:
         """Return the index of the current device of this kind, or 0 where there is none."""
         here = torch.device(device_type, 0)
-        return int(self.module(here).current_device()) if self.is_present(here) else 0
+        if not self.is_present(here):
+            return 0
+        # `torch.mps` has one device and no such function (torch/mps/__init__.py, 2.13).
+        current_device = getattr(self.module(here), "current_device", None)
+        if current_device is not None:
+            return int(current_device())
+        accelerator = torch.accelerator.current_accelerator()
+        is_current = accelerator is not None and accelerator.type == device_type
+        return torch.accelerator.current_device_index() if is_current else 0
 
     def made_current(self, device: torch.device) -> AbstractContextManager[object]:
         """Return the context in which the device is the current one of its kind."""
@@ -66,8 +87,7 @@ class DeviceHooks:
 
     def random_state_of(self, device: torch.device) -> Tensor | None:
         """Return the state of the device's own generator, or None where nothing has used the device yet."""
-        is_initialized = getattr(self.module(device), "is_initialized", None)
-        if not self.is_present(device) or (is_initialized is not None and not is_initialized()):
+        if not self.is_initialized(device.type) or not self.is_present(device):
             return None
         return self.default_generator(device).get_state()
 
@@ -76,7 +96,8 @@ class DeviceHooks:
     @property
     def pins_memory(self) -> bool:
         """Whether copies from pinned host memory can overlap with work on the device: torch pins memory for it."""
-        return _torch_pins_memory(torch.accelerator.current_accelerator())
+        accelerator = current_accelerator()
+        return accelerator is not None and _torch_pins_memory(accelerator)
 
     def make_stream(self, device: torch.device) -> torch.Stream:
         """Return a new stream of the device."""
@@ -104,10 +125,8 @@ class DeviceHooks:
 
 
 @functools.cache
-def _torch_pins_memory(accelerator: torch.device | None) -> bool:
+def _torch_pins_memory(accelerator: torch.device) -> bool:
     """Pin a byte. Not every kind of device has pinned memory, and torch has no question for it (2.13)."""
-    if accelerator is None:
-        return False
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         try:
             torch.empty(1, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -25,11 +25,24 @@ def is_kind(word: str) -> bool:
 
 
 def current_accelerator() -> torch.device | None:
-    """Return the accelerator that torch names as the current one, without an index, or None if its device is absent."""
+    """Return the accelerator that torch names as the current one, without an index, or None if its device is absent.
+
+    Devices are counted only. Asking a kind's module whether it is available can be its first use: then children that
+    this process forks cannot use CUDA (`is_available` in torch/cuda/__init__.py, 2.13).
+    """
+    try:
+        current = torch.accelerator.current_accelerator()
+        return None if current is None or not torch.get_device_module(current).device_count() else current
+    except (AttributeError, RuntimeError):
+        return None  # A package has taken a name for its kind of device, but brought no module so far.
+
+
+def available_accelerator() -> torch.device | None:
+    """Return the same one, or None if its own module says that it cannot be used."""
     try:
         return torch.accelerator.current_accelerator(check_available=True)
-    except RuntimeError:
-        return None  # A package has taken a name for its kind of device, but brought no module so far.
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def questions() -> dict[Any, str]:
@@ -44,7 +57,7 @@ def moves() -> dict[Any, str]:
 
 def module_moves() -> list[str]:
     """Return the names of `Module.cpu` and its like."""
-    return [name for name in dir(torch.nn.Module) if is_kind(name)]
+    return [name for name in dir(torch.nn.Module) if _may_be_kind(name) and is_kind(name)]
 
 
 def legacy_types(names: frozenset[str]) -> list[tuple[ModuleType, str, str]]:
@@ -74,6 +87,11 @@ def _newest() -> tuple[str, bool]:
     return name, hasattr(Tensor, name)
 
 
+def _may_be_kind(word: str) -> bool:
+    """Return whether `Tensor` has a getter such as `is_cpu` for a word. Asking torch of every word costs 15 ms."""
+    return hasattr(Tensor, f"is_{word}")
+
+
 @functools.cache
 def _known(name: str, has_methods: bool) -> tuple[dict[Any, str], dict[Any, str]]:
     asking: dict[Any, str] = {}
@@ -83,7 +101,7 @@ def _known(name: str, has_methods: bool) -> tuple[dict[Any, str], dict[Any, str]
         warnings.simplefilter("ignore")
         for attribute in dir(Tensor):
             kind = attribute.removeprefix("is_")
-            if kind == "meta" or not is_kind(kind):
+            if kind == "meta" or not _may_be_kind(kind) or not is_kind(kind):
                 continue
             if kind == attribute:
                 moving[getattr(Tensor, attribute)] = kind

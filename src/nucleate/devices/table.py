@@ -11,13 +11,15 @@ import torch
 
 from nucleate.devices.generators import AbsentGenerator, Generator
 from nucleate.devices.hooks import DeviceHooks
-from nucleate.devices.kinds import current_accelerator
+from nucleate.devices.kinds import is_kind
+from nucleate.errors import ConfigurationError
 
 # Device type to `"module:Class"`; every other device is served by `DeviceHooks` itself.
 _BUILTINS = {"cpu": "nucleate.devices.cpu:CPUHooks", "cuda": "nucleate.devices.cuda:CUDAHooks"}
 _chosen: dict[str, DeviceHooks] = {}
-# By the accelerators that took them, as long as these live; the first one taken comes first.
-_taken: weakref.WeakKeyDictionary[DeviceHooks, torch.device] = weakref.WeakKeyDictionary()
+# By the ids of the accelerators that took them, as long as these live; the first one taken comes first. An accelerator
+# need not be hashable, and equal ones are not the same one.
+_taken: dict[int, torch.device] = {}
 _uses_several = False
 _generators: dict[torch.device, Generator] = {}
 
@@ -44,8 +46,10 @@ def take_device(device: torch.device, hooks: DeviceHooks) -> None:
     """Note that an accelerator has selected a device, and let it answer for its kind."""
     global _uses_several
     use_hooks(device.type, hooks)
-    _taken[hooks] = device
-    _uses_several = _uses_several or len(devices_taken()) > 1
+    if id(hooks) not in _taken:
+        weakref.finalize(hooks, _taken.pop, id(hooks), None).atexit = False
+    _taken[id(hooks)] = device
+    _uses_several = _uses_several or len(_selected()) > 1
 
 
 def made_current(device: torch.device) -> AbstractContextManager[object]:
@@ -60,22 +64,53 @@ def devices_taken() -> list[torch.device]:
     """Return the devices that this process uses, without the CPU.
 
     These are the ones that accelerators have selected, in that order. Where there are none it is torch's current
-    device, if this process has used it.
+    device, if this process has used it. Asking does not initialize a device.
     """
-    found = list(dict.fromkeys(device for device in _taken.values() if device.type != "cpu"))
-    if not found and (current := current_accelerator()) is not None:
-        device = torch.device(current.type, hooks_of(current).current_index(current.type))
-        if hooks_of(device).random_state_of(device) is not None:
-            found = [device]
-    return found
+    found = _selected()
+    current = torch.accelerator.current_accelerator()
+    if found or current is None:
+        return found
+    hooks = hooks_of(current)
+    # Before its index is asked for, which can initialize it.
+    if not hooks.is_initialized(current.type) or not hooks.is_present(current):
+        return []
+    return [torch.device(current.type, hooks.current_index(current.type))]
 
 
 def concrete(device: torch.device | str) -> torch.device:
-    """Return a device with its index; without one, the current device of its kind is meant. The CPU has none."""
-    device = torch.device(device)
-    if device.index is not None or device.type in ("cpu", "meta"):
-        return torch.device("cpu") if device.type == "cpu" else device
+    """Return a device with its index; without one, the current device of its kind is meant. The CPU has none.
+
+    Raises:
+        ConfigurationError: torch knows no such device, or it is the meta device, on which tensors have no values.
+    """
+    named = device
+    try:
+        device = torch.device(named)
+    except RuntimeError as error:
+        kind, _, index = str(named).partition(":")
+        if is_kind(kind):
+            reason = f"{index!r} is not the index of a device: give the number of one, such as '{kind}:0', or {kind!r}"
+        else:
+            reason = (
+                f"torch {torch.__version__} knows no kind of device {kind!r}. Give one that it knows, such as 'cpu'. "
+                "If another package brings this kind, import that package first"
+            )
+        raise ConfigurationError(f"device={named!r}: {reason}.") from error
+    if device.type == "meta":
+        raise ConfigurationError(
+            f"device={str(named)!r}: tensors on the meta device have no values. Give a device that holds them, such as "
+            "'cpu' or the name of an accelerator."
+        )
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.index is not None:
+        return device
     return torch.device(device.type, hooks_of(device).current_index(device.type))
+
+
+def _selected() -> list[torch.device]:
+    """Return the devices that living accelerators have selected, without the CPU, each once."""
+    return list(dict.fromkeys(device for device in _taken.values() if device.type != "cpu"))
 
 
 def is_present(device: torch.device) -> bool:

@@ -193,8 +193,19 @@ def move(data: Any, device: torch.device) -> Any:
         data: A tensor, or dicts, lists, tuples and dataclasses of them. Anything else is kept.
         device: Where to.
     """
-    non_blocking = hooks_of(device).pins_memory
-    return apply_to_collection(data, (Tensor, PackedSequence), lambda it: it.to(device, non_blocking=non_blocking))
+    pins = hooks_of(device).pins_memory
+    return apply_to_collection(
+        data, (Tensor, PackedSequence), lambda it: it.to(device, non_blocking=pins and _is_pinned(it))
+    )
+
+
+def _is_pinned(data: Tensor | PackedSequence) -> bool:
+    """Return whether a copy of it may go on while the program does. From other memory that is not safe on MPS."""
+    parts = (data.data, data.sorted_indices, data.unsorted_indices) if isinstance(data, PackedSequence) else (data,)
+    try:
+        return all(part is None or part.is_pinned() for part in parts)
+    except RuntimeError:  # Not every layout and subclass can say so.
+        return False
 
 
 def _share(source: Iterable[Any], **options: Any) -> Iterable[Any]:
