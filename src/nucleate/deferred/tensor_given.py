@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import count
 from pathlib import Path
 
@@ -167,7 +167,9 @@ def _sum_of_words(tensor: Tensor) -> int:
     """Return the sum of a tensor's memory as integers, where the tensor is: exact, whatever the order of addition."""
     if not tensor.numel():
         return 0
-    with plain_modes():
+    # While something is recorded, computing on a device's tensors would be recorded too.
+    modes = plain_modes() if tensor.device.type != "cpu" else nullcontext()
+    with torch._C.DisableTorchFunction(), torch.no_grad(), modes:
         memory = tensor.conj() if tensor.is_conj() else tensor
         memory = torch._neg_view(memory) if memory.is_neg() else memory
         if not memory.is_contiguous():
@@ -182,11 +184,10 @@ def _sum_of_words(tensor: Tensor) -> int:
         octets = memory.view(-1).view(torch.uint8)
         head = min(-octets.storage_offset() % 8, octets.numel())
         stop = octets.numel() - (octets.numel() - head) % 8
-        total = octets[head:stop].view(torch.int64).sum()
-        for rest in (octets[:head], octets[stop:]):
-            if rest.numel():
-                total = total + rest.sum()
-        return int(total)
+        rests = [octets[first:last] for first, last in ((0, head), (stop, octets.numel())) if first < last]
+        words = octets[head:stop] if rests else octets
+        # One number is read, from a device as well.
+        return int(sum((rest.sum() for rest in rests), words.view(torch.int64).sum()))
 
 
 def _keep_for_current_stream(tensor: Tensor) -> None:

@@ -64,7 +64,6 @@ class DDPStrategy(Strategy):
         """
         communicator = Communicator(self.environment, self.device)
         plan = Plan.of(model)
-        plan.check_device(self.device)
         plan.release()
         broadcast_real(model, communicator)
         # A file that cannot be read on one rank must not leave the others waiting in what follows.

@@ -119,7 +119,6 @@ class FSDPStrategy(Strategy):
         from torch.distributed.fsdp import fully_shard
 
         plan = Plan.of(model)
-        plan.check_device(self.device)
         units = find_units(model, self.wrap)
         # What is asked here a meta tensor answers as well, and without the guard's detour.
         with torch._C.DisableTorchFunctionSubclass():
