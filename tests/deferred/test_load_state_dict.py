@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nucleate.deferred import TensorGiven, deferred, handle_of, resumed
+from nucleate.deferred import TensorGiven, deferred, handle_of, resumed, tensor_given
 from nucleate.errors import CheckpointError, DeferredEditError, DeferredUseError
 from nucleate.materialize import materialize
+from tests.device import device
 
 
 class Net(nn.Module):
@@ -469,6 +470,64 @@ def test_a_buffer_that_is_used_again_is_an_error_by_name(
         return
     with pytest.raises(DeferredEditError, match=r"\(0\.weight\)"):
         materialize(model)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda whole: whole,
+    "transposed": lambda whole: whole.t(),
+    "with gaps": lambda whole: whole[:, ::2],
+    "repeated": lambda whole: whole[:, :1].expand(40, 7),
+    "conjugated": lambda whole: torch.complex(whole, whole).conj(),
+    "negated": lambda whole: torch._neg_view(whole),
+    "from an odd place": lambda whole: whole.bfloat16().view(-1)[3:1002],
+    "complex, with gaps": lambda whole: torch.complex(whole.double(), whole.double())[:, ::3],
+    "flags": lambda whole: (whole > 0)[1:, 1:],
+    "small numbers": lambda whole: whole.to(torch.float8_e5m2)[::3].t(),
+    "one number": lambda whole: whole[3, 7],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_element_of_a_loaded_tensor_that_changes_behind_torch_is_noticed(layout: str) -> None:
+    loaded = LAYOUTS[layout](torch.randn(40, 51))
+    given = TensorGiven(loaded)
+    given.check_unchanged()
+    for place in {(0,) * loaded.dim(), tuple(length - 1 for length in loaded.shape)}:
+        kept = loaded[place].clone()
+        loaded.data[place] = 3.0 if loaded.dtype != torch.bool else ~kept
+        with pytest.raises(DeferredEditError, match="changed in place"):
+            given.check_unchanged()
+        loaded.data[place] = kept
+        given.check_unchanged()
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+@where
+def test_a_tensor_on_a_device_that_changes_behind_torch_is_an_error_by_name(
+    where: Callable[[nn.Module], AbstractContextManager[object]], is_turned: bool
+) -> None:
+    with deferred(device()):
+        model = nn.Linear(4, 4, bias=False)
+    loaded = torch.ones(4, 4, device=device())
+    loaded = loaded.t() if is_turned else loaded
+    with where(model):
+        model.load_state_dict({"weight": loaded})
+    loaded.data[2, 3] = 7
+    with pytest.raises(DeferredEditError, match=r"changed in place \(weight\)"):
+        materialize(model, device())
+
+
+def test_a_turned_tensor_of_a_mapped_file_is_not_read_before_it_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"weight": torch.randn(16, 8)}, tmp_path / "x.safetensors")
+    loaded = load_file(tmp_path / "x.safetensors")["weight"].t()
+    monkeypatch.setattr(tensor_given, "_sum_of_words", lambda tensor: pytest.fail("read"))
+    given = TensorGiven(loaded)
+    given.check_unchanged()
+    save_file({"weight": torch.randn(16, 8)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="since it was loaded"):
+        given.check_unchanged()
 
 
 def test_a_file_that_is_written_to_under_another_name_is_an_error(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from nucleate.deferred import ComputedGiven, Conversion, convert, deferred, give
+from nucleate.deferred import ComputedGiven, Conversion, convert, deferred, give, resumed
 from nucleate.deferred.conversion import Layout, Output, converted
 from nucleate.deferred.given import take
 from nucleate.deferred.tensor_given import TensorGiven
 from nucleate.devices import DeviceHooks, Staging, move, staging, use_hooks
 from nucleate.devices import table as hooks_table
+from nucleate.errors import DeferredEditError
 from nucleate.materialize import Plan, device_parts, execute, making, materialize
 from nucleate.materialize.reading import read_into
 from tests.deferred.test_given import Held
+from tests.deferred.test_load_state_dict import LAYOUTS
 
 SIM, OTHER = "sim:0", "sim:1"
 BUFFER_BYTES = 64 << 10
@@ -376,6 +378,54 @@ def test_a_state_dicts_tensors_that_are_on_a_device_are_copied_there(device: str
     for out in (model.weight, *outs, taken):
         assert same(out, weight.to(out.dtype))
     assert copies.number == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_element_of_a_given_tensor_on_a_device_that_changes_is_noticed(layout: str, copies: Copies) -> None:
+    whole = torch.randn(40, 51).to(SIM)
+    loaded = LAYOUTS[layout](whole)
+    copies.reset()
+    given = TensorGiven(loaded)
+    given.check_unchanged()
+    assert copies.number == 0
+    kept = loaded.clone()
+    for place in {(0,) * loaded.dim(), tuple(length - 1 for length in loaded.shape)}:
+        loaded.data[place] = 3.0 if loaded.dtype != torch.bool else ~kept[place]
+        with pytest.raises(DeferredEditError, match="changed in place"):
+            given.check_unchanged()
+        loaded.data[place] = kept[place]
+        given.check_unchanged()
+
+
+def test_a_tensor_on_a_device_that_changes_after_it_was_loaded_is_an_error_by_name() -> None:
+    for is_inside in (False, True):
+        with torch.device(SIM), deferred(SIM):
+            model = nn.Linear(4, 4, bias=False)
+        loaded = torch.ones(4, 4, device=SIM)
+        with resumed(model) if is_inside else nullcontext():
+            model.load_state_dict({"weight": loaded})
+        loaded.data[2, 3] = 7
+        with pytest.raises(DeferredEditError, match=r"changed in place \(weight\)"):
+            materialize(model, SIM)
+
+
+def test_a_given_tensor_that_is_freed_lasts_as_long_as_the_stream_that_copies_it() -> None:
+    source = torch.randn(300, 300)
+    for is_taken in (False, True):
+        stream, given = torch.Stream(device=SIM), source.to(SIM)
+        with torch.device(SIM), deferred(SIM):
+            model = nn.Linear(300, 300, bias=False)
+            model.load_state_dict({"weight": given})
+            if is_taken:
+                model.weight = nn.Parameter(torch.sin(model.weight))
+        stream.wait_stream(torch.accelerator.current_stream())
+        with stream:
+            materialize(model, SIM)
+        del given
+        rubbish = torch.empty(300, 300, device=SIM).fill_(3.0)
+        stream.synchronize()
+        assert same(model.weight, torch.sin(source.to(SIM)) if is_taken else source)
+        del rubbish
 
 
 class Halves(Conversion):

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nucleate.deferred import handle_of
+from nucleate.devices import Staging
+from nucleate.devices.staging import aligned
 from nucleate.errors import UsageError, name_list
 
 
@@ -17,8 +20,8 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move parameters, gradients and buffers to `device`, in place.
 
     Parameters and buffers stay the same objects, so ties and optimizers hold; tensors that share a storage
-    share one afterwards too, which `nn.Module.to` would not keep. What is on `device` already, as deferred
-    tensors say of themselves, and what is on the meta device is left alone.
+    share one afterwards too, which `nn.Module.to` would not keep. What is on `device` already, on the meta device or
+    deferred is left alone.
 
     Args:
         model: The module to move.
@@ -30,13 +33,14 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     elsewhere = {
         tensor: name
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if tensor.device != device and tensor.device.type != "meta"
+        if handle_of(tensor) is None and tensor.device != device and tensor.device.type != "meta"
     }
     if elsewhere:
         recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
         with _without_weak_references(recurrent):
             _refuse_held(elsewhere, device)
-            transfer(list(elsewhere), lambda tensor: tensor.to(device))
+            with _copies_to(device, list(elsewhere)) as copy:
+                transfer(list(elsewhere), copy)
         for module in recurrent:
             module.flatten_parameters()  # cuDNN wants the weights in one buffer; nothing happens elsewhere.
     return model
@@ -67,6 +71,26 @@ def transfer(tensors: list[Tensor], copy: Callable[[Tensor], Tensor]) -> None:
             _set_value(tensor, view.set_(new, tensor.storage_offset(), tensor.size(), tensor.stride()))
         if gradient is not None:
             tensor.grad = copy(gradient)
+
+
+@contextmanager
+def _copies_to(device: torch.device, tensors: list[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Copy tensors to a device, those on the host through one ring of pinned buffers; all are whole at the end."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if _crosses(t, device)}
+    gradients = [t.grad for t in tensors if t.is_leaf and t.grad is not None and _crosses(t.grad, device)]
+    sizes = [*storages.values(), *(gradient.numel() * gradient.element_size() for gradient in gradients)]
+    if not sizes:
+        yield lambda tensor: tensor.to(device)
+        return
+    with Staging(device, sum(map(aligned, sizes))) as staging:
+        # A gradient that can be differentiated keeps its graph.
+        yield lambda t: staging.copied(t) if _crosses(t, device) and not t.requires_grad else t.to(device)
+
+
+def _crosses(tensor: Tensor, device: torch.device) -> bool:
+    """Return whether a tensor is plain memory on the host that goes to another device."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return is_plain and tensor.device.type == "cpu" != device.type
 
 
 def _set_value(tensor: Tensor, value: Tensor) -> None:

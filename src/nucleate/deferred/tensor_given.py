@@ -1,7 +1,7 @@
 """The elements of a real tensor, by reference: a state dict's tensor as the source of a deferred parameter.
 
 Nothing is copied before the parameter is made. So the tensor must still hold the same values then. Its version counter
-tells of a write; for a tensor in the pages of a file, the file is watched as well.
+tells of most writes and a sum of its memory of the others; for a tensor in the pages of a file, the file is watched.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
+from contextlib import nullcontext, suppress
 from itertools import count
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from nucleate.deferred.given import Given
-from nucleate.deferred.mapped_files import place_of
+from nucleate.deferred.mapped_files import FileMark, place_of
+from nucleate.deferred.plain import plain_modes
+from nucleate.devices import hooks_of, slabs
 from nucleate.errors import DeferredEditError
 
 #: Elements of a tensor that does not lie row by row, or on another device, that are copied at a time.
@@ -25,6 +28,9 @@ _CHUNK_NUMEL = 1 << 18
 #: Of a mapped file, so many windows of so many elements tell ranks whether they have the same one.
 _NUM_WINDOWS = 8
 _WINDOW_NUMEL = 256
+
+#: Integers as large as an element.
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _numbers = count(1 << 32)
 
@@ -47,16 +53,17 @@ class TensorGiven(Given):
         self._number = next(_numbers)
         with torch._C.DisableTorchFunction(), torch.no_grad():
             alias = tensor.detach()
-            on_cpu = alias.device.type == "cpu" and not (alias.is_conj() or alias.is_neg())
-            self._is_plain = on_cpu and alias.is_contiguous()
+            on_cpu = alias.device.type == "cpu"
+            self._is_plain = on_cpu and alias.is_contiguous() and not (alias.is_conj() or alias.is_neg())
             # Memory that torch may resize is its own.
-            foreign = self._is_plain and alias.numel() > 0 and not alias.untyped_storage().resizable()
-            size_bytes = alias.numel() * alias.element_size()
-            self._place = place_of(alias.data_ptr(), size_bytes, alias) if foreign else None
+            foreign = on_cpu and alias.numel() > 0 and not alias.untyped_storage().resizable()
+            place = place_of(alias.data_ptr(), _extent(alias) * alias.element_size(), alias) if foreign else None
+        self._place = place if self._is_plain else None
+        self._mark: FileMark | None = place.mark if place is not None else None
         self._alias = alias
         self._size_bytes = alias.untyped_storage().nbytes()
         # Writes through `.data` or by NumPy move no version.
-        self._sum = self._sum_of_words() if self._place is None else 0
+        self._sum = _sum_of_words(alias) if self._mark is None else 0
 
     @property
     def is_mapped(self) -> bool:
@@ -72,29 +79,21 @@ class TensorGiven(Given):
             self._tensor = None
             self._size_bytes = self._alias.untyped_storage().nbytes()
             self._is_plain = self._alias.device.type == "cpu"
-            self._place = None
+            self._place = self._mark = None
 
     def check_unchanged(self) -> None:
-        if self._place is not None:
-            self._place.mark.check()
+        if self._mark is not None:
+            self._mark.check()
         changed = self._tensor is not None and _version(self._tensor) != self._version
         changed = changed or self._alias.untyped_storage().nbytes() != self._size_bytes
-        if changed or (self._tensor is not None and self._place is None and self._sum_of_words() != self._sum):
+        if changed or (self._tensor is not None and self._mark is None and _sum_of_words(self._alias) != self._sum):
             raise DeferredEditError(f"a loaded tensor of shape {self.shape} was changed in place")
-
-    def _sum_of_words(self) -> int:
-        if not self._is_plain:
-            return 0
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            words = self._alias.view(-1).view(torch.uint8)
-            if words.numel() % 8 or words.storage_offset() % 8:
-                return int(words.sum())
-            return int(words.view(torch.int64).sum())
 
     def resident(self, device: torch.device) -> Tensor | None:
         if self._alias.device.type != device.type:
             return None
         self._refuse_lost()
+        _keep_for_current_stream(self._alias)
         return self._alias
 
     def read(self, start: int, out: Tensor) -> None:
@@ -157,6 +156,46 @@ def _read_rows(tensor: Tensor, start: int, out: Tensor) -> None:
         else:
             held = rows[first : first + step].reshape(-1).cpu()
             part.copy_(held[low - begin : high - begin])
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return how many elements lie between the first and the last one in memory, with both of them."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _sum_of_words(tensor: Tensor) -> int:
+    """Return the sum of a tensor's memory as integers, where the tensor is: exact, whatever the order of addition."""
+    if not tensor.numel():
+        return 0
+    # While something is recorded, computing on a device's tensors would be recorded too.
+    modes = plain_modes() if tensor.device.type != "cpu" else nullcontext()
+    with torch._C.DisableTorchFunction(), torch.no_grad(), modes:
+        memory = tensor.conj() if tensor.is_conj() else tensor
+        memory = torch._neg_view(memory) if memory.is_neg() else memory
+        if not memory.is_contiguous():
+            # As its elements follow one another in memory, each of them once.
+            dims = sorted(zip(memory.stride(), memory.shape, strict=True), reverse=True)
+            dims = [(stride, size) for stride, size in dims if stride and size > 1]
+            memory = memory.as_strided([size for _, size in dims], [stride for stride, _ in dims])
+        if not memory.is_contiguous():
+            memory = torch.view_as_real(memory) if memory.is_complex() else memory
+            words = memory.view(_WORDS[memory.element_size()])
+            return int(torch.stack([part.sum(dtype=torch.int64) for _, part in slabs(words, _CHUNK_NUMEL)]).sum())
+        octets = memory.view(-1).view(torch.uint8)
+        head = min(-octets.storage_offset() % 8, octets.numel())
+        stop = octets.numel() - (octets.numel() - head) % 8
+        rests = [octets[first:last] for first, last in ((0, head), (stop, octets.numel())) if first < last]
+        words = octets[head:stop] if rests else octets
+        # One number is read, from a device as well.
+        return int(sum((rest.sum() for rest in rests), words.view(torch.int64).sum()))
+
+
+def _keep_for_current_stream(tensor: Tensor) -> None:
+    """Let freed memory of a tensor wait for the work that the current stream has now or gets until then."""
+    if tensor.device.type == "cpu":
+        return
+    with plain_modes(), suppress(RuntimeError):  # NotImplementedError, where the device has no such thing, is one.
+        tensor.record_stream(hooks_of(tensor.device).current_stream(tensor.device))
 
 
 def _version(tensor: Tensor) -> int:

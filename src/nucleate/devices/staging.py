@@ -46,6 +46,7 @@ class Staging:
         self._events: list[torch.Event | None] = [None] * len(self._buffers)
         self._turn = len(self._buffers) - 1
         self._is_behind = True
+        self._used = self.buffer_bytes
         self._stream: torch.Stream | None = None
         self._temporary: Tensor | None = None
 
@@ -83,7 +84,40 @@ class Staging:
             # Pinned memory belongs to the current accelerator; torch takes it as a keyword of a CPU tensor.
             buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, device="cpu", pin_memory=self._pins)
             self._buffers[self._turn] = buffer
+        self._used = self.buffer_bytes
         return buffer
+
+    def copied(self, source: Tensor) -> Tensor:
+        """Return a copy of a tensor on the device. It is whole when the staging closes.
+
+        Args:
+            source: A strided tensor on the host, in memory of any kind. Small ones share a buffer.
+        """
+        out = torch.empty_like(source, device=self.device)
+        if self._stream is not None:
+            # As in `_memory`.
+            self._stream.wait_stream(self._hooks.current_stream(self.device))
+        if out.stride() != source.stride():
+            source = source.contiguous()
+        self.copy(source, out)
+        return out
+
+    def copy(self, source: Tensor, out: Tensor) -> None:
+        """Copy a tensor in host memory of any kind to one on the device, through as many buffers as that takes.
+
+        Args:
+            source: On the host. It may be written as soon as this returns.
+            out: On the device, of the same shape, strides and dtype.
+        """
+        limit = self.buffer_bytes // source.element_size()
+        for (_, part), (_, place) in zip(slabs(source, limit), slabs(out, limit), strict=True):
+            size_bytes = part.numel() * part.element_size()
+            buffer, begin = self._buffers[self._turn], self._used
+            if buffer is None or begin + size_bytes > self.buffer_bytes:
+                buffer, begin = self.buffer(), 0
+            host = buffer[begin : begin + size_bytes].view(part.dtype).view(part.shape).copy_(part)
+            self._used = min(self.buffer_bytes, begin + aligned(size_bytes))
+            self.send(host, place)
 
     def send(self, host: Tensor, out: Tensor) -> None:
         """Copy a part of the last buffer to a tensor on the device, cast to the tensor's dtype.
@@ -157,9 +191,7 @@ def move(source: torch.UntypedStorage, target: torch.UntypedStorage) -> None:
         return
     host, out = (torch.empty(0, dtype=torch.uint8, device=each.device).set_(each) for each in (source, target))
     with Staging(target.device, source.nbytes()) as staging:
-        for start in range(0, source.nbytes(), staging.buffer_bytes):
-            part = host[start : start + staging.buffer_bytes]
-            staging.send(staging.buffer()[: part.numel()].copy_(part), out[start : start + part.numel()])
+        staging.copy(host, out[: source.nbytes()])
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from nucleate.deferred.replay import Replayer
 from nucleate.deferred.streams import moved
 from nucleate.deferred.tape import Step
 from nucleate.devices.generators import Generator
+from nucleate.materialize.parts import parts_of
 from nucleate.materialize.source import Recipe
 
 # States that are kept for each run, so that going back a little does not mean to draw it all again.
@@ -105,13 +106,24 @@ class Reference:
         self._replayers: dict[int, Replayer] = {}
 
     def make(self, recipe: Recipe, device: torch.device) -> torch.UntypedStorage:
-        """Return a whole storage on `device`.
+        """Return a whole storage: on the CPU, but for what a device draws or computes, which is made there again.
 
         Args:
             recipe: What makes it.
-            device: Where.
+            device: The device.
         """
-        return self._replayer(recipe).storage(recipe.storage, device)
+        replayer = self._replayer(recipe)
+        if replayer.device.type == "cpu":
+            return replayer.storage(recipe.storage, replayer.device)
+        found = self.pieces(recipe)
+        if found is None:
+            return replayer.storage(recipe.storage, device)
+        pieces, cursors = found
+        storage = torch.UntypedStorage(recipe.size_bytes, device="cpu")
+        flat = torch.empty(0, dtype=pieces.dtype, device="cpu").set_(storage, 0, (pieces.numel,), (1,))
+        for part in parts_of(pieces, 0, flat.shape, (0,), flat):
+            part.make(cursors)
+        return storage
 
     def pieces(self, recipe: Recipe) -> tuple[Pieces, Cursors] | None:
         """Return how ranges of a storage on the CPU are made, in drawn places of the stream, or None.
