@@ -303,6 +303,10 @@ class Recorder(TorchDispatchMode):
             return func(
                 *map_leaves(args, lambda leaf: self.expose(leaf) if self._is_deferred(leaf) else leaf), **kwargs
             )
+        for source in args[1:2]:
+            if isinstance(source, Tensor) and not source.is_meta and source.device.type != self.device.type:
+                # torch refuses it, with its own words.
+                func(torch.empty(0, dtype=source.dtype, device=self.device), source)
         result = func(target, *map_leaves(args[1:], self._adopted), **kwargs)
         if self.tape.number(target) is None:
             # `set_()` without a source gives it memory of its own, with nothing in it.
