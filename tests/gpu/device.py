@@ -29,7 +29,7 @@ IS_SIMULATED = DEVICE_TYPE == "sim"
 if IS_SIMULATED:
     from tests.sim.device import install
 
-    install()
+    _sim = install()
 
 
 def device(index: int = 0) -> torch.device:
@@ -39,9 +39,15 @@ def device(index: int = 0) -> torch.device:
 
 def count() -> int:
     """Return how many devices there are."""
-    if IS_SIMULATED or torch.cuda.is_available():
-        return torch.accelerator.device_count()
-    return 0
+    if IS_SIMULATED:
+        # While tests are collected it is put away.
+        was_available = _sim.available()
+        _sim.set_available(True)
+        try:
+            return torch.accelerator.device_count()
+        finally:
+            _sim.set_available(was_available)
+    return torch.accelerator.device_count() if torch.cuda.is_available() else 0
 
 
 def make_accelerator(index: int | None = None) -> Accelerator:

@@ -23,7 +23,7 @@ def test_torch_finds_the_device(sim: Any) -> None:
     assert torch.accelerator.current_accelerator(check_available=True) == torch.device("sim")
     assert torch.accelerator.device_count() == torch.sim.device_count() == sim.device_count() == 2
     assert torch.get_device_module("sim") is torch.sim
-    assert torch.sim.get_device_name(1) == "Simulated device 1"
+    assert torch.sim.get_device_name(1) == "Simulated device"
     assert dist.get_default_backend_for_device("sim") == "simccl"
     assert install() is sim
 
