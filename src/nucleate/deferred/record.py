@@ -264,9 +264,11 @@ class Recorder(TorchDispatchMode):
         )
 
     def _is_own(self, device: torch.device) -> bool:
+        if device.type != self.device.type:
+            return False
         if device.index is None and self.is_present:
             device = concrete(device)  # The current one, which the constructor may have changed.
-        return device.type == self.device.type and device.index in (None, self.device.index)
+        return device.index in (None, self.device.index)
 
     def _is_ours(self, traits: Traits, kwargs: dict[str, Any]) -> bool:
         """Return whether a factory makes a deferred tensor."""
