@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext, _device_constructors
 
 #: What makes a tensor of values that it is given.
 FROM_DATA = frozenset((torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor))
@@ -29,15 +28,24 @@ def absent_as_meta(
         absent: The device.
     """
     named = kwargs.get("device")
-    if named is None and func in _device_constructors():
+    if named is None and is_factory(func):
         named = _default_device()
     if named is None or not _means(named, absent):
         return None
     return args, {**kwargs, "device": torch.device("meta")}
 
 
+def is_factory(func: Any) -> bool:
+    """Return whether a function makes a tensor on the device that it is told, or on the default one."""
+    from torch.utils._device import _device_constructors  # Rarely asked; torch does not import it by itself.
+
+    return func in _device_constructors()
+
+
 def _default_device() -> torch.device | None:
     """Return the device that factories use, without asking for its index as torch does."""
+    from torch.utils._device import DeviceContext
+
     modes = reversed(_get_current_function_mode_stack())
     return next((mode.device for mode in modes if isinstance(mode, DeviceContext)), None)
 

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nucleate.deferred.absent import FROM_DATA, absent_as_meta
+from nucleate.deferred.absent import FROM_DATA, absent_as_meta, is_factory
 from nucleate.deferred.active import turn
 from nucleate.deferred.copies import deepcopy
 from nucleate.deferred.geometry import is_plain
@@ -82,7 +81,7 @@ class Impersonation(TorchFunctionMode):
         if "device" in kwargs and _is_meta_device(kwargs["device"]):
             with self._meta_is_meant():
                 return func(*args, **kwargs)
-        if "out" in kwargs and func in _device_constructors() and self._is_deferred(kwargs["out"]):
+        if "out" in kwargs and is_factory(func) and self._is_deferred(kwargs["out"]):
             return self._fill_out(func, args, kwargs)
         if is_whole(func, args, kwargs, self.recorder.device) and any(map(self._is_deferred, tensors((args, kwargs)))):
             return call_whole(self.recorder, func, args, kwargs)
