@@ -75,16 +75,16 @@ class ReaderSuite(ABC):
         return tmp_path / f"checkpoint{self.suffix}"
 
     def sample(self) -> dict[str, Tensor]:
-        """Return tensors of every dtype with any bits, among them empty ones and a scalar."""
+        """Return tensors on the CPU of every dtype with any bits, among them empty ones and a scalar."""
         generator = torch.Generator().manual_seed(0)
         tensors = {}
         for dtype in self.dtypes:
-            data = torch.randint(256, (6 * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+            data = torch.randint(256, (6 * dtype.itemsize,), dtype=torch.uint8, generator=generator, device="cpu")
             data = data & 1 if dtype is torch.bool else data
             tensors[f"layer.{str(dtype).removeprefix('torch.')}"] = data.view(dtype).view(2, 3)
         first = self.dtypes[0]
-        tensors["layer.empty"] = torch.zeros(0, 3, dtype=first)
-        tensors["layer.scalar"] = torch.ones(1, dtype=first).view(())
+        tensors["layer.empty"] = torch.zeros(0, 3, dtype=first, device="cpu")
+        tensors["layer.scalar"] = torch.ones(1, dtype=first, device="cpu").view(())
         return tensors
 
     # --- the contract
@@ -120,12 +120,12 @@ class ReaderSuite(ABC):
             assert _bits(_whole(stored)) == _bits(tensor), key
 
     def test_any_range_of_a_tensor_is_read_by_itself(self, reader: Reader, path: Path) -> None:
-        tensor = torch.arange(60).to(self.dtypes[0]).view(3, 4, 5)
+        tensor = torch.arange(60, device="cpu").to(self.dtypes[0]).view(3, 4, 5)
         self.write(path, {"weight": tensor})
         stored = reader.read(path).tensors["weight"]
         for start in range(0, 60, 7):
             for stop in range(start, 61, 3):
-                out = torch.empty(stop - start, dtype=tensor.dtype)
+                out = torch.empty(stop - start, dtype=tensor.dtype, device="cpu")
                 stored.read(start, out)
                 assert _bits(out) == _bits(tensor.flatten()[start:stop]), (start, stop)
 
@@ -143,7 +143,7 @@ class ReaderSuite(ABC):
             assert contents.at(place) is None
 
     def test_reading_the_headers_reads_no_tensor(self, path: Path) -> None:
-        self.write(path, {"weight": torch.zeros(1 << 24, dtype=torch.uint8).view(self.dtypes[0])})
+        self.write(path, {"weight": torch.zeros(1 << 24, dtype=torch.uint8, device="cpu").view(self.dtypes[0])})
         before = _bytes_read()
         self.make_reader().read(path)
         assert _bytes_read() - before < 1 << 22, "it read the numbers themselves"
@@ -160,7 +160,7 @@ class ReaderSuite(ABC):
                 self._must_refuse_or_equal(reader, copy, expected, f"{file.name} cut to {length} of {size_bytes} bytes")
 
     def test_a_file_that_is_cut_short_after_it_was_opened_is_an_error(self, reader: Reader, path: Path) -> None:
-        self.write(path, {"weight": torch.ones(1 << 16, dtype=torch.uint8).view(self.dtypes[0])})
+        self.write(path, {"weight": torch.ones(1 << 16, dtype=torch.uint8, device="cpu").view(self.dtypes[0])})
         stored = reader.read(path).tensors["weight"]
         for file, _ in _files(path):
             os.truncate(file, 0)
@@ -224,7 +224,7 @@ class ReaderSuite(ABC):
 
 
 def _whole(stored: StoredTensor) -> Tensor:
-    out = torch.empty(stored.numel, dtype=stored.dtype)
+    out = torch.empty(stored.numel, dtype=stored.dtype, device="cpu")
     stored.read(0, out)
     return out.view(stored.shape)
 
