@@ -28,6 +28,8 @@ NAME = "nucleate_sim_device"
 # The kernels are torch's own; what is compiled here is glue, and compiles in a third less time than with -O2.
 FLAGS = ("-O1", "-g0")
 _MESSAGE_LIMIT = 4000
+# torch does not build twice in a process, so the first failure is the one that tells.
+_failures: list[NoCompiler] = []
 
 
 class NoCompiler(RuntimeError):  # noqa: N818
@@ -48,6 +50,8 @@ def load() -> ModuleType:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "building"):
             if not finished.exists():
+                if _failures:
+                    raise _failures[0]
                 _build(folder)
                 finished.touch()
     return _imported(library)
@@ -92,10 +96,13 @@ def _build(folder: Path) -> None:
                 NAME, sources, extra_cflags=list(FLAGS), build_directory=str(folder), is_python_module=False
             )
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            raise NoCompiler(
-                f"The simulated device cannot be built: {str(error)[-_MESSAGE_LIMIT:]}\n"
-                "Install a C++ compiler (g++) and ninja (pip install ninja)."
-            ) from error
+            _failures.append(
+                NoCompiler(
+                    f"The simulated device cannot be built: {str(error)[-_MESSAGE_LIMIT:]}\n"
+                    "Install a C++ compiler (g++) and ninja (pip install ninja)."
+                )
+            )
+            raise _failures[0] from error
 
 
 @contextmanager
