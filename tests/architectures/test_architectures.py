@@ -18,6 +18,7 @@ from tests.architectures.pool import judge_all
 from tests.architectures.torch_family import TorchFamily
 from tests.architectures.torchrec_family import ON_META
 from tests.architectures.verdict import DIFFERENT, EXACT, HEAP, UNBUILDABLE, judge
+from tests.device import cpu_only
 
 TRANSFORMERS = [
     *NAMED["transformers"],
@@ -80,6 +81,7 @@ def test_the_models_that_are_asked_for_by_name_are_exact(package: str) -> None:
     assert not any(verdict["early"] for verdict in verdicts.values())
 
 
+@cpu_only("the tables that they are compared with are reset by hand on the CPU")
 @pytest.mark.skipif(not _is_installed("torchrec"), reason="torchrec is not installed")
 def test_tables_of_torchrec_that_are_built_on_meta_are_what_resetting_them_by_hand_makes() -> None:
     verdicts = {verdict["name"]: verdict for verdict in judge_all("torchrec", list(ON_META), jobs=1)}
@@ -139,6 +141,7 @@ def test_what_differs_is_found_in_a_collection_too() -> None:
     assert verdict.details == ["cache['made'][0]: other values"]
 
 
+@cpu_only("a few numbers more move a device's generator no further")
 def test_a_stream_that_ends_elsewhere_is_found() -> None:
     verdict = judge(_Odd(), "draws more each time")
     assert verdict.outcome == DIFFERENT

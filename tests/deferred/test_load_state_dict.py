@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nucleate.deferred import TensorGiven, deferred, handle_of, resumed, tensor_given
 from nucleate.errors import CheckpointError, DeferredEditError, DeferredUseError
 from nucleate.materialize import materialize
-from tests.device import device
+from tests.device import device, on_device
 
 
 class Net(nn.Module):
@@ -506,7 +506,7 @@ def test_any_element_of_a_loaded_tensor_that_changes_behind_torch_is_noticed(lay
 def test_a_tensor_on_a_device_that_changes_behind_torch_is_an_error_by_name(
     where: Callable[[nn.Module], AbstractContextManager[object]], is_turned: bool
 ) -> None:
-    with deferred(device()):
+    with on_device(), deferred(device()):
         model = nn.Linear(4, 4, bias=False)
     loaded = torch.ones(4, 4, device=device())
     loaded = loaded.t() if is_turned else loaded
