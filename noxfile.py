@@ -97,7 +97,7 @@ QUICK_ON_DEVICES = (
     *(f"tests/materialize/test_{name}.py" for name in ("execute", "parts", "plan", "verification")),
     *(f"tests/checkpoint/test_{name}.py" for name in ("raw", "round_trip", "tensor_map", "training_state")),
     *(f"tests/multi/test_conformance.py::{SUITE}[{name}-2]" for name in ("TestDDP", "TestFSDP")),
-    "tests/multi/test_policies.py",
+    *("tests/multi/test_policies.py", "tests/gpu/test_exactness.py", "tests/gpu/test_devices.py"),
 )
 ALL_ON_DEVICES = (
     *("tests/precision", "tests/strategies", "tests/wrappers", "tests/integrations", "tests/materialize"),
