@@ -17,6 +17,8 @@ from nucleate.accelerators import Accelerator
 #: The name of the accelerator, which is the type of its device.
 ACCELERATOR = os.environ.get("NUCLEATE_TEST_DEVICE", "cpu")
 ON_CPU = ACCELERATOR == "cpu"
+#: Whether this machine has a device of torch's own kinds.
+HAS_DEVICE = torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()
 
 
 def cpu_only(reason: str) -> pytest.MarkDecorator:

@@ -14,6 +14,7 @@ from nucleate.plugin import Composition
 from nucleate.precision import FullPrecision
 from nucleate.strategies import SingleDeviceStrategy
 from tests.accelerators.outsider import Outsider
+from tests.device import HAS_DEVICE
 
 
 class Visible:
@@ -67,7 +68,7 @@ def test_an_index_is_a_number(index: object) -> None:
         TorchAccelerator("xpu", index=index)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device")
+@pytest.mark.skipif(HAS_DEVICE, reason="there is a device")
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -86,7 +87,7 @@ def test_a_torch_without_the_kind_is_told_apart(name: str, reason: str) -> None:
         TorchAccelerator(name).select(0)
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device")
+@pytest.mark.skipif(HAS_DEVICE, reason="there is a device")
 def test_a_machine_without_the_device_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     with pytest.raises(ConfigurationError, match=r"sees no device: check the driver .*nvidia-smi.*VISIBLE_DEVICES"):

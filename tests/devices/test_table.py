@@ -30,6 +30,7 @@ from nucleate.errors import ConfigurationError
 from nucleate.materialize import materialize
 from nucleate.testing import TinyConvNet
 from tests.accelerators.outsider import Outsider
+from tests.device import HAS_DEVICE
 
 XPU = torch.device("xpu", 0)
 
@@ -74,7 +75,7 @@ def test_the_devices_of_living_accelerators_are_taken_in_their_order() -> None:
     assert devices_taken() == [torch.device("xpu", 0)]
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device")
+@pytest.mark.skipif(HAS_DEVICE, reason="there is a device")
 def test_a_process_on_the_cpu_has_taken_none() -> None:
     accelerator = CPUAccelerator()
     take_device(accelerator.select(0), accelerator)
@@ -90,7 +91,7 @@ def test_the_cpu_pins_no_memory_and_computes_in_bfloat16() -> None:
     assert hooks.random_state_of(torch.device("cpu")) is None
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device")
+@pytest.mark.skipif(HAS_DEVICE, reason="there is a device")
 def test_an_absent_device_has_no_state() -> None:
     assert hooks_of(XPU).random_state_of(XPU) is None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,17 +16,6 @@ from tests.deferred.equality import assert_same_model, named_tensors
 from tests.gpu.device import device
 
 CPU = torch.device("cpu")
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Let factories make tensors of a dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def next_numbers(on: torch.device) -> tuple[Tensor, Tensor]:

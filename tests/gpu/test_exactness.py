@@ -13,13 +13,13 @@ from nucleate import Runtime
 from nucleate.deferred import deferred
 from nucleate.devices import philox
 from nucleate.materialize import materialize
+from nucleate.precision.casting import default_dtype
 from tests.deferred.equality import named_tensors
 from tests.gpu.device import DEVICE_TYPE, DeviceMemory, device, free_bytes, only_on_gpu
 from tests.gpu.models import (
     assert_deferred_is_eager,
     assert_same_values,
     construct,
-    default_dtype,
     next_numbers,
     wholes,
 )

@@ -10,8 +10,9 @@ from torch import nn
 
 from nucleate import Runtime
 from nucleate.precision import MixedPrecision
+from nucleate.precision.casting import default_dtype
 from tests.gpu.device import DEVICE_TYPE, device
-from tests.gpu.models import construct, default_dtype, deferred_by
+from tests.gpu.models import construct, deferred_by
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.cuda

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import tests.zoo  # noqa: F401  # It puts the examples on the path.
 from nucleate import Runtime
 from nucleate.devices.staging import BUFFER_BYTES
+from nucleate.precision.casting import default_dtype
 from tests.gpu.device import DEVICE_TYPE, DeviceMemory, device, free_bytes, only_on_gpu
 
 from llama import SIZES, Cache, Llama, LlamaConfig, generate  # isort: skip
@@ -113,13 +114,8 @@ def test_a_model_is_made_in_its_own_bytes_and_one_parameter(size: str, record_pr
     # A few of its parameters, so that two models need not fit: in the order of the constructor, from the same seed.
     if free_bytes() > 2 * numel + 2**30:
         torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with device():
-                eager = Llama(config)
-        finally:
-            torch.set_default_dtype(before)
+        with default_dtype(torch.bfloat16), device():
+            eager = Llama(config)
         for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
             assert torch.equal(ours, theirs), name
 

@@ -1,4 +1,4 @@
-"""Which accelerator a user's choice stands for: an object, a name, torch's name of a kind of device, or `"auto"`."""
+"""Finds the accelerator that a user asked for: by an object, by a name, or by `"auto"`."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from nucleate.deferred import handle_of
 from nucleate.devices import Staging
 from nucleate.devices.staging import aligned
 from nucleate.errors import UsageError, name_list
+from nucleate.materialize.swapping import swap
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -99,8 +100,7 @@ def _set_value(tensor: Tensor, value: Tensor) -> None:
         tensor.data = value
         return
     # As between the CPU and devices of other packages (`has_compatible_shallow_copy_type` in c10/core/TensorImpl.h,
-    # torch 2.13). Hooks belong to the autograd side of a tensor, which is swapped away.
-    hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
+    # torch 2.13).
     attributes = vars(tensor).copy()
     if isinstance(tensor, nn.Parameter):
         value = nn.Parameter(value, requires_grad=tensor.requires_grad)
@@ -111,17 +111,13 @@ def _set_value(tensor: Tensor, value: Tensor) -> None:
     # A subclass may keep its parts there, which are in their new place by now.
     vars(value).update({name: item for name, item in attributes.items() if name not in vars(value)})
     if weakref.getweakrefs(tensor):
-        # `swap_tensors` refuses these, though they go on to refer to the same object. The rest of it is not needed:
-        # class and attributes are alike, and `_refuse_held` has asked for other references.
+        # `swap_tensors` refuses a tensor with weak references. They stay right here, because the object stays.
+        # `_refuse_held` has looked for other references, and class and attributes are alike.
         inside = vars(value).copy()
-        torch._C._swap_tensor_impl(tensor, value)
+        swap(tensor, value, by=torch._C._swap_tensor_impl)
         vars(tensor).update(inside)
     else:
-        torch.utils.swap_tensors(tensor, value)
-    if hooks[0]:
-        tensor._backward_hooks = hooks[0]
-    if hooks[1]:
-        tensor._post_accumulate_grad_hooks = hooks[1]
+        swap(tensor, value)
 
 
 def _refuse_held(tensors: dict[Tensor, str], device: torch.device) -> None:

@@ -63,7 +63,7 @@ def check_bounds(func: Any, args: tuple[Any, ...], value: Callable[[Tensor], Ten
 
 
 def refuse_overlap(written: Iterable[Tensor]) -> None:
-    """Refuse random numbers for a tensor of which several elements lie in one place, as an expanded one's do.
+    """Refuse to fill a tensor with random numbers if several of its elements share memory, as after `expand`.
 
     Raises:
         RuntimeError: As torch raises it (`assert_no_internal_overlap` in aten/src/ATen/MemoryOverlap.cpp, 2.13).

@@ -1,4 +1,4 @@
-"""How far a random step moves a generator, and moving one there.
+"""Computes how many draws a random step takes, and the state of a generator after so many draws.
 
 A distance is counted in 32-bit draws for the CPU's Mersenne Twister. Every other device counts in its own way.
 """

@@ -11,7 +11,7 @@ from nucleate.devices.hooks import DeviceHooks
 
 
 class CPUHooks(DeviceHooks):
-    """What the CPU answers."""
+    """The answers for the CPU."""
 
     def is_present(self, device: torch.device) -> bool:
         """Return True."""

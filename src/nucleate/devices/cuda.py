@@ -10,7 +10,7 @@ from nucleate.devices.hooks import DeviceHooks
 
 
 class CUDAHooks(DeviceHooks):
-    """What CUDA answers in its own way."""
+    """The answers that only CUDA gives."""
 
     def default_generator(self, device: torch.device) -> torch.Generator:
         """Return the generator that factories and in-place fills on the device use by default."""

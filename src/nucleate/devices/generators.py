@@ -1,4 +1,4 @@
-"""Generators of devices, also of those of which torch gives no `torch.Generator`."""
+"""Generators of devices. Some devices have no `torch.Generator` object; others are not on this machine."""
 
 from __future__ import annotations
 

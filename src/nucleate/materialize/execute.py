@@ -30,6 +30,7 @@ from nucleate.materialize.released import unmark_released
 from nucleate.materialize.resetting import reset
 from nucleate.materialize.shards import allocate_shards, fill, parts_of_shard, take_back_shards
 from nucleate.materialize.source import is_moved_to
+from nucleate.materialize.swapping import swap
 
 
 def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
@@ -190,14 +191,8 @@ def _install(target: Target, value: Tensor) -> None:
     real.__class__ = target.cls
     unmark_released(tensor)
     real.__dict__.update(tensor.__dict__)
-    hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
     try:
-        torch.utils.swap_tensors(tensor, real)
-        # Hooks belong to the autograd side of a tensor, which is swapped away.
-        if hooks[0]:
-            tensor._backward_hooks = hooks[0]
-        if hooks[1]:
-            tensor._post_accumulate_grad_hooks = hooks[1]
+        swap(tensor, real)
     except RuntimeError:
         # Somebody holds it weakly, or autograd does: the next best thing is to replace it wherever it is held.
         for holder in target.holders:
