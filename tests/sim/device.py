@@ -7,10 +7,12 @@ Philox's numbers, overlap in time, fragmentation, NCCL, sparse tensors, and kern
 
 from __future__ import annotations
 
+import atexit
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import Variable
 
 from tests.sim import build
 from tests.sim.build import NoCompiler
@@ -50,9 +52,19 @@ def _register_collectives(extension: Any) -> None:
 
 def _start_autograd() -> None:
     try:
-        torch.ones((), device="sim", requires_grad=True).backward()
+        _wait_for_autograd()
     except RuntimeError as error:
         raise RuntimeError(
             "install() came after a backward pass of this process, whose autograd threads do not know the simulated "
             "device. Call install() first."
         ) from error
+    # A thread of the engine takes Python's lock after a backward pass that `Tensor.backward` began, to let go of the
+    # context that torch gave it. Where Python ends meanwhile, the process aborts, on every device of torch.
+    atexit.register(_wait_for_autograd)
+
+
+def _wait_for_autograd() -> None:
+    """Run a small backward pass on each device by the engine itself, whose thread then waits without Python's lock."""
+    for index in range(2):
+        root = torch.ones((), device=f"sim:{index}", requires_grad=True).clone()
+        Variable._execution_engine.run_backward((root,), (torch.ones_like(root),), False, False, (), True, True)
