@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import os
 import stat
 import weakref
-from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from nucleate.checkpoint.direct import BLOCK_BYTES, MIN_DIRECT_BYTES, DirectFile, is_wanted
+from nucleate.checkpoint.read_ahead import ReadAhead
+from nucleate.checkpoint.system_calls import system_call
 from nucleate.errors import CheckpointError, CheckpointNotFoundError
 
 _numbers = count()
@@ -79,6 +81,15 @@ class DataFile:
             raise CheckpointError(f"{self.path} is {what}; tensors are read from files.")
         self.size_bytes = status.st_size
         self._written_ns = status.st_mtime_ns
+        #: How large all files of the checkpoint are, as far as that is known.
+        self.checkpoint_bytes = self.size_bytes
+        self._expected_bytes = 0
+        # None before the first large read, and False where it is read through the page cache.
+        self._direct: DirectFile | bool | None = None
+
+    def expect(self, size_bytes: int) -> None:
+        """Know that so many bytes more are going to be read."""
+        self._expected_bytes += size_bytes
 
     def check_unwritten(self) -> None:
         """Make sure that nobody has written to the file since it was opened. One that was cut short fails when read.
@@ -116,6 +127,10 @@ class DataFile:
         if os.fstat(self._descriptor).st_size < self.size_bytes:
             raise self._cut_short(0, self.size_bytes)
 
+    def read_ahead(self, ahead: ReadAhead) -> None:
+        """Bring the file into the page cache, without waiting for it."""
+        ahead.start(self._descriptor, self.size_bytes)
+
     def read_into(self, address: int, size_bytes: int, offset: int) -> None:
         """Copy bytes to memory.
 
@@ -127,6 +142,26 @@ class DataFile:
         Raises:
             CheckpointError: The file ends before, or the disk fails.
         """
+        done = 0
+        if size_bytes >= MIN_DIRECT_BYTES and (direct := self._read_past_cache()):
+            while done < size_bytes:
+                wanted = min(size_bytes - done, BLOCK_BYTES)
+                if not direct.read(address + done, wanted, offset + done):
+                    self._read_buffered(address + done, wanted, offset + done)
+                done += wanted
+            return
+        self._read_buffered(address, size_bytes, offset)
+
+    def _read_past_cache(self) -> DirectFile | None:
+        if self._direct is None:
+            self._direct = False
+            if is_wanted(self._expected_bytes, self.size_bytes, self.checkpoint_bytes):
+                # Where the file system cannot, it is read as other files are.
+                with suppress(OSError):
+                    self._direct = DirectFile(self._descriptor, self.size_bytes)
+        return self._direct if isinstance(self._direct, DirectFile) else None
+
+    def _read_buffered(self, address: int, size_bytes: int, offset: int) -> None:
         done = 0
         while done < size_bytes:
             # At most what the system reads in one call anyway (read(2): 0x7ffff000 bytes).
@@ -207,21 +242,3 @@ def first_bytes(path: Path, size_bytes: int) -> bytes:
         return file.read(0, min(size_bytes, file.size_bytes))
     except CheckpointError:
         return b""
-
-
-@functools.cache
-def system_call(name: str) -> Callable[[int, int, int, int], int]:
-    """Return `pread` or `pwrite`, called with a descriptor, an address, a number of bytes and an offset.
-
-    Python's own want an object with a buffer, and without NumPy torch's memory has none. They run without the
-    interpreter's lock, as all calls through ctypes.
-
-    Args:
-        name: Which of the two.
-    """
-    library = ctypes.CDLL(None, use_errno=True)
-    function = getattr(library, f"{name}64", None) or getattr(library, name)
-    function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64)
-    function.restype = ctypes.c_ssize_t
-    result: Callable[[int, int, int, int], int] = function
-    return result

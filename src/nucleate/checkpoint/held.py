@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nucleate.deferred import Given
 from nucleate.errors import CheckpointError
-from nucleate.materialize.memory import advise_huge_pages
+from nucleate.materialize.memory import FreshMemory
 from nucleate.materialize.shards import is_sharded, offsets_of
 
 
@@ -86,7 +86,10 @@ def frozen(tensors: list[HeldTensor]) -> list[HeldTensor]:
     copies = [
         [torch.empty(box.values.shape, dtype=box.values.dtype, device="cpu") for box in held.boxes] for held in tensors
     ]
-    advise_huge_pages(copy.untyped_storage() for some in copies for copy in some)
+    memory = FreshMemory(copy.untyped_storage() for some in copies for copy in some)
+    for some in copies:
+        for copy in some:
+            memory.touch(copy)
     return [
         HeldTensor(
             held.key,

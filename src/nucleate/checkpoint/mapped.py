@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nucleate.checkpoint.files import DataFile
+from nucleate.checkpoint.read_ahead import ReadAhead
 from nucleate.checkpoint.stored import StoredTensor
 from nucleate.deferred import Given
 from nucleate.errors import CheckpointError
@@ -23,6 +24,7 @@ class Mapper:
 
     def __init__(self) -> None:
         self._mapped: dict[int, torch.UntypedStorage] = {}
+        self._ahead = ReadAhead()
         # The first byte of what was handed out and the one behind the last, by file, in ascending order.
         self._taken: dict[int, list[tuple[int, int]]] = {}
 
@@ -56,6 +58,7 @@ class Mapper:
             except RuntimeError as error:
                 raise CheckpointError(f"{file.name} cannot be mapped: {error}. Load it with mmap=False.") from error
             self._mapped[file.number] = mapped
+            file.read_ahead(self._ahead)
         return self._mapped[file.number]
 
 
@@ -79,6 +82,9 @@ class MappedTensor(Given):
 
     def order(self, start: int) -> tuple[int, int]:
         return self._stored.order(start)
+
+    def expect(self, numel: int) -> None:
+        self._stored.expect(numel)
 
     def check_unchanged(self) -> None:
         self._stored.check_unchanged()

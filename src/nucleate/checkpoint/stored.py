@@ -157,6 +157,11 @@ class StoredTensor(Given):
         first = self.chunks[0]
         return (first.file.number, first.offset + start * self.dtype.itemsize)
 
+    def expect(self, numel: int) -> None:
+        for chunk in self.chunks:
+            if isinstance(chunk.file, DataFile):
+                chunk.file.expect(numel * self.dtype.itemsize * math.prod(chunk.shape) // max(1, self.numel))
+
     def check_unchanged(self) -> None:
         for file in {id(chunk.file): chunk.file for chunk in self.chunks}.values():
             if isinstance(file, DataFile):

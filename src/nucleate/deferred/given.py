@@ -63,6 +63,9 @@ class Given(ABC):
         """Return a tensor of the shape with the elements that is on this kind of device already, or None."""
         return None
 
+    def expect(self, numel: int) -> None:
+        """Know that so many elements more are going to be read; said before the first is read."""
+
     def check_unchanged(self) -> None:
         """Make sure that the elements are those that were given, as far as that is seen without reading them.
 

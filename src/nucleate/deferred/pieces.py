@@ -200,6 +200,16 @@ class Pieces:
         position = next(self._positions(), None)
         return (-1, start) if position is None else (position.run.number, position.offset + start)
 
+    def expect(self, numel: int) -> None:
+        """Tell those that the elements are read from how many are going to be read."""
+        for read in self._reads():
+            read.given.expect(min(numel, math.prod(read.given.shape)))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the elements are read from one place, and a cast is all that happens to them."""
+        return isinstance(self._only(), Read)
+
     def prepare(self) -> None:
         """Execute the steps that the states it begins at depend on, so that threads need not.
 

@@ -22,7 +22,6 @@ from nucleate.devices.staging import fits
 from nucleate.errors import ConversionError
 from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.making import make_parts
-from nucleate.materialize.memory import advise_huge_pages
 from nucleate.materialize.parts import Part, Range
 from nucleate.materialize.plan import Group
 from nucleate.materialize.shards import flat_start
@@ -134,6 +133,12 @@ class Job:
                 merged.append((first, last))
         return merged
 
+    def places(self, first: int, last: int) -> Iterator[Tensor]:
+        """Yield what is wanted of the blocks `[first, last)`."""
+        for wanted in self.wanted:
+            start, stop = self.layout.outputs[wanted.number].range(first, last)
+            yield wanted.out[max(0, start - wanted.first) : max(0, stop - wanted.first)]
+
     def convert(self, values: Tensor, first: int, last: int) -> None:
         """Convert the blocks `[first, last)` into what is wanted of them.
 
@@ -214,6 +219,10 @@ class Blocks(Part):
     def row_numel(self) -> int:
         return self.job.layout.block_numel
 
+    @property
+    def places(self) -> Iterator[Tensor]:
+        return self.job.places(self.first, self.last)
+
     def cut(self, first: int, last: int) -> Part:
         begin, end = first * self.row_numel, min(self.numel, last * self.row_numel)
         return Blocks(self.pieces, self.start + begin, self.job, self.first + first, self.first + last, end - begin)
@@ -264,7 +273,11 @@ class Conversions:
             for number in job.groups:
                 if number not in job.whole and not job.want_shards(number):
                     job.want_whole(number)
-        advise_huge_pages(storage for job in self._jobs.values() for storage in job.whole.values())
+
+    def storages(self) -> Iterator[torch.UntypedStorage]:
+        """Yield the memory of what is made whole."""
+        for job in self._jobs.values():
+            yield from job.whole.values()
 
     def parts(self) -> Iterator[Part]:
         """Yield what can be made in ranges. What cannot is made by `finish`, afterwards."""

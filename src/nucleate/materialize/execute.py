@@ -7,6 +7,7 @@ meantime, copied into the local shard and freed.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from nucleate.errors import UninitializedError, name_list
 from nucleate.materialize.conversions import Conversions
 from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.making import make_parts
-from nucleate.materialize.memory import advise_huge_pages
+from nucleate.materialize.memory import FreshMemory
 from nucleate.materialize.parts import Part
 from nucleate.materialize.plan import Group, Holder, Plan, Target
 from nucleate.materialize.reading import read_into
@@ -31,6 +32,8 @@ from nucleate.materialize.resetting import reset
 from nucleate.materialize.shards import allocate_shards, fill, parts_of_shard, take_back_shards
 from nucleate.materialize.source import is_moved_to
 from nucleate.materialize.swapping import swap
+
+_logger = logging.getLogger(__name__)
 
 
 def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
@@ -79,11 +82,11 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
         module._flat_weight_refs = []
     allocated: set[int] = set()
     try:
-        allocate_shards(model, shard_device or device, allocated)
+        shards = allocate_shards(model, shard_device or device, allocated)
         with ExitStack() as stack:
             for record in plan.records:
                 stack.enter_context(record.making())
-            rest = _make_in_parts(plan.groups, device)
+            rest = _make_in_parts(plan.groups, device, shards)
             scratches = _scratches(rest, device)
             for group in rest:
                 where = _made_on(group, device)
@@ -107,7 +110,9 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
     _verify(model)
 
 
-def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]:
+def _make_in_parts(
+    groups: Sequence[Group], device: torch.device, shard_storages: Sequence[torch.UntypedStorage]
+) -> list[Group]:
     """Make what can be made range by range: shards straight into their place. Return the other groups."""
     conversions = Conversions(groups, device)
     parts: list[Part] = []
@@ -135,9 +140,11 @@ def _make_in_parts(groups: Sequence[Group], device: torch.device) -> list[Group]
         made.append((group, storage))
         flat = torch.empty(0, dtype=pieces.dtype, device=device).set_(storage, 0, (pieces.numel,), (1,))
         parts.extend(parts_on(pieces, 0, flat.shape, (0,), flat))
-    advise_huge_pages(storage for _, storage in made)
     parts.extend(conversions.parts())
-    make_parts(parts, torch.get_num_threads())
+    memory = FreshMemory([*(storage for _, storage in made), *conversions.storages(), *shard_storages])
+    make_parts(parts, torch.get_num_threads(), memory)
+    if memory:
+        _logger.info("New memory that this process has touched: %s.", memory.describe())
     for group, storage in (*made, *conversions.finish()):
         group.source.keep(storage)
         _install_group(group, storage)

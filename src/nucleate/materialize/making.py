@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nucleate.devices import Staging
 from nucleate.devices.staging import aligned
+from nucleate.materialize.memory import FreshMemory
 from nucleate.materialize.parts import Part
 from nucleate.materialize.source import Cursors
 from nucleate.report.meter import Meter
@@ -27,23 +28,31 @@ _STRETCHES_PER_THREAD = 6
 # A batch is small: each stretch costs a jump to its place in the stream.
 _STRETCHES_PER_THREAD_AND_BATCH = 2
 
+# A disk wants several questions at a time, however many cores there are.
+_READERS = 4
+# So much is touched and then written.
+_STEP_BYTES = 4 << 20
 
-def make_parts(parts: Sequence[Part], num_threads: int) -> None:
+
+def make_parts(parts: Sequence[Part], num_threads: int, memory: FreshMemory | None = None) -> None:
     """Make parts, in the order of the random streams and files, by several threads.
 
     Args:
         parts: They must not overlap where they go.
         num_threads: How many threads at most.
+        memory: Memory where they go that was not written before.
     """
-    by_device: dict[torch.device, list[Part]] = {}
+    lots: dict[tuple[torch.device, bool], list[Part]] = {}
     for part in sorted(parts, key=lambda part: part.pieces.order(part.start)):
-        by_device.setdefault(part.device, []).append(part)
+        part.pieces.expect(part.num_rows * part.row_numel)
+        lots.setdefault((part.device, part.pieces.is_read), []).append(part)
     with Meter(sum(part.size_bytes for part in parts), "making parameters") as meter:
-        for device, some in by_device.items():
+        for (device, is_read), some in lots.items():
             total = _work_of(some)
-            with _Makers(max(1, min(num_threads, total // MIN_NUMEL_PER_THREAD))) as makers:
+            most = max(num_threads, _READERS) if is_read else num_threads
+            with _Makers(max(1, min(most, total // MIN_NUMEL_PER_THREAD))) as makers:
                 if device.type == "cpu":
-                    makers.make(some, _STRETCHES_PER_THREAD, meter)
+                    makers.make(some, _STRETCHES_PER_THREAD, meter, memory)
                 else:
                     _make_staged(device, some, makers, meter)
 
@@ -118,16 +127,23 @@ class _Makers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=error is not None)
 
-    def make(self, parts: Sequence[Part], num_stretches: int, meter: Meter | None = None) -> None:
+    def make(
+        self,
+        parts: Sequence[Part],
+        num_stretches: int,
+        meter: Meter | None = None,
+        memory: FreshMemory | None = None,
+    ) -> None:
         """Make parts, all of them on the host.
 
         Args:
             parts: In the order of the streams.
             num_stretches: Into how many stretches for each thread they are split.
             meter: Told of what is made.
+            memory: Memory where they go that was not written before.
         """
         if self._pool is None:
-            _make(parts, meter)
+            _make(parts, meter, memory)
             return
         stretches = list(_stretches(parts, _work_of(parts), self._num_threads * num_stretches))
         # A mode of torch's holds for one thread, and an inference tensor may only be written in that mode.
@@ -135,7 +151,7 @@ class _Makers:
 
         def make(stretch: Sequence[Part]) -> None:
             with torch.inference_mode(inference):
-                _make(stretch, meter)
+                _make(stretch, meter, memory)
 
         futures = [self._pool.submit(make, stretch) for stretch in stretches]
         try:
@@ -151,17 +167,31 @@ def _work_of(parts: Sequence[Part]) -> int:
     return sum(part.num_rows * part.row_numel for part in parts)
 
 
-def _make(parts: Sequence[Part], meter: Meter | None) -> None:
+def _make(parts: Sequence[Part], meter: Meter | None, memory: FreshMemory | None) -> None:
     every: dict[object, Cursors] = {}
-    for part in parts:
+    for part in (step for whole in parts for step in _steps(whole)) if memory else parts:
         program = part.pieces.program
         if program not in every:
             every[program] = Cursors(program)
+        if memory:
+            for place in part.places:
+                memory.touch(place)
         part.make(every[program])
         if meter is not None:
             meter.add(part.size_bytes)
     for cursors in every.values():
         cursors.remember()
+
+
+def _steps(part: Part) -> Iterator[Part]:
+    """Cut a part so that each piece is made while the memory that was touched for it is in a cache."""
+    rows = max(1, part.num_rows * _STEP_BYTES // max(1, part.size_bytes))
+    rows += -rows % 64 if part.row_numel == 1 else 0  # as in `_stretches`
+    if rows >= part.num_rows or part.pieces.grain > 1:
+        yield part
+        return
+    for first in range(0, part.num_rows, rows):
+        yield part.cut(first, min(part.num_rows, first + rows))
 
 
 def _stretches(parts: Sequence[Part], total: int, count: int) -> Iterator[list[Part]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +66,11 @@ class Part(ABC):
     def row_bytes(self) -> int:
         """How many bytes of a staging buffer a row takes."""
 
+    @property
+    @abstractmethod
+    def places(self) -> Iterable[Tensor]:
+        """Where it goes, as contiguous tensors."""
+
     @abstractmethod
     def cut(self, first: int, last: int) -> Part:
         """Return the rows from `first` to `last`."""
@@ -116,6 +121,10 @@ class Placed(Part):
     @property
     def row_bytes(self) -> int:
         return self.out.numel() // self.out.shape[0] * self.pieces.dtype.itemsize
+
+    @property
+    def places(self) -> Iterable[Tensor]:
+        return (self.out,)
 
     def make_there(self) -> bool:
         value = self.pieces.constant()

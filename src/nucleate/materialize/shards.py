@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from nucleate.deferred.fills import is_contiguous
 from nucleate.deferred.tape import TensorRef
 from nucleate.materialize.device_parts import parts_on
-from nucleate.materialize.memory import advise_huge_pages
 from nucleate.materialize.parts import Part, merged
 from nucleate.materialize.source import Pieces
 
@@ -94,13 +93,16 @@ def parts_of_shard(pieces: Pieces, ref: TensorRef, shard: Any) -> list[Part] | N
     return list(parts_on(pieces, ref.offset, ref.size, offsets, local))
 
 
-def allocate_shards(model: nn.Module, device: torch.device, addresses: set[int]) -> None:
+def allocate_shards(model: nn.Module, device: torch.device, addresses: set[int]) -> list[torch.UntypedStorage]:
     """Give every DTensor on the meta device memory, with nothing in it.
 
     Args:
         model: The model.
         device: Where.
         addresses: Filled with the addresses of that memory.
+
+    Returns:
+        That memory.
     """
     storages: list[torch.UntypedStorage] = []
 
@@ -115,7 +117,7 @@ def allocate_shards(model: nn.Module, device: torch.device, addresses: set[int])
     if any(is_sharded(parameter) and parameter.is_meta for parameter in model.parameters()):
         # Through `_apply`, so that FSDP takes notice of its new local tensors.
         model._apply(allocated)
-        advise_huge_pages(storages)
+    return storages
 
 
 def take_back_shards(model: nn.Module, addresses: set[int]) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from nucleate.checkpoint.contents import Contents
+from nucleate.checkpoint.files import DataFile
 from nucleate.checkpoint.readers.base import Reader
 from nucleate.errors import (
     CheckpointError,
@@ -38,11 +39,15 @@ def open_checkpoint(path: str | os.PathLike[str], reader: str | Reader | None = 
     place = Path(path)
     found = reader_for(place, reader)
     try:
-        return found.read(place)
+        contents = found.read(place)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{error.filename or place} cannot be read: {error.strerror or error}.") from error
+    files = {file for tensor in contents.tensors.values() for file in tensor.files if isinstance(file, DataFile)}
+    for file in files:
+        file.checkpoint_bytes = sum(each.size_bytes for each in files)
+    return contents
 
 
 def reader_for(path: str | os.PathLike[str], name: str | Reader | None = None) -> Reader:

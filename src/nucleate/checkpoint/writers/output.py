@@ -21,10 +21,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint.files import system_call
 from nucleate.checkpoint.held import HeldTensor
 from nucleate.checkpoint.moved import MovedBox
 from nucleate.checkpoint.save_group import SaveGroup
+from nucleate.checkpoint.system_calls import system_call
 from nucleate.deferred import Given
 from nucleate.deferred.given import take_range
 from nucleate.errors import CheckpointError, RankDisagreementError

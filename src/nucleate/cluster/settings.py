@@ -1,0 +1,28 @@
+"""Settings of a machine, which no script can know: environment variables whose names begin with `NUCLEATE_`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from nucleate.errors import ConfigurationError
+
+#: Which pages memory is touched by; see `docs/concepts/first-run.md`.
+HUGE_PAGES = "NUCLEATE_HUGE_PAGES"
+_HUGE_PAGES = {"measured": None, "always": True, "never": False}
+
+
+def huge_pages(variables: Mapping[str, str] | None = None) -> bool | None:
+    """Return True where new memory is always to be huge pages, False where it never is, None where times decide.
+
+    Args:
+        variables: Read these instead of `os.environ`.
+
+    Raises:
+        ConfigurationError: `NUCLEATE_HUGE_PAGES` has another value than its three.
+    """
+    value = (os.environ if variables is None else variables).get(HUGE_PAGES, "measured")
+    if value not in _HUGE_PAGES:
+        allowed = ", ".join(map(repr, _HUGE_PAGES))
+        raise ConfigurationError(f"the environment variable {HUGE_PAGES} is {value!r}; it may be {allowed}.")
+    return _HUGE_PAGES[value]

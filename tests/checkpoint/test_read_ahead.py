@@ -1,0 +1,92 @@
+"""Files that are read ahead come into the page cache by themselves."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from nucleate import Runtime
+from nucleate.checkpoint import read_ahead
+from nucleate.checkpoint.direct import Residency
+from nucleate.checkpoint.read_ahead import ReadAhead
+
+SIZE = 20 << 20
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(SIZE // 4096, 1024)}, path)
+    drop(path)
+    return path
+
+
+def drop(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def is_cached(path: Path) -> bool:
+    with open(path, "rb") as file:
+        residency = Residency(file.fileno(), SIZE)
+        return all(residency.holds(offset, 1) for offset in range(0, SIZE, 4096))
+
+
+def wait_until_cached(path: Path) -> bool:
+    deadline = time.monotonic() + 20
+    while not is_cached(path) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return is_cached(path)
+
+
+def running() -> int:
+    return sum(thread.name == "nucleate-read-ahead" for thread in threading.enumerate())
+
+
+def test_a_file_comes_into_the_cache_though_it_is_closed(path: Path) -> None:
+    ahead = ReadAhead()
+    with open(path, "rb") as file:
+        ahead.start(file.fileno(), SIZE)
+    assert wait_until_cached(path)
+
+
+def test_its_thread_ends_and_starts_again(path: Path) -> None:
+    before = running()
+    ahead = ReadAhead()
+    for _ in range(2):
+        drop(path)
+        with open(path, "rb") as file:
+            ahead.start(file.fileno(), SIZE)
+        assert wait_until_cached(path)
+        deadline = time.monotonic() + 20
+        while running() > before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert running() == before
+
+
+def test_what_does_not_fit_into_memory_is_left_to_the_system(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "available_bytes", lambda: SIZE)
+    before = running()
+    with open(path, "rb") as file:
+        ReadAhead().start(file.fileno(), SIZE)
+    assert running() == before
+    assert not is_cached(path)
+
+
+def test_a_model_whose_weights_lie_in_the_file_is_read_ahead(path: Path) -> None:
+    runtime = Runtime(accelerator="cpu")
+    with runtime.init_module(empty_init=True):
+        model = nn.Linear(1024, SIZE // 4096, bias=False)
+    runtime.load_raw(path, model, mmap=True)
+    drop(path)
+    model = runtime.setup(model)
+    assert wait_until_cached(path)
+    assert bool((model.weight == 1).all())
