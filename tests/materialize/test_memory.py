@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate import deferred, materialize
 from nucleate.cluster.settings import HUGE_PAGES
+from nucleate.deferred import deferred
 from nucleate.errors import ConfigurationError
-from nucleate.materialize import memory
+from nucleate.materialize import materialize, memory
 from nucleate.materialize.memory import MIN_TOUCHED_BYTES, FreshMemory, policy
 from nucleate.materialize.pages import STRETCH_BYTES, PagePolicy
 from tests.device import cpu_only
