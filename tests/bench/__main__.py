@@ -18,19 +18,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.bench.checkpoint_files import SHAPES
-from tests.bench.construct import WAYS
+from tests.bench.construct_ways import WAYS
+from tests.bench.init_section import construct
 from tests.bench.large import WAYS as LARGE_WAYS
 from tests.bench.large_section import large
-from tests.bench.load import WAYS as LOAD_WAYS
 from tests.bench.load_section import PARTS, load
+from tests.bench.load_ways import WAYS as LOAD_WAYS
 from tests.bench.machine import describe
-from tests.bench.model import INITS, SIZES
+from tests.bench.model import DTYPES, INITS, SIZES
 from tests.bench.page import write_section
 from tests.bench.quantize_section import quantize
-from tests.bench.sections import Section, construct, imports, record, step
-from tests.bench.state import STATES, UNTOUCHED
+from tests.bench.section import Section
+from tests.bench.sections import imports, record, step
+from tests.bench.state import IDLE_S, STATES, UNTOUCHED
 
 BENCHMARKS = ("init", "record", "load", "quantize", "large", "step", "imports")
+#: The numbers of these depend on the state of memory.
+_BY_STATE = ("init", "load", "quantize", "large")
 #: What is run when nothing is named.
 _DEFAULT = tuple(name for name in BENCHMARKS if name != "large")
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
@@ -39,12 +43,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    size = args.size or "1b"
+    size, states = args.size or "1b", args.states or STATES
     benchmarks: dict[str, Callable[[], Section]] = {
-        "init": lambda: construct(size, args.runs, args.inits, args.ways),
-        "load": lambda: load(size, args.runs, args.parts, args.load_ways, args.files),
-        "quantize": lambda: quantize(size, args.runs, args.files),
-        "large": lambda: large(args.size or "7b", args.runs, args.large_ways, args.files, args.states or [UNTOUCHED]),
+        "init": lambda: construct(size, args.runs, args.inits, args.ways, args.dtypes, states, args.idle_s),
+        "load": lambda: load(size, args.runs, args.parts, args.load_ways, args.files, states, args.idle_s),
+        "quantize": lambda: quantize(size, args.runs, args.files, states, args.idle_s),
+        "large": lambda: large(
+            args.size or "7b", args.runs, args.large_ways, args.files, args.states or [UNTOUCHED], args.idle_s
+        ),
         "record": lambda: record(args.runs),
         "step": lambda: step(args.step_sizes, args.runs, quick=args.quick),
         "imports": lambda: imports(args.runs),
@@ -53,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.benchmarks or _DEFAULT:
         section = benchmarks[name]()
         faults += section.faults
-        text = f"{section.text}\n\n{provenance(argv, args.runs)}"
+        text = f"{section.text}\n\n{provenance(argv, args.runs, args.idle_s if name in _BY_STATE else None)}"
         print(f"## {name}\n\n{text}\n", flush=True)
         if args.write:
             write_section(args.page, name, text)
@@ -62,11 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def provenance(argv: Sequence[str], runs: int) -> str:
-    """Return where the numbers come from, for under the table."""
+def provenance(argv: Sequence[str], runs: int, idle_s: float | None) -> str:
+    """Return where the numbers come from, for under the table.
+
+    Args:
+        argv: The command.
+        runs: How many there were.
+        idle_s: How long nothing ran before untouched memory was measured; None: the numbers do not depend on it.
+    """
     command = shlex.join(["python", "-m", "tests.bench", *argv])
     times = f"Median of {runs} runs, lowest and highest in brackets" if runs > 1 else "One run"
-    return f"{times}. {describe()}.\n\n```console\n$ {command}\n```"
+    machine = describe() if idle_s is None else describe(pages=True, idle_s=idle_s)
+    return f"{times}. {machine}.\n\n```console\n$ {command}\n```"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -80,11 +93,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--runs", type=int, default=5, help="fresh processes for each number (default 5)")
     add("--size", choices=SHAPES, help="the model of init, load and quantize (default 1b), and of large (default 7b)")
     add("--inits", nargs="+", choices=INITS, default=list(INITS), help="how that model is initialized")
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="in which dtypes")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to construct it")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the tables of load")
     add("--load-ways", nargs="+", choices=LOAD_WAYS, default=list(LOAD_WAYS), help="ways to load")
     add("--large-ways", nargs="+", choices=LARGE_WAYS, default=list(LARGE_WAYS), help="ways of large")
-    add("--states", nargs="+", choices=STATES, help="the states of memory in which a measurement starts")
+    add(
+        "--states",
+        nargs="+",
+        choices=STATES,
+        help="the states of memory in which a measurement starts (default both; for large, untouched)",
+    )
+    add("--idle-s", type=float, default=IDLE_S, help=f"seconds of rest that make memory untouched (default {IDLE_S})")
     add(
         "--files",
         type=Path,

@@ -4,9 +4,9 @@
     python -m tests.bench.bare read-direct --paths FILE FILE --threads 4
 
 Files are read cold, by several threads in blocks of 8 MiB, each into one buffer of its own: past the page cache, or
-through it. Anonymous memory is mapped without huge pages and touched by several threads: each page by a write, as a
-loader does that copies into it, or by the kernel (`MADV_POPULATE_WRITE`), which is faster. Under torchrun each rank
-touches as many bytes.
+through it. Anonymous memory is mapped and touched by several threads, in small pages or in huge ones: each page by a
+write, as a loader does that copies into it, or by the kernel (`MADV_POPULATE_WRITE`), which is faster for small ones.
+Under torchrun each rank touches as many bytes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tests.bench.checkpoint_files import BLOCK_BYTES, drop
-from tests.bench.measure import report
 from tests.bench.memory import cached_bytes
-from tests.bench.state import IDLE_S, STATES, UNTOUCHED, enter
+from tests.bench.ranks import barrier, report_and_end
+from tests.bench.state import add_state, enter
 
-_MADV_NOHUGEPAGE, _MADV_POPULATE_WRITE = 15, 23
+_MADV_POPULATE_WRITE = 23
 _MAP_FAILED = ctypes.c_void_p(-1).value
 #: A thread touches that many bytes by one call.
 _PIECE_BYTES = 2**24
@@ -62,8 +61,8 @@ def read(paths: Sequence[Path], threads: int, direct: bool) -> int:
             os.close(file)
 
 
-def touch(num_bytes: int, threads: int, populate: bool) -> int:
-    """Map memory without huge pages, touch every page and give it back; return how many bytes there were."""
+def touch(num_bytes: int, threads: int, populate: bool = False, huge: bool = False) -> int:
+    """Map memory, touch every page and give it back; return how many bytes there were."""
     # Not Python's own mapping: its calls keep the interpreter's lock.
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
@@ -75,7 +74,7 @@ def touch(num_bytes: int, threads: int, populate: bool) -> int:
     address = libc.mmap(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if address == _MAP_FAILED:
         raise OSError(ctypes.get_errno(), f"{num_bytes} bytes cannot be mapped")
-    libc.madvise(address, num_bytes, _MADV_NOHUGEPAGE)
+    libc.madvise(address, num_bytes, mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     queue = iter(range(0, num_bytes, _PIECE_BYTES))
 
     def work(_: int) -> int:
@@ -107,9 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("way", choices=WAYS)
     parser.add_argument("--paths", type=Path, nargs="*", default=[], help="the files to read")
     parser.add_argument("--bytes", type=int, default=0, help="how much to touch, on each rank")
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--state", choices=STATES, default=UNTOUCHED)
-    parser.add_argument("--idle-s", type=float, default=IDLE_S)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="by default torch's own number")
+    add_state(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -118,39 +116,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     touch(_PIECE_BYTES, args.threads, populate=args.way == "touch")
     if args.paths:
         drop(args.paths)
-    _barrier()
+    barrier()
     enter(args.state, args.bytes or BLOCK_BYTES * args.threads, processes, args.idle_s)
-    _barrier()
+    barrier()
     cached = cached_bytes()
     start, cpu_start = time.perf_counter(), time.process_time()
     num_bytes = WAYS[args.way](args)
-    mine = {
-        "load_s": time.perf_counter() - start,
-        "cpu_s": time.process_time() - cpu_start,
-        "num_bytes": num_bytes,
-        "cached_bytes": max(0, cached_bytes() - cached),
-    }
-    every: list[dict[str, Any]] = [mine]
-    if dist.is_initialized():
-        every = [{} for _ in range(processes)]
-        dist.all_gather_object(every, mine)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        report({key: max(one[key] for one in every) for key in mine})
-    _barrier()
-    # Not by the interpreter: gloo's threads now and then abort its exit, and nothing is left to be done.
-    os._exit(0)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    report_and_end(
+        {
+            "load_s": time.perf_counter() - start,
+            "cpu_s": time.process_time() - cpu_start,
+            "num_bytes": num_bytes,
+            "cached_bytes": max(0, cached_bytes() - cached),
+        }
+    )
 
 
 WAYS: dict[str, Callable[[argparse.Namespace], int]] = {
     "read-direct": lambda args: read(args.paths, args.threads, direct=True),
     "read-buffered": lambda args: read(args.paths, args.threads, direct=False),
     "touch": lambda args: touch(args.bytes, args.threads, populate=True),
-    "touch-pages": lambda args: touch(args.bytes, args.threads, populate=False),
+    "touch-pages": lambda args: touch(args.bytes, args.threads),
+    "touch-huge": lambda args: touch(args.bytes, args.threads, huge=True),
 }
 
 if __name__ == "__main__":

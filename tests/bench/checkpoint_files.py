@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.measure import report
+from tests.bench.model import DTYPES
 
 SEED = 1
 NUM_SHARDS = 5
@@ -54,8 +55,6 @@ SHAPES = {
     # Llama 2 7B: 6.74 billion. Only `tests.bench.large_files` writes it, which never holds all of it.
     "7b": Shape(num_layers=32, dim=4096, num_heads=32, num_kv_heads=32, vocab_size=32_000, mlp_dim=11_008),
 }
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,15 @@ def num_parameters(shape: Shape) -> int:
     attention = 2 * shape.dim**2 + 2 * shape.dim * key_dim
     layer = attention + 3 * shape.dim * shape.hidden_dim + 2 * shape.dim
     return shape.num_layers * layer + 2 * shape.vocab_size * shape.dim + shape.dim
+
+
+def kept_bytes(shape: Shape, form: str) -> int:
+    """Return about how many bytes a model keeps as bf16, int8 or nf4, without making it."""
+    # Neither the embedding nor the head nor norms are quantized.
+    rest = 2 * shape.vocab_size * shape.dim + (2 * shape.num_layers + 1) * shape.dim
+    # With scales: 4 bytes for each row, or 4 bytes for each 64 elements.
+    per_element = {"bf16": 2.0, "int8": 1.0 + 4 / shape.dim, "nf4": 0.5 + 4 / 64}[form]
+    return int((num_parameters(shape) - rest) * per_element) + 2 * rest
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:

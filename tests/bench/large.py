@@ -4,7 +4,7 @@
 
 No file is in memory when the clock starts. It runs from "no model" to a model that is filled, or to the second token
 that a model says whose weights stay in the files. Imports and everything that happens once per process (shown as
-`first_use_s`, measured on a tiny model) come before.
+`first_use_s`, measured on a tiny model) come before, and then the memory is brought into the state that is measured.
 """
 
 from __future__ import annotations
@@ -16,23 +16,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from tests.bench import load_peers as peers
 from tests.bench import quantize
 from tests.bench.checkpoint_files import SHAPES, drop
-from tests.bench.construct import over_ranks
 from tests.bench.held import Held
 from tests.bench.large_files import large_files, sampled_fingerprint
-from tests.bench.load import nucleate
 from tests.bench.load_peers import Load
-from tests.bench.measure import report
+from tests.bench.load_ways import nucleate
 from tests.bench.memory import Peak, SampledPeak, cached_bytes
-from tests.bench.state import IDLE_S, STATES, UNTOUCHED, enter
+from tests.bench.ranks import barrier, is_first, report_and_end
+from tests.bench.state import add_state, enter
 
 #: Some tokens that every model knows.
 _PROMPT = tuple(range(1, 9))
@@ -91,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("way", choices=WAYS)
     parser.add_argument("--files", type=Path, required=True)
     parser.add_argument("--size", choices=SHAPES, required=True)
-    parser.add_argument("--state", choices=STATES, default=UNTOUCHED)
-    parser.add_argument("--idle-s", type=float, default=IDLE_S)
+    add_state(parser)
     args = parser.parse_args(argv)
     # Nothing is to be looked up in the network.
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -107,12 +103,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     files = large_files(args.files, args.size)
     gc.collect()
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         drop(files.shards)
-    _barrier()
+    barrier()
     enter(args.state, files.size_bytes * 5 // 4 // way.ranks, way.ranks, args.idle_s)
     sampled = SampledPeak() if way.maps else None
-    _barrier()
+    barrier()
     peak, cached = Peak(), cached_bytes()
     start, cpu_start = time.perf_counter(), time.process_time()
     model = load(files)
@@ -136,17 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "num_quantized": sum(quantize.is_codes(*item) for item in model.state_dict().items()) if quantized else 0,
         "weights": "" if quantized else sampled_fingerprint(model),
     }
-    every: list[dict[str, Any]] = [mine]
-    if dist.is_initialized():
-        every = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(every, mine)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        report({key: over_ranks([one[key] for one in every]) for key in mine})
-    _barrier()
-    if dist.is_initialized():
-        time.sleep(0.2)
-    # Not by the interpreter: gloo's threads now and then abort its exit, and nothing is left to be done.
-    os._exit(0)
+    report_and_end(mine)
 
 
 @torch.inference_mode()
@@ -160,11 +146,6 @@ def second_token(model: nn.Module) -> list[int]:
         ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
         tokens.append(int(ids))
     return tokens
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 if __name__ == "__main__":
