@@ -21,6 +21,7 @@ from tests.bench.checkpoint_files import SHAPES
 from tests.bench.construct_ways import WAYS
 from tests.bench.init_section import construct
 from tests.bench.large import WAYS as LARGE_WAYS
+from tests.bench.large_section import IDLE_S as LARGE_IDLE_S
 from tests.bench.large_section import large
 from tests.bench.load_section import PARTS, load
 from tests.bench.load_ways import WAYS as LOAD_WAYS
@@ -44,12 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     size, states = args.size or "1b", args.states or STATES
+    idle_s = IDLE_S if args.idle_s is None else args.idle_s
     benchmarks: dict[str, Callable[[], Section]] = {
-        "init": lambda: construct(size, args.runs, args.inits, args.ways, args.dtypes, states, args.idle_s),
-        "load": lambda: load(size, args.runs, args.parts, args.load_ways, args.files, states, args.idle_s),
-        "quantize": lambda: quantize(size, args.runs, args.files, states, args.idle_s),
+        "init": lambda: construct(size, args.runs, args.inits, args.ways, args.dtypes, states, idle_s),
+        "load": lambda: load(size, args.runs, args.parts, args.load_ways, args.files, states, idle_s),
+        "quantize": lambda: quantize(size, args.runs, args.files, states, idle_s),
         "large": lambda: large(
-            args.size or "7b", args.runs, args.large_ways, args.files, args.states or [UNTOUCHED], args.idle_s
+            args.size or "7b",
+            args.runs,
+            args.large_ways,
+            args.files,
+            args.states or [UNTOUCHED],
+            LARGE_IDLE_S if args.idle_s is None else args.idle_s,
         ),
         "record": lambda: record(args.runs),
         "step": lambda: step(args.step_sizes, args.runs, quick=args.quick),
@@ -59,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.benchmarks or _DEFAULT:
         section = benchmarks[name]()
         faults += section.faults
-        text = f"{section.text}\n\n{provenance(argv, args.runs, args.idle_s if name in _BY_STATE else None)}"
+        text = f"{section.text}\n\n{provenance(argv, args.runs, name in _BY_STATE)}"
         print(f"## {name}\n\n{text}\n", flush=True)
         if args.write:
             write_section(args.page, name, text)
@@ -68,18 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def provenance(argv: Sequence[str], runs: int, idle_s: float | None) -> str:
-    """Return where the numbers come from, for under the table.
-
-    Args:
-        argv: The command.
-        runs: How many there were.
-        idle_s: How long nothing ran before untouched memory was measured; None: the numbers do not depend on it.
-    """
+def provenance(argv: Sequence[str], runs: int, pages: bool) -> str:
+    """Return where the numbers come from, for under the table; with the cost of pages where they depend on it."""
     command = shlex.join(["python", "-m", "tests.bench", *argv])
     times = f"Median of {runs} runs, lowest and highest in brackets" if runs > 1 else "One run"
-    machine = describe() if idle_s is None else describe(pages=True, idle_s=idle_s)
-    return f"{times}. {machine}.\n\n```console\n$ {command}\n```"
+    return f"{times}. {describe(pages)}.\n\n```console\n$ {command}\n```"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -104,7 +104,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         choices=STATES,
         help="the states of memory in which a measurement starts (default both; for large, untouched)",
     )
-    add("--idle-s", type=float, default=IDLE_S, help=f"seconds of rest that make memory untouched (default {IDLE_S})")
+    rest = f"seconds of rest that make memory untouched (default {IDLE_S}, for large {LARGE_IDLE_S})"
+    add("--idle-s", type=float, help=rest)
     add(
         "--files",
         type=Path,

@@ -1,4 +1,4 @@
-"""What the machine itself needs to read files, or to touch memory: the floors that no loader can be under.
+"""The time that the machine itself takes to read files, or to touch memory: the floors under every loader.
 
     python -m tests.bench.bare touch --bytes 1000000000 --threads 2
     python -m tests.bench.bare read-direct --paths FILE FILE --threads 4

@@ -16,10 +16,10 @@ Measure = Callable[[str], Numbers]
 
 @dataclass(frozen=True)
 class ByState:
-    """What the runs of one thing gave, in each state.
+    """The runs of one thing, in each state.
 
     Attributes:
-        series: State to its runs.
+        series: The runs, by state.
     """
 
     series: Mapping[str, Series]

@@ -1,6 +1,6 @@
-"""The floor of all that fills memory: touching as many bytes, in small pages and in huge ones, beside what is measured.
+"""Touching as many bytes as a model keeps, in small pages and in huge ones: the floor under all ways to fill memory.
 
-Of a table's rows these two also show how untouched untouched memory was: huge pages cost several times more of it.
+These two rows also show whether memory was untouched: the host then takes several times as long for huge pages.
 """
 
 from __future__ import annotations

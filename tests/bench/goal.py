@@ -1,4 +1,4 @@
-"""Goals: what a number is to be, beside what it is."""
+"""Goals: the limits of numbers, beside the numbers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tests.bench.markdown import table
 
 @dataclass(frozen=True)
 class Goal:
-    """What a number is to be, and what it is.
+    """A number and its limit.
 
     Attributes:
         text: The number in words.
-        value: What was measured; None: it was not.
-        limit: What it is to be at most.
-        at_least: It is to be this at least instead.
+        value: The measured number; None: it was not measured.
+        limit: The most that meets the goal.
+        at_least: The limit is the least that meets the goal.
     """
 
     text: str

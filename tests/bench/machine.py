@@ -1,4 +1,4 @@
-"""The machine in words: what the numbers depend on, and nothing that tells one machine of its kind from another."""
+"""The machine in words: everything the numbers depend on, and nothing that tells it from others of its kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tests.bench.measure import MeasurementError, in_process
-from tests.bench.state import IDLE_S, STATES
+from tests.bench.state import STATES
 
 _ROOT = Path("/")
 _BALLOON = "0x0005"
@@ -24,12 +24,11 @@ _REPORTING = 5
 _MAKERS = {"FIRECK": "Firecracker", "CLOUDH": "Cloud Hypervisor", "BOCHS": "QEMU", "VRTUAL": "Hyper-V"}
 
 
-def describe(pages: bool = False, idle_s: float = IDLE_S) -> str:
+def describe(pages: bool = False) -> str:
     """Return some sentences: kind, cores, memory and versions.
 
     Args:
-        pages: Also say how large pages are chosen and what they cost, which is measured for about 10 s.
-        idle_s: How long nothing runs before untouched memory is measured.
+        pages: Also say when huge pages are used and how long a first touch takes, which is measured for 35 s.
     """
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0))
@@ -38,7 +37,7 @@ def describe(pages: bool = False, idle_s: float = IDLE_S) -> str:
         f"{memory_bytes / 2**30:.0f} GiB of memory, {platform.system()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, Lightning Fabric {_version('lightning')}"
     )
-    return f"{text}. {page_costs(idle_s)}" if pages else text
+    return f"{text}. {page_costs()}" if pages else text
 
 
 def kind(root: Path = _ROOT) -> str:
@@ -65,10 +64,10 @@ def huge_pages(root: Path = _ROOT) -> str:
 
 
 @functools.cache
-def page_costs(idle_s: float = IDLE_S) -> str:
+def page_costs() -> str:
     """Measure what 2 MiB cost as a huge page and as small ones, in each state, and return a sentence."""
     try:
-        costs = in_process("-m", "tests.bench.page_costs", "--idle-s", str(idle_s), threads=1)
+        costs = in_process("-m", "tests.bench.page_costs", threads=1)
     except MeasurementError as error:
         return f"Transparent huge pages: {huge_pages()}; their costs could not be measured: {error}"
     each = "; ".join(

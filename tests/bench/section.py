@@ -1,4 +1,4 @@
-"""What one benchmark gave: its Markdown, its numbers and its faults."""
+"""The results of one benchmark: its Markdown, its numbers and its faults."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tests.bench.measure import Series
 
 @dataclass
 class Section:
-    """What one benchmark gave.
+    """The results of one benchmark.
 
     Attributes:
         text: Its Markdown.
         series: Its numbers, by what was measured.
-        faults: What must not be: nucleate failed, or its results are not eager's.
+        faults: Where nucleate failed, or its results are not eager's.
     """
 
     text: str
