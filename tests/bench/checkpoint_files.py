@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.measure import report
+from tests.bench.model import DTYPES
 
 SEED = 1
 NUM_SHARDS = 5
@@ -37,6 +38,12 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     vocab_size: int = 256
+    mlp_dim: int = 0
+
+    @property
+    def hidden_dim(self) -> int:
+        """The width inside a perceptron."""
+        return self.mlp_dim or 11 * self.dim // 4
 
 
 SHAPES = {
@@ -45,9 +52,9 @@ SHAPES = {
     "10m": Shape(num_layers=6, dim=384, num_heads=6, num_kv_heads=2),
     "100m": Shape(num_layers=12, dim=640, num_heads=10, num_kv_heads=2, vocab_size=32_000),
     "1b": Shape(num_layers=22, dim=2048, num_heads=32, num_kv_heads=4, vocab_size=32_000),  # TinyLlama: 1.10 billion
+    # Llama 2 7B: 6.74 billion. Only `tests.bench.large_files` writes it, which never holds all of it.
+    "7b": Shape(num_layers=32, dim=4096, num_heads=32, num_kv_heads=32, vocab_size=32_000, mlp_dim=11_008),
 }
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def config_of(shape: Shape) -> Any:
         architectures=["LlamaForCausalLM"],
         vocab_size=shape.vocab_size,
         hidden_size=shape.dim,
-        intermediate_size=11 * shape.dim // 4,
+        intermediate_size=shape.hidden_dim,
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
@@ -132,8 +139,17 @@ def num_parameters(shape: Shape) -> int:
     """Return how many parameters there are, without making them."""
     key_dim = shape.dim // shape.num_heads * shape.num_kv_heads
     attention = 2 * shape.dim**2 + 2 * shape.dim * key_dim
-    layer = attention + 3 * shape.dim * (11 * shape.dim // 4) + 2 * shape.dim
+    layer = attention + 3 * shape.dim * shape.hidden_dim + 2 * shape.dim
     return shape.num_layers * layer + 2 * shape.vocab_size * shape.dim + shape.dim
+
+
+def kept_bytes(shape: Shape, form: str) -> int:
+    """Return about how many bytes a model keeps as bf16, int8 or nf4, without making it."""
+    # Neither the embedding nor the head nor norms are quantized.
+    rest = 2 * shape.vocab_size * shape.dim + (2 * shape.num_layers + 1) * shape.dim
+    # With scales: 4 bytes for each row, or 4 bytes for each 64 elements.
+    per_element = {"bf16": 2.0, "int8": 1.0 + 4 / shape.dim, "nf4": 0.5 + 4 / 64}[form]
+    return int((num_parameters(shape) - rest) * per_element) + 2 * rest
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -6,15 +6,15 @@ it from the files and returns it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from tests.bench.checkpoint_files import Files
-from tests.bench.construct import mesh_of_ranks, shard
+from tests.bench.construct_ways import mesh_of_ranks, shard
+from tests.bench.model import default_dtype
 
 #: Constructs a model and fills it from files.
 Load = Callable[[Files], nn.Module]
@@ -22,7 +22,7 @@ Load = Callable[[Files], nn.Module]
 
 def torch_load() -> Load:
     def load(files: Files) -> nn.Module:
-        with bf16():
+        with default_dtype(torch.bfloat16):
             model = _llama(files)
         model.load_state_dict(torch.load(files.torch_file, weights_only=True))
         return model
@@ -73,7 +73,7 @@ def accelerate_dispatch() -> Load:
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 
     def load(files: Files) -> nn.Module:
-        with bf16(), init_empty_weights():
+        with default_dtype(torch.bfloat16), init_empty_weights():
             model = _llama(files)
         loaded: nn.Module = load_checkpoint_and_dispatch(
             model, str(files.folder), device_map={"": "cpu"}, dtype=torch.bfloat16
@@ -105,6 +105,28 @@ def fabric_ranks() -> Load:
         lambda model, mesh: shard(model, mesh["data_parallel"]), data_parallel_size=2, tensor_parallel_size=1
     )
     return _fabric(devices=2, strategy=strategy)
+
+
+def fabric_load_file(assign: bool) -> Callable[[], Load]:
+    def prepare() -> Load:
+        from lightning.fabric import Fabric
+        from safetensors.torch import load_file
+
+        instance = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+        instance.launch()
+
+        def load(files: Files) -> nn.Module:
+            with instance.init_module(empty_init=True):
+                model = _llama(files)
+            state: dict[str, torch.Tensor] = {}
+            for path in files.shards:
+                state |= load_file(path)
+            model.load_state_dict(state, assign=assign)
+            return model
+
+        return load
+
+    return prepare
 
 
 def transformers() -> Load:
@@ -179,17 +201,6 @@ def runai() -> Load:
     return load
 
 
-@contextmanager
-def bf16() -> Iterator[None]:
-    """Make parameters in bf16."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _fabric(**options: Any) -> Load:
     from lightning.fabric import Fabric
 
@@ -215,7 +226,7 @@ def _llama(files: Files) -> nn.Module:
 
 
 def _on_meta(files: Files) -> nn.Module:
-    with bf16(), torch.device("meta"):
+    with default_dtype(torch.bfloat16), torch.device("meta"):
         return _llama(files)
 
 

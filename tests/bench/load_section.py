@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.bench.checkpoint_files import NUM_SHARDS, SHAPES, Files, num_parameters
-from tests.bench.load import WAYS
-from tests.bench.measure import Numbers, Series, in_process, on_ranks, take
-from tests.bench.sections import Section, escaped, millions, seconds, table
-
-MIB = 2**20
+from tests.bench.by_state import ByState, Measure, flat, header, take_in_states
+from tests.bench.checkpoint_files import NUM_SHARDS, SHAPES, Files, kept_bytes, num_parameters
+from tests.bench.floors import TOUCHES, in_state, touching
+from tests.bench.goal import Goal, goals_table
+from tests.bench.load_goals import LOAD_GOALS, Ratios, fixed_goals
+from tests.bench.load_ways import WAYS
+from tests.bench.markdown import escaped, failed, mib, millions, seconds, table
+from tests.bench.measure import Numbers, Series, in_process, take
+from tests.bench.section import Section
+from tests.bench.state import IDLE_S, STATES
 
 SINGLE = [name for name, way in WAYS.items() if way.ranks == 1]
 RANKS = [name for name, way in WAYS.items() if way.ranks > 1]
@@ -39,38 +42,17 @@ _FIXED = {
     "meta": '`torch.device("meta")`',
     "accelerate": "Accelerate's `init_empty_weights()`",
 }
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What a number is to be, and what it is.
-
-    Attributes:
-        text: The number in words.
-        value: What was measured; None: it was not.
-        limit: What it is to be at most.
-        at_least: It is to be this at least instead.
-    """
-
-    text: str
-    value: float | None
-    limit: float
-    at_least: bool = False
-
-    @property
-    def is_met(self) -> bool | None:
-        if self.value is None:
-            return None
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def row(self) -> list[str]:
-        measured = "" if self.value is None else f"{self.value:.3g}"
-        met = {None: "not measured", True: "met", False: "**not met**"}[self.is_met]
-        return [self.text, f"{'≥' if self.at_least else '≤'} {self.limit:.3g}", measured, met]
+_FLOORS = {"disk": "the disk: the same files, one after the other in blocks of 8 MiB", **TOUCHES}
 
 
 def load(
-    size: str, runs: int, parts: Sequence[str] = tuple(PARTS), ways: Iterable[str] = WAYS, root: Path | None = None
+    size: str,
+    runs: int,
+    parts: Sequence[str] = tuple(PARTS),
+    ways: Iterable[str] = WAYS,
+    root: Path | None = None,
+    states: Sequence[str] = STATES,
+    idle_s: float = IDLE_S,
 ) -> Section:
     """Measure how a checkpoint is loaded, in every way.
 
@@ -80,10 +62,13 @@ def load(
         parts: Which of `PARTS`.
         ways: Which of `WAYS`.
         root: Where the files are made, or found; by default a temporary folder.
+        states: The states of memory in which loading begins.
+        idle_s: How long nothing runs before untouched memory is measured.
     """
     texts: list[str] = []
     series: dict[str, Series] = {}
     faults: list[str] = []
+    goals: list[Goal] = []
     chosen = set(ways)
     with tempfile.TemporaryDirectory() if root is None else nullcontext(root) as folder:
         root = Path(folder)
@@ -91,132 +76,41 @@ def load(
             for each in ("micro", size):
                 in_process("-m", "tests.bench.checkpoint_files", str(root), each)
         for part in parts:
-            measurements = _measurements(part, size, root, chosen)
-            taken = take(measurements, runs, what=f"load {size} {part}")
-            series |= {f"{part} {name}": one for name, one in taken.items()}
             if part == "fixed":
-                texts += [f"### {_TITLES[part]}", _fixed_table(taken)]
+                fixed = take({name: partial(_fixed, name) for name in _FIXED}, runs, what="load fixed")
+                series |= {f"fixed {name}": one for name, one in fixed.items()}
+                texts += [f"### {_TITLES[part]}", _fixed_table(fixed)]
+                ours = fixed["nucleate"]
+                goals += fixed_goals(*(ours.median(key) if ours.runs else None for key in ("first_s", "import_s")))
                 continue
+            measurements = _measurements(part, size, root, chosen, idle_s)
+            taken = take_in_states(measurements, states, runs, what=f"load {size} {part}")
+            series |= flat(part, taken)
             expected = {"weights": Files(root, size, "bf16").weights(), "buffers": "True"}
             texts.append(
                 f"### {millions(num_parameters(SHAPES[size]))} parameters in {NUM_SHARDS} files: {_TITLES[part]}"
             )
-            texts.append(_table(taken, expected))
+            texts.append(_table(taken, expected, states))
             # It takes long, and what is measured is not to be lost when it is interrupted.
             print(texts[-1], file=sys.stderr, flush=True)
             faults += _faults(part, taken, expected)
-    goals = [goal for part in parts for goal in _GOALS[part](Ratios(series, part))]
-    texts += ["### Goals", table(["", "goal", "measured", ""], [goal.row() for goal in goals])]
-    return Section("\n\n".join(texts), series, faults)
+            goals += LOAD_GOALS[part](Ratios(taken, states))
+    return Section("\n\n".join([*texts, goals_table(goals)]), series, faults)
 
 
-@dataclass(frozen=True)
-class Ratios:
-    """Medians of one table, and their ratios; None where something was not measured."""
-
-    series: dict[str, Series]
-    part: str
-
-    def of(self, way: str, key: str = "load_s") -> float | None:
-        one = self.series.get(f"{self.part} {way}")
-        if one is None or one.failure is not None or not one.runs or None in one.values(key):
-            return None
-        return one.median(key)
-
-    def over(self, way: str, peer: str, key: str = "load_s", peer_key: str | None = None) -> float | None:
-        ours, theirs = self.of(way, key), self.of(peer, peer_key or key)
-        return None if ours is None or theirs is None else ours / theirs
-
-    def peak_over_limit(self, way: str) -> float | None:
-        """Return the peak of anonymous memory over what is kept, 8 MiB for each thread and 16 MiB."""
-        peak, kept, threads = (self.of(way, key) for key in ("peak_bytes", "kept_bytes", "threads"))
-        if peak is None or kept is None or threads is None:
-            return None
-        return peak / (kept + threads * 8 * MIB + 16 * MIB)
-
-
-def _bf16_goals(ratios: Ratios) -> list[Goal]:
-    peers = {
-        "safe-open": ("`safe_open` and copy", 0.5),
-        "dcp": ("DCP's reader", 0.45),
-        "accelerate": ("Accelerate's `load_checkpoint_and_dispatch`", 0.2),
-        "accelerate-in-model": ("Accelerate's `load_checkpoint_in_model`", 0.2),
-        "fabric": ("Fabric's `load_raw`", 0.2),
-    }
-    goals = [
-        Goal(f"bf16 into private memory, time of {name}", ratios.over("nucleate", way), limit)
-        for way, (name, limit) in peers.items()
-    ]
-    return [
-        *goals,
-        Goal("load and first update, time of transformers", ratios.over("nucleate", "transformers", "ready_s"), 0.15),
-        Goal("aliasing, time of transformers", ratios.over("nucleate-mmap", "transformers"), 0.6),
-        Goal("peak of anonymous memory, of weights + 8 MiB a thread + 16 MiB", ratios.peak_over_limit("nucleate"), 1.0),
-    ]
-
-
-def _fp32_goals(ratios: Ratios) -> list[Goal]:
-    return [
-        Goal("fp32 to bf16, time of transformers", ratios.over("nucleate", "transformers"), 0.65),
-        Goal("fp32 to bf16, peak RSS of transformers", ratios.over("nucleate", "transformers", "rss_bytes"), 0.35),
-        Goal(
-            "fp32 to bf16, peak of anonymous memory, of weights + 8 MiB a thread + 16 MiB",
-            ratios.peak_over_limit("nucleate"),
-            1.0,
-        ),
-    ]
-
-
-def _cold_goals(ratios: Ratios) -> list[Goal]:
-    return [Goal("not in memory, the disk's sequential rate", ratios.over("disk", "nucleate"), 0.9, at_least=True)]
-
-
-def _ranks_goals(ratios: Ratios) -> list[Goal]:
-    return [
-        Goal("2 FSDP ranks, time of DCP's reader", ratios.over("nucleate-fsdp", "dcp-ranks"), 0.6),
-        Goal("2 FSDP ranks, time of Fabric's `load_raw`", ratios.over("nucleate-fsdp", "fabric-ranks"), 0.2),
-        Goal(
-            "2 FSDP ranks, each rank's peak RSS over its base, of its shard",
-            ratios.of("nucleate-fsdp", "rss_over_kept"),
-            1.05,
-        ),
-    ]
-
-
-def _fixed_goals(ratios: Ratios) -> list[Goal]:
-    first_s, import_s = ratios.of("nucleate", "first_s"), ratios.of("nucleate", "import_s")
-    both = None if first_s is None or import_s is None else first_s + import_s
-    return [
-        Goal("a model without values, first use, ms", None if first_s is None else first_s * 1e3, 30),
-        Goal("the same and the import, ms", None if both is None else both * 1e3, 30),
-    ]
-
-
-_GOALS: dict[str, Callable[[Ratios], list[Goal]]] = {
-    "bf16": _bf16_goals,
-    "fp32": _fp32_goals,
-    "cold": _cold_goals,
-    "ranks": _ranks_goals,
-    "fixed": _fixed_goals,
-}
-
-
-def _measurements(part: str, size: str, root: Path, chosen: set[str]) -> dict[str, Callable[[], Numbers]]:
-    if part == "fixed":
-        return {name: partial(_fixed, name) for name in _FIXED}
+def _measurements(part: str, size: str, root: Path, chosen: set[str], idle_s: float) -> dict[str, Measure]:
     dtype = "fp32" if part == "fp32" else "bf16"
-    where = ("--files", str(root), "--size", size, "--dtype", dtype)
-    measurements: dict[str, Callable[[], Numbers]] = {}
+    where = ("--files", str(root), "--size", size, "--dtype", dtype, "--idle-s", str(idle_s))
+    measurements: dict[str, Measure] = {}
     if part == "cold":
-        measurements["disk"] = partial(in_process, "-m", "tests.bench.disk", *where)
+        measurements["disk"] = partial(in_state, 1, "tests.bench.disk", *where)
+    else:
+        ranks = 2 if part == "ranks" else 1
+        measurements |= touching(kept_bytes(SHAPES[size], "bf16") // ranks, ranks, idle_s)
     for name in PARTS[part]:
-        if name not in chosen:
-            continue
-        arguments = (name, *where, *(["--cold"] if part == "cold" else []))
-        if WAYS[name].ranks == 1:
-            measurements[name] = partial(in_process, "-m", "tests.bench.load", *arguments)
-        else:
-            measurements[name] = partial(on_ranks, "tests.bench.load", WAYS[name].ranks, *arguments)
+        if name in chosen:
+            arguments = (name, *where, *(["--cold"] if part == "cold" else []))
+            measurements[name] = partial(in_state, WAYS[name].ranks, "tests.bench.load", *arguments)
     return measurements
 
 
@@ -225,40 +119,34 @@ def _fixed(way: str) -> Numbers:
     return in_process("-m", "tests.bench.fixed", way)
 
 
-def _table(taken: dict[str, Series], expected: dict[str, str]) -> str:
-    header = [
-        "",
-        "first use, s",
-        "build + load, s",
-        "CPU, s",
-        "and first update, s",
-        "peak anonymous, MiB",
-        "peak RSS, MiB",
-    ]
-    header += ["RSS / weights", "weights right", "buffers right"]
+def _table(taken: dict[str, ByState], expected: dict[str, str], states: Sequence[str]) -> str:
+    heads = ["", "first use, s", *header("build + load", states, "s"), *header("CPU", states, "s")]
+    heads += [*header("and first update", states, "s"), "peak anonymous, MiB", "peak RSS, MiB", "RSS / weights"]
+    heads += ["holds private, MiB", "holds mapped, MiB", "weights right", "buffers right"]
     rows = []
     for name, one in taken.items():
-        label = WAYS[name].label if name in WAYS else "the disk: the same files, one after the other in blocks of 8 MiB"
+        label = WAYS[name].label if name in WAYS else _FLOORS[name]
         if one.failure is not None:
-            rows.append([label, f"does not run: {escaped(one.failure)}", *[""] * 8])
+            rows.append(failed(label, one.failure, heads))
             continue
         if name not in WAYS:
-            rows.append([label, "", seconds(one.values("load_s")), *[""] * 7])
+            row = [label, "", *one.seconds("load_s")]
+            rows.append(row + [""] * (len(heads) - len(row)))
             continue
         rows.append(
             [
                 label,
                 f"{one.median('first_use_s'):.2f}",
-                seconds(one.values("load_s")),
-                f"{one.median('cpu_s'):.2f}",
-                "" if WAYS[name].frozen else seconds(one.values("ready_s")),
-                f"{one.median('peak_bytes') / MIB:.0f}",
-                f"{one.median('rss_bytes') / MIB:.0f}",
+                *one.seconds("load_s"),
+                *one.numbers("cpu_s"),
+                *one.seconds("ready_s"),
+                *(mib(one.median(key) or 0) for key in ("peak_bytes", "rss_bytes")),
                 f"{one.median('rss_over_kept'):.2f}",
+                *(mib(one.median(key) or 0) for key in ("private_bytes", "mapped_bytes")),
                 *("yes" if one.every(key, expected[key]) else "**no**" for key in ("weights", "buffers")),
             ]
         )
-    return table(header, rows)
+    return table(heads, rows)
 
 
 def _fixed_table(taken: dict[str, Series]) -> str:
@@ -271,7 +159,7 @@ def _fixed_table(taken: dict[str, Series]) -> str:
     return table(["", "import, s", "first model, s", "second model, s"], rows)
 
 
-def _faults(part: str, taken: dict[str, Series], expected: dict[str, str]) -> list[str]:
+def _faults(part: str, taken: dict[str, ByState], expected: dict[str, str]) -> list[str]:
     faults = []
     for name, one in taken.items():
         if name not in WAYS or not WAYS[name].ours:

@@ -57,7 +57,7 @@ def report(numbers: Numbers) -> None:
 def take(
     measurements: Mapping[str, Callable[[], Numbers]], runs: int, once: Sequence[str] = (), what: str = ""
 ) -> dict[str, Series]:
-    """Run measurements A, B, C, A, B, C, ...; one that fails is not tried again.
+    """Run measurements A, B, C, then B, C, A, ...: each comes first as often; one that fails is not tried again.
 
     Args:
         measurements: Name to a function that measures in a fresh process.
@@ -67,16 +67,22 @@ def take(
     """
     series = {name: Series() for name in measurements}
     for number in range(1, runs + 1):
-        for name, measure in measurements.items():
+        for name in _rotated(list(measurements), number - 1):
             if series[name].failure is not None or (number > 1 and name in once):
                 continue
             print(f"{what} run {number} of {runs}: {name}", file=sys.stderr, flush=True)
             try:
-                series[name].runs.append(measure())
+                series[name].runs.append(measurements[name]())
             except MeasurementError as error:
                 series[name].failure = str(error)
                 print(f"  failed: {error}", file=sys.stderr, flush=True)
     return series
+
+
+def _rotated(names: list[str], count: int) -> list[str]:
+    """Begin with another one each time: what comes after a long measurement meets other memory."""
+    start = count % len(names) if names else 0
+    return names[start:] + names[:start]
 
 
 def in_process(*arguments: str, threads: int | None = None, timeout_s: float = 900) -> Numbers:

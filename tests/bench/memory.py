@@ -29,6 +29,11 @@ def available_bytes() -> int:
     return _kib("MemAvailable", Path("/proc/meminfo")) * 1024
 
 
+def cached_bytes() -> int:
+    """Return how much of files the machine holds in memory."""
+    return _kib("Cached", Path("/proc/meminfo")) * 1024
+
+
 class Peak:
     """Counts from its making on.
 

@@ -4,7 +4,7 @@
 
 The clock runs from "no model" to a model that is quantized, whose every page has been looked at. The peaks are those of
 loading alone. Imports and everything that happens once per process (shown as `first_use_s`, measured on a model of a
-thousand parameters) come before.
+thousand parameters) come before, and then the memory is brought into the state that is measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from tests.bench.checkpoint_files import SHAPES, Files, fingerprint, read_all
 from tests.bench.load_peers import Load
 from tests.bench.measure import report
-from tests.bench.memory import Peak, SampledPeak, available_bytes, prefault
+from tests.bench.memory import Peak, SampledPeak
+from tests.bench.state import add_state, enter
 
 MODES = ("int8", "nf4")
 #: How the names of what belongs to a quantized weight end, besides its codes; bitsandbytes names them.
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("--files", type=Path, required=True)
     parser.add_argument("--size", choices=SHAPES, required=True)
+    add_state(parser)
     args = parser.parse_args(argv)
     # Nothing is to be looked up in the network.
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -93,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     gc.collect()
     read_all(files.shards)
     # Enough for a loader that holds the files and the model; alike for all that are compared.
-    prefault(min(files.size_bytes * 2, int(0.8 * available_bytes())))
+    enter(args.state, files.size_bytes * 2, idle_s=args.idle_s)
     # It maps files, which the kernel's own mark does not tell from memory.
     sampled = SampledPeak() if args.way == "transformers" else None
     peak = Peak()

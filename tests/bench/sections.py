@@ -1,26 +1,18 @@
-"""The sections of the benchmark page: what is measured for each, and the Markdown that comes of it."""
+"""The sections whose numbers do not depend on the state of memory: recording, training steps and imports."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from tests.bench.construct import WAYS
-from tests.bench.measure import Numbers, Series, in_process, on_ranks, take
-from tests.bench.model import INITS, SIZES, num_parameters
-
-SEED = 1
+from tests.bench.markdown import escaped, millions, seconds, table
+from tests.bench.measure import Numbers, Series, in_process, take
+from tests.bench.model import SIZES, num_parameters
+from tests.bench.section import Section
 
 #: Pairs of blocks and steps in a block: a second or more each, of blocks that drift does not reach.
 BLOCKS = {"micro": (60, 20), "1m": (30, 4), "10m": (12, 2), "100m": (6, 1), "1b": (4, 1)}
-_HOW = {
-    "plain": "initialized once, by torch's modules",
-    "again": "initialized and then drawn again, all of them, as GPT-2 does",
-    "llama": "transformers' `LlamaForCausalLM`, which initializes twice",
-}
 LOOPS = {"raw": "the raw loop again", "nucleate": "nucleate", "fabric": "Fabric"}
 
 IMPORTS = {
@@ -47,50 +39,6 @@ over_s = time.perf_counter() - start
 import json, sys
 print("MEASURED " + json.dumps({{"torch_s": torch_s, "over_s": over_s, "modules": len(sys.modules)}}), flush=True)
 """
-
-
-@dataclass
-class Section:
-    """What one benchmark gave.
-
-    Attributes:
-        text: Its Markdown.
-        series: Its numbers, by what was measured.
-        faults: What must not be: nucleate failed, or its results are not eager's.
-    """
-
-    text: str
-    series: dict[str, Series]
-    faults: list[str]
-
-
-def construct(size: str, runs: int, inits: Sequence[str] = INITS, ways: Iterable[str] = WAYS) -> Section:
-    """Measure the construction of a model, in every way."""
-    parts: list[str] = []
-    series: dict[str, Series] = {}
-    faults: list[str] = []
-    parameters = num_parameters(SIZES[size])
-    for init in inits:
-        taken = take(
-            {name: partial(_construct, name, size, init) for name in WAYS if name in ways},
-            runs,
-            once=[name for name, way in WAYS.items() if way.once],
-            what=f"construct {size} {init}",
-        )
-        series |= {f"{init} {name}": one for name, one in taken.items()}
-        eager = taken["eager"]
-        if eager.failure is not None:
-            raise RuntimeError(f"eager construction failed: {eager.failure}")
-        expected = {key: eager.values(key)[0] for key in ("weights", "stream")}
-        parts.append(f"### {millions(parameters)} parameters, {_HOW[init]}")
-        for ranks, baseline in ((1, "eager"), (2, "eager-ranks"), (4, "eager-ranks-4")):
-            rows = {name: one for name, one in taken.items() if WAYS[name].ranks == ranks}
-            if rows:
-                parts.append(_construct_table(rows, taken.get(baseline, eager), expected, ranks))
-        for name, one in taken.items():
-            if WAYS[name].ours:
-                faults += [f"{init} {name}: {fault}" for fault in _faults(one, expected)]
-    return Section("\n\n".join(parts), series, faults)
 
 
 def step(sizes: Sequence[str], runs: int, loops: Iterable[str] = LOOPS, quick: bool = False) -> Section:
@@ -154,43 +102,10 @@ def imports(runs: int, names: Iterable[str] = IMPORTS) -> Section:
     return Section(table(["after `import torch`", "s", "x torch", "modules loaded"], rows), taken, faults)
 
 
-def _construct(name: str, size: str, init: str) -> Numbers:
-    arguments = (name, "--size", size, "--init", init, "--seed", str(SEED))
-    if WAYS[name].ranks == 1:
-        return in_process("-m", "tests.bench.construct", *arguments)
-    return on_ranks("tests.bench.construct", WAYS[name].ranks, *arguments)
-
-
 def _import(statement: str) -> Numbers:
     program = _IMPORT.format(statement=statement)
     in_process("-c", program)  # Reads the files, which may no longer be in memory, and writes the byte code.
     return in_process("-c", program)
-
-
-def _construct_table(rows: dict[str, Series], baseline: Series, expected: dict[str, str], ranks: int) -> str:
-    where = "one process" if ranks == 1 else f"{ranks} gloo ranks, the slower and the larger one"
-    header = [where, "first use, s", "build, s", "x eager", "CPU, s", "of it values", "peak, MiB", "x eager"]
-    header += ["weights = eager's", "stream"]
-    cells = []
-    for name, one in rows.items():
-        label = WAYS[name].label
-        if one.failure is not None:
-            cells.append([label, f"does not run: {escaped(one.failure)}", *[""] * 8])
-            continue
-        cells.append(
-            [
-                label,
-                f"{one.median('first_use_s'):.2f}",
-                seconds(one.values("wall_s")),
-                f"{one.median('wall_s') / baseline.median('wall_s'):.2f}" if baseline.runs else "",
-                f"{one.median('cpu_s'):.2f}",
-                f"{one.median('part_cpu_s'):.2f}" if WAYS[name].ours else "",
-                f"{one.median('peak_bytes') / 2**20:.0f}",
-                f"{one.median('peak_bytes') / max(baseline.median('peak_bytes'), 1):.2f}" if baseline.runs else "",
-                *("yes" if one.every(key, expected[key]) else "**no**" for key in ("weights", "stream")),
-            ]
-        )
-    return table(header, cells)
 
 
 def _step_table(taken: dict[str, Series]) -> str:
@@ -211,33 +126,3 @@ def _step_table(taken: dict[str, Series]) -> str:
             ]
         )
     return table(["", "raw step, ms", "added, µs", "runs", "added", "same losses"], cells)
-
-
-def _faults(one: Series, expected: dict[str, str]) -> list[str]:
-    if one.failure is not None:
-        return [one.failure]
-    return [f"the {key} are not eager's" for key, value in expected.items() if not one.every(key, value)]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
-
-
-def seconds(values: list[Any]) -> str:
-    """Write the median, and how far the runs lie apart."""
-    if not values:
-        return ""
-    digits = 3 if statistics.median(values) < 0.2 else 2
-    low, middle, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
-    return middle if len(values) == 1 else f"{middle} ({low} to {high})"
-
-
-def millions(parameters: int) -> str:
-    if parameters >= 10**9:
-        return f"{parameters / 1e9:.2f} billion"
-    return f"{parameters / 1e6:.2g} million" if parameters < 10**8 else f"{parameters / 1e6:.0f} million"
-
-
-def escaped(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -2,86 +2,81 @@
 
 from __future__ import annotations
 
-import mmap
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.bench.__main__ import BENCHMARKS, PAGE, main
-from tests.bench.checkpoint_files import SHAPES, Files, drop, fingerprint, is_cached, make, read_all
-from tests.bench.checkpoint_files import num_parameters as num_loaded
-from tests.bench.construct import WAYS, digest
-from tests.bench.load import WAYS as LOAD_WAYS
-from tests.bench.load import change
-from tests.bench.load_section import Goal, load
-from tests.bench.measure import MeasurementError, Series, in_process, take
-from tests.bench.memory import Peak, SampledPeak, prefault
+from tests.bench.construct import digest
+from tests.bench.construct_ways import WAYS
+from tests.bench.init_section import construct
+from tests.bench.measure import Numbers
 from tests.bench.model import SIZES, Decoder, num_parameters
 from tests.bench.page import write_section
-from tests.bench.quantize_section import quantize
-from tests.bench.sections import LOOPS, Section, construct, imports, step
+from tests.bench.section import Section
+from tests.bench.sections import LOOPS, imports, step
+from tests.bench.state import STATES, TOUCHED
 
 # A process or two for each way, on machines that do other things, too.
 pytestmark = pytest.mark.timeout(900)
 
 WITH_FABRIC = find_spec("lightning") is not None
-WITH_BITSANDBYTES = find_spec("nucleate_bitsandbytes") is not None
-
 
 OURS = [name for name, way in WAYS.items() if way.ours]
 FABRIC = [name for name in WAYS if name.startswith("fabric") and name != "fabric-fsdp"]
-
-#: What a way to load imports besides torch, safetensors and transformers.
-PACKAGES = {
-    "accelerate": "accelerate",
-    "accelerate-in-model": "accelerate",
-    "fabric": "lightning",
-    "fabric-ranks": "lightning",
-    "fastsafetensors": "fastsafetensors",
-    "runai": "runai_model_streamer",
-}
-LOADED = [name for name in LOAD_WAYS if find_spec(PACKAGES.get(name, "torch")) is not None]
 
 
 @pytest.fixture(scope="module")
 def plain() -> Section:
     """Every way, once: each is a process or two."""
-    return construct("micro", 1, ["plain"], [name for name in WAYS if WITH_FABRIC or name not in FABRIC])
+    ways = [name for name in WAYS if WITH_FABRIC or name not in FABRIC]
+    return construct("micro", 1, ["plain"], ways, ["fp32"], [TOUCHED])
+
+
+def made(section: Section, way: str, key: str = "weights") -> object:
+    """Return what a way gave."""
+    series = section.series[f"plain fp32 {way} touched"]
+    assert series.failure is None
+    return series.values(key)
 
 
 def test_the_weights_and_the_stream_of_nucleate_are_eagers(plain: Section) -> None:
-    eager = plain.series["plain eager"]
     for way in OURS:
-        ours = plain.series[f"plain {way}"]
-        assert ours.failure is None
-        assert ours.values("weights") == eager.values("weights")
-        assert ours.values("stream") == eager.values("stream")
+        assert made(plain, way) == made(plain, "eager")
+        assert made(plain, way, "stream") == made(plain, "eager", "stream")
     assert plain.faults == []
 
 
-def test_they_are_when_the_constructor_draws_them_twice() -> None:
-    section = construct("micro", 1, ["again"], ["eager", *OURS])
+@pytest.mark.parametrize(("init", "dtype"), [("again", "fp32"), ("llama", "bf16")])
+def test_they_are_when_weights_are_drawn_twice_and_in_bf16(init: str, dtype: str) -> None:
+    section = construct("micro", 1, [init], ["eager", *OURS], [dtype], [TOUCHED])
     assert section.faults == []
     assert section.text.count("| yes | yes |") == 1 + len(OURS)
 
 
+def test_both_states_of_memory_stand_side_by_side() -> None:
+    section = construct("micro", 2, ["plain"], ["eager", "nucleate"], ["bf16"], STATES, idle_s=0.1)
+    assert "| build, untouched, s | build, touched, s |" in section.text
+    assert [len(one.runs) for one in section.series.values()] == [2] * 8
+    assert "| the memory: as many bytes as are kept, touched in huge pages |" in section.text
+    assert "| plain in bf16, untouched, time of eager | ≤ 0.7 | " in section.text
+    assert "| plain in bf16, touched, time of eager | ≤ 0.7 | " in section.text
+
+
 def test_raw_torch_runs(plain: Section) -> None:
     for way in ("eager-ranks", "shard-eager", "ddp"):
-        assert plain.series[f"plain {way}"].values("weights") == plain.series["plain eager"].values("weights")
+        assert made(plain, way) == made(plain, "eager")
 
 
 def test_weights_that_are_not_eagers_are_seen(plain: Section) -> None:
-    assert plain.series["plain shard-meta"].failure is None
-    assert plain.series["plain shard-meta"].values("weights") != plain.series["plain eager"].values("weights")
+    assert made(plain, "shard-meta") != made(plain, "eager")
     assert "| **no** |" in plain.text
 
 
 @pytest.mark.skipif(not WITH_FABRIC, reason="Lightning Fabric is not installed")
 def test_fabric_runs(plain: Section) -> None:
-    assert [plain.series[f"plain {way}"].failure for way in FABRIC] == [None] * len(FABRIC)
+    assert [plain.series[f"plain fp32 {way} touched"].failure for way in FABRIC] == [None] * len(FABRIC)
 
 
 @pytest.mark.parametrize("loop", [name for name in LOOPS if name != "fabric" or WITH_FABRIC])
@@ -95,136 +90,6 @@ def test_imports_are_measured() -> None:
     section = imports(1, ["nucleate-made"])
     assert section.series["nucleate-made"].failure is None
     assert section.faults == []
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-@pytest.fixture(scope="module")
-def loaded(files: Path) -> Section:
-    """Every way to load from files in memory into bf16, once: each is a process or two."""
-    return load("micro", 1, ["bf16", "ranks"], LOADED, files)
-
-
-def test_every_way_to_load_gives_the_weights_of_the_files(loaded: Section, files: Path) -> None:
-    expected = Files(files, "micro", "bf16").weights()
-    assert {name: one.failure for name, one in loaded.series.items() if one.failure is not None} == {}
-    assert {name for name, one in loaded.series.items() if one.values("weights") != [expected]} == set()
-    assert len(loaded.series) == len(LOADED)
-
-
-def test_nucleate_also_has_the_buffers_that_are_in_no_file(loaded: Section) -> None:
-    assert loaded.faults == []
-    assert loaded.series["ranks nucleate-fsdp"].values("buffers") == ["True"]
-    # Torch's meta device forgets how they are made.
-    assert loaded.series["bf16 safe-open"].values("buffers") == ["False"]
-
-
-def test_weights_are_cast_while_they_are_loaded(files: Path) -> None:
-    section = load("micro", 1, ["fp32"], ["nucleate", "transformers", "dcp"], files)
-    expected = Files(files, "micro", "bf16").weights()
-    assert [one.values("weights") for one in section.series.values()] == [[expected]] * 3
-    assert "| fp32 to bf16, peak RSS of transformers | ≤ 0.35 | " in section.text
-
-
-def test_a_goal_says_whether_it_is_met() -> None:
-    assert Goal("", 0.5, 0.5).is_met
-    assert not Goal("", 0.51, 0.5).is_met
-    assert Goal("", 0.95, 0.9, at_least=True).is_met
-    assert Goal("", None, 0.9).row()[-1] == "not measured"
-
-
-def test_weights_that_are_not_those_of_the_files_are_a_fault(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = {"load_s": 1.0, "weights": "other", "buffers": "True"}
-    numbers = dict.fromkeys(
-        ("first_use_s", "cpu_s", "ready_s", "peak_bytes", "rss_bytes", "kept_bytes", "rss_over_kept"), 1.0
-    )
-    series = {"nucleate": Series([right | numbers | {"threads": 1}])}
-    monkeypatch.setattr("tests.bench.load_section.take", lambda *args, **kwargs: series)
-    section = load("micro", 1, ["bf16"], ["nucleate"], files)
-    assert section.faults == ["load bf16 nucleate: the weights are wrong"]
-    assert "| **no** | yes |" in section.text
-
-
-def test_what_a_model_without_values_costs_is_measured() -> None:
-    section = load("micro", 1, ["fixed"])
-    assert section.series["fixed nucleate"].failure is None
-    assert section.series["fixed nucleate"].median("first_s") < section.series["fixed meta"].median("first_s")
-
-
-@pytest.mark.skipif(not WITH_BITSANDBYTES, reason="nucleate-bitsandbytes is not installed")
-def test_what_is_quantized_while_loading_is_what_transformers_makes(files: Path) -> None:
-    section = quantize("micro", 1, files)
-    assert section.faults == []
-    assert section.text.count("| yes | yes | yes |") == 2
-    # Four attention and three MLP matrices in each of two layers; not the head.
-    assert [one.values("num_quantized") for one in section.series.values()] == [[14]] * 4
-    assert len({one.values("codes")[0] for one in section.series.values()}) == 2
-    assert "| int8, peak RSS of transformers | ≤ 0.4 | " in section.text
-
-
-def test_codes_that_are_not_transformers_are_a_fault(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = dict.fromkeys(("first_use_s", "load_s", "cpu_s", "peak_bytes", "rss_bytes", "kept_bytes"), 1.0)
-    right = {"num_quantized": 14, "codes": "a", "scales": "b", "rest": "c"}
-    series = {"nucleate": Series([numbers | right | {"codes": "d"}]), "transformers": Series([numbers | right])}
-    monkeypatch.setattr("tests.bench.quantize_section.take", lambda *args, **kwargs: series)
-    section = quantize("micro", 1, files)
-    assert section.faults == ["quantize int8: the codes differ", "quantize nf4: the codes differ"]
-    assert "| **no** | yes | yes |" in section.text
-    series["transformers"] = Series(failure="gone")
-    faults = quantize("micro", 1, files).faults
-    assert faults == ["quantize int8: transformers: gone", "quantize nf4: transformers: gone"]
-
-
-def test_checkpoints_are_made_once_and_hold_what_is_said(tmp_path: Path) -> None:
-    make(tmp_path, "micro")
-    files = Files(tmp_path, "micro", "fp32")
-    before = files.torch_file.stat().st_mtime_ns
-    make(tmp_path, "micro")
-    assert files.torch_file.stat().st_mtime_ns == before
-    state = torch.load(files.torch_file, weights_only=True)
-    assert sum(value.numel() for value in state.values()) == num_loaded(SHAPES["micro"])
-    assert fingerprint((key, value.bfloat16()) for key, value in state.items()) == files.weights()
-    assert len(files.shards) == 5
-    assert read_all(files.shards) == files.size_bytes > 4 * num_loaded(SHAPES["micro"])
-    assert 1.09e9 < num_loaded(SHAPES["1b"]) < 1.11e9
-
-
-def test_a_file_that_is_dropped_is_not_in_memory(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(2**22))
-    assert is_cached(path)
-    try:
-        drop([path])
-    except RuntimeError:  # A file system in memory: a cold measurement stops there.
-        dropped = False
-    else:
-        dropped = True
-    assert is_cached(path) is not dropped
-
-
-def test_what_is_changed_in_place_twice_is_what_it_was() -> None:
-    model = Decoder(SIZES["micro"])
-    before = digest(model)
-    change(model)
-    assert digest(model) != before
-    change(model)
-    assert digest(model) == before
-
-
-def test_a_sampled_peak_sees_memory_but_not_mapped_files(tmp_path: Path) -> None:
-    num_bytes = 64 * 2**20
-    path = tmp_path / "file"
-    path.write_bytes(bytes(num_bytes))
-    sampled = SampledPeak()
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        assert sum(mapped[:: mmap.PAGESIZE]) == 0
-    memory = bytearray(num_bytes // 2)
-    time.sleep(0.5)
-    del memory
-    assert 0.9 * num_bytes / 2 < sampled.added_bytes() < 1.2 * num_bytes / 2
 
 
 def test_a_table_is_written_into_its_section_of_the_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -249,33 +114,28 @@ def test_the_page_has_a_section_for_every_benchmark(tmp_path: Path) -> None:
         write_section(page, "unheard of", "")
 
 
-def test_measurements_are_taken_in_turn_and_a_failing_one_not_again() -> None:
-    taken: list[str] = []
+def test_options_reach_the_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    asked: list[tuple[str, ...]] = []
 
-    def measure(name: str) -> dict[str, float]:
-        taken.append(name)
-        if name == "b":
-            raise MeasurementError("no such thing")
-        return {"s": float(len(taken))}
+    def in_process(*arguments: str, threads: int | None = None) -> Numbers:
+        asked.append(arguments)
+        texts = {"weights": "a", "stream": "b"}
+        return texts | dict.fromkeys(("first_use_s", "wall_s", "cpu_s", "part_cpu_s", "peak_bytes"), 1.0)
 
-    series = take({name: lambda name=name: measure(name) for name in "abcd"}, 2, once=["d"])  # type: ignore[misc]
-    assert taken == ["a", "b", "c", "d", "a", "c"]
-    assert series["b"].failure == "no such thing"
-    assert series["a"].median("s") == 3.0
-
-
-def test_a_process_that_fails_says_why() -> None:
-    with pytest.raises(MeasurementError, match="^ValueError: of no use$"):
-        in_process("-c", "raise ValueError('of no use')")
+    monkeypatch.setattr("tests.bench.init_section.in_process", in_process)
+    monkeypatch.setattr("tests.bench.floors.in_process", lambda *arguments: {"load_s": 1.0})
+    monkeypatch.setattr("tests.bench.machine.page_costs", lambda: "the costs of pages")
+    options = ["--size", "1m", "--runs", "1", "--inits", "plain", "--ways", "eager", "--dtypes", "bf16"]
+    assert main(["init", *options, "--states", "untouched", "--idle-s", "7"]) == 0
+    [arguments] = asked
+    assert " ".join(arguments).endswith("--size 1m --init plain --dtype bf16 --seed 1 --state untouched --idle-s 7.0")
+    assert "the costs of pages" in capfd.readouterr().out
 
 
-def test_the_peak_is_what_was_taken_in_between() -> None:
-    num_bytes = 64 * 2**20
-    prefault(2 * num_bytes)
-    peak = Peak()
-    memory = bytearray(num_bytes)
-    del memory
-    assert 0.9 * num_bytes < peak.added_bytes() < 1.1 * num_bytes
+def test_a_size_that_only_the_large_benchmark_has_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["load", "--size", "7b"])
+    assert "--size 7b is for large only" in capfd.readouterr().err
 
 
 def test_models_have_the_size_that_is_said() -> None:
