@@ -21,7 +21,7 @@ from nucleate.cluster import Environment
 
 #: Shorter reads are left to the page cache, which reads ahead.
 MIN_DIRECT_BYTES = 256 << 10
-#: So many bytes are read by one call, and held in each thread's buffer.
+#: So many bytes are read by one call at most.
 BLOCK_BYTES = 8 << 20
 # Addresses, offsets and sizes of direct reads are multiples of the disk's block; no disk's is larger.
 _ALIGNMENT = 4096
@@ -29,6 +29,8 @@ _ALIGNMENT = 4096
 _MEMORY_SHARE = 0.5
 # What several ranks of a machine read is read from the disk once, and found in the cache by the others.
 _READ_TWICE = 1.25
+# How many pages of a file tell whether it is in the page cache.
+_SAMPLE = 64
 
 _kept = threading.local()
 
@@ -52,30 +54,41 @@ class DirectFile:
         weakref.finalize(self, os.close, self._descriptor)
         self._residency = Residency(descriptor, size_bytes)
 
-    def read(self, address: int, size_bytes: int, offset: int) -> bool:
-        """Copy bytes to memory, if the file has them and they are not in the page cache.
+    def read(self, address: int, size_bytes: int, offset: int) -> int:
+        """Copy the first bytes of a range to memory, if the file has them and they are not in the page cache.
 
         Args:
             address: Where they go.
-            size_bytes: How many, `BLOCK_BYTES` at most.
-            offset: The first one's place in the file.
+            size_bytes: How long the range is.
+            offset: Its place in the file.
 
         Returns:
-            Whether it did; else they are to be read through the cache, which also tells what is wrong.
+            How many bytes were copied. After 0, the next block is to be read through the cache, which also tells what
+            is wrong.
         """
-        if self._residency.holds(offset, size_bytes):
-            return False
-        first = offset // _ALIGNMENT * _ALIGNMENT
-        ahead = offset - first
-        if not ahead and not address % _ALIGNMENT and not size_bytes % _ALIGNMENT:
-            return self._pread(address, size_bytes, first) == size_bytes
+        if self._residency.holds(offset, min(size_bytes, BLOCK_BYTES)):
+            return 0
+        # What is read begins at the next aligned address, and is moved to its place: a buffer in between would cost
+        # more, since the memory that is filled is in the processor's cache.
+        place = _aligned(address)
+        wanted = min(size_bytes - (place - address), BLOCK_BYTES) // _ALIGNMENT * _ALIGNMENT
+        if offset % _ALIGNMENT or wanted <= 0:
+            return self._read_edge(address, min(size_bytes, _aligned(offset + 1) - offset), offset)
+        if self._pread(place, wanted, offset) != wanted:
+            return 0
+        if place != address:
+            ctypes.memmove(address, place, wanted)
+        return wanted
+
+    def _read_edge(self, address: int, size_bytes: int, offset: int) -> int:
+        """Read bytes of one block of the disk."""
+        ahead = offset % _ALIGNMENT
         buffer = _buffer()
-        wanted = ahead + size_bytes + -(ahead + size_bytes) % _ALIGNMENT
         # The last block of a file may be shorter.
-        if self._pread(buffer, wanted, first) < ahead + size_bytes:
-            return False
+        if self._pread(buffer, _ALIGNMENT, offset - ahead) < ahead + size_bytes:
+            return 0
         ctypes.memmove(address, buffer + ahead, size_bytes)
-        return True
+        return size_bytes
 
     def _pread(self, address: int, size_bytes: int, offset: int) -> int:
         return system_call("pread")(self._descriptor, address, size_bytes, offset)
@@ -116,6 +129,12 @@ class Residency:
             return True
         return 2 * sum(bytes(pages)) >= len(pages)
 
+    def holds_most(self) -> bool:
+        """Return whether most of the file is there, by a sample."""
+        step = max(1, self._size_bytes // _SAMPLE)
+        found = [self.holds(offset, 1) for offset in range(0, self._size_bytes, step)]
+        return 2 * sum(found) >= len(found)
+
 
 def is_wanted(expected_bytes: int, file_bytes: int, checkpoint_bytes: int) -> bool:
     """Return whether a file is to be read past the page cache.
@@ -140,10 +159,14 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
+def _aligned(place: int) -> int:
+    return place + -place % _ALIGNMENT
+
+
 def _buffer() -> int:
-    """Return the address of this thread's buffer, which ends with the thread."""
+    """Return the address of this thread's buffer for a block of the disk, which ends with the thread."""
     if not hasattr(_kept, "buffer"):
-        _kept.buffer = mmap.mmap(-1, BLOCK_BYTES + 2 * _ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        _kept.buffer = mmap.mmap(-1, _ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _kept.address = ctypes.addressof(ctypes.c_char.from_buffer(_kept.buffer))
     address: int = _kept.address
     return address

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from nucleate.checkpoint.direct import BLOCK_BYTES, MIN_DIRECT_BYTES, DirectFile, is_wanted
+from nucleate.checkpoint.direct import BLOCK_BYTES, MIN_DIRECT_BYTES, DirectFile, Residency, is_wanted
 from nucleate.checkpoint.read_ahead import ReadAhead
 from nucleate.checkpoint.system_calls import system_call
 from nucleate.errors import CheckpointError, CheckpointNotFoundError
@@ -86,6 +86,7 @@ class DataFile:
         self._expected_bytes = 0
         # None before the first large read, and False where it is read through the page cache.
         self._direct: DirectFile | bool | None = None
+        self._is_far: bool | None = None
 
     def expect(self, size_bytes: int) -> None:
         """Know that so many bytes more are going to be read."""
@@ -127,6 +128,15 @@ class DataFile:
         if os.fstat(self._descriptor).st_size < self.size_bytes:
             raise self._cut_short(0, self.size_bytes)
 
+    def is_far(self) -> bool:
+        """Return whether most of the file was not in the page cache when somebody first asked."""
+        if self._is_far is None:
+            try:
+                self._is_far = not Residency(self._descriptor, self.size_bytes).holds_most()
+            except OSError:
+                self._is_far = False
+        return self._is_far
+
     def read_ahead(self, ahead: ReadAhead) -> None:
         """Bring the file into the page cache, without waiting for it."""
         ahead.start(self._descriptor, self.size_bytes)
@@ -142,15 +152,15 @@ class DataFile:
         Raises:
             CheckpointError: The file ends before, or the disk fails.
         """
+        direct = self._read_past_cache() if size_bytes >= MIN_DIRECT_BYTES else None
         done = 0
-        if size_bytes >= MIN_DIRECT_BYTES and (direct := self._read_past_cache()):
-            while done < size_bytes:
-                wanted = min(size_bytes - done, BLOCK_BYTES)
-                if not direct.read(address + done, wanted, offset + done):
-                    self._read_buffered(address + done, wanted, offset + done)
-                done += wanted
-            return
-        self._read_buffered(address, size_bytes, offset)
+        while direct is not None and done < size_bytes:
+            copied = direct.read(address + done, size_bytes - done, offset + done)
+            if not copied:
+                copied = min(size_bytes - done, BLOCK_BYTES)
+                self._read_buffered(address + done, copied, offset + done)
+            done += copied
+        self._read_buffered(address + done, size_bytes - done, offset + done)
 
     def _read_past_cache(self) -> DirectFile | None:
         if self._direct is None:

@@ -86,6 +86,9 @@ class MappedTensor(Given):
     def expect(self, numel: int) -> None:
         self._stored.expect(numel)
 
+    def is_far(self) -> bool:
+        return self._stored.is_far()
+
     def check_unchanged(self) -> None:
         self._stored.check_unchanged()
 

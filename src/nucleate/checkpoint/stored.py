@@ -162,6 +162,9 @@ class StoredTensor(Given):
             if isinstance(chunk.file, DataFile):
                 chunk.file.expect(numel * self.dtype.itemsize * math.prod(chunk.shape) // max(1, self.numel))
 
+    def is_far(self) -> bool:
+        return any(isinstance(chunk.file, DataFile) and chunk.file.is_far() for chunk in self.chunks)
+
     def check_unchanged(self) -> None:
         for file in {id(chunk.file): chunk.file for chunk in self.chunks}.values():
             if isinstance(file, DataFile):

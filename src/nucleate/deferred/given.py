@@ -66,6 +66,10 @@ class Given(ABC):
     def expect(self, numel: int) -> None:
         """Know that so many elements more are going to be read; said before the first is read."""
 
+    def is_far(self) -> bool:
+        """Return whether reading waits for something slow, such as a disk."""
+        return False
+
     def check_unchanged(self) -> None:
         """Make sure that the elements are those that were given, as far as that is seen without reading them.
 

@@ -206,6 +206,11 @@ class Pieces:
             read.given.expect(min(numel, math.prod(read.given.shape)))
 
     @property
+    def is_far(self) -> bool:
+        """Whether making elements waits for something slow, such as a disk."""
+        return any(read.given.is_far() for read in self._reads())
+
+    @property
     def is_read(self) -> bool:
         """Whether the elements are read from one place, and a cast is all that happens to them."""
         return isinstance(self._only(), Read)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
@@ -52,9 +53,20 @@ def make_parts(parts: Sequence[Part], num_threads: int, memory: FreshMemory | No
             most = max(num_threads, _READERS) if is_read else num_threads
             with _Makers(max(1, min(most, total // MIN_NUMEL_PER_THREAD))) as makers:
                 if device.type == "cpu":
-                    makers.make(some, _STRETCHES_PER_THREAD, meter, memory)
+                    with _touched_ahead(some, memory):
+                        makers.make(some, _STRETCHES_PER_THREAD, meter, memory)
                 else:
                     _make_staged(device, some, makers, meter)
+
+
+def _touched_ahead(parts: Sequence[Part], memory: FreshMemory | None) -> AbstractContextManager[None]:
+    """Return a context in which memory is touched far ahead of readers that wait for a disk.
+
+    Others touch it just before they write, while it is in a cache.
+    """
+    if not memory or not any(part.pieces.is_far for part in parts):
+        return nullcontext()
+    return memory.touched_ahead(place for part in parts for step in _steps(part) for place in step.places)
 
 
 def _make_staged(device: torch.device, parts: Sequence[Part], makers: _Makers, meter: Meter) -> None:

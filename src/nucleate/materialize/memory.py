@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from nucleate.materialize.pages import STRETCH_BYTES, PagePolicy
 
 #: Smaller storages gain nothing.
 MIN_TOUCHED_BYTES = 4 << 20
+
+# The threads that touch ahead of readers: two are quicker than one, also where they have one processor between them.
+_AHEAD = 2
 
 # linux/include/uapi/asm-generic/mman-common.h.
 _MADV_POPULATE_WRITE = 23  # since Linux 5.14, an error before
@@ -52,6 +56,7 @@ class FreshMemory:
         self._policy = policy()
         self._is_huge = self._is_advised = False
         self._lock = threading.Lock()
+        self._ahead = threading.Lock()
         if spans:
             self._advise_all(self._policy.is_huge)
 
@@ -80,6 +85,34 @@ class FreshMemory:
                 # Another thread may come to it at the same time, and then finds the pages there.
                 self._touched.add(block)
                 self._touch_block(block, number)
+
+    @contextmanager
+    def touched_ahead(self, places: Iterable[Tensor]) -> Iterator[None]:
+        """Touch memory in threads of its own while the block runs, for writers that wait for something else.
+
+        Args:
+            places: Contiguous memory, in the order in which it is going to be filled.
+        """
+        waiting = iter(places)
+        is_over = False
+
+        def run() -> None:
+            while not is_over:
+                with self._ahead:
+                    place = next(waiting, None)
+                if place is None:
+                    return
+                self.touch(place)
+
+        threads = [threading.Thread(target=run, name="nucleate-touch", daemon=True) for _ in range(_AHEAD)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            is_over = True
+            for thread in threads:
+                thread.join()
 
     def _touch_block(self, block: int, number: int) -> None:
         """Touch a huge page, or the part of it that is in the storage."""
