@@ -14,15 +14,18 @@ import os
 import sys
 import threading
 import weakref
+from itertools import count
 from pathlib import Path
 
 from nucleate.checkpoint.system_calls import function, system_call
 from nucleate.cluster import Environment
 
-#: Shorter reads are left to the page cache, which reads ahead.
+#: A file of which only less is ever read at a time is left to the page cache, which reads ahead.
 MIN_DIRECT_BYTES = 256 << 10
 #: So many bytes are read by one call at most.
 BLOCK_BYTES = 8 << 20
+# What is shorter goes through a thread's buffer, in longer runs.
+_MIN_IN_PLACE_BYTES = 2 << 20
 # Addresses, offsets and sizes of direct reads are multiples of the disk's block; no disk's is larger.
 _ALIGNMENT = 4096
 # The weights and the cache together may take this part of the memory that is available.
@@ -33,6 +36,7 @@ _READ_TWICE = 1.25
 _SAMPLE = 64
 
 _kept = threading.local()
+_numbers = count()
 
 
 class DirectFile:
@@ -52,7 +56,10 @@ class DirectFile:
         # The same file, whatever its name stands for by now.
         self._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         weakref.finalize(self, os.close, self._descriptor)
+        # Else a read of what is in the cache would bring what follows into the cache, and so on to the file's end.
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self._residency = Residency(descriptor, size_bytes)
+        self._number = next(_numbers)
 
     def read(self, address: int, size_bytes: int, offset: int) -> int:
         """Copy the first bytes of a range to memory, if the file has them and they are not in the page cache.
@@ -66,29 +73,39 @@ class DirectFile:
             How many bytes were copied. After 0, the next block is to be read through the cache, which also tells what
             is wrong.
         """
-        if self._residency.holds(offset, min(size_bytes, BLOCK_BYTES)):
-            return 0
         # What is read begins at the next aligned address, and is moved to its place: a buffer in between would cost
         # more, since the memory that is filled is in the processor's cache.
         place = _aligned(address)
         wanted = min(size_bytes - (place - address), BLOCK_BYTES) // _ALIGNMENT * _ALIGNMENT
-        if offset % _ALIGNMENT or wanted <= 0:
-            return self._read_edge(address, min(size_bytes, _aligned(offset + 1) - offset), offset)
-        if self._pread(place, wanted, offset) != wanted:
+        if offset % _ALIGNMENT:
+            return self._read_window(address, min(size_bytes, _aligned(offset) - offset), offset)
+        if wanted < _MIN_IN_PLACE_BYTES:
+            return self._read_window(address, size_bytes, offset)
+        if self._residency.holds(offset, wanted) or self._pread(place, wanted, offset) != wanted:
             return 0
         if place != address:
             ctypes.memmove(address, place, wanted)
         return wanted
 
-    def _read_edge(self, address: int, size_bytes: int, offset: int) -> int:
-        """Read bytes of one block of the disk."""
-        ahead = offset % _ALIGNMENT
-        buffer = _buffer()
-        # The last block of a file may be shorter.
-        if self._pread(buffer, _ALIGNMENT, offset - ahead) < ahead + size_bytes:
-            return 0
-        ctypes.memmove(address, buffer + ahead, size_bytes)
-        return size_bytes
+    def _read_window(self, address: int, size_bytes: int, offset: int) -> int:
+        """Read bytes from what this thread has read last, or read more: the more, the longer it goes on in order."""
+        window = _window()
+        if window.file != self._number or not window.first <= offset < window.last:
+            first = offset // _ALIGNMENT * _ALIGNMENT
+            in_order = window.file == self._number and first == window.last // _ALIGNMENT * _ALIGNMENT
+            wanted = max(_aligned(offset + size_bytes) - first, 2 * (window.last - window.first) if in_order else 0)
+            wanted = min(wanted, BLOCK_BYTES)
+            # A block of the disk at the end of a range tells nothing of the range.
+            if wanted > _ALIGNMENT and self._residency.holds(first, wanted):
+                return 0
+            window.file = -1
+            found = self._pread(window.address, wanted, first)
+            if found <= offset - first:
+                return 0
+            window.file, window.first, window.last = self._number, first, first + found
+        copied = min(size_bytes, window.last - offset)
+        ctypes.memmove(address, window.address + offset - window.first, copied)
+        return copied
 
     def _pread(self, address: int, size_bytes: int, offset: int) -> int:
         return system_call("pread")(self._descriptor, address, size_bytes, offset)
@@ -163,10 +180,25 @@ def _aligned(place: int) -> int:
     return place + -place % _ALIGNMENT
 
 
-def _buffer() -> int:
-    """Return the address of this thread's buffer for a block of the disk, which ends with the thread."""
-    if not hasattr(_kept, "buffer"):
-        _kept.buffer = mmap.mmap(-1, _ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        _kept.address = ctypes.addressof(ctypes.c_char.from_buffer(_kept.buffer))
-    address: int = _kept.address
-    return address
+class _Window:
+    """A buffer of one thread, which ends with the thread.
+
+    Attributes:
+        address: Where it is.
+        file: The number of the file whose bytes it holds.
+        first: The place of the first one in the file.
+        last: The place behind the last one.
+    """
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.file = -1
+        self.first = self.last = 0
+
+
+def _window() -> _Window:
+    if not hasattr(_kept, "window"):
+        _kept.window = _Window()
+    window: _Window = _kept.window
+    return window

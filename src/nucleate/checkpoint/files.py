@@ -152,7 +152,7 @@ class DataFile:
         Raises:
             CheckpointError: The file ends before, or the disk fails.
         """
-        direct = self._read_past_cache() if size_bytes >= MIN_DIRECT_BYTES else None
+        direct = self._read_past_cache() if self._direct or size_bytes >= MIN_DIRECT_BYTES else None
         done = 0
         while direct is not None and done < size_bytes:
             copied = direct.read(address + done, size_bytes - done, offset + done)
