@@ -104,7 +104,9 @@ def _sum_in_threads(work: Callable[[int], int], threads: int) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("way", choices=WAYS)
-    parser.add_argument("--paths", type=Path, nargs="*", default=[], help="the files to read")
+    parser.add_argument(
+        "--paths", type=Path, nargs="*", default=[], help="the files to read; they are dropped from memory first"
+    )
     parser.add_argument("--bytes", type=int, default=0, help="how much to touch, on each rank")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="by default torch's own number")
     add_state(parser)

@@ -87,7 +87,9 @@ def floor_s(taken: Mapping[str, ByState], form: str, state: str) -> float | None
 def _measurements(root: Path, files: Files, names: Sequence[str], idle_s: float) -> dict[str, Measure]:
     """Return what is measured; each floor stands before the ways that it is for."""
     idle = ("--idle-s", str(idle_s), "--state")
-    reading = ("--paths", *map(str, files.shards), "--threads", str(NUM_READERS), *idle)
+    # Those that only touch memory drop the files as well: a loader does not find memory full of them either.
+    paths = ("--paths", *map(str, files.shards))
+    reading = (*paths, "--threads", str(NUM_READERS), *idle)
     measurements: dict[str, Measure] = {
         read: partial(_in_process, "tests.bench.bare", read, *reading) for read in _READS
     }
@@ -96,7 +98,7 @@ def _measurements(root: Path, files: Files, names: Sequence[str], idle_s: float)
         touch = f"{_TOUCH}{way.kept}"
         if touch not in measurements:
             count = kept_bytes(SHAPES[files.size], way.kept)
-            touching = ("touch", "--bytes", str(count), "--threads", str(NUM_TOUCHERS), *idle)
+            touching = ("touch", "--bytes", str(count), *paths, "--threads", str(NUM_TOUCHERS), *idle)
             measurements[touch] = partial(_in_process, "tests.bench.bare", *touching)
         loading = (name, "--files", str(root), "--size", files.size, *idle)
         # As torchrun starts ranks by default: with one thread each.
