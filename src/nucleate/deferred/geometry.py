@@ -1,9 +1,10 @@
 """What an operation's result looks like, found without computing it.
 
 The general answer is torch's meta kernels. Many of them are written in Python, and the first one imports torch's
-decompositions: a second and 70 MiB, more than recording a whole model takes. So what constructors do most is answered
-more cheaply: fills and other in-place operations on one tensor return that tensor, and small elementwise operations
-are run on ones.
+symbolic shapes, or its compiler: a second and 70 MiB, more than recording a whole model takes. So what constructors do
+most is answered more cheaply: fills and other in-place operations on one tensor return that tensor, small operations
+are run on ones, large ones on miniatures (`miniatures.py`), and where the arguments say the shape it is read from them
+(`sized.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from nucleate.deferred.effects import written_by
+from nucleate.deferred.miniatures import result_on_miniatures
+from nucleate.deferred.sized import result_of_sizes
 from nucleate.deferred.tape import map_leaves, tensors
 from nucleate.deferred.traits import traits_of
 
@@ -27,7 +30,6 @@ _STAND_IN_NUMEL = 1 << 22
 
 # Their results' shapes follow from their arguments' shapes and numbers, never from values.
 _BY_SHAPE = {aten.cat, aten.stack, aten.triu, aten.tril, aten.diag, aten.diagonal_copy}
-_RANGES = {aten.arange, aten.linspace}
 # Dtypes for which there are kernels of everything that constructors do.
 _USUAL = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _FOR_ALL_DTYPES = {
@@ -35,7 +37,6 @@ _FOR_ALL_DTYPES = {
     aten.arange,
 }  # fmt: skip
 _trusted: set[tuple[Any, tuple[torch.dtype, ...]]] = set()
-_NORMALS = {aten.randn.default, aten.randn.generator}
 
 
 def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fills: bool) -> Any:
@@ -62,16 +63,15 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
             kwargs = {**kwargs, "generator": torch.Generator()}
         func(torch.ones(1, dtype=given[0].dtype), *args[1:], **kwargs)
         return args[0]
-    if func in _NORMALS:
-        options = {name: value for name, value in kwargs.items() if name not in ("device", "generator")}
-        return torch.empty(args[0], **options, device="meta")
     if func is aten.geqrf.default:
         return _geqrf(given[0])
     small = sum(tensor.numel() for tensor in given) <= SMALL_NUMEL
-    packet = func.overloadpacket
-    ranges = packet in _RANGES and all(abs(n) <= SMALL_NUMEL for n in args if isinstance(n, (int, float)))
-    if ranges or (given and small and (elementwise or packet in _BY_SHAPE) and not func._schema.is_mutable):
+    if given and small and (elementwise or func.overloadpacket in _BY_SHAPE) and not func._schema.is_mutable:
         return map_leaves(func(*map_leaves(args, _ones), **map_leaves(kwargs, _ones)), to_meta)
+    for known in (result_of_sizes, result_on_miniatures) if all(map(is_plain, given)) else ():
+        result = known(func, args, kwargs, given)
+        if result is not None:
+            return result
     return func(*map_leaves(args, to_meta), **map_leaves(kwargs, to_meta))
 
 
