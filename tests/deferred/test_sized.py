@@ -70,6 +70,7 @@ def test_joined_and_repeated_tensors_have_the_shape_that_is_told() -> None:
             (aten.stack.default, pieces, dim),
             (aten.repeat.default, pieces[0], repeats),
             (aten.topk.default, pieces[0], 1, dim),
+            (aten.diag_embed.default, pieces[0], dim),
         ):
             actual = told(func, *args)
             if actual is not None:

@@ -9,6 +9,7 @@ are run on ones, large ones on miniatures (`miniatures.py`), and where the argum
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,7 +30,19 @@ SMALL_NUMEL = 1 << 14
 _STAND_IN_NUMEL = 1 << 22
 
 # Their results' shapes follow from their arguments' shapes and numbers, never from values.
-_BY_SHAPE = {aten.cat, aten.stack, aten.triu, aten.tril, aten.diag, aten.diagonal_copy}
+_BY_SHAPE = {aten.cat, aten.stack, aten.triu, aten.tril, aten.diagonal_copy}
+# What layers do in a dry run, by which a constructor learns the width of the next one. They are run on ones up to some
+# size, which is not slower than eager construction.
+_OF_LAYERS = {
+    aten.convolution, aten.native_layer_norm, aten.native_group_norm, aten.avg_pool2d, aten.avg_pool3d,
+    aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d,
+    aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.upsample_linear1d, aten.upsample_bilinear2d,
+    aten.upsample_bicubic2d, aten.upsample_trilinear3d, aten.upsample_nearest1d, aten.upsample_nearest2d,
+    aten.upsample_nearest3d, aten.reflection_pad1d, aten.reflection_pad2d, aten.replication_pad1d,
+    aten.replication_pad2d, aten.glu, aten.log_sigmoid_forward, aten.pixel_shuffle, aten.pixel_unshuffle, aten.im2col,
+    aten.col2im, aten.grid_sampler_2d, aten.grid_sampler_3d, aten.nll_loss_forward, aten.mse_loss, aten.linalg_cross,
+}  # fmt: skip
+_OF_LAYERS_NUMEL = 1 << 17
 # Dtypes for which there are kernels of everything that constructors do.
 _USUAL = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _FOR_ALL_DTYPES = {
@@ -65,9 +78,14 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
         return args[0]
     if func is aten.geqrf.default:
         return _geqrf(given[0])
-    small = sum(tensor.numel() for tensor in given) <= SMALL_NUMEL
-    if given and small and (elementwise or func.overloadpacket in _BY_SHAPE) and not func._schema.is_mutable:
-        return map_leaves(func(*map_leaves(args, _ones), **map_leaves(kwargs, _ones)), to_meta)
+    numel = sum(tensor.numel() for tensor in given)
+    packet = func.overloadpacket
+    if given and not func._schema.is_mutable:
+        if numel <= SMALL_NUMEL and (packet in _BY_SHAPE or (elementwise and _stays_small(given))):
+            return map_leaves(func(*map_leaves(args, _ones), **map_leaves(kwargs, _ones)), to_meta)
+        if packet in _OF_LAYERS and (numel <= _OF_LAYERS_NUMEL or not all(map(Tensor.is_contiguous, given))):
+            # Some of their meta kernels take other memory formats for the default one (torch 2.13).
+            return result_on_stand_ins(func, args, kwargs)
     for known in (result_of_sizes, result_on_miniatures) if all(map(is_plain, given)) else ():
         result = known(func, args, kwargs, given)
         if result is not None:
@@ -165,6 +183,16 @@ def to_meta(leaf: Any) -> Any:
 def is_plain(tensor: Tensor) -> bool:
     """Return whether a tensor is what its storage, dtype, shape and strides say, unlike a sparse or quantized one."""
     return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+
+
+def _stays_small(given: list[Tensor]) -> bool:
+    """Return whether tensors do not become large by being broadcast."""
+    if len(given) == 1:
+        return True
+    longest = max(tensor.dim() for tensor in given)
+    padded = [(1,) * (longest - tensor.dim()) + tuple(tensor.size()) for tensor in given]
+    numel: int = math.prod(max(lengths) for lengths in zip(*padded, strict=True))
+    return numel <= _STAND_IN_NUMEL
 
 
 def _ones(leaf: Any) -> Any:

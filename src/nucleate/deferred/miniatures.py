@@ -1,11 +1,11 @@
 """Miniatures: small tensors that stand for large ones, on which an operation shows what its result looks like.
 
 A miniature has primes for lengths: a smaller prime for a smaller length, one prime for equal lengths. Dims of one
-element stay as they are, and the order of dims in memory is the same. So the operation takes the same way through its
-kernel, and every length and stride of the result says which lengths of the arguments it is made of. This holds for
-operations whose results have the lengths of their arguments, such as elementwise ones, reductions and products of
-matrices. It costs microseconds, also for large tensors. The first of torch's own meta kernels for these operations
-imports torch's compiler and its symbolic shapes instead, which takes a second.
+element stay as they are. The dims have the same order in memory and the same gaps between them. So the operation takes
+the same way through its kernel, and every length and stride of the result says which lengths of the arguments it is
+made of. This holds for operations whose results have the lengths of their arguments, such as elementwise ones,
+reductions and products of matrices. It costs microseconds, also for large tensors. The first of torch's own meta
+kernels for these operations imports torch's symbolic shapes and its compiler instead, which takes a second.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
 _LIKE_THEIR_ARGUMENT = {
     aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.fill, aten.tril, aten.triu, aten.tril_,
     aten.triu_, aten.masked_fill_, aten.fill_, aten.flip, aten.roll, aten.cumsum, aten.cumprod, aten._softmax,
-    aten._log_softmax, aten.polar, aten.complex,
+    aten._log_softmax, aten.polar, aten.complex, aten.hardswish, aten._prelu_kernel,
 }  # fmt: skip
 _REDUCTIONS = {
     aten.sum, aten.mean, aten.prod, aten.var, aten.std, aten.amax, aten.amin, aten.max, aten.min, aten.argmax,
@@ -37,12 +37,18 @@ _REDUCTIONS = {
 }  # fmt: skip
 _OF_MATRICES = {
     aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot, aten.addmm, aten.addmv, aten.baddbmm, aten.linalg_qr,
-    aten.linalg_householder_product, aten.linalg_matrix_exp, aten._linalg_solve_ex,
+    aten.linalg_householder_product, aten.linalg_matrix_exp, aten._linalg_solve_ex, aten.linalg_inv_ex,
+    aten.linalg_cholesky_ex, aten._linalg_det, aten._linalg_slogdet, aten._linalg_eigh, aten.trace,
+    aten._cdist_forward,
 }  # fmt: skip
-_LOOKUPS = {aten.index, aten.embedding, aten.gather}
+# Their tensors of integers hold indices.
+_INDEXED = {
+    aten.index, aten.embedding, aten.gather, aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_,
+    aten.index_copy, aten.index_copy_, aten.index_add, aten.index_add_, aten.index_fill, aten.index_fill_,
+}  # fmt: skip
 # Their kernels for the meta device are written in C++.
 _IN_CPP = {aten.clone}
-_KNOWN = _LIKE_THEIR_ARGUMENT | _REDUCTIONS | _OF_MATRICES | _LOOKUPS
+_KNOWN = _LIKE_THEIR_ARGUMENT | _REDUCTIONS | _OF_MATRICES | _INDEXED
 # Kernels pick rows by them, so the shape of the result depends on how many are true.
 _MASKS = (torch.bool, torch.uint8)
 
@@ -63,11 +69,17 @@ def result_on_miniatures(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         Exception: What the operation raises on miniatures, and so on its arguments; the message has other lengths.
     """
     packet = func.overloadpacket
-    if not _is_known(func) or (packet in _LOOKUPS and any(tensor.dtype in _MASKS for tensor in given[1:])):
+    if not _is_known(func) or (packet in _INDEXED and any(tensor.dtype in _MASKS for tensor in given[1:])):
         return None
     scale = _Scale.of(given)
     if scale is None or _resizes(func, given, kwargs):
         return None
+    strides: dict[int, list[int]] = {}
+    for tensor in given:
+        small = scale.down_strides(tensor)
+        if small is None:
+            return None
+        strides[id(tensor)] = small
     originals: dict[int, tuple[Tensor, Tensor]] = {}
     made: dict[int, Tensor] = {}
 
@@ -75,11 +87,10 @@ def result_on_miniatures(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         if not isinstance(leaf, Tensor):
             return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
         if id(leaf) not in made:
-            small = torch.empty_strided(scale.down(leaf.size()), scale.down_strides(leaf), dtype=leaf.dtype)
+            like = torch.empty_strided(scale.down(leaf.size()), strides[id(leaf)], dtype=leaf.dtype)
             # Zeros are indices of every dim, and ones are what everything can be divided by.
-            small.fill_(0 if packet in _LOOKUPS else 1)
-            made[id(leaf)] = small
-            originals[id(small)] = small, leaf
+            made[id(leaf)] = like.fill_(0 if packet in _INDEXED else 1)
+            originals[id(like)] = like, leaf
         return made[id(leaf)]
 
     result = func(*map_leaves(args, miniature), **map_leaves(kwargs, miniature))
@@ -129,10 +140,8 @@ class _Scale:
     @staticmethod
     def of(given: list[Tensor]) -> _Scale | None:
         """Return the scale for tensors, or None if they have no miniatures."""
-        if not given or not all(map(_is_dense, given)):
-            return None
         lengths = {length for tensor in given for length in tensor.size()} - {1}
-        if 0 in lengths or len(lengths) > len(_PRIMES):
+        if not given or 0 in lengths or len(lengths) > len(_PRIMES):
             return None
         scale = _Scale(sorted(lengths))
         numel = sum(math.prod(scale.down(tensor.size())) for tensor in given)
@@ -142,16 +151,27 @@ class _Scale:
         """Return the lengths of a miniature."""
         return tuple(self._down.get(length, 1) for length in lengths)
 
-    def down_strides(self, tensor: Tensor) -> list[int]:
-        """Return strides that place the dims of a dense tensor's miniature in memory in the same order."""
+    def down_strides(self, tensor: Tensor) -> list[int] | None:
+        """Return strides that place the dims of a tensor's miniature in memory in the same order, with the same gaps.
+
+        Returns:
+            The strides, or None if elements overlap.
+        """
         steps = {0: 0}
-        large = small = 1
-        for stride, length in _in_memory(tensor):
-            steps[stride] = small
-            large, small = large * length, small * self._down[length]
-        # Of dims of one element, which may end where the memory ends.
-        steps[large] = small
-        return [steps[stride] for stride in tensor.stride()]
+        end = small_end = 1
+        dims = sorted(zip(tensor.stride(), tensor.size(), strict=True))
+        for stride, length in dims:
+            if length == 1 or stride == 0:
+                continue
+            if stride < end:
+                return None
+            # A gap has no size of its own: no result takes it over.
+            steps[end], steps[stride] = small_end, small_end + (stride > end)
+            end, small_end = stride * length, steps[stride] * self._down[length]
+        # Dims of one element, which may end where the memory ends.
+        steps[end] = small_end
+        small = [steps.get(stride) for stride in tensor.stride()]
+        return None if None in small else small  # type: ignore[return-value]
 
     def up(self, numbers: tuple[int, ...]) -> list[int]:
         """Return lengths or strides of which miniatures have these."""
@@ -166,21 +186,3 @@ class _Scale:
         if number > 1:
             raise NotImplementedError("a length that is not made of those of the arguments")
         return result
-
-
-def _in_memory(tensor: Tensor) -> list[tuple[int, int]]:
-    """Return the strides and lengths of the dims that have several elements, from the innermost one."""
-    dims = zip(tensor.stride(), tensor.size(), strict=True)
-    return sorted((stride, length) for stride, length in dims if length > 1 and stride > 0)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Return whether the elements lie in memory without gaps, each once, in whatever order of dims; or are repeated."""
-    starts = {0, 1}
-    end = 1
-    for stride, length in _in_memory(tensor):
-        if stride != end:
-            return False
-        end *= length
-        starts.add(end)
-    return all(stride in starts for stride in tensor.stride())

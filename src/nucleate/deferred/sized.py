@@ -123,7 +123,7 @@ _COUNTS: dict[Any, Callable[..., float]] = {
 def _joined(tensors: list[Tensor], dim: int = 0) -> list[int] | None:
     """Return the shape of `cat`, or None where the memory format or an error has to be looked for."""
     shapes = [list(tensor.size()) for tensor in tensors]
-    if not _are_alike(tensors) or not -len(shapes[0]) <= dim < len(shapes[0]):
+    if not _are_alike(tensors, len(shapes[0])) or not -len(shapes[0]) <= dim < len(shapes[0]):
         return None
     length = sum(shape[dim] for shape in shapes)
     for shape in shapes:
@@ -133,7 +133,7 @@ def _joined(tensors: list[Tensor], dim: int = 0) -> list[int] | None:
 
 def _stacked(tensors: list[Tensor], dim: int = 0) -> list[int] | None:
     shape = list(tensors[0].size())
-    if not _are_alike(tensors) or any(list(tensor.size()) != shape for tensor in tensors):
+    if not _are_alike(tensors, len(shape) + 1) or any(list(tensor.size()) != shape for tensor in tensors):
         return None
     if not -len(shape) - 1 <= dim <= len(shape):
         return None
@@ -148,11 +148,26 @@ def _repeated(tensor: Tensor, repeats: list[int]) -> list[int] | None:
     return [number * length for number, length in zip(repeats, [1] * missing + list(tensor.size()), strict=True)]
 
 
-def _are_alike(tensors: list[Tensor]) -> bool:
-    """Return whether tensors have elements, one dtype, one number of dims and default strides."""
+def _diagonal(tensor: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> list[int] | None:
+    if not tensor.dim() or (dim1, dim2) != (-2, -1):
+        return None
+    length = tensor.size(-1) + abs(offset)
+    return [*tensor.size()[:-1], length, length]
+
+
+def _are_alike(tensors: list[Tensor], num_dims: int) -> bool:
+    """Return whether tensors can be joined without a look at their memory formats.
+
+    Args:
+        tensors: They must have elements, one dtype and one number of dims.
+        num_dims: How many dims are joined. Images and volumes have formats, unless all strides are the default ones.
+    """
     first = tensors[0]
     return all(
-        tensor.numel() and tensor.dtype == first.dtype and tensor.dim() == first.dim() and _is_by_default(tensor)
+        tensor.numel()
+        and tensor.dtype == first.dtype
+        and tensor.dim() == first.dim()
+        and (num_dims not in (4, 5) or _is_by_default(tensor))
         for tensor in tensors
     )
 
@@ -171,4 +186,5 @@ _JOINS: dict[Any, Callable[..., list[int] | None]] = {
     aten.cat: _joined,
     aten.stack: _stacked,
     aten.repeat: _repeated,
+    aten.diag_embed: _diagonal,
 }
