@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.bench.construct import WAYS
+from tests.bench.first_use_section import first_use
 from tests.bench.load import WAYS as LOAD_WAYS
 from tests.bench.load_section import PARTS, load
 from tests.bench.machine import describe
@@ -25,7 +26,7 @@ from tests.bench.page import write_section
 from tests.bench.quantize_section import quantize
 from tests.bench.sections import Section, construct, imports, record, step
 
-BENCHMARKS = ("init", "record", "load", "quantize", "step", "imports")
+BENCHMARKS = ("init", "first-use", "record", "load", "quantize", "step", "imports")
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     benchmarks: dict[str, Callable[[], Section]] = {
         "init": lambda: construct(args.size, args.runs, args.inits, args.ways),
+        "first-use": lambda: first_use(args.size, args.runs),
         "load": lambda: load(args.size, args.runs, args.parts, args.load_ways, args.files),
         "quantize": lambda: quantize(args.size, args.runs, args.files),
         "record": lambda: record(args.runs),
@@ -69,7 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("benchmarks", nargs="*", metavar="|".join(BENCHMARKS), help="which to run; all of them by default")
     add("--runs", type=int, default=5, help="fresh processes for each number (default 5)")
-    add("--size", choices=SIZES, default="1b", help="the model of init, load and quantize (default 1b)")
+    add("--size", choices=SIZES, default="1b", help="the model of init, first-use, load and quantize")
     add("--inits", nargs="+", choices=INITS, default=list(INITS), help="how that model is initialized")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to construct it")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the tables of load")

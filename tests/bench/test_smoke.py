@@ -14,6 +14,7 @@ from tests.bench.__main__ import BENCHMARKS, PAGE, main
 from tests.bench.checkpoint_files import SHAPES, Files, drop, fingerprint, is_cached, make, read_all
 from tests.bench.checkpoint_files import num_parameters as num_loaded
 from tests.bench.construct import WAYS, digest
+from tests.bench.first_use_section import first_use
 from tests.bench.load import WAYS as LOAD_WAYS
 from tests.bench.load import change
 from tests.bench.load_section import Goal, load
@@ -95,6 +96,31 @@ def test_imports_are_measured() -> None:
     section = imports(1, ["nucleate-made"])
     assert section.series["nucleate-made"].failure is None
     assert section.faults == []
+
+
+def test_a_first_llama_is_measured_and_equals_eagers() -> None:
+    section = first_use("micro", 1, idle_s=0)
+    assert section.faults == []
+    assert {name: one.failure for name, one in section.series.items()} == dict.fromkeys(("eager", "meta", "nucleate"))
+    assert "| yes |" in section.text
+    assert "1.1 x eager's import + 0.35 x eager's first model | ≤ 1 | " in section.text
+    for one in section.series.values():
+        assert one.median("import_s") > one.median("second_s")
+
+
+def test_a_first_llama_that_is_not_eagers_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = dict.fromkeys((f"{name}{unit}" for name in ("import", "first", "second") for unit in ("_s", "_cpu_s")), 1.0)
+    eager = {**times, "first_weights": "a", "second_weights": "a"}
+    series = {
+        "eager": Series([eager]),
+        "meta": Series(failure="gone"),
+        "nucleate": Series([{**eager, "second_weights": "b"}]),
+    }
+    monkeypatch.setattr("tests.bench.first_use_section.take", lambda *args, **kwargs: series)
+    monkeypatch.setattr("tests.bench.first_use_section._measure", lambda *args: {})
+    section = first_use("micro", 1)
+    assert section.faults == ["first-use meta: gone", "first-use nucleate: the weights are not eager's"]
+    assert "| ≤ 1 | 1.38 | **not met** |" in section.text
 
 
 @pytest.fixture(scope="module")

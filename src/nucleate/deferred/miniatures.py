@@ -32,8 +32,9 @@ _LIKE_THEIR_ARGUMENT = {
     aten._log_softmax, aten.polar, aten.complex, aten.hardswish, aten._prelu_kernel,
 }  # fmt: skip
 _REDUCTIONS = {
-    aten.sum, aten.mean, aten.prod, aten.var, aten.std, aten.amax, aten.amin, aten.max, aten.min, aten.argmax,
-    aten.argmin, aten.any, aten.all, aten.logsumexp, aten.norm, aten.linalg_vector_norm, aten._weight_norm_interface,
+    aten.sum, aten.mean, aten.prod, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.amax, aten.amin, aten.max,
+    aten.min, aten.argmax, aten.argmin, aten.any, aten.all, aten.logsumexp, aten.norm, aten.linalg_vector_norm,
+    aten._weight_norm_interface,
 }  # fmt: skip
 _OF_MATRICES = {
     aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot, aten.addmm, aten.addmv, aten.baddbmm, aten.linalg_qr,
@@ -46,6 +47,8 @@ _INDEXED = {
     aten.index, aten.embedding, aten.gather, aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_,
     aten.index_copy, aten.index_copy_, aten.index_add, aten.index_add_, aten.index_fill, aten.index_fill_,
 }  # fmt: skip
+# Of two elements, torch warns if more than one is taken off their number.
+_DEVIATIONS = {aten.var, aten.std, aten.var_mean, aten.std_mean}
 # Their kernels for the meta device are written in C++.
 _IN_CPP = {aten.clone}
 _KNOWN = _LIKE_THEIR_ARGUMENT | _REDUCTIONS | _OF_MATRICES | _INDEXED
@@ -69,6 +72,8 @@ def result_on_miniatures(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         Exception: What the operation raises on miniatures, and so on its arguments; the message has other lengths.
     """
     packet = func.overloadpacket
+    if packet in _DEVIATIONS and kwargs.get("correction") not in (None, 0, 1):
+        return None
     if not _is_known(func) or (packet in _INDEXED and any(tensor.dtype in _MASKS for tensor in given[1:])):
         return None
     scale = _Scale.of(given)
