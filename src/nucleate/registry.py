@@ -7,11 +7,14 @@ business; a name stands for a plugin with its defaults.
 from __future__ import annotations
 
 import difflib
+import functools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from nucleate.errors import ConfigurationError, PluginConflictError, PluginLoadError, PluginNotFoundError
 from nucleate.plugin import Named
@@ -38,7 +41,7 @@ class Registry:
     @cached_property
     def _installed(self) -> dict[str, list[EntryPoint]]:
         found: dict[str, list[EntryPoint]] = {}
-        for point in entry_points(group=self.group):
+        for point in _entry_points(tuple(sys.path)).select(group=self.group):
             points = found.setdefault(point.name, [])
             # An editable install may be listed twice; the same target offered twice is no conflict.
             if all(point.value != other.value for other in points):
@@ -123,6 +126,12 @@ class Registry:
         if install:
             message += f" ({'; '.join(sorted(install))})"
         return message
+
+
+@functools.cache
+def _entry_points(path: tuple[str, ...]) -> Any:
+    """Return the entry points of all groups that are installed on a path: one search for all registries."""
+    return entry_points()
 
 
 def _distribution(point: EntryPoint) -> str:

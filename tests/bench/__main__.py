@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tests.bench.checkpoint_files import SHAPES
 from tests.bench.construct_ways import WAYS
+from tests.bench.first_use_section import first_use
 from tests.bench.init_section import construct
 from tests.bench.large import WAYS as LARGE_WAYS
 from tests.bench.large_section import IDLE_S as LARGE_IDLE_S
@@ -33,7 +34,7 @@ from tests.bench.section import Section
 from tests.bench.sections import imports, record, step
 from tests.bench.state import IDLE_S, STATES, UNTOUCHED
 
-BENCHMARKS = ("init", "record", "load", "quantize", "large", "step", "imports")
+BENCHMARKS = ("init", "first-use", "record", "load", "quantize", "large", "step", "imports")
 #: The numbers of these depend on the state of memory.
 _BY_STATE = ("init", "load", "quantize", "large")
 #: What is run when nothing is named.
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     idle_s = IDLE_S if args.idle_s is None else args.idle_s
     benchmarks: dict[str, Callable[[], Section]] = {
         "init": lambda: construct(size, args.runs, args.inits, args.ways, args.dtypes, states, idle_s),
+        "first-use": lambda: first_use(size, args.runs),
         "load": lambda: load(size, args.runs, args.parts, args.load_ways, args.files, states, idle_s),
         "quantize": lambda: quantize(size, args.runs, args.files, states, idle_s),
         "large": lambda: large(
@@ -91,7 +93,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("benchmarks", nargs="*", metavar="|".join(BENCHMARKS), help="which to run; all but large by default")
     add("--runs", type=int, default=5, help="fresh processes for each number (default 5)")
-    add("--size", choices=SHAPES, help="the model of init, load and quantize (default 1b), and of large (default 7b)")
+    add(
+        "--size",
+        choices=SHAPES,
+        help="the model; by default 1b, of large 7b",
+    )
     add("--inits", nargs="+", choices=INITS, default=list(INITS), help="how that model is initialized")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="in which dtypes")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to construct it")

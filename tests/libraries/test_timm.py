@@ -13,6 +13,7 @@ from torch import nn
 from nucleate import Runtime
 from nucleate.deferred import record_of
 from tests.architectures.stand_ins import make_torchvision_importable
+from tests.first_use.imports import assert_same_imports
 
 make_torchvision_importable()
 
@@ -50,3 +51,7 @@ def test_parameters_stay_deferred_and_get_the_files_values(
     for key, value in expected.named_buffers():
         found = made.get_buffer(key)
         assert torch.equal(found, value.to(found.dtype)), key
+
+
+def test_a_first_model_imports_nothing_that_timm_does_without_nucleate() -> None:
+    assert_same_imports("timm")

@@ -11,59 +11,85 @@ consists of, `tree` and `values` take it apart, `optimizer_state` gives names to
 `verify` work on files alone: `selection` chooses, `sweep` reads.
 """
 
-from nucleate.checkpoint.converter import ConvertReport, convert
-from nucleate.checkpoint.handle import SaveHandle
-from nucleate.checkpoint.key_map import KeyMap, add_prefix, strip_prefix
-from nucleate.checkpoint.load_report import Finding, LoadReport
-from nucleate.checkpoint.loader import load
-from nucleate.checkpoint.raw import load_raw
-from nucleate.checkpoint.readers import Reader, open_checkpoint
-from nucleate.checkpoint.rules import (
-    Rule,
-    concatenate,
-    drop,
-    inverse,
-    permute_heads,
-    read_rules,
-    rename,
-    split,
-    stack,
-    transpose,
-    unstack,
-)
-from nucleate.checkpoint.selection import Selection
-from nucleate.checkpoint.stored_form import StoredForm, Taken
-from nucleate.checkpoint.verifier import VerifyReport, verify
-from nucleate.checkpoint.writer import save
+from __future__ import annotations
 
-__all__ = [
-    "ConvertReport",
-    "Finding",
-    "KeyMap",
-    "LoadReport",
-    "Reader",
-    "Rule",
-    "SaveHandle",
-    "Selection",
-    "StoredForm",
-    "Taken",
-    "VerifyReport",
-    "add_prefix",
-    "concatenate",
-    "convert",
-    "drop",
-    "inverse",
-    "load",
-    "load_raw",
-    "open_checkpoint",
-    "permute_heads",
-    "read_rules",
-    "rename",
-    "save",
-    "split",
-    "stack",
-    "strip_prefix",
-    "transpose",
-    "unstack",
-    "verify",
-]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nucleate.checkpoint.converter import ConvertReport as ConvertReport
+    from nucleate.checkpoint.converter import convert as convert
+    from nucleate.checkpoint.handle import SaveHandle as SaveHandle
+    from nucleate.checkpoint.key_map import KeyMap as KeyMap
+    from nucleate.checkpoint.key_map import add_prefix as add_prefix
+    from nucleate.checkpoint.key_map import strip_prefix as strip_prefix
+    from nucleate.checkpoint.load_report import Finding as Finding
+    from nucleate.checkpoint.load_report import LoadReport as LoadReport
+    from nucleate.checkpoint.loader import load as load
+    from nucleate.checkpoint.raw import load_raw as load_raw
+    from nucleate.checkpoint.readers import Reader as Reader
+    from nucleate.checkpoint.readers import open_checkpoint as open_checkpoint
+    from nucleate.checkpoint.rules import Rule as Rule
+    from nucleate.checkpoint.rules import concatenate as concatenate
+    from nucleate.checkpoint.rules import drop as drop
+    from nucleate.checkpoint.rules import inverse as inverse
+    from nucleate.checkpoint.rules import permute_heads as permute_heads
+    from nucleate.checkpoint.rules import read_rules as read_rules
+    from nucleate.checkpoint.rules import rename as rename
+    from nucleate.checkpoint.rules import split as split
+    from nucleate.checkpoint.rules import stack as stack
+    from nucleate.checkpoint.rules import transpose as transpose
+    from nucleate.checkpoint.rules import unstack as unstack
+    from nucleate.checkpoint.selection import Selection as Selection
+    from nucleate.checkpoint.stored_form import StoredForm as StoredForm
+    from nucleate.checkpoint.stored_form import Taken as Taken
+    from nucleate.checkpoint.verifier import VerifyReport as VerifyReport
+    from nucleate.checkpoint.verifier import verify as verify
+    from nucleate.checkpoint.writer import save as save
+
+# The public names, and the modules that define them. A module is imported when a name is first used: who loads weights
+# needs neither the converter nor the writers.
+_PUBLIC = {
+    "ConvertReport": "converter",
+    "Finding": "load_report",
+    "KeyMap": "key_map",
+    "LoadReport": "load_report",
+    "Reader": "readers",
+    "Rule": "rules",
+    "SaveHandle": "handle",
+    "Selection": "selection",
+    "StoredForm": "stored_form",
+    "Taken": "stored_form",
+    "VerifyReport": "verifier",
+    "add_prefix": "key_map",
+    "concatenate": "rules",
+    "convert": "converter",
+    "drop": "rules",
+    "inverse": "rules",
+    "load": "loader",
+    "load_raw": "raw",
+    "open_checkpoint": "readers",
+    "permute_heads": "rules",
+    "read_rules": "rules",
+    "rename": "rules",
+    "save": "writer",
+    "split": "rules",
+    "stack": "rules",
+    "strip_prefix": "key_map",
+    "transpose": "rules",
+    "unstack": "rules",
+    "verify": "verifier",
+}
+
+__all__ = [*sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

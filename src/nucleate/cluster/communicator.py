@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from nucleate.cluster.environment import Environment
@@ -83,6 +82,9 @@ class Communicator:
             raise ConfigurationError(f"broadcast from rank {src}, but the ranks are 0 to {self.world_size - 1}.")
         if self.world_size == 1:
             return obj
+        # Not at the top of the file: it imports a parser of version numbers, and one process does not need it.
+        from lightning_utilities.core.apply_func import apply_to_collection
+
         tensors: list[Tensor] = []
         skeleton: Any = None
         with self.all_or_none("broadcast"):
@@ -219,6 +221,8 @@ class _Leaves:
     """The tensors and numbers of a collection, after every rank has shown that its own look the same."""
 
     def __init__(self, communicator: Communicator, data: Any, what: str, sync_grads: bool) -> None:
+        from lightning_utilities.core.apply_func import apply_to_collection
+
         self.data = data
         self.device = communicator.device
         self._tensors: list[Tensor] = []
@@ -228,6 +232,8 @@ class _Leaves:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Any:
         """Return the collection with `function` applied to each leaf, in the order that all ranks share."""
+        from lightning_utilities.core.apply_func import apply_to_collection
+
         tensors = iter(self._tensors)
         return apply_to_collection(self.data, (Tensor, int, float), lambda _: function(next(tensors)))
 

@@ -1,19 +1,23 @@
 """What an operation's result looks like, found without computing it.
 
 The general answer is torch's meta kernels. Many of them are written in Python, and the first one imports torch's
-decompositions: a second and 70 MiB, more than recording a whole model takes. So what constructors do most is answered
-more cheaply: fills and other in-place operations on one tensor return that tensor, and small elementwise operations
-are run on ones.
+symbolic shapes, or its compiler: a second and 70 MiB, more than recording a whole model takes. So what constructors do
+most is answered more cheaply: fills and other in-place operations on one tensor return that tensor, small operations
+are run on ones, large ones on miniatures (`miniatures.py`), and where the arguments say the shape it is read from them
+(`sized.py`).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nucleate.deferred.effects import written_by
+from nucleate.deferred.miniatures import result_on_miniatures
+from nucleate.deferred.sized import result_of_sizes
 from nucleate.deferred.tape import map_leaves, tensors
 from nucleate.deferred.traits import traits_of
 
@@ -26,8 +30,19 @@ SMALL_NUMEL = 1 << 14
 _STAND_IN_NUMEL = 1 << 22
 
 # Their results' shapes follow from their arguments' shapes and numbers, never from values.
-_BY_SHAPE = {aten.cat, aten.stack, aten.triu, aten.tril, aten.diag, aten.diagonal_copy}
-_RANGES = {aten.arange, aten.linspace}
+_BY_SHAPE = {aten.cat, aten.stack, aten.triu, aten.tril, aten.diagonal_copy}
+# What layers do in a dry run, by which a constructor learns the width of the next one. They are run on ones up to some
+# size, which is not slower than eager construction.
+_OF_LAYERS = {
+    aten.convolution, aten.native_layer_norm, aten.native_group_norm, aten.avg_pool2d, aten.avg_pool3d,
+    aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d,
+    aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.upsample_linear1d, aten.upsample_bilinear2d,
+    aten.upsample_bicubic2d, aten.upsample_trilinear3d, aten.upsample_nearest1d, aten.upsample_nearest2d,
+    aten.upsample_nearest3d, aten.reflection_pad1d, aten.reflection_pad2d, aten.replication_pad1d,
+    aten.replication_pad2d, aten.glu, aten.log_sigmoid_forward, aten.pixel_shuffle, aten.pixel_unshuffle, aten.im2col,
+    aten.col2im, aten.grid_sampler_2d, aten.grid_sampler_3d, aten.nll_loss_forward, aten.mse_loss, aten.linalg_cross,
+}  # fmt: skip
+_OF_LAYERS_NUMEL = 1 << 17
 # Dtypes for which there are kernels of everything that constructors do.
 _USUAL = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _FOR_ALL_DTYPES = {
@@ -35,7 +50,6 @@ _FOR_ALL_DTYPES = {
     aten.arange,
 }  # fmt: skip
 _trusted: set[tuple[Any, tuple[torch.dtype, ...]]] = set()
-_NORMALS = {aten.randn.default, aten.randn.generator}
 
 
 def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fills: bool) -> Any:
@@ -62,16 +76,20 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
             kwargs = {**kwargs, "generator": torch.Generator()}
         func(torch.ones(1, dtype=given[0].dtype), *args[1:], **kwargs)
         return args[0]
-    if func in _NORMALS:
-        options = {name: value for name, value in kwargs.items() if name not in ("device", "generator")}
-        return torch.empty(args[0], **options, device="meta")
     if func is aten.geqrf.default:
         return _geqrf(given[0])
-    small = sum(tensor.numel() for tensor in given) <= SMALL_NUMEL
+    numel = sum(tensor.numel() for tensor in given)
     packet = func.overloadpacket
-    ranges = packet in _RANGES and all(abs(n) <= SMALL_NUMEL for n in args if isinstance(n, (int, float)))
-    if ranges or (given and small and (elementwise or packet in _BY_SHAPE) and not func._schema.is_mutable):
-        return map_leaves(func(*map_leaves(args, _ones), **map_leaves(kwargs, _ones)), to_meta)
+    if given and not func._schema.is_mutable:
+        if numel <= SMALL_NUMEL and (packet in _BY_SHAPE or (elementwise and _stays_small(given))):
+            return map_leaves(func(*map_leaves(args, _ones), **map_leaves(kwargs, _ones)), to_meta)
+        if packet in _OF_LAYERS and (numel <= _OF_LAYERS_NUMEL or not all(map(Tensor.is_contiguous, given))):
+            # Some of their meta kernels take other memory formats for the default one (torch 2.13).
+            return result_on_stand_ins(func, args, kwargs)
+    for known in (result_of_sizes, result_on_miniatures) if all(map(is_plain, given)) else ():
+        result = known(func, args, kwargs, given)
+        if result is not None:
+            return result
     return func(*map_leaves(args, to_meta), **map_leaves(kwargs, to_meta))
 
 
@@ -165,6 +183,16 @@ def to_meta(leaf: Any) -> Any:
 def is_plain(tensor: Tensor) -> bool:
     """Return whether a tensor is what its storage, dtype, shape and strides say, unlike a sparse or quantized one."""
     return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+
+
+def _stays_small(given: list[Tensor]) -> bool:
+    """Return whether tensors do not become large by being broadcast."""
+    if len(given) == 1:
+        return True
+    longest = max(tensor.dim() for tensor in given)
+    padded = [(1,) * (longest - tensor.dim()) + tuple(tensor.size()) for tensor in given]
+    numel: int = math.prod(max(lengths) for lengths in zip(*padded, strict=True))
+    return numel <= _STAND_IN_NUMEL
 
 
 def _ones(leaf: Any) -> Any:

@@ -26,9 +26,18 @@ def is_sharded(tensor: Any) -> bool:
 
 def offsets_of(shard: Any) -> tuple[int, ...] | None:
     """Return where in the whole this rank's part of a DTensor begins, or None if the part is no box of the whole."""
-    chunks = shard.__create_chunk_list__()
-    if len(chunks) > 1:
-        return None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if hasattr(shard._local_tensor, "__create_chunk_list__") or any(map(_is_partial, shard.placements)):
+        # It consists of several parts, or torch refuses it.
+        chunks = shard.__create_chunk_list__()
+        if len(chunks) > 1:
+            return None
+        offsets = tuple(chunks[0].offsets) if chunks else (0,) * shard.dim()
+    else:
+        # What `__create_chunk_list__` asks (torch/distributed/tensor/_api.py, 2.13), once it has imported
+        # torch.distributed.checkpoint for a class.
+        _, offsets = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
     for axis, placement in enumerate(shard.placements):
         # `_StridedShard` (torch/distributed/tensor/placement_types.py, 2.13) is one if later axes split the same
         # dimension into as many parts; else it takes every so many-th piece.
@@ -40,7 +49,11 @@ def offsets_of(shard: Any) -> tuple[int, ...] | None:
         ]
         if split_factor != math.prod(later):
             return None
-    return tuple(chunks[0].offsets) if chunks else (0,) * shard.dim()
+    return tuple(offsets)
+
+
+def _is_partial(placement: Any) -> bool:
+    return bool(placement.is_partial())
 
 
 def flat_start(shard: Any) -> int | None:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, cast, final
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
@@ -193,6 +192,8 @@ def move(data: Any, device: torch.device) -> Any:
         data: A tensor, or dicts, lists, tuples and dataclasses of them. Anything else is kept.
         device: Where to.
     """
+    from lightning_utilities.core.apply_func import apply_to_collection
+
     pins = hooks_of(device).pins_memory
     return apply_to_collection(
         data, (Tensor, PackedSequence), lambda it: it.to(device, non_blocking=pins and _is_pinned(it))

@@ -15,7 +15,6 @@ from types import MethodType
 from typing import Any, final
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -137,6 +136,8 @@ class ModuleWrapper(nn.Module):
             self.__dict__["_forward_depth"] -= 1
         output = precision.convert_output(output)
         if precision.scales_gradients and torch.is_grad_enabled():
+            from lightning_utilities.core.apply_func import apply_to_collection
+
             apply_to_collection(output, Tensor, _refuse_plain_backward)
         return output
 

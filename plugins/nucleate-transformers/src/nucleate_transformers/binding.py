@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from nucleate.checkpoint import open_checkpoint
-from nucleate.deferred import give, is_recording, record_of
+from nucleate.deferred import give
 from nucleate.errors import CheckpointKeyError, name_list
-
-
-def defers(device: torch.device) -> bool:
-    """Return whether what is made now for a device is deferred."""
-    return is_recording() and record_of(torch.empty(1, device=device)) is not None
 
 
 class Binding:

@@ -21,8 +21,8 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from nucleate import Precision
 from nucleate.cluster import Communicator
+from nucleate.deferred import is_recording, record_of
 from nucleate_transformers.arguments import refuse_arguments, refuse_distributed
-from nucleate_transformers.binding import Binding, defers
 from nucleate_transformers.quantized import mark_loaded, quantization_of, refuse_unknown, take_quantized
 
 
@@ -140,11 +140,14 @@ def _load(
     load_config: Any,
     expected_keys: list[str] | None = None,
 ) -> Any:
-    if not defers(device):
+    if not _defers(device):
         return plain(model, state_dict, checkpoint_files, load_config, expected_keys)
     taken: dict[str, set[str]] = {}
     if state_dict is None:
         assert checkpoint_files is not None
+        # Not at the top of the file: who constructs from a configuration reads no checkpoint.
+        from nucleate_transformers.binding import Binding
+
         binding = Binding(checkpoint_files, load_config.sharded_metadata, device)
         if quantization_of(model.config) is not None:
             taken = take_quantized(model, binding.stored, precision, device)
@@ -168,7 +171,7 @@ def _quantizer(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if defers(device) and quantization_of(config) is not None:
+    if _defers(device) and quantization_of(config) is not None:
         refuse_unknown(config, precision)
         # The precision's layers take the place of those that a quantizer of transformers would put in.
         return None, config, device_map
@@ -177,14 +180,14 @@ def _quantizer(
 
 def _distributed_folder(device: torch.device, plain: Callable[..., Any], *args: Any) -> Any:
     folder = plain(*args)
-    if folder is not None and defers(device):
+    if folder is not None and _defers(device):
         refuse_distributed(folder)
     return folder
 
 
 def _device_map(device: torch.device, plain: Callable[..., Any], device_map: Any) -> Any:
     # What is deferred stands for a tensor on the runtime's device already, and needs no accelerate to get there.
-    if not defers(device):
+    if not _defers(device):
         return plain(device_map)
     return None if device.type == "cpu" else {"": device}
 
@@ -199,6 +202,11 @@ def _are_equal(plain: Callable[..., Any], source: torch.Tensor, target: torch.Te
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     storage = tensor.untyped_storage()._cdata
     return (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _defers(device: torch.device) -> bool:
+    """Return whether what is made now for a device is deferred."""
+    return is_recording() and record_of(torch.empty(1, device=device)) is not None
 
 
 class _Inline:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,8 @@ def read_rules(path: str | os.PathLike[str]) -> list[Rule]:
     Raises:
         ConfigurationError: It cannot be read, or a rule in it is wrong.
     """
+    import tomllib  # Its patterns take milliseconds, and few who load weights have rules in a file.
+
     try:
         parsed = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -7,8 +7,11 @@ room, as in every other format, so that no rank ever holds more than a few MiB b
 from __future__ import annotations
 
 import copy
+import math
+import mmap
 import os
 import struct
+import sys
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -29,6 +32,8 @@ from nucleate.errors import CheckpointError
 #: The item of the state that says what tensors do not.
 FIELD = "nucleate"
 VERSION = 1
+# Python knows the name since 3.13.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 @final
@@ -61,10 +66,7 @@ class TorchFileWriter(Writer):
 
 def _create(snapshot: Snapshot, draft: Path) -> dict[str, Place]:
     """Write a file with everything but the tensors' bytes, and return where those go."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        empty = {held.key: torch.empty(held.shape, dtype=held.dtype, device="cpu") for held in snapshot.tensors}
+    empty = _without_memory({held.key: (held.shape, held.dtype) for held in snapshot.tensors})
 
     def tensor_at(place: KeyPath) -> Tensor | None:
         key = snapshot.keys.get(place)
@@ -76,13 +78,12 @@ def _create(snapshot: Snapshot, draft: Path) -> dict[str, Place]:
     if not snapshot.is_bare and snapshot.is_complete:
         state[FIELD] = {"version": VERSION, "sharded": snapshot.sharded, "modules": snapshot.modules}
     try:
-        with torch.serialization.skip_data(materialize_fake_tensors=True), open(draft, "xb") as file:
+        with torch.serialization.skip_data(), open(draft, "xb") as file:
             torch.save(state, file)
             output.reserve(file.fileno(), os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise output.failure(draft, error, snapshot.size_bytes) from error
-    with FakeTensorMode():
-        shell = torch.load(draft, weights_only=True)
+    shell = torch.load(draft, map_location="meta", weights_only=True, mmap=False)
     places: dict[str, Place] = {}
     for path, key in snapshot.keys.items():
         tensor: Any = shell
@@ -90,6 +91,34 @@ def _create(snapshot: Snapshot, draft: Path) -> dict[str, Place]:
             tensor = tensor[part]
         places[key] = Place("", tensor.untyped_storage()._checkpoint_offset, tensor.dtype, tuple(tensor.shape))
     return places
+
+
+def _without_memory(looks: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+    """Return tensors of the CPU that take no memory, each with a storage of its own. They must not be looked at.
+
+    Those of one dtype lie on the same pages, which nothing touches. Torch's FakeTensor would do as well, but imports
+    torch's compiler, which takes a second.
+
+    Args:
+        looks: Shapes and dtypes.
+    """
+    longest: dict[torch.dtype, int] = {}
+    for shape, dtype in looks.values():
+        longest[dtype] = max(longest.get(dtype, 1), math.prod(shape))
+    pages = {dtype: _untouched(length * dtype.itemsize) for dtype, length in longest.items()}
+    return {
+        key: torch.frombuffer(pages[dtype], dtype=dtype, count=math.prod(shape)).view(shape)
+        if math.prod(shape)
+        else torch.empty(shape, dtype=dtype)
+        for key, (shape, dtype) in looks.items()
+    }
+
+
+def _untouched(size_bytes: int) -> mmap.mmap | bytearray:
+    """Return memory that the system finds when it is touched; on Linux also more than it has."""
+    if sys.platform != "linux":
+        return bytearray(size_bytes)
+    return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
 
 
 def _with_versions(state: Any, path: KeyPath, versions: Any) -> Any:
