@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,15 @@ def path(tmp_path: Path, content: torch.Tensor) -> Path:
 
 
 def drop(path: Path) -> None:
-    """Take a file out of the page cache."""
+    """Take a file out of the page cache, also what the system is just reading ahead."""
+    deadline = time.monotonic() + 20
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while cached_pages(path) and time.monotonic() < deadline:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            time.sleep(0.005)
+    if cached_pages(path):
+        pytest.skip("this file system keeps its files in memory")
 
 
 def cached_pages(path: Path) -> int:
