@@ -14,7 +14,7 @@ import weakref
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -85,7 +85,7 @@ class DataFile:
         self.checkpoint_bytes = self.size_bytes
         self._expected_bytes = 0
         # None before the first large read, and False where it is read through the page cache.
-        self._direct: DirectFile | bool | None = None
+        self._direct: DirectFile | Literal[False] | None = None
         self._is_far: bool | None = None
 
     def expect(self, size_bytes: int) -> None:
@@ -164,12 +164,16 @@ class DataFile:
 
     def _read_past_cache(self) -> DirectFile | None:
         if self._direct is None:
-            self._direct = False
-            if is_wanted(self._expected_bytes, self.size_bytes, self.checkpoint_bytes):
-                # Where the file system cannot, it is read as other files are.
-                with suppress(OSError):
-                    self._direct = DirectFile(self._descriptor, self.size_bytes)
-        return self._direct if isinstance(self._direct, DirectFile) else None
+            # Threads that come at the same time find the same.
+            self._direct = self._opened_direct() or False
+        return self._direct or None
+
+    def _opened_direct(self) -> DirectFile | None:
+        if is_wanted(self._expected_bytes, self.size_bytes, self.checkpoint_bytes):
+            # Where the file system cannot, it is read as other files are.
+            with suppress(OSError):
+                return DirectFile(self._descriptor, self.size_bytes)
+        return None
 
     def _read_buffered(self, address: int, size_bytes: int, offset: int) -> None:
         done = 0
