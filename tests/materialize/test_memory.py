@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from nucleate.errors import ConfigurationError
 from nucleate.materialize import materialize, memory
 from nucleate.materialize.memory import MIN_TOUCHED_BYTES, FreshMemory, policy
 from nucleate.materialize.pages import STRETCH_BYTES, PagePolicy
+from nucleate.report import anonymous_bytes
 from tests.device import cpu_only
 
 pytestmark = cpu_only("pages are of the host's memory")
@@ -54,18 +54,9 @@ def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-def resident_bytes(tensor: torch.Tensor) -> int:
-    """Return how much of a tensor's own mappings is resident, by the system's account."""
-    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.numel()
-    total = inside = 0
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head = line.split()
-        if "-" in head[0] and ":" not in head[0]:
-            start, end = (int(each, 16) for each in head[0].split("-"))
-            inside = start < last and end > first
-        elif inside and head[0] == "Rss:":
-            total += int(head[1]) * 1024
-    return total
+def unused_memory(size: int) -> torch.Tensor:
+    """Return memory that nobody has touched, unlike what malloc may give a second time."""
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def test_it_holds_what_is_written_to_all_of_it() -> None:
@@ -89,10 +80,12 @@ def test_memory_that_was_written_keeps_what_it_holds() -> None:
 
 @pytest.mark.parametrize("fixed", [True, False], indirect=True)
 def test_touched_memory_is_there_and_the_rest_is_not(fixed: None) -> None:
-    tensor = bytes_of(storage_of(64 * MIB))
+    tensor = unused_memory(64 * MIB)
     fresh = FreshMemory([tensor.untyped_storage()])
+    before = anonymous_bytes()
     fresh.touch(tensor[8 * MIB : 40 * MIB])
-    assert 32 * MIB <= resident_bytes(tensor) <= 32 * MIB + 3 * STRETCH_BYTES
+    assert 31 * MIB <= anonymous_bytes() - before <= 32 * MIB + 3 * STRETCH_BYTES
+    assert not tensor.any()
 
 
 def test_threads_that_write_next_to_each_other_lose_nothing() -> None:

@@ -29,8 +29,9 @@ _STRETCHES_PER_THREAD = 6
 # A batch is small: each stretch costs a jump to its place in the stream.
 _STRETCHES_PER_THREAD_AND_BATCH = 2
 
-# A disk wants several questions at a time, however many cores there are.
-_READERS = 4
+# So many threads read at least, however few compute: from memory, and from a disk, which wants several questions at a
+# time.
+_READERS = {False: 2, True: 4}
 # So much is touched and then written.
 _STEP_BYTES = 4 << 20
 
@@ -50,22 +51,21 @@ def make_parts(parts: Sequence[Part], num_threads: int, memory: FreshMemory | No
     with Meter(sum(part.size_bytes for part in parts), "making parameters") as meter:
         for (device, is_read), some in lots.items():
             total = _work_of(some)
-            most = max(num_threads, _READERS) if is_read else num_threads
+            is_far = is_read and any(part.pieces.is_far for part in some)
+            most = max(num_threads, _READERS[is_far]) if is_read else num_threads
             with _Makers(max(1, min(most, total // MIN_NUMEL_PER_THREAD))) as makers:
                 if device.type == "cpu":
-                    with _touched_ahead(some, memory):
+                    with _touched_ahead(some, memory) if is_far and memory else nullcontext():
                         makers.make(some, _STRETCHES_PER_THREAD, meter, memory)
                 else:
                     _make_staged(device, some, makers, meter)
 
 
-def _touched_ahead(parts: Sequence[Part], memory: FreshMemory | None) -> AbstractContextManager[None]:
+def _touched_ahead(parts: Sequence[Part], memory: FreshMemory) -> AbstractContextManager[None]:
     """Return a context in which memory is touched far ahead of readers that wait for a disk.
 
     Others touch it just before they write, while it is in a cache.
     """
-    if not memory or not any(part.pieces.is_far for part in parts):
-        return nullcontext()
     return memory.touched_ahead(place for part in parts for step in _steps(part) for place in step.places)
 
 
