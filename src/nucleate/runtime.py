@@ -32,6 +32,7 @@ from nucleate.devices import made_current, take_device
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.integrations.base import Integration
 from nucleate.materialize import Plan, reset
+from nucleate.materialize.block import Block
 from nucleate.materialize.dependence import numerics_of
 from nucleate.materialize.vacancies import adopt_vacancies, vacancies
 from nucleate.materialize.verification import Verification
@@ -232,6 +233,7 @@ class Runtime:
         self.launch()
         defer = self._strategy.shards if empty_init is None else empty_init
         self._agree_on_generators()
+        block = Block(self._device)
         with ExitStack() as stack:
             stack.enter_context(made_current(self._device))
             for part in (self._accelerator, self._precision, self._strategy):
@@ -240,9 +242,13 @@ class Runtime:
                 stack.enter_context(deferred(self._device))
             elif empty_init is not None:
                 stack.enter_context(eager())
+            else:
+                stack.enter_context(block.construction())
             for integration in self._active_integrations():
                 stack.enter_context(integration.module_init_context())
             yield
+        with metered(self.is_global_zero), made_current(self._device):
+            block.make()
 
     @contextmanager
     def init_tensor(self) -> Iterator[None]:
