@@ -227,7 +227,9 @@ class Runtime:
         Args:
             empty_init: True defers: nothing is allocated and `setup` makes each parameter where it will live. False
                 makes real tensors at once, on the target device in the target dtype. None lets the strategy decide:
-                those that shard defer. The weights are bit-identical either way. Blocks nest: the innermost True or
+                those that shard defer. The others defer on a CPU where that is faster, which is from the first large
+                weight on, and make everything when the block ends: afterwards nothing differs from False. Say True if
+                weights will be loaded. The weights are bit-identical either way. Blocks nest: the innermost True or
                 False counts. A model that is still deferred may be edited in a second block with True.
         """
         self.launch()

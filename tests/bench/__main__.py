@@ -1,10 +1,11 @@
 """Runs the benchmarks and prints their tables.
 
-python -m tests.bench                                  # everything, at full size: about an hour on two cores
+python -m tests.bench                                  # everything, at full size: about two hours on two cores
 python -m tests.bench init --size 1b --runs 5 --write  # one section, into docs/benchmarks.md
 python -m tests.bench step imports                     # two of them
 python -m tests.bench init --size 1m --runs 1          # a try
 python -m tests.bench load --size 10m --runs 1         # another
+python -m tests.bench when --runs 2 --write            # with its picture: about 20 minutes
 python -m tests.bench quantize --files FOLDER --runs 3 # needs nucleate-bitsandbytes
 """
 
@@ -24,8 +25,11 @@ from tests.bench.model import INITS, SIZES
 from tests.bench.page import write_section
 from tests.bench.quantize_section import quantize
 from tests.bench.sections import Section, construct, imports, record, step
+from tests.bench.when import SIZES as WHEN_SIZES
+from tests.bench.when import STATES
+from tests.bench.when_section import THREADS, when
 
-BENCHMARKS = ("init", "record", "load", "quantize", "step", "imports")
+BENCHMARKS = ("init", "record", "load", "quantize", "step", "imports", "when")
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
@@ -39,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "record": lambda: record(args.runs),
         "step": lambda: step(args.step_sizes, args.runs, quick=args.quick),
         "imports": lambda: imports(args.runs),
+        "when": lambda: when(args.runs, args.sizes, args.states, args.threads),
     }
     faults = []
     for name in args.benchmarks or benchmarks:
@@ -48,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"## {name}\n\n{text}\n", flush=True)
         if args.write:
             write_section(args.page, name, text)
+            if section.draw is not None:
+                section.draw(args.page.parent)
     for fault in faults:
         print(f"FAULT {fault}", file=sys.stderr)
     return 1 if faults else 0
@@ -80,6 +87,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="where the checkpoints of load and quantize are made and stay; 13 GB at size 1b",
     )
     add("--step-sizes", nargs="+", choices=SIZES, default=["micro", "1m", "10m"], help="the models of step")
+    add("--sizes", nargs="+", choices=WHEN_SIZES, default=list(WHEN_SIZES), help="the models of when")
+    add("--states", nargs="+", choices=STATES, default=list(STATES), help="the memory that when finds")
+    add("--threads", nargs="+", type=int, default=list(THREADS), help="torch's threads in when")
     add("--quick", action="store_true", help="only few steps: not to be believed")
     add("--write", action="store_true", help="write the tables into the docs")
     add("--page", type=Path, default=PAGE, help="the page that --write changes")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tests.bench.construct import WAYS
@@ -57,11 +58,13 @@ class Section:
         text: Its Markdown.
         series: Its numbers, by what was measured.
         faults: What must not be: nucleate failed, or its results are not eager's.
+        draw: Draws its picture into the folder of the page, if it has one.
     """
 
     text: str
     series: dict[str, Series]
     faults: list[str]
+    draw: Callable[[Path], object] | None = None
 
 
 def construct(size: str, runs: int, inits: Sequence[str] = INITS, ways: Iterable[str] = WAYS) -> Section:

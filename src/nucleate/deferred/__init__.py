@@ -2,7 +2,7 @@
 
 from nucleate.deferred.active import is_recording
 from nucleate.deferred.computed_given import ComputedGiven
-from nucleate.deferred.context import Record, convert, deferred, deferred_from, eager, give, record_of, resumed
+from nucleate.deferred.context import Record, convert, deferred, eager, give, record_of, resumed
 from nucleate.deferred.conversion import Conversion, Layout, Output
 from nucleate.deferred.converted_given import ConvertedGiven
 from nucleate.deferred.cursors import Cursors
@@ -27,7 +27,6 @@ __all__ = [
     "TensorGiven",
     "convert",
     "deferred",
-    "deferred_from",
     "eager",
     "give",
     "handle_of",

@@ -18,8 +18,8 @@ import torch
 if TYPE_CHECKING:
     from nucleate.deferred.record import Recorder
 
-#: What may begin a recording: what all modules of `torch.nn` take the memory of their weights by. Other factories may as
-#: well make the data of a dry run, which real weights are then used with.
+#: What may begin a recording. All modules of `torch.nn` take the memory of their weights by this call. Other factories
+#: may as well make the data of a dry run, on which real weights then work.
 FACTORY = torch.empty
 _OPERATION = torch.ops.aten.empty.memory_format
 

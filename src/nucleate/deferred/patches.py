@@ -66,14 +66,15 @@ def _install(stack: ExitStack) -> None:
     stack.callback(setattr, nn.Module, "__setstate__", set_state)
 
     # Nor do scripted and traced ones.
-    init_scripted = torch.jit.RecursiveScriptModule.__init__
+    scripted: Any = torch.jit._script.RecursiveScriptModule
+    init_scripted = scripted.__init__
 
     def noticed_init_scripted(module: nn.Module, *args: Any) -> None:
         init_scripted(module, *args)
         _notice(module)
 
-    torch.jit.RecursiveScriptModule.__init__ = noticed_init_scripted  # type: ignore[method-assign]
-    stack.callback(setattr, torch.jit.RecursiveScriptModule, "__init__", init_scripted)
+    scripted.__init__ = noticed_init_scripted
+    stack.callback(setattr, scripted, "__init__", init_scripted)
 
     # A rejection loop: how much randomness it uses is known only by running it. The public function looks this name
     # up in its module at each call, so this also reaches those who imported `trunc_normal_`.

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred import Handle, deferred_from, handle_of, held_tensors, is_recording
+from nucleate.deferred import Handle, handle_of, held_tensors, is_recording
 from nucleate.deferred.active import wants_real
+from nucleate.deferred.context import deferred_from
 from nucleate.deferred.guard import guard
 from nucleate.errors import name_list
 from nucleate.materialize.execute import execute
@@ -41,6 +42,20 @@ class _Deferred:
     tensor: Tensor
     handle: Handle
     holders: list[Holder]
+
+
+class _Shelf(nn.Module):
+    """Stands for a model that holds everything. It does not hold the modules, which may have meta tensors on purpose.
+
+    Args:
+        modules: The modules of a block, of which it holds those that `execute` has to know.
+        tensors: What is deferred.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.recurrent = nn.ModuleList(module for module in modules if isinstance(module, nn.RNNBase))
+        self.tensors = tensors
 
 
 class Block:
@@ -75,34 +90,28 @@ class Block:
         Raises:
             DeferredEditError: A tensor was edited where nothing recorded it.
         """
-        if not self._tensors:
-            return
-        # Takes the place of the modules for what none holds. Those are not put into it: they may also hold meta tensors
-        # that are meant.
-        shelf = nn.Module()
-        shelf.recurrent = nn.ModuleList(module for module in self._modules if isinstance(module, nn.RNNBase))
-        shelf.tensors = self._tensors
+        if self._tensors:
+            _guard_refused(self._make())
+
+    def _make(self) -> list[tuple[weakref.ref[Tensor], Handle]]:
+        """Make everything, and return what torch refused to swap."""
+        shelf = _Shelf(self._modules, self._tensors)
         found = self._take(shelf)
         with torch._C.DisableTorchFunctionSubclass():
             gradients = [(each.tensor, each.tensor.grad) for each in found if each.tensor.is_leaf]
+            for tensor, _ in gradients:
+                tensor.grad = None
             # The memory of a view, and what a graph was made of, is not given back before the view, or the graph's end.
             first = [each for each in found if each.tensor._is_view() or not each.tensor.is_leaf]
-        for tensor, gradient in gradients:
-            if gradient is not None:
-                with torch._C.DisableTorchFunctionSubclass():
-                    tensor.grad = None
         known = {id(each) for each in first}
-        for part in (first, [each for each in found if id(each) not in known]):
+        for part in filter(None, (first, [each for each in found if id(each) not in known])):
             plan = Plan.of_tensors((holder, each.tensor) for each in part for holder in each.holders)
             plan.release()
             execute(plan, shelf, self._device)
         for tensor, gradient in gradients:
             if gradient is not None and not tensor.is_meta:
                 tensor.grad = gradient
-        shelf.tensors.clear()
-        refused = [(weakref.ref(each.tensor), each.handle) for each in found if each.tensor.is_meta]
-        del found, first, gradients, part, plan
-        _guard_refused(refused)
+        return [(weakref.ref(each.tensor), each.handle) for each in found if each.tensor.is_meta]
 
     def _take(self, shelf: nn.Module) -> list[_Deferred]:
         found = {id(t): _Deferred(t, handle, []) for t in self._tensors if (handle := handle_of(t)) is not None}
