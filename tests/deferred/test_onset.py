@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nucleate.deferred import deferred, eager, handle_of, is_recording, record_of
 from nucleate.deferred.context import deferred_from
@@ -70,7 +73,17 @@ def test_data_does_not_begin_it() -> None:
     assert layer.weight.grad is not None
 
 
-def test_a_function_that_is_recorded_whole_does_not_begin_it_inside() -> None:
+class Passes(TorchDispatchMode):
+    """A mode of the constructor's own."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, Passes])
+def test_a_function_that_is_recorded_whole_does_not_begin_it_inside(
+    mode: Callable[[], AbstractContextManager[object]],
+) -> None:
     def inside(query: Tensor) -> Tensor:
         # As the Python functions of torch do that a mode is told of.
         if torch.overrides.has_torch_function_unary(query):
@@ -78,7 +91,7 @@ def test_a_function_that_is_recorded_whole_does_not_begin_it_inside() -> None:
             return result
         return query + torch.empty(NUMEL, 1).fill_(1.0)
 
-    with deferred_from(NUMEL, CPU):
+    with deferred_from(NUMEL, CPU), mode():
         assert not is_deferred(inside(torch.ones(1)))
         assert not is_recording()
         assert is_deferred(torch.empty(NUMEL))
@@ -131,9 +144,10 @@ def test_tensors_of_another_model_that_are_edited_do_not_count_as_survivors() ->
     with deferred_from(NUMEL, CPU) as record:
         large = nn.Linear(20, 20)
         nn.init.ones_(other.weight)
+        model = nn.Sequential(other, large)
         _, tensors = record.survivors()
     assert {id(large.weight), id(large.bias)} == set(map(id, tensors))
-    assert materialize(other).weight.sum() == 9
+    assert materialize(model)[0].weight.sum() == 9
 
 
 def test_what_nobody_holds_any_more_does_not_count_as_a_survivor() -> None:

@@ -205,11 +205,6 @@ class Record:
         found.extend(self.parameters)
         found.extend(tensor for ref in self.recorder.handed_out if (tensor := ref()) is not None)
         with torch._C.DisableTorchFunction():
-            gradients = [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
-            for gradient in gradients:
-                # Python has not held it so far.
-                self.recorder.hand_out(gradient)
-            found.extend(gradients)
             tensors = {id(tensor): tensor for tensor in found if self.tape.number(tensor) is not None}
             return modules, [t for t in tensors.values() if t.untyped_storage()._cdata not in self._staying]
 

@@ -8,7 +8,6 @@ active from the beginning and do nothing until the onset.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,8 +32,6 @@ class Onset:
 
     def __init__(self, numel: int) -> None:
         self._numel = numel
-        # Others that enter the modes are recorded once the recording has begun.
-        self._thread = threading.get_ident()
         self._is_asked = False
         self._num_suspended = 0
 
@@ -69,5 +66,4 @@ class Onset:
             and math.prod(args[0]) >= self._numel
             and kwargs.get("layout") in (None, torch.strided)
             and recorder.is_for(kwargs.get("device"))
-            and threading.get_ident() == self._thread
         )
