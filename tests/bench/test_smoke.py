@@ -269,7 +269,7 @@ def test_the_rule_is_the_size_from_which_on_no_setting_is_slower() -> None:
     ]
     assert smallest(points, lambda each: each.num_parameters) == num_constructed("few", "16m")
     assert "weights of a model have 1 million elements or more" in rule(points)
-    assert "For few large tensors this holds from 16 million parameters on" in rule(points)
+    assert "For few large tensors it pays from 16 million parameters on" in rule(points)
     slow = [*points, point("few", "64m", 1.0, 1.1)]
     assert smallest(slow, lambda each: each.num_parameters) is None
     assert "there is no size from which on deferring pays" in rule(slow)

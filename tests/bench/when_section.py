@@ -184,8 +184,8 @@ def rule(points: Sequence[Point]) -> str:
         of_kind = [point for point in measured if point.setting.kind == kind]
         found = smallest(of_kind, lambda point: point.num_parameters)
         if of_kind:
-            bound = f"from {millions(found)} parameters on" if found else "in no size in every setting"
-            sentences.append(f"For {words} tensors this holds {bound}.")
+            bound = f"from {millions(found)} parameters on" if found else "at no size that was measured"
+            sentences.append(f"For {words} tensors it pays {bound}.")
     sentences += [*_costs(measured), *_memory(points)]
     sentences.append(
         f"`init_module()` on one CPU follows the rule: it defers from the first weight of {ONSET_NUMEL:,} elements on "
