@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nucleate import Runtime
-from nucleate.deferred import handle_of
+from nucleate.deferred import handle_of, is_recording
 from nucleate.errors import (
     ConfigurationError,
     DeferredEditError,
@@ -28,12 +28,13 @@ from nucleate.errors import (
     UninitializedError,
     UsageError,
 )
+from nucleate.materialize import block
 from nucleate.precision.mixed import MixedPrecision
 from nucleate.strategies import FSDPStrategy
 from nucleate.strategies.single_device import SingleDeviceStrategy
 from nucleate.wrappers.module import ModuleWrapper
 from tests.deferred.equality import assert_same_model
-from tests.device import ACCELERATOR, device
+from tests.device import ACCELERATOR, ON_CPU, device
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 
@@ -147,6 +148,36 @@ def test_weights_are_those_of_eager_construction_in_the_same_dtype(precision: st
         assert model.get_parameter(name).dtype == runtime.precision.dtype
     assert model.inv_freq.dtype == torch.float32, "buffers are kept"
     assert torch.equal(model.inv_freq, eager.inv_freq)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_without_an_answer_a_block_defers_large_models_and_ends_with_real_tensors(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block, "ONSET_NUMEL", 1)
+    runtime = Runtime(accelerator=ACCELERATOR, precision=precision)
+    torch.manual_seed(0)
+    with runtime.precision.module_init_context():
+        eager = Net()
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    with runtime.init_module():
+        model = Net()
+        assert is_recording() == ON_CPU
+    assert torch.equal(torch.rand(2), expected)
+    assert_same_model(eager, model)
+    x = torch.ones(1, 6, dtype=model.body.weight.dtype)
+    assert torch.equal(model(x), eager(x))
+    nn.init.zeros_(model.head.bias)
+    assert (runtime.setup(model).module.head.bias == 0).all()
+
+
+def test_under_a_strategy_that_shards_a_model_without_an_answer_stays_deferred() -> None:
+    runtime = Runtime(accelerator=ACCELERATOR, strategy="fsdp")
+    with runtime.init_module():
+        model = Net()
+    assert handle_of(model.body.weight) is not None
+    runtime.setup(model)
 
 
 def test_parameters_made_in_another_dtype_are_cast_while_they_are_made() -> None:

@@ -32,6 +32,7 @@ from nucleate.devices import made_current, take_device
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.integrations.base import Integration
 from nucleate.materialize import Plan, reset
+from nucleate.materialize.block import Block
 from nucleate.materialize.dependence import numerics_of
 from nucleate.materialize.vacancies import adopt_vacancies, vacancies
 from nucleate.materialize.verification import Verification
@@ -226,12 +227,15 @@ class Runtime:
         Args:
             empty_init: True defers: nothing is allocated and `setup` makes each parameter where it will live. False
                 makes real tensors at once, on the target device in the target dtype. None lets the strategy decide:
-                those that shard defer. The weights are bit-identical either way. Blocks nest: the innermost True or
+                those that shard defer. The others defer on a CPU where that is faster, which is from the first large
+                weight on, and make everything when the block ends: afterwards nothing differs from False. Say True if
+                weights will be loaded. The weights are bit-identical either way. Blocks nest: the innermost True or
                 False counts. A model that is still deferred may be edited in a second block with True.
         """
         self.launch()
         defer = self._strategy.shards if empty_init is None else empty_init
         self._agree_on_generators()
+        block = Block(self._device)
         with ExitStack() as stack:
             stack.enter_context(made_current(self._device))
             for part in (self._accelerator, self._precision, self._strategy):
@@ -240,9 +244,13 @@ class Runtime:
                 stack.enter_context(deferred(self._device))
             elif empty_init is not None:
                 stack.enter_context(eager())
+            else:
+                stack.enter_context(block.construction())
             for integration in self._active_integrations():
                 stack.enter_context(integration.module_init_context())
             yield
+        with metered(self.is_global_zero), made_current(self._device):
+            block.make()
 
     @contextmanager
     def init_tensor(self) -> Iterator[None]:

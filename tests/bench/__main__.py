@@ -1,10 +1,11 @@
 """Runs the benchmarks and prints their tables.
 
-python -m tests.bench                                  # all but large, at full size: about an hour on two cores
+python -m tests.bench                                  # all but large, at full size: 1.5 hours on two cores
 python -m tests.bench init --size 1b --runs 5 --write  # one section, into docs/benchmarks.md
 python -m tests.bench step imports                     # two of them
 python -m tests.bench init --size 1m --runs 1          # a try
 python -m tests.bench load --size 10m --runs 1         # another
+python -m tests.bench when --runs 2 --write            # with its picture: about 20 minutes
 python -m tests.bench quantize --files FOLDER --runs 3 # needs nucleate-bitsandbytes
 python -m tests.bench large --size 7b --files FOLDER   # 13 GB of disk, 16 GiB of memory; needs it as well
 """
@@ -33,10 +34,12 @@ from tests.bench.quantize_section import quantize
 from tests.bench.section import Section
 from tests.bench.sections import imports, record, step
 from tests.bench.state import IDLE_S, STATES, UNTOUCHED
+from tests.bench.when import SIZES as WHEN_SIZES
+from tests.bench.when_section import THREADS, when
 
-BENCHMARKS = ("init", "first-use", "record", "load", "quantize", "large", "step", "imports")
+BENCHMARKS = ("init", "first-use", "record", "load", "quantize", "large", "step", "imports", "when")
 #: The numbers of these depend on the state of memory.
-_BY_STATE = ("init", "load", "quantize", "large")
+_BY_STATE = ("init", "load", "quantize", "large", "when")
 #: What is run when nothing is named.
 _DEFAULT = tuple(name for name in BENCHMARKS if name != "large")
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
@@ -63,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "record": lambda: record(args.runs),
         "step": lambda: step(args.step_sizes, args.runs, quick=args.quick),
         "imports": lambda: imports(args.runs),
+        "when": lambda: when(args.runs, args.sizes, states, args.threads, idle_s),
     }
     faults = []
     for name in args.benchmarks or _DEFAULT:
@@ -72,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"## {name}\n\n{text}\n", flush=True)
         if args.write:
             write_section(args.page, name, text)
+            if section.draw is not None:
+                section.draw(args.page.parent)
     for fault in faults:
         print(f"FAULT {fault}", file=sys.stderr)
     return 1 if faults else 0
@@ -118,6 +124,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="where the checkpoints of load, quantize and large are made and stay: 13 GB at size 1b, as much at 7b",
     )
     add("--step-sizes", nargs="+", choices=SIZES, default=["micro", "1m", "10m"], help="the models of step")
+    add("--sizes", nargs="+", choices=WHEN_SIZES, default=list(WHEN_SIZES), help="the models of when")
+    add("--threads", nargs="+", type=int, default=list(THREADS), help="torch's threads in when")
     add("--quick", action="store_true", help="only few steps: not to be believed")
     add("--write", action="store_true", help="write the tables into the docs")
     add("--page", type=Path, default=PAGE, help="the page that --write changes")

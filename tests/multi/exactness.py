@@ -6,6 +6,7 @@ Run by test_exactness.py, on one rank in the test's own process and on more unde
 from __future__ import annotations
 
 import sys
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,8 @@ def main(strategy: str, trains: bool = True) -> None:
     for name in ZOO:
         for empty_init in (True, False):
             check_weights(strategy, name, empty_init)
+        with patch("nucleate.materialize.block.ONSET_NUMEL", 1):
+            check_weights(strategy, name, None)
         check_weights(strategy, name, True, "bf16-true" if ZOO[name][0] is ConvNet else "64-true")
         make, _ = ZOO[name]
         if make is ConvNet or not trains:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from nucleate.deferred.context import Record
+    from nucleate.deferred.onset import Onset
 
 #: Threads take turns at operations that are recorded or replayed: they find a generator's place in the stream by its
 #: state, and borrow the default generators while they make a value.
@@ -22,6 +23,7 @@ _NOTHING = nullcontext()
 class _Active(threading.local):
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.num_eager = 0
 
 
 _active = _Active()
@@ -31,6 +33,26 @@ def active_records() -> list[Record]:
     """Return the records that record in this thread, outermost first."""
     # A thread may outlive the context that it was started in.
     return [record for record in _active.records if record.recorder.is_on]
+
+
+def awaited_onsets() -> list[Onset]:
+    """Return the onsets of those records in this thread that have not begun yet."""
+    return [record.recorder.onset for record in _active.records if record.recorder.onset is not None]
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Note that somebody wants real tensors from this thread."""
+    _active.num_eager += 1
+    try:
+        yield
+    finally:
+        _active.num_eager -= 1
+
+
+def wants_real() -> bool:
+    """Return whether this thread is inside an `eager` context."""
+    return _active.num_eager > 0
 
 
 @contextmanager

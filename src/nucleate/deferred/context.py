@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nucleate.deferred.active import active, active_record, active_records, turn
+from nucleate.deferred.active import active, active_record, active_records, awaited_onsets, real_tensors, turn
 from nucleate.deferred.conversion import Conversion, converted
 from nucleate.deferred.given import Given, take
 from nucleate.deferred.guard import guard
@@ -21,6 +21,7 @@ from nucleate.deferred.held import held_tensors
 from nucleate.deferred.impersonate import Impersonation
 from nucleate.deferred.lazy_given import given_of_lazy, memory_of_lazy
 from nucleate.deferred.live_writes import pieces_of
+from nucleate.deferred.onset import Onset
 from nucleate.deferred.patches import patched
 from nucleate.deferred.pieces import Pieces
 from nucleate.deferred.record import Recorder
@@ -69,11 +70,17 @@ class Record:
         #: Parameters made meanwhile. Not weakly: `swap_tensors` would refuse them.
         self.parameters: list[Tensor] = []
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
+        # Storages, by their addresses, of what stays deferred although this record is that of a `deferred_from`.
+        self._staying: set[int] = set()
         _records.add(self)
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record what is done inside; on exit every generator stands where eager construction would have left it."""
+    def recording(self, onset: Onset | None = None) -> Iterator[None]:
+        """Record what is done inside; on exit every generator stands where eager construction would have left it.
+
+        Args:
+            onset: When to begin; by default at once.
+        """
         with ExitStack() as stack:
             stack.callback(self._guard_all)
             stack.callback(self._settle)
@@ -81,6 +88,9 @@ class Record:
             stack.callback(self._end)
             self.thread = threading.get_ident()
             stack.enter_context(self.joined())
+            if onset is not None:
+                self.recorder.onset = onset
+                self.recorder.threads.clear()
             yield
 
     @contextmanager
@@ -162,6 +172,7 @@ class Record:
             return
         other.refuse_other_thread()
         with turn:
+            self._staying.update(old.addresses())
             self.recorder.absorb(other.recorder)
             for generator in other.replayer.random.generators(default_generator(self.device)):
                 # So that replaying gives these back as well as its own.
@@ -169,6 +180,33 @@ class Record:
             for record in list(_records):
                 if record.tape is old:
                     record.tape = record.replayer.tape = record.recorder.tape = self.tape
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Let what is made inside stay deferred, also when a `deferred_from` ends."""
+        first = len(self.tape.addresses())
+        try:
+            yield
+        finally:
+            self._staying.update(self.tape.addresses()[first:])
+
+    def survivors(self) -> tuple[list[nn.Module], list[Tensor]]:
+        """Return what would have values by now in eager construction: modules, and the deferred tensors that live.
+
+        Without those that stay deferred.
+        """
+        # Those that only this list knows are gone.
+        parameters = [weakref.ref(parameter) for parameter in self.parameters]
+        self.parameters.clear()
+        self.parameters.extend(parameter for ref in parameters if (parameter := ref()) is not None)
+        modules = _with_children([module for ref in self._modules.values() if (module := ref()) is not None])
+        barren = set[int]()
+        found = [tensor for module in modules for _, _, tensor in held_tensors(module, barren)]
+        found.extend(self.parameters)
+        found.extend(tensor for ref in self.recorder.handed_out if (tensor := ref()) is not None)
+        with torch._C.DisableTorchFunction():
+            tensors = {id(tensor): tensor for tensor in found if self.tape.number(tensor) is not None}
+            return modules, [t for t in tensors.values() if t.untyped_storage()._cdata not in self._staying]
 
     def give(self, tensor: Tensor, given: Given) -> None:
         """Record that a deferred tensor's content is what is given, whatever it was before.
@@ -291,6 +329,7 @@ class Record:
     def _end(self) -> None:
         with turn:
             self.recorder.threads.clear()
+            self.recorder.onset = None
 
     def _settle(self) -> None:
         try:
@@ -358,11 +397,27 @@ def deferred(device: torch.device | str = "cpu") -> Iterator[Record]:
     outer = active_record(device)
     if outer is not None and outer.thread == threading.get_ident():
         # Inside another recording for the same device there is nothing to begin and nothing to end.
-        with outer.factories(real=False):
+        with outer.factories(real=False), outer.staying():
             yield outer
         return
     record = Record(device)
     with record.recording():
+        yield record
+
+
+@contextmanager
+def deferred_from(numel: int, device: torch.device) -> Iterator[Record]:
+    """Construct models, and record from the first tensor on that has so many elements; what precedes is real.
+
+    Args:
+        numel: How many elements such a tensor has.
+        device: See `deferred`.
+
+    Yields:
+        The record. Its `survivors`, asked for as the last thing inside, are to be made when the context has ended.
+    """
+    record = Record(device)
+    with record.recording(Onset(numel)):
         yield record
 
 
@@ -431,6 +486,9 @@ def eager() -> Iterator[None]:
         for record in active_records():
             record.replayer.settle()
             stack.enter_context(record.factories(real=True))
+        for onset in awaited_onsets():
+            stack.enter_context(onset.suspended())
+        stack.enter_context(real_tensors())
         yield
 
 

@@ -17,13 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
 
 from nucleate.deferred.absent import FROM_DATA, absent_as_meta, is_factory
 from nucleate.deferred.active import turn
 from nucleate.deferred.copies import deepcopy
 from nucleate.deferred.geometry import is_plain
 from nucleate.deferred.legacy import original_type
+from nucleate.deferred.onset import FACTORY, Onset
 from nucleate.deferred.record import Recorder
 from nucleate.deferred.recorded_methods import loading_frame, refuse_meta_source
 from nucleate.deferred.tape import map_leaves, tensors
@@ -64,7 +69,8 @@ class Impersonation(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not self.recorder.is_on:
-            return func(*args, **kwargs)
+            onset = self.recorder.onset
+            return func(*args, **kwargs) if onset is None else self._wait(onset, func, args, kwargs)
         if func in self.answers and self._is_deferred(args[0]):
             if func == _IS_META and (frame := loading_frame()) is not None:
                 refuse_meta_source(frame.f_locals)
@@ -88,6 +94,19 @@ class Impersonation(TorchFunctionMode):
         if getattr(func, "__name__", "").startswith("linalg_"):
             return self._compute(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _wait(self, onset: Onset, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function before the recording has begun; a factory may begin it."""
+        if func is FACTORY:
+            with onset.asked():
+                return func(*args, **kwargs)
+        if func is Tensor.type:
+            args, kwargs = tuple(map(original_type, args)), {k: original_type(value) for k, value in kwargs.items()}
+        if _get_current_dispatch_mode() is not self.recorder:
+            return func(*args, **kwargs)
+        # Faster; and torch computes some things in another way where a dispatch mode is active.
+        with _pop_mode_temporarily():
+            return func(*args, **kwargs)
 
     def _is_deferred(self, value: Any) -> bool:
         return isinstance(value, Tensor) and self.recorder.tape.number(value) is not None

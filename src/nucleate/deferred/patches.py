@@ -65,6 +65,17 @@ def _install(stack: ExitStack) -> None:
     nn.Module.__setstate__ = noticed_set_state  # type: ignore[method-assign]
     stack.callback(setattr, nn.Module, "__setstate__", set_state)
 
+    # Nor do scripted and traced ones.
+    scripted: Any = torch.jit._script.RecursiveScriptModule
+    init_scripted = scripted.__init__
+
+    def noticed_init_scripted(module: nn.Module, *args: Any) -> None:
+        init_scripted(module, *args)
+        _notice(module)
+
+    scripted.__init__ = noticed_init_scripted
+    stack.callback(setattr, scripted, "__init__", init_scripted)
+
     # A rejection loop: how much randomness it uses is known only by running it. The public function looks this name
     # up in its module at each call, so this also reaches those who imported `trunc_normal_`.
     trunc_normal = torch.nn.init._no_grad_trunc_normal_

@@ -25,6 +25,7 @@ from nucleate.deferred.effects import needed_by, overwritten_by, read_by, writte
 from nucleate.deferred.exposed import Exposed
 from nucleate.deferred.geometry import is_doubtful, is_plain, result_on_meta, result_on_stand_ins, to_meta, trust
 from nucleate.deferred.given import Given, take
+from nucleate.deferred.onset import Onset
 from nucleate.deferred.quick import record_factory, record_fill, remember_fill
 from nucleate.deferred.random_program import Position
 from nucleate.deferred.replay import Replayer, view
@@ -65,6 +66,8 @@ class Recorder(TorchDispatchMode):
         self.handed_out: list[weakref.ref[Tensor]] = []
         #: The threads that it records. In others that have entered it, it does nothing any more.
         self.threads: set[int] = set()
+        #: When it begins to record, if it has not begun yet.
+        self.onset: Onset | None = None
         self._flags = _Flags()
         #: Told of a meta tensor that is not on this tape, whose record may then join this one.
         self.on_stranger: Callable[[Tensor], None] = lambda tensor: None
@@ -131,10 +134,18 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if not self.is_on:
-            return func(*args, **(kwargs or {}))
+            if self.onset is None or not self.onset.is_now(self, func, args, kwargs):
+                return func(*args, **kwargs)
+            self.begin()
         with turn, torch._C.DisableTorchFunction():
-            return self._dispatch(func, args, kwargs or {})
+            return self._dispatch(func, args, kwargs)
+
+    def begin(self) -> None:
+        """Record this thread from here on."""
+        self.onset = None
+        self.threads.add(threading.get_ident())
 
     # -- routing -------------------------------------------------------------------------------------------
 
@@ -277,8 +288,10 @@ class Recorder(TorchDispatchMode):
         device = kwargs.get("device")
         if device is not None and device.type == "meta":
             return not self.meta_is_meant
-        if self.makes_real:
-            return False
+        return not self.makes_real and self.is_for(device)
+
+    def is_for(self, device: torch.device | None) -> bool:
+        """Return whether a factory that is told this device, or none, makes a tensor for the recorder's."""
         return self.device.type == "cpu" if device is None else self._is_own(device)
 
     def _write_real(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -211,6 +211,10 @@ class Tape:
         """Return a storage by its number; it has no memory."""
         return self._storages[number]
 
+    def addresses(self) -> list[int]:
+        """Return what tells each storage also on another tape, in the order of their numbers."""
+        return [storage._cdata for storage in self._storages]
+
     def is_alive(self, storage: int) -> bool:
         """Return whether a tensor on the storage exists."""
         # One use is the tape's own.

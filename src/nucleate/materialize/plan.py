@@ -6,6 +6,7 @@ Planning checks everything that can be checked before memory is taken; `execute.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,9 +117,24 @@ class Plan:
         retie(model)
         # Guarded tensors pretend to be on their device; the plan looks behind that.
         with torch._C.DisableTorchFunctionSubclass():
-            plan = cls._find(model)
+            plan = cls._find(_held(model))
         plan._refuse_changed()
         plan._refuse_unwritten()
+        return plan
+
+    @classmethod
+    def of_tensors(cls, held: Iterable[tuple[Holder, Tensor]]) -> Plan:
+        """Find what is deferred among tensors. Memory in which the constructor wrote nothing is made as it is.
+
+        Args:
+            held: The tensors, and where they are held.
+
+        Raises:
+            DeferredEditError: See `of`.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            plan = cls._find(held)
+        plan._refuse_changed()
         return plan
 
     def check_device(self, device: torch.device) -> None:
@@ -151,32 +167,29 @@ class Plan:
             )
 
     @classmethod
-    def _find(cls, model: nn.Module) -> Plan:
+    def _find(cls, held: Iterable[tuple[Holder, Tensor]]) -> Plan:
         targets: dict[int, Target] = {}
         groups: dict[tuple[int, int], Group] = {}
         foreign: list[str] = []
         edited: list[str] = []
-        barren = set[int]()
-        for prefix, module in model.named_modules():
-            for kind, name, tensor in held_tensors(module, barren):
-                fqn = f"{prefix}.{name}" if prefix else name
-                handle = handle_of(tensor)
-                if handle is None:
-                    if tensor.is_meta and kind != "attribute":
-                        foreign.append(fqn)
-                    continue
-                if is_edited(tensor, handle):
-                    edited.append(fqn)
-                    continue
-                target = targets.get(id(tensor))
-                if target is None:
-                    tape = handle.record.tape
-                    ref = tape.ref(tensor)
-                    target = targets[id(tensor)] = Target(tensor, ref, handle.cls)
-                    # Records may share a tape.
-                    group = groups.setdefault((id(tape), ref.storage), Group(Recipe(handle.record, ref.storage), []))
-                    group.targets.append(target)
-                target.holders.append(Holder(module, kind, name, fqn))
+        for holder, tensor in held:
+            handle = handle_of(tensor)
+            if handle is None:
+                if tensor.is_meta and holder.kind != "attribute":
+                    foreign.append(holder.fqn)
+                continue
+            if is_edited(tensor, handle):
+                edited.append(holder.fqn)
+                continue
+            target = targets.get(id(tensor))
+            if target is None:
+                tape = handle.record.tape
+                ref = tape.ref(tensor)
+                target = targets[id(tensor)] = Target(tensor, ref, handle.cls)
+                # Records may share a tape.
+                group = groups.setdefault((id(tape), ref.storage), Group(Recipe(handle.record, ref.storage), []))
+                group.targets.append(target)
+            target.holders.append(holder)
         if foreign:
             raise UninitializedError(
                 f"{len(foreign)} tensors are on the meta device and have no recipe: {name_list(foreign)}. They were "
@@ -281,3 +294,11 @@ class Plan:
             made_by = origins[target.fqn]
             lines.append(f"{names:60s} {dtype:9s} {target.ref.size!s:20s} {target.size_bytes:>14,d} B  {made_by}")
         return "\n".join(lines)
+
+
+def _held(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
+    """Yield the tensors of a model and where they are held."""
+    barren = set[int]()
+    for prefix, module in model.named_modules():
+        for kind, name, tensor in held_tensors(module, barren):
+            yield Holder(module, kind, name, f"{prefix}.{name}" if prefix else name), tensor

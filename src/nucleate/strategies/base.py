@@ -30,7 +30,8 @@ class Strategy(Plugin):
     kind: ClassVar[str] = "strategy"
     #: Whether it spans processes, and so needs a process group.
     distributed: ClassVar[bool] = False
-    #: Whether `init_module()` without `empty_init` defers: yes where no rank should hold the whole model.
+    #: Whether a model of `init_module()` without `empty_init` stays deferred until `setup`: yes where no rank should
+    #: hold all of a model.
     shards: ClassVar[bool] = False
 
     device: torch.device = torch.device("cpu")

@@ -1,0 +1,146 @@
+"""A block of construction for which nobody said whether it defers: it does where that pays, and ends with real tensors.
+
+After the block a script may do anything with a model, also before `setup` or without it: call it, edit it, save it.
+Whether that works must not depend on the model's size. So what was deferred is made when the block ends.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nucleate.deferred import Handle, handle_of, held_tensors, is_recording
+from nucleate.deferred.active import wants_real
+from nucleate.deferred.context import deferred_from
+from nucleate.deferred.guard import guard
+from nucleate.errors import name_list
+from nucleate.materialize.execute import execute
+from nucleate.materialize.plan import Holder, Plan
+
+#: A constructor is recorded from the first tensor on that has so many elements. Recording and making a tensor costs
+#: some 0.2 to 0.4 ms, whatever its size, and saves one to three nanoseconds for each element. So deferring pays for
+#: models whose weights have this size; the section "When deferring pays" of docs/benchmarks.md has the measurements.
+ONSET_NUMEL = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Deferred:
+    """A deferred tensor that lives when a block ends.
+
+    Attributes:
+        tensor: The tensor.
+        handle: Ties it to its record.
+        holders: The modules that hold it, or the shelf where none does.
+    """
+
+    tensor: Tensor
+    handle: Handle
+    holders: list[Holder]
+
+
+class _Shelf(nn.Module):
+    """Stands for a model that holds everything. It does not hold the modules, which may have meta tensors on purpose.
+
+    Args:
+        modules: The modules of a block, of which it holds those that `execute` has to know.
+        tensors: What is deferred.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.recurrent = nn.ModuleList(module for module in modules if isinstance(module, nn.RNNBase))
+        self.tensors = tensors
+
+
+class Block:
+    """One block of construction.
+
+    Args:
+        device: The device that the tensors stand for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._modules: list[nn.Module] = []
+        self._tensors: list[Tensor] = []
+
+    @contextmanager
+    def construction(self) -> Iterator[None]:
+        """Construct inside. After an error inside, what is deferred by then stays deferred.
+
+        A context around it that defers, or makes real tensors, has decided. Devices other than the CPU have not been
+        measured, and construct as ever.
+        """
+        if self._device.type != "cpu" or is_recording() or wants_real():
+            yield
+            return
+        with deferred_from(ONSET_NUMEL, self._device) as record:
+            yield
+            self._modules, self._tensors = record.survivors()
+
+    def make(self) -> None:
+        """Make everything that the block has deferred, whether a module holds it or only a variable.
+
+        Raises:
+            DeferredEditError: A tensor was edited where nothing recorded it.
+        """
+        if self._tensors:
+            _guard_refused(self._make())
+
+    def _make(self) -> list[tuple[weakref.ref[Tensor], Handle]]:
+        """Make everything, and return what torch refused to swap."""
+        shelf = _Shelf(self._modules, self._tensors)
+        found = self._take(shelf)
+        with torch._C.DisableTorchFunctionSubclass():
+            gradients = [(each.tensor, each.tensor.grad) for each in found if each.tensor.is_leaf]
+            for tensor, _ in gradients:
+                tensor.grad = None
+            # The memory of a view, and what a graph was made of, is not given back before the view, or the graph's end.
+            first = [each for each in found if each.tensor._is_view() or not each.tensor.is_leaf]
+        known = {id(each) for each in first}
+        for part in filter(None, (first, [each for each in found if id(each) not in known])):
+            plan = Plan.of_tensors((holder, each.tensor) for each in part for holder in each.holders)
+            plan.release()
+            execute(plan, shelf, self._device)
+        for tensor, gradient in gradients:
+            if gradient is not None and not tensor.is_meta:
+                tensor.grad = gradient
+        return [(weakref.ref(each.tensor), each.handle) for each in found if each.tensor.is_meta]
+
+    def _take(self, shelf: nn.Module) -> list[_Deferred]:
+        found = {id(t): _Deferred(t, handle, []) for t in self._tensors if (handle := handle_of(t)) is not None}
+        barren = set[int]()
+        for module in self._modules:
+            for kind, name, tensor in held_tensors(module, barren):
+                if id(tensor) in found:
+                    each = found[id(tensor)]
+                    each.holders.append(Holder(module, kind, name, each.handle.fqn))
+        for each in found.values():
+            if not each.holders:
+                each.holders.append(Holder(shelf, "attribute", "tensors", each.handle.fqn))
+        self._modules, self._tensors = [], []
+        return list(found.values())
+
+
+def _guard_refused(refused: Sequence[tuple[weakref.ref[Tensor], Handle]]) -> None:
+    """Guard tensors that torch refused to swap and that somebody still holds; modules hold new ones in their place."""
+    names = []
+    for ref, handle in refused:
+        tensor = ref()
+        if tensor is not None:
+            guard(tensor, handle.record, handle.fqn)
+            if issubclass(handle.cls, nn.Parameter):
+                names.append(handle.fqn)
+    if names:
+        warnings.warn(
+            f"init_module replaced {name_list(names)} by new parameters: a weak reference or autograd kept torch from "
+            "giving the old ones their values. Whatever else holds the old ones, such as an optimizer that was built "
+            "inside the block, cannot train the model. Build it after the block, or pass empty_init=False.",
+            stacklevel=4,
+        )
