@@ -28,9 +28,7 @@ PUBLIC = {
         split stack strip_prefix transpose unstack verify
     """,
     "nucleate.checkpoint.readers": "Reader open_checkpoint reader_for",
-    "nucleate.checkpoint.rules": """
-        CountedMove Move Rule concatenate drop inverse permute_heads read_rules rename split stack transpose unstack
-    """,
+    "nucleate.checkpoint.rules": "",
     "nucleate.checkpoint.writers": "Writer",
     "nucleate.cli": "main",
     "nucleate.cluster": "Communicator Environment",

@@ -97,10 +97,19 @@ def test_a_single_slow_stretch_of_many_changes_nothing_for_long() -> None:
 def test_a_slow_moment_of_a_trial_does_not_count() -> None:
     policy = PagePolicy()
     policy.took(True, 4 * MS)
+    policy.took(True, 4 * MS)
     for seconds in (13 * MS, 0.5 * MS):
         assert policy.choose() is False
         policy.took(False, seconds)
     assert not policy.is_huge
+
+
+def test_a_slow_first_page_does_not_decide() -> None:
+    machine = Machine(PagePolicy(), huge_s=0.2 * MS, small_s=0.5 * MS)
+    machine.policy.took(True, 3 * MS)
+    machine.touch(100)
+    assert machine.policy.is_huge
+    assert machine.asked.count(True) > 90
 
 
 def test_pages_that_were_there_already_teach_nothing() -> None:
@@ -135,6 +144,7 @@ def test_it_describes_what_was_touched() -> None:
 
 def test_many_threads_may_ask_before_any_answer_comes() -> None:
     policy = PagePolicy()
+    policy.took(True, 4 * MS)
     policy.took(True, 4 * MS)
     answers: list[Callable[[], None]] = []
     asked = [policy.choose() for _ in range(8)]

@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from nucleate.checkpoint.raw import load_raw as load_raw
     from nucleate.checkpoint.readers import Reader as Reader
     from nucleate.checkpoint.readers import open_checkpoint as open_checkpoint
-    from nucleate.checkpoint.rules import Rule as Rule
-    from nucleate.checkpoint.rules import concatenate as concatenate
-    from nucleate.checkpoint.rules import drop as drop
-    from nucleate.checkpoint.rules import inverse as inverse
-    from nucleate.checkpoint.rules import permute_heads as permute_heads
-    from nucleate.checkpoint.rules import read_rules as read_rules
-    from nucleate.checkpoint.rules import rename as rename
-    from nucleate.checkpoint.rules import split as split
-    from nucleate.checkpoint.rules import stack as stack
-    from nucleate.checkpoint.rules import transpose as transpose
-    from nucleate.checkpoint.rules import unstack as unstack
+    from nucleate.checkpoint.rules.functions import concatenate as concatenate
+    from nucleate.checkpoint.rules.functions import drop as drop
+    from nucleate.checkpoint.rules.functions import inverse as inverse
+    from nucleate.checkpoint.rules.functions import permute_heads as permute_heads
+    from nucleate.checkpoint.rules.functions import rename as rename
+    from nucleate.checkpoint.rules.functions import split as split
+    from nucleate.checkpoint.rules.functions import stack as stack
+    from nucleate.checkpoint.rules.functions import transpose as transpose
+    from nucleate.checkpoint.rules.functions import unstack as unstack
+    from nucleate.checkpoint.rules.rule import Rule as Rule
+    from nucleate.checkpoint.rules.rules_file import read_rules as read_rules
     from nucleate.checkpoint.selection import Selection as Selection
     from nucleate.checkpoint.stored_form import StoredForm as StoredForm
     from nucleate.checkpoint.stored_form import Taken as Taken
@@ -54,29 +54,29 @@ _PUBLIC = {
     "KeyMap": "key_map",
     "LoadReport": "load_report",
     "Reader": "readers",
-    "Rule": "rules",
+    "Rule": "rules.rule",
     "SaveHandle": "handle",
     "Selection": "selection",
     "StoredForm": "stored_form",
     "Taken": "stored_form",
     "VerifyReport": "verifier",
     "add_prefix": "key_map",
-    "concatenate": "rules",
+    "concatenate": "rules.functions",
     "convert": "converter",
-    "drop": "rules",
-    "inverse": "rules",
+    "drop": "rules.functions",
+    "inverse": "rules.functions",
     "load": "loader",
     "load_raw": "raw",
     "open_checkpoint": "readers",
-    "permute_heads": "rules",
-    "read_rules": "rules",
-    "rename": "rules",
+    "permute_heads": "rules.functions",
+    "read_rules": "rules.rules_file",
+    "rename": "rules.functions",
     "save": "writer",
-    "split": "rules",
-    "stack": "rules",
+    "split": "rules.functions",
+    "stack": "rules.functions",
     "strip_prefix": "key_map",
-    "transpose": "rules",
-    "unstack": "rules",
+    "transpose": "rules.functions",
+    "unstack": "rules.functions",
     "verify": "verifier",
 }
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
-from nucleate.checkpoint.rules import Rule
+from nucleate.checkpoint.rules.rule import Rule
 from nucleate.errors import CheckpointKeyError, ConfigurationError, name_list
 
 #: Regular expressions and what replaces them, as `re.sub` takes them, all of them in order; or a function of a key

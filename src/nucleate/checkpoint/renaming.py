@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nucleate.checkpoint.key_map import KeyMap, map_keys, steps_of
-from nucleate.checkpoint.rules import CountedMove, Move, Rule
+from nucleate.checkpoint.rules.rule import CountedMove, Move, Rule
 from nucleate.errors import CheckpointKeyError, name_list
 
 T = TypeVar("T")

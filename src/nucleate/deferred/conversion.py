@@ -19,7 +19,7 @@ from torch import Tensor
 
 #: About so many elements are handed to a conversion at a time: many enough that what Python does between two calls does
 #: not count, few enough that nothing large is ever whole. A conversion may cut them smaller.
-CHUNK_NUMEL = 1 << 19
+CHUNK_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ STRETCH_BYTES = 2 << 20
 
 # The kind that seems slower is tried again when what that lost the last time is this part of the time spent since.
 _TRIAL_SHARE = 0.01
-# A trial is so many stretches, of which the quickest counts: the host of a virtual machine may be busy for a moment.
-_TRIAL_STRETCHES = 2
+# A kind is known after so many stretches, of which the quickest counts: the host of a virtual machine may be busy for a
+# moment. Later one stretch is a trial, so that what a trial loses stays small and the next one comes soon.
+_FIRST_STRETCHES = 2
 # How much the newest stretch counts: a few slow ones in a row change the choice, a single one does only if it is slow
 # by far.
 _NEWEST = 0.25
@@ -56,10 +57,10 @@ class PagePolicy:
         self._kinds = {True: _Kind(), False: _Kind()}
         self._is_huge = fixed is not False
         # Seconds spent since the other kind was tried, what that lost, how many of its stretches are still to be asked
-        # for, and the times of those that were.
+        # for and how many are asked for in all, and the times of those that were taken.
         self._since_s = 0.0
         self._lost_s = 0.0
-        self._to_ask = 0
+        self._to_ask = self._num_asked = 0
         self._trial: list[float] = []
         self._lock = threading.Lock()
 
@@ -93,11 +94,11 @@ class PagePolicy:
             if self._fixed is not None:
                 return
             if huge == self._is_huge:
-                kind.cost_s = seconds if kind.cost_s is None else kind.cost_s + _NEWEST * (seconds - kind.cost_s)
+                self._count(kind, seconds)
                 self._since_s += seconds
             else:
                 self._trial.append(seconds)
-                if len(self._trial) == _TRIAL_STRETCHES:
+                if len(self._trial) >= self._num_asked:
                     self._end_trial(kind)
             self._choose_again()
 
@@ -111,6 +112,12 @@ class PagePolicy:
         ]
         return " and ".join(said) or "nothing"
 
+    def _count(self, kind: _Kind, seconds: float) -> None:
+        if kind.cost_s is None or kind.stretches <= _FIRST_STRETCHES:
+            kind.cost_s = seconds if kind.cost_s is None else min(seconds, kind.cost_s)
+        else:
+            kind.cost_s += _NEWEST * (seconds - kind.cost_s)
+
     def _end_trial(self, kind: _Kind) -> None:
         chosen_s = self._kinds[self._is_huge].cost_s or 0.0
         kind.cost_s = min(self._trial)
@@ -120,11 +127,13 @@ class PagePolicy:
 
     def _choose_again(self) -> None:
         chosen, other = self._kinds[self._is_huge], self._kinds[not self._is_huge]
-        if chosen.cost_s is not None and other.cost_s is not None and other.cost_s < _QUICKER * chosen.cost_s:
+        if chosen.cost_s is None or chosen.stretches < _FIRST_STRETCHES:
+            return
+        if other.cost_s is not None and other.cost_s < _QUICKER * chosen.cost_s:
             self._is_huge = not self._is_huge
-            self._lost_s = _TRIAL_STRETCHES * (chosen.last_s - other.cost_s)
+            self._lost_s = chosen.last_s - other.cost_s
             self._since_s = 0.0
             self._to_ask = 0
             self._trial.clear()
         elif not self._to_ask and not self._trial and self._since_s * _TRIAL_SHARE >= self._lost_s:
-            self._to_ask = _TRIAL_STRETCHES
+            self._to_ask = self._num_asked = _FIRST_STRETCHES if other.cost_s is None else 1

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from nucleate import Runtime
 from nucleate.checkpoint import concatenate, files, inverse, open_checkpoint, permute_heads, stack, transpose
-from nucleate.checkpoint.rules import Rule
+from nucleate.checkpoint.rules.rule import Rule
 from nucleate.cluster import process_group
 from nucleate.errors import CheckpointError, CheckpointKeyError, RankFailedError
 from nucleate.strategies import DDPStrategy, FSDPStrategy, Strategy

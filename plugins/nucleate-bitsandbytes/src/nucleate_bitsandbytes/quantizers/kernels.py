@@ -32,9 +32,11 @@ def largest_of_rows(rows: Tensor, mask: int, per_chunk: int, magnitudes: Tensor,
         magnitudes: Scratch for a chunk, `(per_chunk, columns)`.
         largest: Where they go, `(rows,)`.
     """
+    num, chunk = 0, magnitudes
     for first in range(0, rows.size(0), per_chunk):
-        num = min(per_chunk, rows.size(0) - first)
-        chunk = magnitudes.narrow(0, 0, num)
+        if min(per_chunk, rows.size(0) - first) != num:
+            num = min(per_chunk, rows.size(0) - first)
+            chunk = magnitudes.narrow(0, 0, num)
         torch.bitwise_and(rows.narrow(0, first, num), mask, out=chunk)
         torch.amax(chunk, [1], out=largest.narrow(0, first, num))
 
@@ -64,14 +66,20 @@ def four_bit_codes(
     columns = blocks.size(1)
     per_chunk = scratch[0].size(0)
     middle = table.size(0) // 2
+    num, scaled, bins, found, pairs = 0, scratch[0], scratch[1], scratch[2], scratch[3]
+    flat = scaled
     for first in range(0, blocks.size(0), per_chunk):
-        num = min(per_chunk, blocks.size(0) - first)
+        if min(per_chunk, blocks.size(0) - first) != num:
+            # Only in the first round and the last: each operation costs a microsecond, however little it does.
+            num = min(per_chunk, blocks.size(0) - first)
+            scaled = scratch[0].narrow(0, 0, num)
+            flat = scaled.view(-1)
+            bins = scratch[1].narrow(0, 0, num * columns)
+            found = scratch[2].narrow(0, 0, num * columns)
+            pairs = scratch[3].narrow(0, 0, num * columns // 2)
         chunk = blocks.narrow(0, first, num)
-        scaled = scratch[0].narrow(0, 0, num)
         torch.mul(chunk, to_bins.narrow(0, first, num), out=scaled)
-        bins = scratch[1].narrow(0, 0, num * columns)
-        bins.copy_(scaled.view(-1)).add_(middle)
-        found = scratch[2].narrow(0, 0, num * columns)
+        bins.copy_(flat).add_(middle)
         torch.index_select(table, 0, bins, out=found)
         if not is_sure and int(found.amax()) > 15:
             # Bins with a midpoint in them.
@@ -82,7 +90,6 @@ def four_bit_codes(
             found.index_copy_(0, unsure, torch.index_select(sorted_codes, 0, torch.bucketize(exact, midpoints)))
         # Two codes to a byte, the first in the upper half: of the 16 bits `b a` (a comes first in memory), times
         # 0x1001, the bits 8 to 15 are `a b`.
-        pairs = scratch[3].narrow(0, 0, num * columns // 2)
         pairs.mul_(4097).bitwise_right_shift_(8)
         codes.narrow(0, first * columns // 2, num * columns // 2).copy_(pairs)
 
@@ -102,14 +109,18 @@ def int8_codes(rows: Tensor, factors: Tensor, halves: Tensor, scaled: Tensor, bi
         codes: Where they go, `(rows, columns)`.
     """
     per_chunk = scaled.size(0)
+    num, products, results, rounded = 0, scaled, bits, halves
     for first in range(0, rows.size(0), per_chunk):
-        num = min(per_chunk, rows.size(0) - first)
+        if min(per_chunk, rows.size(0) - first) != num:
+            num = min(per_chunk, rows.size(0) - first)
+            products, results = scaled.narrow(0, 0, num), bits.narrow(0, 0, num)
+            if halves.numel() > 0:
+                rounded = halves.narrow(0, 0, num)
         chunk = rows.narrow(0, first, num)
         if halves.numel() > 0:
-            chunk = halves.narrow(0, 0, num).copy_(chunk)
-        products = scaled.narrow(0, 0, num)
+            chunk = rounded.copy_(chunk)
         products.copy_(chunk).mul_(factors.narrow(0, first, num)).add_(12582912.0)
-        codes.narrow(0, first, num).copy_(bits.narrow(0, 0, num))
+        codes.narrow(0, first, num).copy_(results)
 
 
 @cache
