@@ -133,6 +133,8 @@ class FreshMemory:
             self._advise(first, min(end, self._lasts[number]) - first, _MADV_POPULATE_WRITE)
             return
         huge = self._policy.choose()
+        if huge is None:
+            return
         began = time.thread_time()
         if huge != self._is_huge:
             self._advise(start, STRETCH_BYTES, _advice(huge))

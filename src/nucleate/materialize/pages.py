@@ -9,19 +9,21 @@ and nothing tells which comes next. So each stretch of memory is timed.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 #: How many bytes are touched and timed at a time: one huge page.
 STRETCH_BYTES = 2 << 20
 
 # The kind that seems slower is tried again when what that lost the last time is this part of the time spent since.
 _TRIAL_SHARE = 0.01
-# A kind is known after so many stretches, of which the quickest counts: the host of a virtual machine may be busy for a
-# moment. Later one stretch is a trial, so that what a trial loses stays small and the next one comes soon.
+# A kind costs what the middle one of its last stretches took: the host of a virtual machine may be busy for a moment.
+_LAST_STRETCHES = 3
+# So many stretches are a trial at first. Later one is, so that what it loses stays small and the next one comes soon.
 _FIRST_STRETCHES = 2
-# How much the newest stretch counts: a few slow ones in a row change the choice, a single one does only if it is slow
-# by far.
-_NEWEST = 0.25
+# Of so many huge pages one is touched ahead and timed, while they are quick; the writer's own faults make the others as
+# quickly, and its first bytes then find them in the processor's cache.
+_TIMED_HUGE = 4
 # The other kind has to be quicker by so much, or small differences would change the choice again and again.
 _QUICKER = 0.8
 # The system cannot clear 2 MiB in less, so the pages were there already.
@@ -33,16 +35,26 @@ class _Kind:
     """The times of one kind of pages.
 
     Attributes:
-        cost_s: Seconds for a stretch, lately; None before the first.
-        last_s: Seconds for the last one.
+        lately: Seconds for each of the last stretches.
         total_s: Seconds for all stretches.
         stretches: How many there were.
+        left: How many were left to their writers besides.
     """
 
-    cost_s: float | None = None
-    last_s: float = 0.0
+    lately: deque[float] = field(default_factory=lambda: deque(maxlen=_LAST_STRETCHES))
     total_s: float = 0.0
     stretches: int = 0
+    left: int = 0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there were enough stretches to tell."""
+        return len(self.lately) >= _FIRST_STRETCHES
+
+    @property
+    def cost_s(self) -> float:
+        """Seconds for a stretch; of two, the quicker one counts."""
+        return sorted(self.lately)[(len(self.lately) - 1) // 2]
 
 
 class PagePolicy:
@@ -60,7 +72,7 @@ class PagePolicy:
         # for and how many are asked for in all, and the times of those that were taken.
         self._since_s = 0.0
         self._lost_s = 0.0
-        self._to_ask = self._num_asked = 0
+        self._to_ask = self._num_asked = self._untimed = 0
         self._trial: list[float] = []
         self._lock = threading.Lock()
 
@@ -69,12 +81,23 @@ class PagePolicy:
         """Whether huge pages are the choice, apart from trials."""
         return self._is_huge
 
-    def choose(self) -> bool:
-        """Return whether the next stretch is to be a huge page. `took` is to be called with the result."""
+    def choose(self) -> bool | None:
+        """Return whether the next stretch is to be a huge page; `took` is to be called with the result.
+
+        Returns:
+            True or False; or None where the stretch is not touched ahead, and its writer takes a huge page.
+        """
         with self._lock:
             if self._to_ask:
                 self._to_ask -= 1
                 return not self._is_huge
+            kind = self._kinds[True]
+            # A slow one may be the first of many.
+            if self._is_huge and self._fixed is None and kind.is_known and kind.lately[-1] <= kind.cost_s / _QUICKER:
+                self._untimed = (self._untimed + 1) % _TIMED_HUGE
+                if self._untimed:
+                    kind.left += 1
+                    return None
             return self._is_huge
 
     def took(self, huge: bool, seconds: float) -> None:
@@ -90,50 +113,41 @@ class PagePolicy:
             kind = self._kinds[huge]
             kind.stretches += 1
             kind.total_s += seconds
-            kind.last_s = seconds
+            kind.lately.append(seconds)
             if self._fixed is not None:
                 return
             if huge == self._is_huge:
-                self._count(kind, seconds)
                 self._since_s += seconds
             else:
                 self._trial.append(seconds)
                 if len(self._trial) >= self._num_asked:
-                    self._end_trial(kind)
+                    self._end_trial()
             self._choose_again()
 
     def describe(self) -> str:
         """Return how much was touched in which kind of pages, and how long 2 MiB took."""
         said = [
-            f"{kind.stretches * STRETCH_BYTES / 2**30:.2f} GiB in {'huge' if huge else 'small'} pages "
+            f"{(kind.stretches + kind.left) * STRETCH_BYTES / 2**30:.2f} GiB in {'huge' if huge else 'small'} pages "
             f"({kind.total_s / kind.stretches * 1e3:.2f} ms for 2 MiB)"
             for huge, kind in self._kinds.items()
             if kind.stretches
         ]
         return " and ".join(said) or "nothing"
 
-    def _count(self, kind: _Kind, seconds: float) -> None:
-        if kind.cost_s is None or kind.stretches <= _FIRST_STRETCHES:
-            kind.cost_s = seconds if kind.cost_s is None else min(seconds, kind.cost_s)
-        else:
-            kind.cost_s += _NEWEST * (seconds - kind.cost_s)
-
-    def _end_trial(self, kind: _Kind) -> None:
-        chosen_s = self._kinds[self._is_huge].cost_s or 0.0
-        kind.cost_s = min(self._trial)
-        self._lost_s = max(0.0, sum(self._trial) - len(self._trial) * chosen_s)
+    def _end_trial(self) -> None:
+        self._lost_s = max(0.0, sum(self._trial) - len(self._trial) * self._kinds[self._is_huge].cost_s)
         self._since_s = 0.0
         self._trial.clear()
 
     def _choose_again(self) -> None:
         chosen, other = self._kinds[self._is_huge], self._kinds[not self._is_huge]
-        if chosen.cost_s is None or chosen.stretches < _FIRST_STRETCHES:
+        if not chosen.is_known:
             return
-        if other.cost_s is not None and other.cost_s < _QUICKER * chosen.cost_s:
+        if other.is_known and other.cost_s < _QUICKER * chosen.cost_s:
             self._is_huge = not self._is_huge
-            self._lost_s = chosen.last_s - other.cost_s
+            self._lost_s = chosen.cost_s - other.cost_s
             self._since_s = 0.0
             self._to_ask = 0
             self._trial.clear()
         elif not self._to_ask and not self._trial and self._since_s * _TRIAL_SHARE >= self._lost_s:
-            self._to_ask = self._num_asked = _FIRST_STRETCHES if other.cost_s is None else 1
+            self._to_ask = self._num_asked = 1 if other.is_known else _FIRST_STRETCHES
