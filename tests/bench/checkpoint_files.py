@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nucleate.checkpoint.direct import Residency
 from tests.bench.measure import report
 from tests.bench.model import DTYPES
 
@@ -187,16 +188,11 @@ def drop(paths: Iterable[Path]) -> None:
 
 def is_cached(path: Path) -> bool:
     """Return whether one of 64 places in a file is in the page cache."""
-    byte = bytearray(1)
     size = path.stat().st_size
     with open(path, "rb", buffering=0) as file:
-        for offset in range(0, size, max(size // 64, 1)):
-            try:
-                os.preadv(file.fileno(), [byte], offset, os.RWF_NOWAIT)
-            except BlockingIOError:
-                continue
-            return True
-    return False
+        # Not by a read that does not wait (`RWF_NOWAIT`), which makes the system read ahead.
+        pages = Residency(file.fileno(), size)
+        return any(pages.holds(offset, 1) for offset in range(0, size, max(size // 64, 1)))
 
 
 def _values(shape: Shape) -> Iterator[tuple[str, Tensor]]:

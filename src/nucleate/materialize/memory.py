@@ -67,11 +67,13 @@ class FreshMemory:
         """Return how much this process has touched in which kind of pages, and how long that took."""
         return self._policy.describe()
 
-    def touch(self, place: Tensor) -> None:
+    def touch(self, place: Tensor, far_ahead: bool = False) -> None:
         """Let the system back memory by pages now. What it holds stays as it is.
 
         Args:
-            place: Contiguous memory that this thread is about to fill, in one of the storages; else nothing happens.
+            place: Contiguous memory in one of the storages; else nothing happens.
+            far_ahead: Whether it is filled later, by another thread, which is not to meet a page fault; else this
+                thread is about to fill it.
         """
         if not self._firsts or not place.numel():
             return
@@ -84,7 +86,7 @@ class FreshMemory:
             if block not in self._touched:
                 # Another thread may come to it at the same time, and then finds the pages there.
                 self._touched.add(block)
-                self._touch_block(block, number)
+                self._touch_block(block, number, far_ahead)
 
     @contextmanager
     def touched_ahead(self, places: Iterable[Tensor]) -> Iterator[None]:
@@ -102,7 +104,7 @@ class FreshMemory:
                     place = next(waiting, None)
                 if place is None:
                     return
-                self.touch(place)
+                self.touch(place, far_ahead=True)
 
         threads = [threading.Thread(target=run, name="nucleate-touch", daemon=True) for _ in range(_AHEAD)]
         for thread in threads:
@@ -114,7 +116,7 @@ class FreshMemory:
             for thread in threads:
                 thread.join()
 
-    def _touch_block(self, block: int, number: int) -> None:
+    def _touch_block(self, block: int, number: int, far_ahead: bool) -> None:
         """Touch a huge page, or the part of it that is in the storage."""
         assert self._advise is not None
         start, end = block * STRETCH_BYTES, (block + 1) * STRETCH_BYTES
@@ -132,7 +134,7 @@ class FreshMemory:
             first = max(start, self._firsts[number] // mmap.PAGESIZE * mmap.PAGESIZE)
             self._advise(first, min(end, self._lasts[number]) - first, _MADV_POPULATE_WRITE)
             return
-        huge = self._policy.choose()
+        huge = self._policy.choose(may_leave=not far_ahead)
         if huge is None:
             return
         began = time.thread_time()

@@ -81,8 +81,11 @@ class PagePolicy:
         """Whether huge pages are the choice, apart from trials."""
         return self._is_huge
 
-    def choose(self) -> bool | None:
+    def choose(self, may_leave: bool = True) -> bool | None:
         """Return whether the next stretch is to be a huge page; `took` is to be called with the result.
+
+        Args:
+            may_leave: Whether the writer comes right behind, so that the stretch may be left to it.
 
         Returns:
             True or False; or None where the stretch is not touched ahead, and its writer takes a huge page.
@@ -93,7 +96,8 @@ class PagePolicy:
                 return not self._is_huge
             kind = self._kinds[True]
             # A slow one may be the first of many.
-            if self._is_huge and self._fixed is None and kind.is_known and kind.lately[-1] <= kind.cost_s / _QUICKER:
+            is_quick = kind.is_known and kind.lately[-1] <= kind.cost_s / _QUICKER
+            if may_leave and is_quick and self._is_huge and self._fixed is None:
                 self._untimed = (self._untimed + 1) % _TIMED_HUGE
                 if self._untimed:
                     kind.left += 1
