@@ -41,11 +41,12 @@ def eager(_: torch.dtype) -> Build:
     return lambda make: make()
 
 
-def nucleate(strategy: str, empty_init: bool) -> Callable[[torch.dtype], Build]:
+def nucleate(strategy: str, empty_init: bool | None, times_parts: bool = True) -> Callable[[torch.dtype], Build]:
     def prepare(dtype: torch.dtype) -> Build:
         from nucleate import Runtime
 
-        _time_parts()
+        if times_parts:
+            _time_parts()
 
         precision = "32-true" if dtype == torch.float32 else "bf16-true"
         runtime = Runtime(accelerator="cpu", strategy=strategy, precision=precision)

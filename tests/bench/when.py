@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from tests.bench.construct_ways import Build, nucleate
 from tests.bench.measure import Numbers, report
 from tests.bench.memory import Peak, available_bytes
 from tests.bench.state import TOUCHED, add_state, enter
@@ -41,9 +42,6 @@ NUM_FEW = 16
 #: Large models have some hundred to two thousand tensors, small ones of many layers narrow ones.
 NUM_MANY = 1000
 NARROW = 64
-
-#: Calls its argument to construct a model that can be trained.
-Build = Callable[[Callable[[], nn.Module]], object]
 
 
 def shape(kind: str, size: str) -> tuple[int, int]:
@@ -88,29 +86,11 @@ def cast(dtype: torch.dtype) -> Build:
     return lambda make: make().to(dtype)
 
 
-def nucleate(empty_init: bool | None) -> Callable[[torch.dtype], Build]:
-    def prepare(dtype: torch.dtype) -> Build:
-        from nucleate import Runtime
-
-        precision = "32-true" if dtype == torch.float32 else "bf16-true"
-        runtime = Runtime(accelerator="cpu", strategy="single_device", precision=precision)
-        runtime.launch()
-
-        def build(make: Callable[[], nn.Module]) -> object:
-            with runtime.init_module(empty_init=empty_init):
-                model = make()
-            return runtime.setup(model)
-
-        return build
-
-    return prepare
-
-
 WAYS: dict[str, Callable[[torch.dtype], Build]] = {
     "eager": eager,
     "cast": cast,
-    "nucleate": nucleate(empty_init=True),
-    "unsaid": nucleate(empty_init=None),
+    "nucleate": nucleate("single_device", True, times_parts=False),
+    "unsaid": nucleate("single_device", None, times_parts=False),
 }
 
 

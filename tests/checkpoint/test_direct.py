@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from torch import nn
 
 from nucleate import Runtime
 from nucleate.checkpoint import direct
-from nucleate.checkpoint.direct import BLOCK_BYTES, MIN_DIRECT_BYTES, DirectFile, Residency, is_wanted
+from nucleate.checkpoint.direct import BLOCK_BYTES, MIN_DIRECT_BYTES, DirectFile, is_wanted
 from nucleate.checkpoint.files import DataFile
 from nucleate.errors import CheckpointError
+from tests.checkpoint.page_cache import cached_pages, drop
 
 MIB = 1 << 20
 SIZE = 2 * BLOCK_BYTES + 12_345
@@ -35,26 +35,6 @@ def path(tmp_path: Path, content: torch.Tensor) -> Path:
     path.write_bytes(content.numpy().tobytes())
     drop(path)
     return path
-
-
-def drop(path: Path) -> None:
-    """Take a file out of the page cache, also what the system is just reading ahead."""
-    deadline = time.monotonic() + 20
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        while cached_pages(path) and time.monotonic() < deadline:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            time.sleep(0.005)
-    if cached_pages(path):
-        pytest.skip("this file system keeps its files in memory")
-
-
-def cached_pages(path: Path) -> int:
-    """Return how many of a file's pages are in the page cache, counted page by page."""
-    with open(path, "rb") as file:
-        size = path.stat().st_size
-        residency = Residency(file.fileno(), size)
-        return sum(residency.holds(offset, 1) for offset in range(0, size, 4096))
 
 
 @pytest.fixture

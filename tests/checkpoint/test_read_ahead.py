@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -14,8 +13,8 @@ from torch import nn
 
 from nucleate import Runtime
 from nucleate.checkpoint import read_ahead
-from nucleate.checkpoint.direct import Residency
 from nucleate.checkpoint.read_ahead import ReadAhead
+from tests.checkpoint.page_cache import cached_pages, drop
 
 SIZE = 20 << 20
 
@@ -26,25 +25,6 @@ def path(tmp_path: Path) -> Path:
     save_file({"weight": torch.ones(SIZE // 4096, 1024)}, path)
     drop(path)
     return path
-
-
-def drop(path: Path) -> None:
-    """Take a file out of the page cache, also what the system is just reading ahead."""
-    deadline = time.monotonic() + 20
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        while cached_pages(path) and time.monotonic() < deadline:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            time.sleep(0.005)
-    if cached_pages(path):
-        pytest.skip("this file system keeps its files in memory")
-
-
-def cached_pages(path: Path) -> int:
-    with open(path, "rb") as file:
-        size = path.stat().st_size
-        residency = Residency(file.fileno(), size)
-        return sum(residency.holds(offset, 1) for offset in range(0, size, 4096))
 
 
 def is_cached(path: Path) -> bool:

@@ -135,7 +135,7 @@ def test_small_constructors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
         model = Net()
         assert not is_recording()
         assert model(X).isfinite().all()
-        large = nn.Linear(1024, 1024)
+        large = nn.Linear(1024, block.ONSET_NUMEL // 1024)
         assert is_recording()
     assert handle_of(large.weight) is None
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from nucleate.checkpoint.system_calls import function, system_call
 from nucleate.cluster import Environment
 
-#: A file of which only less is ever read at a time is left to the page cache, which reads ahead.
+#: Files are read past the page cache from the first read of this size on. For shorter reads the cache reads ahead.
 MIN_DIRECT_BYTES = 256 << 10
 #: So many bytes are read by one call at most.
 BLOCK_BYTES = 8 << 20
@@ -112,7 +112,7 @@ class DirectFile:
 
 
 class Residency:
-    """Which of a file's pages are in the page cache, by mincore(2).
+    """Tells whether a file's pages are in the page cache, by mincore(2).
 
     Args:
         descriptor: Of the file, opened for reading.
@@ -157,7 +157,7 @@ def is_wanted(expected_bytes: int, file_bytes: int, checkpoint_bytes: int) -> bo
     """Return whether a file is to be read past the page cache.
 
     Args:
-        expected_bytes: How much of it this process is going to read; 0 where that is not known.
+        expected_bytes: The number of bytes that this process is going to read from it, or 0 if nobody knows.
         file_bytes: How large it is.
         checkpoint_bytes: How large all files of the checkpoint are.
     """

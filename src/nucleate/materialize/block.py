@@ -23,10 +23,11 @@ from nucleate.errors import name_list
 from nucleate.materialize.execute import execute
 from nucleate.materialize.plan import Holder, Plan
 
-#: A constructor is recorded from the first tensor on that has so many elements. Recording and making a tensor costs
-#: some 0.2 to 0.4 ms, whatever its size, and saves one to three nanoseconds for each element. So deferring pays for
-#: models whose weights have this size; the section "When deferring pays" of docs/benchmarks.md has the measurements.
-ONSET_NUMEL = 2**20
+#: A constructor is recorded from the first tensor on that has so many elements. Recording and making a tensor costs 0.3
+#: to 0.4 ms more than eager torch takes, whatever its size. Models with weights of 4 million elements gain more than
+#: that with two threads, and models with weights of 1 million elements do not; see the section "When deferring pays" of
+#: docs/benchmarks.md.
+ONSET_NUMEL = 2**21
 
 
 @dataclass(frozen=True, slots=True)
