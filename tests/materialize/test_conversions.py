@@ -190,6 +190,6 @@ with deferred():
 
 def test_the_source_is_never_whole_in_memory() -> None:
     # 64 MiB of each weight, 16 MiB of its codes. A thread holds 4 pieces of 4 MiB: the values and three that the
-    # conversion makes of them. One thread: how much the allocator keeps of what others freed is not our matter.
+    # conversion makes of them. The allocator may keep as much again. One thread, or it would keep that for each.
     setup = "import torch; torch.set_num_threads(1)\n" + BUILD
-    assert peak_memory("materialize(model)", setup).added_bytes < (64 + 4 * 4 + 8) * MIB
+    assert peak_memory("materialize(model)", setup).added_bytes < (64 + 2 * 4 * 4 + 8) * MIB

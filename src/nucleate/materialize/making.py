@@ -32,8 +32,9 @@ _STRETCHES_PER_THREAD_AND_BATCH = 2
 # So many threads read at least, however few compute: from memory, and from a disk, which wants several questions at a
 # time.
 _READERS = {False: 2, True: 4}
-# So much is touched and then written.
-_STEP_BYTES = 4 << 20
+# So much is touched and then written. Shorter steps cost more in Python than the cache gives: 4 MiB took 1.03 times as
+# long for 1.1 billion bf16 parameters from memory.
+_STEP_BYTES = 16 << 20
 
 
 def make_parts(parts: Sequence[Part], num_threads: int, memory: FreshMemory | None = None) -> None:
