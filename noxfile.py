@@ -7,6 +7,7 @@ needs a device.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nox
@@ -68,7 +69,8 @@ def lint(session: nox.Session) -> None:
 @shared
 def layers(session: nox.Session) -> None:
     """Hold the layers with import-linter."""
-    run(session, "lint-imports", env={"PYTHONPATH": "src"})
+    sources = ["src", *(f"plugins/{plugin}/src" for plugin in ("nucleate-bitsandbytes", "nucleate-transformers"))]
+    run(session, "lint-imports", env={"PYTHONPATH": os.pathsep.join(sources)})
 
 
 @shared

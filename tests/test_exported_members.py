@@ -18,37 +18,52 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path(nucleate.__file__).parent
 
 PUBLIC = {
-    "nucleate": """
-        Accelerator Integration Precision RandomState Runtime Strategy __version__ seed_everything
-    """,
+    "nucleate": "Accelerator Integration Precision RandomState Runtime Strategy __version__ seed_everything",
     "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator TorchAccelerator",
     "nucleate.checkpoint": """
         ConvertReport Finding KeyMap LoadReport Reader Rule SaveHandle Selection StoredForm Taken VerifyReport
-        add_prefix concatenate convert drop inverse load load_raw open_checkpoint permute_heads read_rules rename save
-        split stack strip_prefix transpose unstack verify
+        add_prefix concatenate convert drop inverse load load_raw open_checkpoint permute_heads read_rules
+        rename save split stack strip_prefix transpose unstack verify
     """,
-    "nucleate.checkpoint.readers": "Reader open_checkpoint reader_for",
+    "nucleate.checkpoint.disk": "resolve",
+    "nucleate.checkpoint.loading": "Finding LoadReport StoredForm Taken bound defers",
+    "nucleate.checkpoint.readers": "Reader VALUES contents_of open_checkpoint reader_for",
+    "nucleate.checkpoint.readers.dcp": "",
+    "nucleate.checkpoint.readers.torch": "ZipDirectory prefix_of",
     "nucleate.checkpoint.rules": "",
-    "nucleate.checkpoint.writers": "Writer",
+    "nucleate.checkpoint.saving": "SaveHandle Snapshot",
+    "nucleate.checkpoint.state": "KeyPath key_of",
+    "nucleate.checkpoint.stored": "Bytes Chunk Contents DataFile HeldBytes StoredTensor first_bytes",
+    "nucleate.checkpoint.tools": "",
+    "nucleate.checkpoint.writers": "Place Writer create_file write_tensors",
     "nucleate.cli": "main",
     "nucleate.cluster": "Communicator Environment",
-    "nucleate.deferred": (
-        "ComputedGiven Conversion ConvertedGiven Cursors Given Handle Layout Output Pieces Record TensorGiven convert "
-        "deferred eager give handle_of held_tensors is_recording plain_modes record_of "
-        "release resumed"
-    ),
+    "nucleate.deferred": """
+        ComputedGiven Conversion ConvertedGiven Cursors Given Handle Layout Output Pieces Record TensorGiven
+        convert deferred eager give handle_of held_tensors is_recording plain_modes record_of release resumed
+    """,
+    "nucleate.deferred.elements": "Conversion ConvertedGiven Given Layout Output TensorGiven take take_range",
+    "nucleate.deferred.guards": "Handle guard handle_of is_edit is_edited release retie",
+    "nucleate.deferred.impersonation": "",
+    "nucleate.deferred.randomness": "Cursors RandomProgram Workspace draw is_contiguous moved",
+    "nucleate.deferred.recording": "",
+    "nucleate.deferred.replay": """
+        Derived Pieces Replayer Source backward_slice boxes derived_source pieces_of scatter view
+    """,
+    "nucleate.deferred.tape": "Constant Position Run Step Tape TensorRef is_written map_leaves tensors",
     "nucleate.devices": """
-        DeviceHooks Staging casts_there concrete default_generator devices_taken hooks_of is_present made_current move
-        slabs take_device use_hooks
+        DeviceHooks Staging casts_there concrete default_generator devices_taken hooks_of is_present
+        made_current move slabs take_device use_hooks
     """,
     "nucleate.integrations": "Integration",
+    "nucleate.layout": "Dealer cut flat_start is_sharded merged offsets_of runs scattered zeros_beside",
     "nucleate.materialize": "Plan execute materialize reset",
     "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",
     "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy declare_units",
     "nucleate.testing": """
-        MODELS AcceleratorSuite IntegrationSuite PeakMemory PrecisionSuite ReaderSuite StrategySuite TinyConvNet
-        TinyModel TinyOdd TinyRecurrent TinyTransformer assert_peak_memory_below peak_memory
+        AcceleratorSuite IntegrationSuite MODELS PeakMemory PrecisionSuite ReaderSuite StrategySuite TinyConvNet
+        TinyModel TinyOdd TinyRecurrent TinyTransformer WriterSuite assert_peak_memory_below peak_memory
     """,
     "nucleate.wrappers": "DataLoaderWrapper ModuleWrapper OptimizerWrapper",
 }

@@ -45,7 +45,8 @@ class Named(ABC):  # noqa: B024 - each kind says what is abstract
 
     #: The name shown in messages; set by `from_name`, or by the class.
     name: str = ""
-    #: Which kind of plugin this is: "accelerator", "precision", "strategy", "integration" or "reader".
+    #: Which kind of plugin this is: "accelerator", "precision", "strategy", "integration", "reader" or
+    #: "writer".
     kind: ClassVar[str] = ""
 
     @classmethod

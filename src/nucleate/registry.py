@@ -185,8 +185,20 @@ READERS = Registry(
     base="nucleate.checkpoint.readers.base:Reader",
     builtins={
         "safetensors": "nucleate.checkpoint.readers.safetensors:SafetensorsReader",
-        "dcp": "nucleate.checkpoint.readers.dcp:DCPReader",
-        "torch": "nucleate.checkpoint.readers.torch_file:TorchReader",
+        "dcp": "nucleate.checkpoint.readers.dcp.dcp:DCPReader",
+        "torch": "nucleate.checkpoint.readers.torch.torch_file:TorchReader",
+    },
+)
+
+#: By the name of the format.
+WRITERS = Registry(
+    kind="writer",
+    group="nucleate.writers",
+    base="nucleate.checkpoint.writers.base:Writer",
+    builtins={
+        "dcp": "nucleate.checkpoint.writers.dcp:DcpWriter",
+        "safetensors": "nucleate.checkpoint.writers.safetensors:SafetensorsWriter",
+        "torch": "nucleate.checkpoint.writers.torch_file:TorchFileWriter",
     },
 )
 

@@ -7,14 +7,12 @@ method means on a strategy or precision is theirs to decide.
 from __future__ import annotations
 
 import builtins
-import random
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,43 +20,34 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from nucleate.accelerators.base import Accelerator
-from nucleate.accelerators.choice import choose
-from nucleate.cluster.agreement import verify_same_model
+from nucleate.cluster.agreement import share_generators, verify_same_model
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
 from nucleate.cluster.numerics import Numerics
+from nucleate.composition import Parts
 from nucleate.deferred import Given, deferred, eager, is_recording, resumed
-from nucleate.devices import made_current, take_device
+from nucleate.devices import made_current
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
+from nucleate.integrations.active import Integrations
 from nucleate.integrations.base import Integration
 from nucleate.materialize import Plan, reset
 from nucleate.materialize.block import Block
 from nucleate.materialize.dependence import numerics_of
 from nucleate.materialize.vacancies import adopt_vacancies, vacancies
 from nucleate.materialize.verification import Verification
-from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
-from nucleate.registry import INTEGRATIONS, PRECISIONS, STRATEGIES
 from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
-from nucleate.wrappers.module import ModuleWrapper, backward_allowed
+from nucleate.wrappers.module import ModuleWrapper, backward_allowed, refuse_set_up
 from nucleate.wrappers.optimizer import OptimizerWrapper, check_optimizer, repoint
 
 if TYPE_CHECKING:
     from nucleate.checkpoint import KeyMap, LoadReport
-    from nucleate.checkpoint.handle import SaveHandle
+    from nucleate.checkpoint.saving import SaveHandle
 
 T = TypeVar("T")
-
-#: Names that scripts written for Lightning Fabric use.
-_PRECISION_ALIASES = {
-    "32": "32-true",
-    "64": "64-true",
-    "16": "16-mixed",
-    "bf16": "bf16-mixed",
-}
 
 
 class Runtime:
@@ -112,30 +101,17 @@ class Runtime:
         self._verify = verify
         environment = Environment.detect()
         environment.check_request(devices, num_nodes)
-        if strategy == "auto":
-            strategy = "ddp" if environment.world_size > 1 else "single_device"
-        if isinstance(precision, (str, int)):
-            precision = _PRECISION_ALIASES.get(str(precision), str(precision))
-        self._accelerator = choose(accelerator)
-        self._precision = cast(Precision, PRECISIONS.choose(precision))
-        self._strategy = cast(Strategy, STRATEGIES.choose(strategy))
-        self._environment = environment
-        self._device = self._accelerator.select(environment.local_rank)
-        take_device(self._device, self._accelerator)
-        self._communicator = Communicator(environment, self._device)
+        self._parts = parts = Parts.choose(accelerator, precision, strategy, environment)
+        self._accelerator, self._precision, self._strategy = parts.accelerator, parts.precision, parts.strategy
+        self._environment, self._device = environment, parts.device
+        self._communicator = Communicator(environment, parts.device)
+        self._integrations = Integrations(plugins, parts.shown)
         self._launched = False
-        self._composition = Composition(self._accelerator, self._precision, self._strategy, environment, self._device)
-        for part in (self._accelerator, self._precision, self._strategy):
-            part.check(self._composition)
-        if isinstance(plugins, (str, Integration)):
-            raise ConfigurationError(f"plugins={plugins!r} must be a list, such as [{plugins!r}].")
-        self._only_plugins = None if plugins is None else list(plugins)
-        # Those that are active by now, by name. The others may never be needed: they are looked up, not imported.
-        self._integrations: dict[str, Integration] = {}
-        for choice in self._only_plugins or ():
-            self._add_integration(cast(Integration, INTEGRATIONS.choose(choice)))
         # What has been set up: the original models.
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def __repr__(self) -> str:
+        return f"Runtime({self._parts})"
 
     # -- what it is made of --------------------------------------------------------------------------------
 
@@ -205,8 +181,7 @@ class Runtime:
 
                 process_group.start(self._environment, self._accelerator.backend, self._strategy.timeout, self._device)
             self._strategy.connect(self._device, self._environment)
-            for integration in self._integrations.values():
-                integration.connect(self._device, self._environment)
+            self._integrations.connect()
             self._launched = True
         return function(self, *args, **kwargs) if function is not None else None
 
@@ -233,24 +208,23 @@ class Runtime:
                 False counts. A model that is still deferred may be edited in a second block with True.
         """
         self.launch()
-        defer = self._strategy.shards if empty_init is None else empty_init
+        decided = True if empty_init is None and self._strategy.shards else empty_init
         self._agree_on_generators()
-        block = Block(self._device)
+        block = Block(self._device) if decided is None else None
         with ExitStack() as stack:
             stack.enter_context(made_current(self._device))
             for part in (self._accelerator, self._precision, self._strategy):
                 stack.enter_context(part.module_init_context())
-            if defer:
-                stack.enter_context(deferred(self._device))
-            elif empty_init is not None:
-                stack.enter_context(eager())
-            else:
+            if block is not None:
                 stack.enter_context(block.construction())
-            for integration in self._active_integrations():
+            else:
+                stack.enter_context(deferred(self._device) if decided else eager())
+            for integration in self._integrations:
                 stack.enter_context(integration.module_init_context())
             yield
-        with metered(self.is_global_zero), made_current(self._device):
-            block.make()
+        if block is not None:
+            with metered(self.is_global_zero), made_current(self._device):
+                block.make()
 
     @contextmanager
     def init_tensor(self) -> Iterator[None]:
@@ -264,6 +238,20 @@ class Runtime:
             yield
 
     # -- set up --------------------------------------------------------------------------------------------
+
+    @overload
+    def setup(self, model: nn.Module) -> ModuleWrapper: ...
+
+    @overload
+    def setup(self, model: nn.Module, optimizer: Optimizer, /) -> tuple[ModuleWrapper, OptimizerWrapper]: ...
+
+    @overload
+    def setup(
+        self, model: nn.Module, first: Optimizer, second: Optimizer, /
+    ) -> tuple[ModuleWrapper, OptimizerWrapper, OptimizerWrapper]: ...
+
+    @overload
+    def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any: ...
 
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
         """Make everything that is deferred in a model, lay it out by the strategy, and wrap model and optimizers.
@@ -291,17 +279,17 @@ class Runtime:
         """
         self.launch()
         with self._communicator.all_or_none("setup"):
-            self._refuse_model(model)
+            refuse_set_up(model, self._models)
             names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
             for optimizer in optimizers:
                 check_optimizer(optimizer, names, model, self._strategy.shards)
-            integrations = self._active_integrations()
+            integrations = list(self._integrations)
             for integration in integrations:
                 model = integration.setup(model)
             self._note_nothing_to_set_up(model)
             vacant = [vacancy.fqn for vacancy in vacancies(model)]
             facts = None if vacant else self._facts(model)
-        self._compare_ranks(facts, {"the list of tensors without a recipe": name_list(vacant)})
+        self._compare_ranks(facts, vacant)
         if vacant:
             self._reset(model)
         with self._communicator.all_or_none("setup"):
@@ -330,7 +318,7 @@ class Runtime:
 
     def setup_module(self, model: nn.Module) -> ModuleWrapper:
         """Set up a model without optimizers; see `setup`."""
-        return cast(ModuleWrapper, self.setup(model))
+        return self.setup(model)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Wrap optimizers that were built on the parameters of models that are set up.
@@ -650,39 +638,12 @@ class Runtime:
             with resumed(model):
                 self._precision.before_load(model, stored)
 
-    def _add_integration(self, integration: Integration) -> None:
-        integration.check(self._composition)
-        if self._launched:
-            integration.connect(self._device, self._environment)
-        self._integrations[integration.name] = integration
-
-    def _active_integrations(self) -> list[Integration]:
-        """Return the integrations that `plugins` names, or those whose library has been imported."""
-        if self._only_plugins is None:
-            for name in INTEGRATIONS.names():
-                if name in sys.modules and name not in self._integrations:
-                    self._add_integration(cast(Integration, INTEGRATIONS.create(name)))
-        return list(self._integrations.values())
-
     def _agree_on_generators(self) -> None:
         """Give every rank the generator states of rank 0."""
         if self.world_size == 1 or is_recording():
             # Inside another `init_module` the ranks agree, and the states are places in a recording.
             return
-        numpy = sys.modules.get("numpy")
-        state = (
-            torch.get_rng_state(),
-            self._accelerator.random_state(),
-            random.getstate(),
-            numpy.random.get_state() if numpy is not None else None,
-        )
-        torch_state, device_state, python_state, numpy_state = self._communicator.broadcast(state)
-        torch.set_rng_state(torch_state.cpu())
-        if device_state is not None:
-            self._accelerator.set_random_state(device_state.cpu())
-        random.setstate(python_state)
-        if numpy is not None and numpy_state is not None:
-            numpy.random.set_state(numpy_state)
+        share_generators(self._communicator, self._accelerator.random_state, self._accelerator.set_random_state)
 
     def _facts(self, model: nn.Module) -> tuple[str, Numerics | None]:
         """Return a fingerprint of the recipes of a model, and what their bits depend on if there are other ranks."""
@@ -691,11 +652,12 @@ class Runtime:
         plan.check_device(self._device)
         return (plan.digest(), numerics_of(plan, self._device)) if self.world_size > 1 else ("", None)
 
-    def _compare_ranks(self, facts: tuple[str, Numerics | None] | None, found: Mapping[str, Any]) -> None:
-        """Compare what `_facts` returned, and what was found in the model, between the ranks."""
+    def _compare_ranks(self, facts: tuple[str, Numerics | None] | None, vacant: Sequence[str] = ()) -> None:
+        """Compare what `_facts` returned, and which tensors have no recipe, between the ranks."""
         if self.world_size > 1:
             digest, numerics = facts or ("", None)
-            settings = {"verify": self._verify, "precision": repr(self._precision), **found}
+            settings = {"verify": self._verify, "precision": repr(self._precision)}
+            settings["the list of tensors without a recipe"] = name_list(vacant)
             verify_same_model(digest, self._communicator, numerics, settings)
 
     def _reset(self, model: nn.Module) -> None:
@@ -706,7 +668,7 @@ class Runtime:
             if self.is_global_zero:
                 resets.report()
             facts = self._facts(model)
-        self._compare_ranks(facts, {})
+        self._compare_ranks(facts)
 
     def _note_nothing_to_set_up(self, model: nn.Module) -> None:
         """Warn of a model without parameters and buffers; it is set up all the same, as a loss function may be."""
@@ -717,19 +679,6 @@ class Runtime:
                 "or to train; only its forward gets the precision's casts.",
                 stacklevel=3,
             )
-
-    def _refuse_model(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"setup takes a torch.nn.Module first, then optimizers; got {type(model).__name__}.")
-        if isinstance(model, ModuleWrapper) or model in self._models:
-            raise UsageError(
-                f"this {type(getattr(model, 'module', model)).__name__} has been set up already. Use the model that "
-                "`setup` returned."
-            )
-        # A wrapper in the tree shows as the model that it wraps.
-        inside = [name for name, module in model.named_modules() if module in self._models]
-        if inside:
-            raise UsageError(f"{name_list(inside)} of this model has been set up already. Set up the whole model once.")
 
     def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
         return prepare(

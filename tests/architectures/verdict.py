@@ -21,9 +21,10 @@ from torch.nn.parameter import is_lazy
 
 from nucleate import Runtime
 from nucleate.deferred import Record, deferred, handle_of, held_tensors, resumed
-from nucleate.deferred.coverage import is_written
-from nucleate.deferred.replay import backward_slice
-from nucleate.deferred.tape import Step, Tape
+from nucleate.deferred.replay.replayer import backward_slice
+from nucleate.deferred.tape.coverage import is_written
+from nucleate.deferred.tape.steps import Step
+from nucleate.deferred.tape.tape import Tape
 from nucleate.materialize import materialize
 from nucleate.materialize.vacancies import vacancies
 from tests.architectures.case import Case, Family, NotBuildable

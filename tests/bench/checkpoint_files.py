@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint.direct import Residency
+from nucleate.checkpoint.stored.direct import Residency
 from tests.bench.measure import report
 from tests.bench.model import DTYPES
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import recordings
 from tests.bench.__main__ import BENCHMARKS, PAGE, main
 from tests.bench.construct import digest
 from tests.bench.construct_ways import WAYS
@@ -150,3 +151,8 @@ def test_a_digest_sees_a_single_bit() -> None:
     assert digest(model) == before
     model.head.weight.data[0, 0] *= -1
     assert digest(model) != before
+
+
+def test_the_question_for_a_record_is_asked_among_many_recordings(capsys: pytest.CaptureFixture[str]) -> None:
+    recordings.main(["--recordings", "20", "--rounds", "1"])
+    assert '"recordings": 20' in capsys.readouterr().out

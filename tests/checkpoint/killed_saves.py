@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from nucleate.checkpoint import load, save
-from nucleate.checkpoint.retention import resolve
+from nucleate.checkpoint.disk.series import resolve
 from nucleate.cluster import Communicator, Environment
 
 STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nucleate.checkpoint.direct import Residency
+from nucleate.checkpoint.stored.direct import Residency
 
 
 def drop(path: Path) -> None:

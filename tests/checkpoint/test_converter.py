@@ -16,12 +16,13 @@ from torch import nn
 
 from nucleate import Runtime
 from nucleate.checkpoint import Selection, convert, open_checkpoint, verify
-from nucleate.checkpoint.held import Box, HeldTensor
-from nucleate.checkpoint.save_group import SaveGroup
-from nucleate.checkpoint.snapshot import Snapshot
-from nucleate.checkpoint.values import encode
-from nucleate.checkpoint.writer import SaveJob, choose
-from nucleate.checkpoint.writers import output
+from nucleate.checkpoint.save_job import SaveJob
+from nucleate.checkpoint.saving.rank_share import Box, HeldTensor
+from nucleate.checkpoint.saving.snapshot import Snapshot
+from nucleate.checkpoint.state.values import encode
+from nucleate.checkpoint.writers import allocation
+from nucleate.checkpoint.writers.choosing import choose
+from nucleate.cluster.save_group import SaveGroup
 from nucleate.errors import CheckpointError, CheckpointKeyError, CheckpointNotFoundError, ConfigurationError
 from tests.device import ACCELERATOR, equal
 
@@ -362,8 +363,8 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, target: str, mon
     def full(descriptor: int, size_bytes: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(output, "reserve", full)
-    monkeypatch.setattr(output, "free_bytes", lambda folder: 7)
+    monkeypatch.setattr(allocation, "reserve", full)
+    monkeypatch.setattr(allocation, "free_bytes", lambda folder: 7)
     with pytest.raises(CheckpointError, match="7 bytes are free"):
         convert(tmp_path / "a.safetensors", tmp_path / "out" / TARGETS[target], format=format_of(target))
     assert os.listdir(tmp_path / "out") == []

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nucleate import Runtime
-from nucleate.checkpoint import direct
-from nucleate.checkpoint.direct import BLOCK_BYTES, MIN_DIRECT_BYTES, DirectFile, is_wanted
-from nucleate.checkpoint.files import DataFile
+from nucleate.checkpoint.stored import direct
+from nucleate.checkpoint.stored.data_file import DataFile
+from nucleate.checkpoint.stored.direct import BLOCK_BYTES, MIN_DIRECT_BYTES, DirectFile, is_wanted
 from nucleate.errors import CheckpointError
 from tests.checkpoint.page_cache import cached_pages, drop
 
@@ -171,7 +171,7 @@ def test_what_a_process_is_going_to_read_is_known_before_it_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int, int]] = []
-    monkeypatch.setattr("nucleate.checkpoint.files.is_wanted", lambda *sizes: asked.append(sizes) or False)
+    monkeypatch.setattr("nucleate.checkpoint.stored.data_file.is_wanted", lambda *sizes: asked.append(sizes) or False)
     for name in ("a", "b"):
         save_file({f"{name}.weight": torch.zeros(512, 512)}, tmp_path / f"{name}.safetensors")
     index = {"weight_map": {f"{name}.weight": f"{name}.safetensors" for name in "ab"}}

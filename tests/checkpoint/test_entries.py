@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate.checkpoint.entries import Entry, Kind, ParameterNames, agree, entries_of
+from nucleate.checkpoint.state.entries import Entry, Kind, ParameterNames, agree, entries_of
 from nucleate.errors import ConfigurationError, RankDisagreementError
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")

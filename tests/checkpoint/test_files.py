@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nucleate.checkpoint.files import DataFile, HeldBytes, first_bytes
+from nucleate.checkpoint.stored.data_file import DataFile, HeldBytes, first_bytes
 from nucleate.errors import CheckpointError, CheckpointNotFoundError
 from tests.checkpoint.readers.reading import as_nobody
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nucleate.checkpoint.folder import MARKER, METADATA, CheckpointFolder, discard
+from nucleate.checkpoint.disk.folder import MARKER, METADATA, CheckpointFolder, discard
 from nucleate.errors import CheckpointError, CheckpointNotFoundError
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nucleate.checkpoint import add_prefix, strip_prefix
-from nucleate.checkpoint.key_map import map_keys
+from nucleate.checkpoint.rules.key_map import map_keys
 from nucleate.errors import CheckpointKeyError, ConfigurationError
 
 

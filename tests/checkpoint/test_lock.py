@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from nucleate.checkpoint.lock import SaveLock
+from nucleate.checkpoint.disk.lock import SaveLock
 from nucleate.errors import CheckpointError
 
 HOLD = """
 import sys, time, pathlib
-from nucleate.checkpoint.lock import SaveLock
+from nucleate.checkpoint.disk.lock import SaveLock
 lock = SaveLock(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(100)

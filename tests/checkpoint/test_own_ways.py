@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nucleate import Runtime
-from nucleate.checkpoint import files
+from nucleate.checkpoint.stored import data_file
 from nucleate.deferred import record_of
 from nucleate.errors import CheckpointError, CheckpointKeyError, ShapeMismatchError
 from tests.device import ACCELERATOR, equal
@@ -108,9 +108,11 @@ def test_old_names_and_layouts_are_read_as_the_modules_code_has_it(
 def test_nothing_is_read_before_setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(old(), tmp_path / "m.safetensors")
     read: list[int] = []
-    plain = files.DataFile.read_into
+    plain = data_file.DataFile.read_into
     monkeypatch.setattr(
-        files.DataFile, "read_into", lambda self, at, size, offset: (read.append(size), plain(self, at, size, offset))
+        data_file.DataFile,
+        "read_into",
+        lambda self, at, size, offset: (read.append(size), plain(self, at, size, offset)),
     )
     runtime = Runtime(accelerator=ACCELERATOR)
     with runtime.init_module(empty_init=True):

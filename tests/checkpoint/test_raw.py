@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nucleate import Runtime
-from nucleate.checkpoint import LoadReport, files, raw
+from nucleate.checkpoint import LoadReport, raw_loader
+from nucleate.checkpoint.stored import data_file
 from nucleate.errors import (
     CheckpointError,
     CheckpointKeyError,
@@ -105,13 +106,13 @@ def test_a_deferred_model_reads_nothing_before_setup(
     runtime: Runtime, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    plain = files.DataFile.read_into
+    plain = data_file.DataFile.read_into
 
-    def counted(self: files.DataFile, address: int, size_bytes: int, offset: int) -> None:
+    def counted(self: data_file.DataFile, address: int, size_bytes: int, offset: int) -> None:
         read.append(size_bytes)
         plain(self, address, size_bytes, offset)
 
-    monkeypatch.setattr(files.DataFile, "read_into", counted)
+    monkeypatch.setattr(data_file.DataFile, "read_into", counted)
     with runtime.init_module(empty_init=True):
         model = Model()
     runtime.load_raw(path, model)
@@ -413,13 +414,13 @@ def test_a_copy_of_a_mapped_parameter_has_memory_of_its_own(runtime: Runtime, pa
 def test_a_file_that_is_cut_short_behind_its_header_is_an_error_before_anything_has_changed(
     runtime: Runtime, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = raw.plan_module
+    plain = raw_loader.plan_module
 
     def cut(*args: Any) -> dict[str, str]:
         os.truncate(path, path.stat().st_size - 8)
         return plain(*args)
 
-    monkeypatch.setattr(raw, "plan_module", cut)
+    monkeypatch.setattr(raw_loader, "plan_module", cut)
     model = runtime.setup(make(2))
     with pytest.raises(CheckpointError, match=r"model\.safetensors ends at byte .* cut short after it was opened"):
         runtime.load_raw(path, model)

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nucleate import Runtime
-from nucleate.checkpoint import read_ahead
-from nucleate.checkpoint.read_ahead import ReadAhead
+from nucleate.checkpoint.stored import read_ahead
+from nucleate.checkpoint.stored.read_ahead import ReadAhead
 from tests.checkpoint.page_cache import cached_pages, drop
 
 SIZE = 20 << 20

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from nucleate.checkpoint import save
-from nucleate.checkpoint.folder import CheckpointFolder
-from nucleate.checkpoint.lock import SaveLock
-from nucleate.checkpoint.retention import resolve
+from nucleate.checkpoint.disk.folder import CheckpointFolder
+from nucleate.checkpoint.disk.lock import SaveLock
+from nucleate.checkpoint.disk.series import resolve
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
 from tests.checkpoint.test_writer import PLACES

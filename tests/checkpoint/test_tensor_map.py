@@ -18,7 +18,6 @@ from nucleate.checkpoint import (
     concatenate,
     convert,
     drop,
-    files,
     inverse,
     permute_heads,
     rename,
@@ -27,7 +26,8 @@ from nucleate.checkpoint import (
     transpose,
     verify,
 )
-from nucleate.checkpoint import plan as plans
+from nucleate.checkpoint.loading import load_plan as plans
+from nucleate.checkpoint.stored import data_file
 from nucleate.errors import CheckpointError, CheckpointKeyError, ConfigurationError, ShapeMismatchError
 from tests.device import ACCELERATOR, ON_CPU
 
@@ -100,13 +100,13 @@ def assert_loaded(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
 
 def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
-    real = files.DataFile.read_into
+    real = data_file.DataFile.read_into
 
     def read_into(self: Any, address: int, size_bytes: int, offset: int) -> None:
         sizes.append(size_bytes)
         real(self, address, size_bytes, offset)
 
-    monkeypatch.setattr(files.DataFile, "read_into", read_into)
+    monkeypatch.setattr(data_file.DataFile, "read_into", read_into)
     return sizes
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from nucleate.checkpoint.tree import has_data, join, key_of, split
+from nucleate.checkpoint.state.tree import has_data, join, key_of, split
 from nucleate.errors import CheckpointError, UsageError
 from tests.checkpoint.trees import same, trees
 from tests.device import cpu_only

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint.values import decode, encode
+from nucleate.checkpoint.state.values import decode, encode
 from nucleate.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
@@ -96,7 +96,7 @@ def test_values_work_where_numpy_is_not_installed() -> None:
         sys.modules["numpy"] = None
         import warnings
         warnings.simplefilter("ignore")
-        from nucleate.checkpoint.values import decode, encode
+        from nucleate.checkpoint.state.values import decode, encode
         assert decode(encode({"a": [1, 2.5]})) == {"a": [1, 2.5]}
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nucleate.checkpoint import convert, files, open_checkpoint, sweep, verify
+from nucleate.checkpoint import convert, open_checkpoint, verify
+from nucleate.checkpoint.stored import data_file
+from nucleate.checkpoint.tools import sweep
 from nucleate.errors import CheckpointError, CheckpointNotFoundError
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
@@ -42,13 +44,13 @@ def test_a_whole_checkpoint_is_good(path: Path) -> None:
 
 def test_every_byte_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
-    read_into = files.DataFile.read_into
+    read_into = data_file.DataFile.read_into
 
-    def watch(self: files.DataFile, address: int, size_bytes: int, offset: int) -> None:
+    def watch(self: data_file.DataFile, address: int, size_bytes: int, offset: int) -> None:
         seen.update(range(offset, offset + size_bytes))
         read_into(self, address, size_bytes, offset)
 
-    monkeypatch.setattr(files.DataFile, "read_into", watch)
+    monkeypatch.setattr(data_file.DataFile, "read_into", watch)
     monkeypatch.setattr(sweep, "RANGE_BYTES", 40)
     verify(path)
     begin = min(stored.chunks[0].offset for stored in open_checkpoint(path).tensors.values())
@@ -86,14 +88,14 @@ def test_a_file_that_was_cut_short_is_damage_that_names_it(path: Path, size_byte
 
 
 def test_all_tensors_that_cannot_be_read_are_told_with_their_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read_into = files.DataFile.read_into
+    read_into = data_file.DataFile.read_into
 
-    def fail(self: files.DataFile, address: int, size_bytes: int, offset: int) -> None:
+    def fail(self: data_file.DataFile, address: int, size_bytes: int, offset: int) -> None:
         if size_bytes == 96:
             raise CheckpointError(f"reading {self.name} at byte {offset} failed: Input/output error.")
         read_into(self, address, size_bytes, offset)
 
-    monkeypatch.setattr(files.DataFile, "read_into", fail)
+    monkeypatch.setattr(data_file.DataFile, "read_into", fail)
     report = verify(path)
     assert sorted(one.key for one in report.damage) == ["layers.0.w", "layers.1.w", "layers.2.w"]
     assert {one.files for one in report.damage} == {(str(path),)}
@@ -232,14 +234,14 @@ def test_a_second_checkpoint_that_cannot_be_read_is_a_difference_or_an_error(
     tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copy(path, tmp_path / "b.safetensors")
-    read_into = files.DataFile.read_into
+    read_into = data_file.DataFile.read_into
 
-    def fail(self: files.DataFile, address: int, size_bytes: int, offset: int) -> None:
+    def fail(self: data_file.DataFile, address: int, size_bytes: int, offset: int) -> None:
         if self.path.name == "b.safetensors" and size_bytes == 20:
             raise CheckpointError("the disk failed.")
         read_into(self, address, size_bytes, offset)
 
-    monkeypatch.setattr(files.DataFile, "read_into", fail)
+    monkeypatch.setattr(data_file.DataFile, "read_into", fail)
     assert differences(path, tmp_path / "b.safetensors") == ["half: the disk failed."]
     os.truncate(tmp_path / "b.safetensors", 100)
     with pytest.raises(CheckpointError, match="b.safetensors"):
@@ -249,10 +251,10 @@ def test_a_second_checkpoint_that_cannot_be_read_is_a_difference_or_an_error(
 
 
 def test_tensors_that_overlap_are_damage(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nucleate.checkpoint import verifier
-    from nucleate.checkpoint.contents import Contents
-    from nucleate.checkpoint.files import DataFile
-    from nucleate.checkpoint.stored import StoredTensor
+    from nucleate.checkpoint.stored.contents import Contents
+    from nucleate.checkpoint.stored.data_file import DataFile
+    from nucleate.checkpoint.stored.tensor import StoredTensor
+    from nucleate.checkpoint.tools import verifier
 
     file = DataFile(path)
     tensors = {

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nucleate.checkpoint import load, save
-from nucleate.checkpoint.lock import SaveLock
+from nucleate.checkpoint.disk.lock import SaveLock
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError, ConfigurationError
 from tests.device import equal

@@ -18,10 +18,10 @@ from torch import nn
 
 from nucleate import Runtime
 from nucleate.checkpoint import save
-from nucleate.checkpoint.lock import SaveLock
-from nucleate.checkpoint.snapshot import Snapshot
-from nucleate.checkpoint.writer import SaveJob
-from nucleate.checkpoint.writers.safetensors import SafetensorsFileWriter
+from nucleate.checkpoint.disk.lock import SaveLock
+from nucleate.checkpoint.save_job import SaveJob
+from nucleate.checkpoint.saving.snapshot import Snapshot
+from nucleate.checkpoint.writers.safetensors import SafetensorsWriter
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError
 from tests.checkpoint.test_writer import PLACES
@@ -104,7 +104,7 @@ def failing(tmp_path: Path, solo: Communicator, monkeypatch: pytest.MonkeyPatch)
         def fail(*args: object) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr("nucleate.checkpoint.writers.output._pwrite", fail)
+        patch.setattr("nucleate.checkpoint.writers.slabs._pwrite", fail)
         handle = save(tmp_path / "a.pt", {"a": torch.ones(2)}, solo, asynchronous=True)
         assert handle is not None
         handle._thread.join()
@@ -136,16 +136,16 @@ SCRIPT = """
 import sys, time, torch
 from unittest import mock
 from nucleate import Runtime
-from nucleate.checkpoint.writers import output
+from nucleate.checkpoint.writers import slabs
 
 runtime = Runtime(accelerator="cpu")
-write = output.write
+write = slabs.write_tensors
 def slowly(*args):
     time.sleep(0.5)
     if sys.argv[2] == "fails":
         raise OSError("the disk is gone")
     write(*args)
-mock.patch.object(output, "write", slowly).start()
+mock.patch.object(slabs, "write_tensors", slowly).start()
 runtime.save(sys.argv[1], {"a": torch.ones(3), "b": torch.ones(50_000_000)}, asynchronous=True)
 if sys.argv[2] == "raises":
     raise SystemExit(3)
@@ -202,7 +202,7 @@ def test_a_failed_save_does_not_keep_the_copy_of_the_state(
         copies.append(weakref.ref(snapshot))
         raise CheckpointError("the disk is gone")
 
-    monkeypatch.setattr(SafetensorsFileWriter, "write", failing)
+    monkeypatch.setattr(SafetensorsWriter, "write", failing)
     handle = save(tmp_path / "c.safetensors", {"t": torch.ones(50)}, solo, asynchronous=True)
     assert handle is not None
     with pytest.raises(CheckpointError, match="the disk is gone"):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nucleate.checkpoint import save
-from nucleate.checkpoint.values import decode
+from nucleate.checkpoint.state.values import decode
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError
 from tests.device import device, equal
@@ -79,7 +79,7 @@ def test_tensors_of_any_layout_are_kept(tmp_path: Path, solo: Communicator) -> N
 def test_large_tensors_are_copied_in_small_steps(
     tmp_path: Path, solo: Communicator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nucleate.checkpoint.writers.output.STAGING_BYTES", 64)
+    monkeypatch.setattr("nucleate.checkpoint.writers.slabs.STAGING_BYTES", 64)
     state = {"t": torch.randn(3, 50, 7).transpose(0, 2), "row": torch.randn(1, 999), "c": torch.randn(100)}
     save(tmp_path / "c.safetensors", state, solo)
     found = load_file(tmp_path / "c.safetensors")

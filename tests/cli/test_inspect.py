@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nucleate.checkpoint import files
+from nucleate.checkpoint.stored import data_file
 from nucleate.cli import text
 from tests.cli.commands import Here, run
 
@@ -130,7 +130,7 @@ def test_json_is_complete(here: Here, file: Path, folder: Path, training: Path) 
 
 
 def test_no_tensor_is_read(here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.DataFile, "read_into", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(data_file.DataFile, "read_into", lambda *_: pytest.fail("read"))
     assert here("inspect", folder)[0] == 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nucleate.deferred.tape import tensors
+from nucleate.deferred.tape.leaves import tensors
 
 KINDS = ("contiguous", "permuted", "channels last", "expanded", "with gaps")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nucleate.deferred import deferred
-from nucleate.deferred.constants import CLONE_LIMIT_BYTES
+from nucleate.deferred.recording.constants import CLONE_LIMIT_BYTES
 from nucleate.errors import DeferredEditError
 from nucleate.materialize import materialize
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nucleate.deferred import deferred, eager, is_recording
-from nucleate.deferred.random_program import RandomProgram
+from nucleate.deferred.randomness.program import RandomProgram
 from nucleate.errors import UninitializedError
 from nucleate.materialize import Plan, materialize
 from tests.deferred.equality import assert_same_model

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nucleate.deferred import deferred
-from nucleate.deferred.fills import GROUP, Fill, fills_as_described
-from nucleate.deferred.mersenne_twister import draw
+from nucleate.deferred.randomness.fills import GROUP, Fill, fills_as_described
+from nucleate.deferred.randomness.mersenne_twister import draw
 from tests.deferred.equality import assert_exact
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

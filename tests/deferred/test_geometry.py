@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nucleate.deferred import geometry
-from nucleate.deferred.geometry import result_on_meta
+from nucleate.deferred.recording import meta_shapes
+from nucleate.deferred.recording.meta_shapes import result_on_meta
 from tests.deferred.layouts import looks
 
 aten = torch.ops.aten
@@ -63,7 +63,7 @@ def test_layers_in_a_dry_run_have_the_geometry_of_real_ones(
     expected = looks(func(*args))
     assert looks(result_on_meta(func, tuple(args), {}, fills=False)) == expected
     # Larger ones.
-    monkeypatch.setattr(geometry, "_OF_LAYERS_NUMEL", 0)
+    monkeypatch.setattr(meta_shapes, "_OF_LAYERS_NUMEL", 0)
     assert looks(result_on_meta(func, tuple(args), {}, fills=False)) == expected
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nucleate.deferred import Given, deferred, give, resumed
-from nucleate.deferred.given import take, take_range
+from nucleate.deferred.elements.source import take, take_range
 from nucleate.errors import DeferredEditError
 from nucleate.materialize import materialize
 

@@ -12,8 +12,9 @@ import torch
 from lightning_fabric.utilities.load import _lazy_load
 from torch import Tensor, nn
 
-from nucleate.deferred import Given, lazy_given
-from nucleate.deferred.lazy_given import given_of_lazy, memory_of_lazy
+from nucleate.deferred import Given
+from nucleate.deferred.elements import lazy_tensor
+from nucleate.deferred.elements.lazy_tensor import given_of_lazy, memory_of_lazy
 from nucleate.errors import CheckpointError
 
 TENSORS = {
@@ -45,7 +46,7 @@ def read(given: Given | None, start: int = 0, stop: int | None = None) -> Tensor
 @pytest.mark.parametrize("by_file", [True, False])
 def test_all_elements_and_ranges_of_them_are_read(path: Path, by_file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not by_file:
-        monkeypatch.setattr(lazy_given, "_find", lambda reader: None)
+        monkeypatch.setattr(lazy_tensor, "_find", lambda reader: None)
     lazy = _lazy_load(path)
     for name, tensor in TENSORS.items():
         given = given_of_lazy(lazy[name])

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nucleate.deferred import TensorGiven, deferred, handle_of, resumed, tensor_given
+from nucleate.deferred import TensorGiven, deferred, handle_of, resumed
+from nucleate.deferred.elements import real_tensor
 from nucleate.errors import CheckpointError, DeferredEditError, DeferredUseError
 from nucleate.materialize import materialize
 from tests.device import device, on_device
@@ -522,7 +523,7 @@ def test_a_turned_tensor_of_a_mapped_file_is_not_read_before_it_is_wanted(
 ) -> None:
     save_file({"weight": torch.randn(16, 8)}, tmp_path / "x.safetensors")
     loaded = load_file(tmp_path / "x.safetensors")["weight"].t()
-    monkeypatch.setattr(tensor_given, "_sum_of_words", lambda tensor: pytest.fail("read"))
+    monkeypatch.setattr(real_tensor, "_sum_of_words", lambda tensor: pytest.fail("read"))
     given = TensorGiven(loaded)
     given.check_unchanged()
     save_file({"weight": torch.randn(16, 8)}, tmp_path / "x.safetensors")

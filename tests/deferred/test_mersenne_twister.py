@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nucleate.deferred import mersenne_twister
-from nucleate.deferred.mersenne_twister import JUMP_COST, Stream, Workspace, draw, jump, jumps_as_it_draws
+from nucleate.deferred.randomness import mersenne_twister
+from nucleate.deferred.randomness.mersenne_twister import JUMP_COST, Stream, Workspace, draw, jump, jumps_as_it_draws
 
 # Blocks of 624, and the 31 blocks below which no polynomial is needed.
 DISTANCES = [0, 1, 623, 624, 625, 1247, 1248, 31 * 624, 32 * 624 - 1, 32 * 624, 33 * 624 + 1, 1_234_567]

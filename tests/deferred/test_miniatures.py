@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nucleate.deferred.miniatures import result_on_miniatures
-from nucleate.deferred.tape import tensors
+from nucleate.deferred.recording.miniatures import result_on_miniatures
+from nucleate.deferred.tape.leaves import tensors
 from tests.deferred.layouts import broadcast, laid_out, looks, shape
 
 aten = torch.ops.aten

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nucleate.deferred import Cursors, deferred, handle_of, live_writes, streams
-from nucleate.deferred.context import Record
-from nucleate.deferred.pieces import CHUNK_NUMEL, Pieces
+from nucleate.deferred import Cursors, deferred, handle_of
+from nucleate.deferred.randomness import streams
+from nucleate.deferred.record import Record
+from nucleate.deferred.replay import live_writes
+from nucleate.deferred.replay.ranges import CHUNK_NUMEL, Pieces
 from nucleate.materialize import materialize
 from tests.deferred.equality import assert_exact
 

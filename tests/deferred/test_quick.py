@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate.deferred import deferred, record
+from nucleate.deferred import deferred
+from nucleate.deferred.recording.fast_path import FastPath
 from nucleate.materialize import materialize
 from tests.deferred.equality import assert_same_model
 
@@ -61,16 +62,16 @@ def layers() -> nn.Module:
 def test_both_ways_leave_the_same_tape_and_stream(make: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     steps(make)  # so that the short way knows the numbers
     quick = steps(make)
-    monkeypatch.setattr(record, "record_fill", lambda *args: False)
-    monkeypatch.setattr(record, "record_factory", lambda *args: None)
+    monkeypatch.setattr(FastPath, "record_fill", lambda *args: False)
+    monkeypatch.setattr(FastPath, "record_factory", lambda *args: None)
     assert plain(quick) == plain(steps(make))
 
 
 def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     layers()
     taken: list[bool] = []
-    plain = record.record_fill
-    monkeypatch.setattr(record, "record_fill", lambda *args: taken.append(plain(*args)) or taken[-1])
+    plain = FastPath.record_fill
+    monkeypatch.setattr(FastPath, "record_fill", lambda *args: taken.append(plain(*args)) or taken[-1])
     steps(layers)
     steps(layers)
     assert sum(taken) > 15

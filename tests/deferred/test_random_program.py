@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate.deferred import deferred, streams
-from nucleate.deferred.mersenne_twister import JUMP_COST
+from nucleate.deferred import deferred
+from nucleate.deferred.randomness import streams
+from nucleate.deferred.randomness.mersenne_twister import JUMP_COST
 from nucleate.materialize import materialize
 from tests.deferred.equality import assert_exact
 

@@ -168,7 +168,7 @@ def test_a_number_assigned_to_a_part_makes_nothing_early(monkeypatch: pytest.Mon
     def refuse(*args: Any) -> None:
         raise AssertionError("values were made while recording")
 
-    monkeypatch.setattr("nucleate.deferred.replay.Replayer._run", refuse)
+    monkeypatch.setattr("nucleate.deferred.replay.replayer.Replayer._run", refuse)
     with deferred():
         layer = nn.Linear(8, 8)
         layer.weight.data[2:5] = -1.3

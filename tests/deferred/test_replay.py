@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nucleate.deferred import deferred
-from nucleate.deferred.replay import backward_slice
+from nucleate.deferred.replay.replayer import backward_slice
 
 
 def _names(model: nn.Module, record: object, tensor: torch.Tensor) -> list[str]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nucleate.deferred import ComputedGiven, Given, deferred
-from nucleate.deferred.scatter import scatter
+from nucleate.deferred.replay.scattering import scatter
 from tests.deferred.test_computed_given import held, stand_ins
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nucleate.deferred.sized import result_of_sizes
-from nucleate.deferred.tape import tensors
+from nucleate.deferred.recording.sized import result_of_sizes
+from nucleate.deferred.tape.leaves import tensors
 from tests.deferred.layouts import laid_out, looks, shape
 
 aten = torch.ops.aten

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nucleate.deferred import strided
-from nucleate.deferred.strided import boxes, coalesced, composed, read_strided
+from nucleate.deferred.replay import strided
+from nucleate.deferred.replay.strided import boxes, coalesced, composed, read_strided
 
 
 class Ranges:

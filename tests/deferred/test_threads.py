@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nucleate.deferred import deferred, eager, handle_of, is_recording
-from nucleate.deferred.replay import Replayer
+from nucleate.deferred.replay.replayer import Replayer
 from nucleate.errors import DeferredUseError
 from nucleate.materialize import materialize
 from tests.deferred.equality import assert_exact, assert_same_model

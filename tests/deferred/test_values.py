@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from nucleate.deferred import deferred
-from nucleate.deferred.replay import Replayer
-from nucleate.deferred.tape import Step
-from nucleate.deferred.values import Values
+from nucleate.deferred.recording.known_values import Values
+from nucleate.deferred.replay.replayer import Replayer
+from nucleate.deferred.tape.steps import Step
 from nucleate.materialize import materialize
 
 

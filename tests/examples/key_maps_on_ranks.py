@@ -11,7 +11,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nucleate import Runtime
-from nucleate.checkpoint import files, open_checkpoint
+from nucleate.checkpoint import open_checkpoint
+from nucleate.checkpoint.stored import data_file
 from nucleate.cluster import process_group
 from tests.examples.test_key_maps import gpt, llama_with, logits, maps
 
@@ -23,7 +24,7 @@ def main(folder: Path, target: Path) -> None:
     runtime.launch()
     try:
         read = [0]
-        real = files.DataFile.read_into
+        real = data_file.DataFile.read_into
 
         def read_into(self: Any, address: int, size_bytes: int, offset: int) -> None:
             read[0] += size_bytes
@@ -31,12 +32,12 @@ def main(folder: Path, target: Path) -> None:
 
         with runtime.init_module(empty_init=True):
             model = gpt(HEADS, GROUPS)
-        files.DataFile.read_into = read_into  # type: ignore[method-assign]
+        data_file.DataFile.read_into = read_into  # type: ignore[method-assign]
         report = runtime.load_raw(folder, model, keys=maps().llama_to_litgpt(HEADS, GROUPS))
         assert report.is_exact
         assert read[0] == 0
         wrapped = runtime.setup(model)
-        files.DataFile.read_into = real  # type: ignore[method-assign]
+        data_file.DataFile.read_into = real  # type: ignore[method-assign]
         owned = sum(p.to_local().numel() * 4 for p in model.parameters() if isinstance(p, DTensor))
         everything = open_checkpoint(folder).size_bytes
         assert read[0] == owned, (read[0], owned)

@@ -23,7 +23,7 @@ def test_a_model_from_a_configuration_needs_no_code_for_checkpoints() -> None:
     for name, both in imports("transformers").items():
         assert "nucleate_transformers.construction" in both["ours"], name
         assert "nucleate_transformers.binding" not in both["ours"], name
-        assert "nucleate.checkpoint.raw" not in both["ours"], name
+        assert "nucleate.checkpoint.raw_loader" not in both["ours"], name
 
 
 def test_installed_packages_are_searched_once() -> None:

@@ -14,7 +14,9 @@ except ImportError:
 
 with atheris.instrument_imports(include=["nucleate.checkpoint"]):
     # By name: they are imported when a path is claimed, and would not be watched then.
-    from nucleate.checkpoint.readers import dcp, safetensors, torch_file  # noqa: F401
+    from nucleate.checkpoint.readers import safetensors  # noqa: F401
+    from nucleate.checkpoint.readers.dcp import dcp  # noqa: F401
+    from nucleate.checkpoint.readers.torch import torch_file  # noqa: F401
     from tests.fuzz.targets import TARGETS
 
 

@@ -189,7 +189,7 @@ def test_a_write_that_a_later_one_covers_is_passed_over_by_an_addition(monkeypat
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the first fill of the weight was executed to find the state behind it")
 
-    monkeypatch.setattr("nucleate.deferred.replay.Replayer.behind", refuse)
+    monkeypatch.setattr("nucleate.deferred.replay.replayer.Replayer.behind", refuse)
     assert_deferred_is_eager(make, seed=1)
 
 

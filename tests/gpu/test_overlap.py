@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from nucleate import Runtime
 from nucleate.deferred import Given
-from nucleate.deferred.given import take
+from nucleate.deferred.elements.source import take
 from nucleate.devices.staging import BUFFER_BYTES
 from tests.gpu.device import DEVICE_TYPE, device, only_on_gpu, synchronize
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate import Integration, Runtime, runtime
+from nucleate import Integration, Runtime
 from nucleate.errors import ConfigurationError, PluginNotFoundError
+from nucleate.integrations import active
 from nucleate.plugin import Composition
 from nucleate.registry import INTEGRATIONS, Registry
 from nucleate.testing import IntegrationSuite
@@ -62,7 +63,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
         INTEGRATIONS.kind, INTEGRATIONS.group, INTEGRATIONS.base, {LIBRARY: f"{__name__}:FakeIntegration"}
     )
     monkeypatch.setitem(sys.modules, __name__, sys.modules[FakeIntegration.__module__])
-    monkeypatch.setattr(runtime, "INTEGRATIONS", registry)
+    monkeypatch.setattr(active, "INTEGRATIONS", registry)
     FakeIntegration.made.clear()
 
 

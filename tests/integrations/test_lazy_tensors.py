@@ -11,7 +11,8 @@ from lightning_fabric.utilities import load as fabric
 from torch import nn
 
 from nucleate import Integration, Runtime
-from nucleate.deferred import lazy_given, record_of
+from nucleate.deferred import record_of
+from nucleate.deferred.elements import lazy_tensor
 from nucleate.errors import CheckpointError
 from nucleate.integrations.lazy_tensors import LazyTensors
 from nucleate.testing import IntegrationSuite
@@ -113,7 +114,7 @@ def test_what_is_done_to_a_lazy_tensor_is_recorded(path: Path, runtime: Runtime)
 
 
 def test_it_is_read_by_its_library_where_the_file_cannot_be_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lazy_given, "_find", lambda reader: None)
+    monkeypatch.setattr(lazy_tensor, "_find", lambda reader: None)
     assert_loads(lambda model: model.load_state_dict(fabric._lazy_load(path)), weights())
 
 

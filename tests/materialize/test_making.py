@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nucleate.deferred.pieces import Pieces
+from nucleate.deferred.replay.ranges import Pieces
 from nucleate.devices.staging import ALIGNMENT
 from nucleate.materialize.making import _batches
 from nucleate.materialize.parts import Columns, Part, Range

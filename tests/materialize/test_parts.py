@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nucleate.deferred import ComputedGiven, deferred, give, handle_of
-from nucleate.deferred.pieces import Pieces
+from nucleate.deferred.replay.ranges import Pieces
 from nucleate.materialize import making, materialize, parts
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.parts import Columns, Range, parts_of

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nucleate.deferred import Given
-from nucleate.deferred.given import take
+from nucleate.deferred.elements.source import take
 from nucleate.materialize.reading import GivenBox, read_into
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")

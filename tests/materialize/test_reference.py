@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate.deferred import deferred, mersenne_twister
-from nucleate.deferred.replay import view
+from nucleate.deferred import deferred
+from nucleate.deferred.randomness import mersenne_twister
+from nucleate.deferred.replay.replayer import view
 from nucleate.materialize import Plan
 from nucleate.materialize.reference import Reference
 from tests.device import cpu_only, device

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nucleate import Runtime
-from nucleate.deferred import handle_of, mersenne_twister
-from nucleate.deferred.cursors import Cursors
+from nucleate.deferred import handle_of
+from nucleate.deferred.randomness import mersenne_twister
+from nucleate.deferred.randomness.cursors import Cursors
 from nucleate.errors import ConfigurationError, VerificationError
 from nucleate.materialize import Plan, materialize, verification
 from nucleate.materialize.reference import Reference

@@ -22,7 +22,6 @@ from nucleate.cluster import process_group
 from nucleate.deferred import deferred
 from nucleate.devices import default_generator, hooks_of
 from nucleate.errors import ConfigurationError, UsageError
-from nucleate.plugin import Composition
 from nucleate.precision import HalfPrecision
 from nucleate.testing import AcceleratorSuite
 from nucleate.wrappers.dataloader import move
@@ -142,7 +141,7 @@ def test_a_device_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -
         Runtime(accelerator="sim", precision=HalfPrecision())
     with pytest.raises(ConfigurationError, match="'bf16-mixed' needs bfloat16"):
         Runtime(accelerator="sim", precision="bf16-mixed")
-    assert isinstance(Runtime(accelerator="sim", precision="16-true")._composition, Composition)
+    assert Runtime(accelerator="sim", precision="16-true").precision.name == "16-true"
 
 
 @pytest.mark.parametrize("device", [CPU, SIM, OTHER], ids=str)

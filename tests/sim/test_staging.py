@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nucleate.deferred import ComputedGiven, Conversion, convert, deferred, give, resumed
-from nucleate.deferred.conversion import Layout, Output, converted
-from nucleate.deferred.given import take
-from nucleate.deferred.tensor_given import TensorGiven
+from nucleate.deferred.elements.conversion import Layout, Output, converted
+from nucleate.deferred.elements.real_tensor import TensorGiven
+from nucleate.deferred.elements.source import take
 from nucleate.devices import DeviceHooks, Staging, move, staging, use_hooks
 from nucleate.devices import table as hooks_table
 from nucleate.errors import DeferredEditError

@@ -1,16 +1,18 @@
-"""The reader keeps the contract: it reads what was written, and refuses what is damaged."""
+"""Reader and writer keep their contracts: they give back what was written, and refuse what is damaged."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nucleate import Runtime
 from nucleate.checkpoint.readers import Reader, open_checkpoint
+from nucleate.checkpoint.writers import Writer
 from nucleate.errors import CheckpointError
-from nucleate.testing import ReaderSuite
-from nucleate_example.raw import DTYPES, RawReader, write
+from nucleate.testing import ReaderSuite, WriterSuite
+from nucleate_example.raw import DTYPES, RawReader, RawWriter, write
 
 
 class TestRaw(ReaderSuite):
@@ -22,6 +24,25 @@ class TestRaw(ReaderSuite):
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         write(path, tensors)
+
+
+class TestRawWriter(WriterSuite):
+    dtypes = tuple(DTYPES.values())
+    suffix = ".rawtensors"
+
+    def make_writer(self) -> Writer:
+        return RawWriter()
+
+
+def test_save_takes_it_by_the_ending_of_a_path_and_a_training_resumes_from_it(tmp_path: Path) -> None:
+    runtime = Runtime(accelerator="cpu")
+    model = runtime.setup(nn.Linear(2, 3))
+    runtime.save(tmp_path / "a.rawtensors", {"model": model, "step": 7})
+    wanted, step = model.weight.detach().clone(), {"model": model, "step": 0}
+    nn.init.zeros_(model.weight)
+    runtime.load(tmp_path / "a.rawtensors", step)
+    assert step["step"] == 7
+    assert torch.equal(model.weight, wanted)
 
 
 def test_it_is_found_by_what_is_in_the_file(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nucleate import Runtime
-from nucleate.checkpoint import concatenate, files, permute_heads, transpose
+from nucleate.checkpoint import concatenate, permute_heads, transpose
+from nucleate.checkpoint.stored import data_file
 
 RULES = [
     concatenate(["q", "k", "v"], "qkv.weight", sizes=[2, 1, 1], groups=4),
@@ -51,13 +52,13 @@ def test_codes_are_those_of_the_weights_in_the_models_layout(
     runtime.save(tmp_path / "ours.safetensors", plain)
 
     read: list[int] = []
-    real = files.DataFile.read_into
+    real = data_file.DataFile.read_into
 
     def read_into(self: Any, address: int, size_bytes: int, offset: int) -> None:
         read.append(size_bytes)
         real(self, address, size_bytes, offset)
 
-    monkeypatch.setattr(files.DataFile, "read_into", read_into)
+    monkeypatch.setattr(data_file.DataFile, "read_into", read_into)
     found = []
     for name, keys in (("ours", None), ("others", RULES)):
         runtime = Runtime(accelerator="cpu", precision=f"bnb-{mode}")

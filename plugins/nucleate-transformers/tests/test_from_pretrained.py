@@ -14,7 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from nucleate import Runtime
-from nucleate.checkpoint import files
+from nucleate.checkpoint.stored import data_file
 from nucleate.deferred import handle_of
 from nucleate_transformers import TransformersIntegration
 
@@ -43,13 +43,13 @@ def reference(cls: Any, *args: Any, **kwargs: Any) -> Any:
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many bytes were read of tensors, by call."""
     sizes: list[int] = []
-    plain = files.DataFile.read_into
+    plain = data_file.DataFile.read_into
 
-    def count(self: files.DataFile, address: int, size_bytes: int, offset: int) -> None:
+    def count(self: data_file.DataFile, address: int, size_bytes: int, offset: int) -> None:
         sizes.append(size_bytes)
         plain(self, address, size_bytes, offset)
 
-    monkeypatch.setattr(files.DataFile, "read_into", count)
+    monkeypatch.setattr(data_file.DataFile, "read_into", count)
     return iter([sizes])
 
 

@@ -14,7 +14,7 @@ from nucleate.deferred import handle_of
 from nucleate.devices import Staging
 from nucleate.devices.staging import aligned
 from nucleate.errors import UsageError, name_list
-from nucleate.materialize.swapping import swap
+from nucleate.materialize.handover import swap
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:

@@ -16,16 +16,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nucleate.checkpoint.converter import ConvertReport as ConvertReport
-    from nucleate.checkpoint.converter import convert as convert
-    from nucleate.checkpoint.handle import SaveHandle as SaveHandle
-    from nucleate.checkpoint.key_map import KeyMap as KeyMap
-    from nucleate.checkpoint.key_map import add_prefix as add_prefix
-    from nucleate.checkpoint.key_map import strip_prefix as strip_prefix
-    from nucleate.checkpoint.load_report import Finding as Finding
-    from nucleate.checkpoint.load_report import LoadReport as LoadReport
     from nucleate.checkpoint.loader import load as load
-    from nucleate.checkpoint.raw import load_raw as load_raw
+    from nucleate.checkpoint.loading.report import Finding as Finding
+    from nucleate.checkpoint.loading.report import LoadReport as LoadReport
+    from nucleate.checkpoint.loading.stored_form import StoredForm as StoredForm
+    from nucleate.checkpoint.loading.stored_form import Taken as Taken
+    from nucleate.checkpoint.raw_loader import load_raw as load_raw
     from nucleate.checkpoint.readers import Reader as Reader
     from nucleate.checkpoint.readers import open_checkpoint as open_checkpoint
     from nucleate.checkpoint.rules.functions import concatenate as concatenate
@@ -37,47 +33,51 @@ if TYPE_CHECKING:
     from nucleate.checkpoint.rules.functions import stack as stack
     from nucleate.checkpoint.rules.functions import transpose as transpose
     from nucleate.checkpoint.rules.functions import unstack as unstack
+    from nucleate.checkpoint.rules.key_map import KeyMap as KeyMap
+    from nucleate.checkpoint.rules.key_map import add_prefix as add_prefix
+    from nucleate.checkpoint.rules.key_map import strip_prefix as strip_prefix
     from nucleate.checkpoint.rules.rule import Rule as Rule
     from nucleate.checkpoint.rules.rules_file import read_rules as read_rules
-    from nucleate.checkpoint.selection import Selection as Selection
-    from nucleate.checkpoint.stored_form import StoredForm as StoredForm
-    from nucleate.checkpoint.stored_form import Taken as Taken
-    from nucleate.checkpoint.verifier import VerifyReport as VerifyReport
-    from nucleate.checkpoint.verifier import verify as verify
-    from nucleate.checkpoint.writer import save as save
+    from nucleate.checkpoint.saver import save as save
+    from nucleate.checkpoint.saving.handle import SaveHandle as SaveHandle
+    from nucleate.checkpoint.tools.converter import ConvertReport as ConvertReport
+    from nucleate.checkpoint.tools.converter import convert as convert
+    from nucleate.checkpoint.tools.selection import Selection as Selection
+    from nucleate.checkpoint.tools.verifier import VerifyReport as VerifyReport
+    from nucleate.checkpoint.tools.verifier import verify as verify
 
 # The public names, and the modules that define them. A module is imported when a name is first used: who loads weights
 # needs neither the converter nor the writers.
 _PUBLIC = {
-    "ConvertReport": "converter",
-    "Finding": "load_report",
-    "KeyMap": "key_map",
-    "LoadReport": "load_report",
+    "ConvertReport": "tools.converter",
+    "Finding": "loading.report",
+    "KeyMap": "rules.key_map",
+    "LoadReport": "loading.report",
     "Reader": "readers",
     "Rule": "rules.rule",
-    "SaveHandle": "handle",
-    "Selection": "selection",
-    "StoredForm": "stored_form",
-    "Taken": "stored_form",
-    "VerifyReport": "verifier",
-    "add_prefix": "key_map",
+    "SaveHandle": "saving.handle",
+    "Selection": "tools.selection",
+    "StoredForm": "loading.stored_form",
+    "Taken": "loading.stored_form",
+    "VerifyReport": "tools.verifier",
+    "add_prefix": "rules.key_map",
     "concatenate": "rules.functions",
-    "convert": "converter",
+    "convert": "tools.converter",
     "drop": "rules.functions",
     "inverse": "rules.functions",
     "load": "loader",
-    "load_raw": "raw",
+    "load_raw": "raw_loader",
     "open_checkpoint": "readers",
     "permute_heads": "rules.functions",
     "read_rules": "rules.rules_file",
     "rename": "rules.functions",
-    "save": "writer",
+    "save": "saver",
     "split": "rules.functions",
     "stack": "rules.functions",
-    "strip_prefix": "key_map",
+    "strip_prefix": "rules.key_map",
     "transpose": "rules.functions",
     "unstack": "rules.functions",
-    "verify": "verifier",
+    "verify": "tools.verifier",
 }
 
 __all__ = [*sorted(_PUBLIC)]

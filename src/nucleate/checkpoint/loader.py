@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint.entries import Entry, Kind, ParameterNames, agree, entries_of
-from nucleate.checkpoint.load_report import Finding, LoadReport
-from nucleate.checkpoint.module_keys import Prepare, Ties, plan_module
-from nucleate.checkpoint.optimizer_state import plan_optimizer
-from nucleate.checkpoint.plan import Plan
-from nucleate.checkpoint.readers import open_checkpoint
-from nucleate.checkpoint.retention import resolve
-from nucleate.checkpoint.tree import KeyPath, check_tensor, key_of, split
-from nucleate.materialize.shards import is_sharded
+from nucleate.checkpoint.disk.series import resolve
+from nucleate.checkpoint.loading.load_plan import Plan
+from nucleate.checkpoint.loading.module_plan import Prepare, Ties, plan_module
+from nucleate.checkpoint.loading.optimizer_plan import plan_optimizer
+from nucleate.checkpoint.loading.report import Finding, LoadReport
+from nucleate.checkpoint.readers import Reader, open_checkpoint
+from nucleate.checkpoint.state.entries import Entry, Kind, ParameterNames, agree, entries_of
+from nucleate.checkpoint.state.tree import KeyPath, check_tensor, key_of, split
+from nucleate.layout import is_sharded
 
 if TYPE_CHECKING:
     from nucleate.cluster.communicator import Communicator
@@ -34,7 +34,7 @@ def load(
     strict: bool = True,
     *,
     remainder: bool = True,
-    reader: str | None = None,
+    reader: str | Reader | None = None,
     prepare: Prepare | None = None,
 ) -> LoadReport:
     """Load the checkpoint at `path` into `state`, and report what was done.

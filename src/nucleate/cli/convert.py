@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     """Convert, with a progress bar."""
     import torch
 
-    from nucleate.checkpoint.converter import convert
-    from nucleate.checkpoint.selection import Selection
+    from nucleate.checkpoint.tools.converter import convert
+    from nucleate.checkpoint.tools.selection import Selection
     from nucleate.report.memory import format_bytes
     from nucleate.report.meter import metered
 

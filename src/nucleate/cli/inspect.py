@@ -16,8 +16,7 @@ from nucleate.cli import text
 from nucleate.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from nucleate.checkpoint.contents import Contents
-    from nucleate.checkpoint.stored import StoredTensor
+    from nucleate.checkpoint.stored import Contents, StoredTensor
 
 HELP = "show what a checkpoint holds"
 
@@ -46,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     except re.error as error:
         raise ConfigurationError(f"--keys {args.keys!r} is no regular expression: {error}.") from error
     with _uncollected():
+        from nucleate.checkpoint.disk import resolve
         from nucleate.checkpoint.readers import open_checkpoint
-        from nucleate.checkpoint.retention import resolve
-        from nucleate.checkpoint.selection import canonical
+        from nucleate.checkpoint.tools.selection import canonical
 
         contents = canonical(open_checkpoint(resolve(args.path), args.reader))
         view = _View(contents, pattern)
@@ -73,7 +72,7 @@ class _View:
     """The contents of a checkpoint, as far as they are asked for."""
 
     def __init__(self, contents: Contents, pattern: re.Pattern[str]) -> None:
-        from nucleate.checkpoint.tree import key_of
+        from nucleate.checkpoint.state import key_of
 
         self._contents = contents
         self._root = contents.path if contents.path.is_dir() else contents.path.parent
@@ -251,7 +250,7 @@ class _View:
         return self._known[file]
 
     def _leaves(self) -> list[tuple[Any, Any]]:
-        from nucleate.checkpoint.comparison import leaves
+        from nucleate.checkpoint.tools.comparison import leaves
 
         return list(leaves(self._contents))
 

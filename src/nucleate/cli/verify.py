@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nucleate.cli import text
 
 if TYPE_CHECKING:
-    from nucleate.checkpoint.verifier import VerifyReport
+    from nucleate.checkpoint.tools.verifier import VerifyReport
 
 HELP = "read all of a checkpoint, report damage, compare"
 
@@ -34,7 +34,7 @@ def sources(args: argparse.Namespace) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Verify, with a progress bar; the exit status says whether all is well."""
-    from nucleate.checkpoint.verifier import verify
+    from nucleate.checkpoint.tools.verifier import verify
     from nucleate.report.meter import metered
 
     with metered(True):

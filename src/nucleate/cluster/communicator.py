@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nucleate.cluster.environment import Environment
+from nucleate.cluster.ranks import Ranks
 from nucleate.errors import ConfigurationError, RankDisagreementError, RankFailedError, UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _OPS = {"mean": "SUM", "avg": "SUM", "sum": "SUM", "min": "MIN", "max": "MAX", "
 _blocks = count()
 
 
-class Communicator:
+class Communicator(Ranks):
     """The collectives of one process. With one process each returns at once, in the same shape and type.
 
     Every method must be called by every rank, in the same order.

@@ -1,17 +1,23 @@
-"""Deferred initialization: construction is recorded, values are made later. Knows torch only; usable alone."""
+"""Deferred initialization: construction is recorded, values are made later. Knows torch only; usable alone.
+
+From below: `elements` (what is taken from files and the like), `tape` (what was done, as data), `active` (which
+recordings are on), `randomness`, `replay` (values of what is on a tape), `recording`, `guards` (deferred tensors
+between construction and setup), `impersonation` (what Python sees of them), `record` and `context`.
+"""
 
 from nucleate.deferred.active import is_recording
-from nucleate.deferred.computed_given import ComputedGiven
-from nucleate.deferred.context import Record, convert, deferred, eager, give, record_of, resumed
-from nucleate.deferred.conversion import Conversion, Layout, Output
-from nucleate.deferred.converted_given import ConvertedGiven
-from nucleate.deferred.cursors import Cursors
-from nucleate.deferred.given import Given
-from nucleate.deferred.handle import Handle, handle_of, release
-from nucleate.deferred.held import held_tensors
-from nucleate.deferred.pieces import Pieces
-from nucleate.deferred.plain import plain_modes
-from nucleate.deferred.tensor_given import TensorGiven
+from nucleate.deferred.computed import ComputedGiven
+from nucleate.deferred.context import convert, deferred, eager, give, resumed
+from nucleate.deferred.elements.conversion import Conversion, Layout, Output
+from nucleate.deferred.elements.converted import ConvertedGiven
+from nucleate.deferred.elements.real_tensor import TensorGiven
+from nucleate.deferred.elements.source import Given
+from nucleate.deferred.guards.handle import Handle, handle_of, release
+from nucleate.deferred.module_tensors import held_tensors
+from nucleate.deferred.randomness.cursors import Cursors
+from nucleate.deferred.record import Record, record_of
+from nucleate.deferred.replay.ranges import Pieces
+from nucleate.deferred.torch_modes import plain_modes
 
 __all__ = [
     "ComputedGiven",

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
-from nucleate.deferred.context import Record, record_of
-from nucleate.deferred.guard import guard
-from nucleate.deferred.handle import handle_of, release
-from nucleate.deferred.tape import Step, Tape, TensorRef
+from nucleate.deferred.guards.guarded import guard
+from nucleate.deferred.guards.handle import handle_of, release
+from nucleate.deferred.record import Record, record_of
+from nucleate.deferred.tape.steps import TensorRef
+from nucleate.deferred.tape.tape import Tape
 
 aten = torch.ops.aten
 
@@ -45,7 +46,7 @@ def adopt(named: Iterable[tuple[str, Tensor]], device: torch.device) -> Record |
         record = record or Record(device)
         with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes():
             if record.tape.number(tensor) is None:
-                record.tape.add_step(_emptiness(record.tape, tensor, device))
+                _append_empty(record.tape, tensor, device)
         guard(tensor, record, fqn)
     return record
 
@@ -59,24 +60,20 @@ def abandon(tensors: Iterable[Tensor]) -> None:
             release(tensor)
 
 
-def _emptiness(tape: Tape, tensor: Tensor, device: torch.device) -> Step:
-    """Return the step that makes memory for the storage of a tensor, with nothing in it."""
+def _append_empty(tape: Tape, tensor: Tensor, device: torch.device) -> None:
+    """Append the step that makes memory for the storage of a tensor, with nothing in it."""
     number = tape.add_storage(tensor)
     size_bytes = tape.size_bytes(number)
     ref = tape.ref(tensor)
     if not ref.fills(size_bytes):
         # A view of a larger storage.
         ref = TensorRef(number, torch.uint8, (size_bytes,), (1,), 0, False, False)
-    return Step(
-        index=len(tape.steps),
-        func=aten.empty_strided.default,
-        args=(list(ref.size), list(ref.stride)),
-        kwargs={"dtype": ref.dtype, "device": device},
+    step = tape.step(
+        aten.empty_strided.default,
+        (list(ref.size), list(ref.stride)),
+        {"dtype": ref.dtype, "device": device},
         outputs=(ref,),
-        reads=(),
-        written=(),
         creates=(number,),
-        overwrites=(),
-        default_dtype=torch.get_default_dtype(),
         uninitialized=True,
     )
+    tape.append(step)

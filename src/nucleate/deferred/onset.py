@@ -8,14 +8,11 @@ active from the beginning and do nothing until the onset.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from nucleate.deferred.record import Recorder
 
 #: What may begin a recording. All modules of `torch.nn` take the memory of their weights by this call. Other factories
 #: may as well make the data of a dry run, on which real weights then work.
@@ -57,13 +54,22 @@ class Onset:
         finally:
             self._num_suspended -= 1
 
-    def is_now(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a recorder that has done nothing so far begins with this operation."""
+    def is_now(
+        self, is_for: Callable[[torch.device | None], bool], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Return whether a recorder that has done nothing so far begins with this operation.
+
+        Args:
+            is_for: Tells whether a factory that is told this device, or none, makes a tensor for the recorder's.
+            func: The operation.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
         return (
             self._is_asked
             and not self._num_suspended
             and func is _OPERATION
             and math.prod(args[0]) >= self._numel
             and kwargs.get("layout") in (None, torch.strided)
-            and recorder.is_for(kwargs.get("device"))
+            and is_for(kwargs.get("device"))
         )

@@ -1,629 +1,460 @@
-"""The recorder: a dispatch mode under which constructors write the tape instead of memory.
-
-Every aten operation that reaches it either is recorded on meta tensors, or runs for real: operations on real
-tensors only, questions that Python asks about a value (`item`, `equal`), and writes of deferred values into
-real tensors. An operation that has no meta kernel, or whose result's shape depends on values, is run once for
-its geometry and recorded all the same. What Python sees of a deferred tensor is `impersonate.py`'s business.
-"""
+"""The record of one construction: how its deferred tensors are made, and the session that records them."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from nucleate.deferred.active import alone, turn
-from nucleate.deferred.bounds import check_bounds, refuse_overlap
-from nucleate.deferred.constants import Constants
-from nucleate.deferred.effects import needed_by, overwritten_by, read_by, written_by
-from nucleate.deferred.exposed import Exposed
-from nucleate.deferred.geometry import is_doubtful, is_plain, result_on_meta, result_on_stand_ins, to_meta, trust
-from nucleate.deferred.given import Given, take
+from nucleate.deferred.active import Recording, active, turn
+from nucleate.deferred.elements.conversion import Conversion, converted
+from nucleate.deferred.elements.lazy_tensor import given_of_lazy, memory_of_lazy
+from nucleate.deferred.elements.real_tensor import TensorGiven
+from nucleate.deferred.elements.source import Given, take
+from nucleate.deferred.guards.guarded import guard
+from nucleate.deferred.guards.handle import handle_of, release
+from nucleate.deferred.guards.refusals import refuse_stale
+from nucleate.deferred.impersonation.function_mode import Impersonation
+from nucleate.deferred.impersonation.patches import patched
+from nucleate.deferred.module_tensors import held_tensors
 from nucleate.deferred.onset import Onset
-from nucleate.deferred.quick import record_factory, record_fill, remember_fill
-from nucleate.deferred.random_program import Position
-from nucleate.deferred.replay import Replayer, view
-from nucleate.deferred.states import States
-from nucleate.deferred.tape import Constant, Step, Tape, TensorRef, map_leaves, tensors
-from nucleate.deferred.tensor_given import TensorGiven
-from nucleate.deferred.traits import Traits, traits_of
-from nucleate.deferred.values import Values
-from nucleate.devices import concrete, default_generator, is_present
-from nucleate.devices.generators import Generator
+from nucleate.deferred.recording.recorder import Recorder
+from nucleate.deferred.replay.live_writes import pieces_of
+from nucleate.deferred.replay.ranges import Pieces
+from nucleate.deferred.replay.replayer import Replayer
+from nucleate.deferred.tape.steps import Step
+from nucleate.deferred.tape.tape import Tape, tape_of
+from nucleate.devices import concrete, default_generator
+from nucleate.errors import DeferredUseError
 
-aten = torch.ops.aten
-
-
-class _Flags(threading.local):
-    meta_is_meant = False
-    makes_real = False
-    is_loading = False
+# The records that share a tape, by the tape. Process-wide: a tensor that one record meets may belong to another.
+_sharing: weakref.WeakKeyDictionary[Tape, weakref.WeakSet[Record]] = weakref.WeakKeyDictionary()
 
 
-class Recorder(TorchDispatchMode):
-    """Records what a constructor does to tensors of one device.
+class Record(Recording):
+    """How the deferred tensors of one construction are made.
+
+    It lives as long as one of its tensors is deferred. Records whose tensors meet share one tape from then on.
 
     Args:
-        tape: Where steps go.
-        replayer: Answers questions about values; holds the random program.
-        device: The device that deferred tensors stand for.
+        device: The device that the tensors stand for.
     """
 
-    def __init__(self, tape: Tape, replayer: Replayer, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.tape = tape
-        self.replayer = replayer
-        self.device = device
-        #: Whether values can be made on the device; else they are recorded for one that this machine does not have.
-        self.is_present = is_present(device)
-        #: The Python objects of deferred tensors, as long as they live; those left at the end are guarded.
-        self.handed_out: list[weakref.ref[Tensor]] = []
-        #: The threads that it records. In others that have entered it, it does nothing any more.
-        self.threads: set[int] = set()
-        #: When it begins to record, if it has not begun yet.
-        self.onset: Onset | None = None
-        self._flags = _Flags()
-        #: Told of a meta tensor that is not on this tape, whose record may then join this one.
-        self.on_stranger: Callable[[Tensor], None] = lambda tensor: None
-        #: Deferred tensors whose memory is real, because somebody outside torch may write it.
-        self.exposed = Exposed(replayer)
-        #: States of generators that were taken meanwhile.
-        self.states = States(replayer)
-        self._values = Values(replayer)
-        self._constants = Constants()
+    def __init__(self, device: torch.device) -> None:
+        self.device = concrete(device)
+        self.replayer = Replayer(Tape(), self.device)
+        #: Records operations while it is entered.
+        self.recorder = Recorder(self.replayer)
+        itself = weakref.ref(self)
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        with turn:
-            self._values.forget()
+        def meet(tensor: Tensor) -> None:
+            record = itself()
+            if record is not None:
+                record._meet(tensor)
+
+        # Weakly, so that a record, and what its tensors were loaded from, goes with its last tensor.
+        self.recorder.on_stranger = meet
+        #: What Python sees of its tensors while something is recorded.
+        self.impersonation = Impersonation(self.recorder)
+        #: What questions about its tensors are answered after the constructor.
+        self.answers: dict[Any, Any] = self.impersonation.answers
+        #: The thread that constructs; those that it starts are recorded as well.
+        self.thread: int | None = None
+        # What the guards stepped aside from meanwhile.
+        self._taken: list[tuple[Tensor, str]] = []
+        self._num_taken = 0
+        # Parameters made meanwhile. Not weakly: `swap_tensors` would refuse them.
+        self._parameters: list[Tensor] = []
+        self._modules: dict[int, weakref.ref[nn.Module]] = {}
+        # Storages, by their addresses, of what stays deferred although this record is that of a `deferred_from`.
+        self._staying: set[int] = set()
+        _sharing.setdefault(self.tape, weakref.WeakSet()).add(self)
+
+    @property
+    def tape(self) -> Tape:
+        return self.replayer.tape
 
     @property
     def is_on(self) -> bool:
-        """Whether it records this thread."""
-        return threading.get_ident() in self.threads
+        return self.recorder.is_on
 
     @property
-    def meta_is_meant(self) -> bool:
-        """Set while Python runs a call that names the meta device itself: then meta means meta."""
-        return self._flags.meta_is_meant
+    def onset(self) -> Onset | None:
+        return self.recorder.onset
 
-    @meta_is_meant.setter
-    def meta_is_meant(self, value: bool) -> None:
-        self._flags.meta_is_meant = value
-
-    @property
-    def makes_real(self) -> bool:
-        """Set while factories make real tensors, so that only what is done to deferred ones is recorded."""
-        return self._flags.makes_real
-
-    @makes_real.setter
-    def makes_real(self, value: bool) -> None:
-        self._flags.makes_real = value
-
-    @property
-    def is_loading(self) -> bool:
-        """Set while a state dict is loaded: then what is copied from a real tensor is taken by reference."""
-        return self._flags.is_loading
-
-    @is_loading.setter
-    def is_loading(self, value: bool) -> None:
-        self._flags.is_loading = value
-
-    def absorb(self, other: Recorder) -> None:
-        """Take over the tape of another recorder for the same device, and the real tensors that its steps read."""
-        self.tape.absorb(other.tape)
-        self.exposed.absorb(other.exposed)
-        self._constants.absorb(other._constants)
-        self.handed_out.extend(other.handed_out)
-
-    def hand_out(self, tensor: Tensor) -> None:
-        """Take notice of a deferred tensor that Python is going to hold."""
-        self.handed_out.append(weakref.ref(tensor))
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Else the first dispatched operation imports torch._dynamo, which takes longer than most constructors.
-        return False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self.is_on:
-            if self.onset is None or not self.onset.is_now(self, func, args, kwargs):
-                return func(*args, **kwargs)
-            self.begin()
-        with turn, torch._C.DisableTorchFunction():
-            return self._dispatch(func, args, kwargs)
-
-    def begin(self) -> None:
-        """Record this thread from here on."""
-        self.onset = None
-        self.threads.add(threading.get_ident())
-
-    # -- routing -------------------------------------------------------------------------------------------
-
-    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        traits = traits_of(func)
-        if traits.fills and record_fill(self, func, traits, args, kwargs):
-            return args[0]
-        given = tensors((args, kwargs))
-        if not given:
-            return self._dispatch_factory(func, traits, args, kwargs)
-        for tensor in given:
-            if tensor.is_meta and self.tape.number(tensor) is None:
-                self.on_stranger(tensor)
-            elif not tensor.is_meta:
-                self.states.settle(tensor)
-        if all(self.tape.number(tensor) is None for tensor in given):
-            return self._dispatch_real(func, traits, args, kwargs, any(tensor.is_meta for tensor in given))
-        return self._dispatch_deferred(func, traits, args, kwargs)
-
-    def _dispatch_factory(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Route an operation without tensors: what it makes is deferred if it is for our device."""
-        # Without elements there is nothing to defer; and the empty tensors that `torch.load`, `deepcopy` and storages
-        # then set to real memory must be real.
-        holds_nothing = traits.uninitialized and bool(args) and 0 in args[0]
-        if self._is_ours(traits, kwargs):
-            if not holds_nothing or not self.is_present:
-                made = record_factory(self, func, traits, args, kwargs)
-                return self._record(func, traits, args, kwargs) if made is None else made
-            if "device" in kwargs:
-                kwargs = {**kwargs, "device": self.device}
-        return self._run_random(func, traits, args, kwargs) if traits.is_random else func(*args, **kwargs)
-
-    def _dispatch_real(
-        self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], any_meta: bool
-    ) -> Any:
-        """Route an operation on tensors that are not deferred: it runs, but its random numbers wait their turn."""
-        if traits.is_random:
-            if traits.mutated or self.makes_real:
-                return self._run_random(func, traits, args, kwargs)
-            if not any_meta:
-                # Numbers drawn for a tensor of another device are that device's, and real.
-                record = self._is_own(_device_of(args, kwargs))
-                return (self._record if record else self._run_random)(func, traits, args, kwargs)
-            device = kwargs.get("device")
-            stays = device is None or device.type == "meta"
-            return func(*args, **kwargs) if stays else self._run_random(func, traits, args, kwargs)
-        device = kwargs.get("device") if traits.device else None
-        if device is not None and device.type == "meta" and not self.meta_is_meant:
-            # C++ code that reads the options of a deferred tensor sees meta, and means the device it stands for.
-            return self._record(func, traits, args, kwargs)
-        return self._run_plain(func, traits, args, kwargs)
-
-    def _dispatch_deferred(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Route an operation on deferred tensors: it is recorded, unless its result has to be real."""
-        if traits.retargets:
-            return self._retarget(func, args, kwargs)
-        written = written_by(traits, args, kwargs)
-        if any(self.tape.number(tensor) is None or self.exposed.holds(tensor) for tensor in written):
-            # A deferred value goes into real memory: it has to be made now.
-            return self._write_real(func, traits, args, kwargs)
-        if func is aten.copy_.default and (given := self.given_by(*args[:2])) is not None:
-            self.overwrite(args[0], given)
-            return args[0]
-        if not written and (func.is_view or func is aten.detach.default):
-            if func is aten.as_strided.default:
-                # The meta kernel does not look whether the view lies within its memory.
-                memory = torch.UntypedStorage(args[0].untyped_storage().nbytes())
-                func(view(memory, self.tape.ref(args[0])), *args[1:], **kwargs)
-            result = func(*args, **kwargs)
-            self.handed_out.extend(map(weakref.ref, tensors(result)))
-            return result
-        if traits.device and (target := kwargs.get("device")) is not None and not self._is_own(target):
-            if target.type == "meta" and self.meta_is_meant:
-                return func(*args, **kwargs)
-            if target.type != "meta":
-                return func(*map_leaves(args, self._resolve), **map_leaves(kwargs, self._resolve))
-        return self._record(func, traits, args, kwargs)
-
-    def given_by(self, target: Tensor, value: Any) -> TensorGiven | None:
-        """Return what a real tensor gives to a deferred one by reference, if it is not to be cloned."""
-        if not isinstance(value, Tensor) or value.is_meta:
-            return None
-        if self.is_loading and (value.is_quantized or value.layout != torch.strided):
-            # torch refuses most of them, and so early enough.
-            real = torch.empty(target.shape, dtype=target.dtype, device=value.device).copy_(value)
-            return self._constants.given(real)
-        if not is_plain(value) or value.layout != torch.strided:
-            return None
-        same = value.dtype == target.dtype
-        casts = same or (value.dtype.is_floating_point and target.dtype.is_floating_point)
-        if not casts or target.is_conj() or target.is_neg() or not target.numel():
-            return None
-        if not self.is_loading and (not same or value.untyped_storage().resizable()):
-            return None
-        if value.shape != target.shape:
-            try:
-                value = value.expand(target.shape)
-            except RuntimeError:
-                return None  # Refused where it is recorded as any other operation.
-        given = self._constants.given(value)
-        return given if self.is_loading or given.is_mapped else None
-
-    def overwrite(self, tensor: Tensor, given: Given) -> None:
-        """Record that a deferred tensor is overwritten by what is given.
+    @contextmanager
+    def recording(self, onset: Onset | None = None) -> Iterator[None]:
+        """Record what is done inside; on exit every generator stands where eager construction would have left it.
 
         Args:
-            tensor: A tensor of this tape without real memory, of the shape of what is given.
-            given: The elements; they are cast to the tensor's dtype when it is made.
+            onset: When to begin; by default at once.
         """
-        ref = self.tape.ref(tensor)
-        is_full = ref.fills(self.tape.size_bytes(ref.storage))
-        if is_full:
-            self.tape.forget_given(ref.storage)
-        self.tape.add_step(
-            Step(
-                index=len(self.tape.steps),
-                func=take,
-                args=(ref, given),
-                kwargs={},
-                outputs=(),
-                reads=() if is_full else (ref.storage,),
-                written=(ref,),
-                creates=(),
-                overwrites=(ref.storage,) if is_full else (),
-                default_dtype=torch.get_default_dtype(),
-            )
-        )
+        with ExitStack() as stack:
+            stack.callback(self._guard_all)
+            stack.callback(self._settle)
+            stack.enter_context(patched())
+            stack.callback(self._end)
+            self.thread = threading.get_ident()
+            stack.enter_context(self.joined())
+            if onset is not None:
+                self.recorder.onset = onset
+                self.recorder.threads.clear()
+            yield
 
-    def _is_own(self, device: torch.device) -> bool:
-        if device.type != self.device.type:
-            return False
-        if device.index is None and self.is_present:
-            device = concrete(device)  # The current one, which the constructor may have changed.
-        return device.index in (None, self.device.index)
-
-    def _is_ours(self, traits: Traits, kwargs: dict[str, Any]) -> bool:
-        """Return whether a factory makes a deferred tensor."""
-        if not traits.device:
-            return False
-        device = kwargs.get("device")
-        if device is not None and device.type == "meta":
-            return not self.meta_is_meant
-        return not self.makes_real and self.is_for(device)
-
-    def is_for(self, device: torch.device | None) -> bool:
-        """Return whether a factory that is told this device, or none, makes a tensor for the recorder's."""
-        return self.device.type == "cpu" if device is None else self._is_own(device)
-
-    def _write_real(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation that writes real memory; deferred tensors that it writes as well get real memory too."""
-        originals: dict[int, tuple[Tensor, Tensor]] = {}
-        written = set(map(id, written_by(traits, args, kwargs)))
-
-        def real(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or self.tape.number(leaf) is None:
-                return leaf
-            value = self.expose(leaf) if id(leaf) in written else self.value(leaf)
-            originals[id(value)] = value, leaf
-            return value
-
-        real_args, real_kwargs = map_leaves(args, real), map_leaves(kwargs, real)
-        run = self._run_random if traits.is_random else self._run_plain
-        result = run(func, traits, real_args, real_kwargs)
-        return map_leaves(result, lambda leaf: originals[id(leaf)][1] if id(leaf) in originals else leaf)
-
-    def _retarget(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let a tensor point to other memory, or change how large its memory is."""
-        target = args[0]
-        if self.tape.number(target) is None:
-            return func(
-                *map_leaves(args, lambda leaf: self.expose(leaf) if self._is_deferred(leaf) else leaf), **kwargs
-            )
-        for source in args[1:2]:
-            if isinstance(source, Tensor) and not source.is_meta and source.device.type != self.device.type:
-                # torch refuses it, with its own words.
-                func(torch.empty(0, dtype=source.dtype, device=self.device), source)
-        result = func(target, *map_leaves(args[1:], self._adopted), **kwargs)
-        if self.tape.number(target) is None:
-            # `set_()` without a source gives it memory of its own, with nothing in it.
-            self._record(aten.empty.memory_format, traits_of(aten.empty.memory_format), ([0],), {})
-            target.set_(self.tape.storage(-1), 0, (0,), (1,))
-        self.exposed.resize(target)
-        return result
-
-    # -- recording -----------------------------------------------------------------------------------------
-
-    def record(self, func: Callable[..., Any], traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a Python function on tensors of which at least one is deferred, as one step."""
-        with turn, torch._C.DisableTorchFunction():
-            written = written_by(traits, args, kwargs)
-            if any(self.tape.number(tensor) is None or self.exposed.holds(tensor) for tensor in written):
-                with _disable_current_modes():
-                    return self._write_real(func, traits, args, kwargs)
-            with _disable_current_modes():
-                return self._record(func, traits, args, kwargs)
-
-    def _record(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if traits.indexes and self.is_present:
-            check_bounds(func, args, lambda leaf: self.value(leaf) if leaf.is_meta else leaf)
-        written = written_by(traits, args, kwargs)
-        if traits.is_random:
-            refuse_overlap(written)
-        written_refs = tuple(self.tape.ref(tensor) for tensor in written)
-        replay_args, replay_kwargs = map_leaves(args, self._capture), map_leaves(kwargs, self._capture)
-        if traits.device:
-            device = replay_kwargs.get("device")
-            if device is not None or not tensors((args, kwargs)):
-                replay_kwargs["device"] = self.device
-            if "pin_memory" in kwargs:
-                replay_kwargs.pop("pin_memory")
-                kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
-        position, generator = self._locate(traits, args, kwargs)
-        reads = self._reads(traits, args, kwargs, written_refs)
-        step = Step(
-            index=len(self.tape.steps),
-            func=func,
-            args=replay_args,
-            kwargs=replay_kwargs,
-            outputs=(),
-            reads=reads,
-            written=written_refs,
-            creates=(),
-            overwrites=overwritten_by(self.tape, traits, written_refs, reads),
-            default_dtype=torch.get_default_dtype(),
-            position=position,
-            uninitialized=traits.uninitialized,
-        )
+    @contextmanager
+    def resumed(self, model: nn.Module) -> Iterator[None]:
+        """Record what is done to a model inside; on exit what is new in it is guarded as well."""
+        before = self._num_taken, len(self.tape.steps)
         try:
-            with alone(self.device):
-                result, state = self._geometry(func, traits, args, kwargs, step)
-        except Exception:
-            if position is not None:
-                self._fail_random(func, traits, args, kwargs)
-            raise
-        if traits.fills:
-            remember_fill(func, args)
-        if step.overwrites and any(tuple(t.size()) != ref.size for t, ref in zip(written, written_refs, strict=True)):
-            # An `out=` that was resized: what lies behind its new end is still there.
-            step.reads, step.overwrites = (*reads, *step.overwrites), ()
-        outputs = tensors(result)
-        if not all(map(is_plain, outputs)):
-            # Without a storage there is nothing to record: it becomes real at once.
-            return self._run_unrecorded(step, generator)
-        given = {id(tensor) for tensor in tensors((args, kwargs))}
-        # Not what it was given, which may be a parameter: `swap_tensors` refuses tensors that are held weakly.
-        self.handed_out.extend(weakref.ref(output) for output in outputs if id(output) not in given)
-        if not outputs and not written:
-            return result
-        created = []
-        for output in outputs:
-            if output.is_meta and self.tape.number(output) is None:
-                created.append(self.tape.add_storage(output))
-        if created or written:
-            step.outputs = tuple(self.tape.ref(output) for output in outputs)
-            step.creates = tuple(created)
-            self.tape.add_step(step)
-            if position is not None:
-                assert generator is not None
-                self.replayer.random.follow(generator, position, step, state)
-        return result
+            with self.recording():
+                yield
+        finally:
+            if (self._num_taken, len(self.tape.steps)) != before:
+                self.guard(list(model.modules()))
 
-    def _fail_random(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run a random operation that fails once more, so that the generator stands where it was when it failed."""
+    @contextmanager
+    def joined(self, makes_real: bool = False) -> Iterator[None]:
+        """Have this thread recorded as well, until the recording ends or it leaves the context."""
+        with ExitStack() as stack:
+            stack.enter_context(self.recorder)
+            stack.enter_context(self.impersonation)
+            stack.enter_context(active(self))
+            stack.enter_context(self.factories(makes_real))
+            stack.callback(self.recorder.threads.discard, threading.get_ident())
+            self.recorder.threads.add(threading.get_ident())
+            yield
 
-        def real(leaf: Any) -> Any:
-            return self.value(leaf).clone() if self._is_deferred(leaf) else leaf
+    def followed(self) -> Callable[[], AbstractContextManager[object]] | None:
+        # Where the recorder's mode is off, this thread replays, and the other one helps with that.
+        if not any(mode is self.recorder for mode in _get_current_dispatch_mode_stack()):
+            return None
+        makes_real = self.recorder.makes_real
 
-        with suppress(Exception), torch.no_grad():
-            self._run_random(func, traits, map_leaves(args, real), map_leaves(kwargs, real))
+        def context() -> AbstractContextManager[object]:
+            # Not once the recording has ended, and not twice.
+            return self.joined(makes_real) if self.recorder.threads and not self.is_on else nullcontext()
+
+        return context
+
+    @contextmanager
+    def reopened(self) -> Iterator[None]:
+        self.refuse_other_thread()
+        with turn, self.factories(real=True), self.recorder:
+            is_nested = self.recorder.is_on
+            self.recorder.threads.add(threading.get_ident())
+            try:
+                yield
+            finally:
+                if not is_nested:
+                    self.recorder.threads.clear()
+                    self.recorder.handed_out.clear()
+
+    @contextmanager
+    def factories(self, real: bool) -> Iterator[None]:
+        before = self.recorder.makes_real
+        self.recorder.makes_real = real
+        try:
+            yield
+        finally:
+            self.recorder.makes_real = before
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        before = self.recorder.is_loading
+        self.recorder.is_loading = True
+        try:
+            yield
+        finally:
+            self.recorder.is_loading = before
+
+    def settle(self) -> None:
+        with turn:
+            self.replayer.settle()
+
+    def notice(self, module: nn.Module) -> None:
+        self._modules[id(module)] = weakref.ref(module)
+
+    def notice_parameter(self, parameter: Tensor) -> None:
+        self._parameters.append(parameter)
+
+    def notice_state(self, state: Tensor) -> None:
+        self.recorder.states.notice(state)
+
+    def value(self, tensor: Tensor) -> Tensor:
+        return self.recorder.value(tensor)
+
+    def expose(self, tensor: Tensor) -> Tensor:
+        return self.recorder.expose(tensor)
+
+    def is_exposed(self, tensor: Tensor) -> bool:
+        return self.recorder.exposed.holds(tensor)
+
+    def impersonating(self) -> AbstractContextManager[object]:
+        return self.impersonation
 
     def opaque(
         self, func: Callable[..., Tensor], tensor: Tensor, args: tuple[Any, ...], generator: torch.Generator | None
     ) -> Tensor:
-        """Record a Python function that fills `tensor` with numbers it cannot say beforehand how to draw.
+        return self.recorder.opaque(func, tensor, args, generator)
+
+    def given_by(self, target: Tensor, value: Any) -> TensorGiven | None:
+        return self.recorder.given_by(target, value)
+
+    def holds(self, tensor: Tensor) -> bool:
+        handle = handle_of(tensor)
+        if handle is not None and handle.record.device == self.device:
+            self.adopt_guarded(tensor)
+        return self.tape.number(tensor) is not None
+
+    def adopt_guarded(self, tensor: Tensor) -> None:
+        handle = handle_of(tensor)
+        if handle is None:
+            return
+        refuse_stale(tensor, handle)
+        assert isinstance(handle.record, Record)
+        self.join(handle.record)
+        release(tensor)
+        self._taken.append((tensor, handle.fqn))
+        self._num_taken += 1
+
+    def join(self, other: Record) -> None:
+        """Share a tape with another record, because tensors of the two meet."""
+        old = other.tape
+        if old is self.tape:
+            return
+        other.refuse_other_thread()
+        with turn:
+            self._staying.update(old.addresses())
+            self.recorder.absorb(other.recorder)
+            for generator in other.replayer.random.generators(default_generator(self.device)):
+                # So that replaying gives these back as well as its own.
+                self.replayer.random.locate(generator)
+            sharing = _sharing[self.tape]
+            for record in list(_sharing.pop(old)):
+                record.replayer.tape = self.tape
+                sharing.add(record)
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Let what is made inside stay deferred, also when a `deferred_from` ends."""
+        first = len(self.tape.addresses())
+        try:
+            yield
+        finally:
+            self._staying.update(self.tape.addresses()[first:])
+
+    def survivors(self) -> tuple[list[nn.Module], list[Tensor]]:
+        """Return what would have values by now in eager construction: modules, and the deferred tensors that live.
+
+        Without those that stay deferred.
+        """
+        # Those that only this list knows are gone.
+        parameters = [weakref.ref(parameter) for parameter in self._parameters]
+        self._parameters.clear()
+        self._parameters.extend(parameter for ref in parameters if (parameter := ref()) is not None)
+        modules = _with_children([module for ref in self._modules.values() if (module := ref()) is not None])
+        barren = set[int]()
+        found = [tensor for module in modules for _, _, tensor in held_tensors(module, barren)]
+        found.extend(self._parameters)
+        found.extend(tensor for ref in self.recorder.handed_out if (tensor := ref()) is not None)
+        with torch._C.DisableTorchFunction():
+            tensors = {id(tensor): tensor for tensor in found if self.tape.number(tensor) is not None}
+            return modules, [t for t in tensors.values() if t.untyped_storage()._cdata not in self._staying]
+
+    def give(self, tensor: Tensor, given: Given) -> None:
+        """Record that a deferred tensor's content is what is given, whatever it was before.
 
         Args:
-            func: Called as `func(tensor, *args, generator)` on a real tensor when replayed.
-            tensor: The deferred tensor that it overwrites.
-            args: Plain arguments.
-            generator: An explicit generator, or None for the default one.
+            tensor: A tensor of this record, of the shape of what is given.
+            given: The elements; they are cast to the tensor's dtype when it is made.
         """
-        refuse_overlap([tensor])
-        source = self.generator(generator)
-        # Seen by our own mode, a token that is looked at would be replaced by the state that it stands for.
-        with torch._C.DisableTorchFunction():
-            position = self.replayer.random.locate(source)
-        if self.exposed.holds(tensor):
-            source.set_state(self.replayer.random.state_at(position))
-            with torch._C.DisableTorchFunction(), _disable_current_modes():
-                func(self.exposed.view(tensor), *args, generator)
-        else:
-            ref = self.tape.ref(tensor)
-            is_full = ref.fills(self.tape.size_bytes(ref.storage))
-            step = Step(
-                index=len(self.tape.steps),
-                func=func,
-                args=(ref, *args, generator),
-                kwargs={},
-                outputs=(ref,),
-                reads=() if is_full else (ref.storage,),
-                written=(ref,),
-                creates=(),
-                overwrites=(ref.storage,) if is_full else (),
-                default_dtype=torch.get_default_dtype(),
-                position=position,
-            )
-            self.tape.add_step(step)
-            with torch._C.DisableTorchFunction():
-                self.replayer.random.follow(source, position, step)
-        if not tensor.is_inference():
-            # Autograd has to see a write: what it saved of the old value is stale.
-            torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
-        return tensor
-
-    # -- values --------------------------------------------------------------------------------------------
-
-    def random_state(self) -> Tensor:
-        """Return the true state of the default generator."""
-        random = self.replayer.random
         with turn, torch._C.DisableTorchFunction(), _disable_current_modes():
-            return random.state_at(random.locate(default_generator(self.device))).clone()
+            if self.recorder.exposed.holds(tensor):
+                take(self.recorder.exposed.view(tensor), given)
+            else:
+                self.recorder.overwrite(tensor, given)
+            if not tensor.is_inference():
+                # As for any write: the tensors that share its memory have changed as well.
+                torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
 
-    def value(self, tensor: Tensor) -> Tensor:
-        """Return a real tensor with the value that a deferred tensor has now. It must not be written to."""
-        with torch._C.DisableTorchFunction():
-            return self.exposed.view(tensor) if self.exposed.holds(tensor) else self._values.of(tensor)
+    def of_lazy(self, value: Any) -> Tensor | None:
+        """Return a deferred tensor for one that its library has not read yet, or None for any other value.
 
-    def expose(self, tensor: Tensor) -> Tensor:
-        """Return a real tensor that shares memory with a deferred one, from here on until the end."""
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
-            if not self.exposed.holds(tensor):
-                number = self.tape.number(tensor)
-                assert number is not None, "not a deferred tensor of this tape"
-                self.exposed.add(number, self._values.of_storage(number))
-            return self.exposed.view(tensor)
-
-    def adopt(self, real: Tensor) -> Tensor:
-        """Return a deferred tensor that shares memory with a real one."""
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
-            return self.exposed.adopt(real)
-
-    def _geometry(
-        self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step
-    ) -> tuple[Any, Tensor | None]:
-        """Find the result's geometry; where that needs values, run the operation for real and keep only that."""
-        try:
-            if traits.looks_at_values or self._mixes_devices(func, args, kwargs):
-                raise NotImplementedError
-            if not traits.wrong_on_meta and not is_doubtful(func, args, kwargs):
-                return result_on_meta(func, args, kwargs, traits.fills), None
-            if traits.is_random or not (traits.wrong_on_meta or torch.Tag.pointwise in func.tags):
-                raise NotImplementedError
-            result = result_on_stand_ins(func, args, kwargs)
-            trust(func, args, kwargs)
-            return result, None
-        except Exception:
-            # No meta kernel, a value that is needed, or a plain mistake of the user's: the real run tells.
-            real_args, real_kwargs, result, state = self.replayer.execute_unrecorded(step)
-            trust(func, args, kwargs)
-            if not all(map(is_plain, tensors(result))):
-                return result, state
-            originals = dict(zip(map(id, tensors((real_args, real_kwargs))), tensors((args, kwargs)), strict=True))
-
-            def counterpart(leaf: Any) -> Any:
-                return originals.get(id(leaf), to_meta(leaf))
-
-            return map_leaves(result, counterpart), state
-
-    def _mixes_devices(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether real tensors of another device take part, which most operations refuse."""
-        return (
-            self.device.type != "cpu"
-            and self.is_present
-            and func is not aten.copy_.default
-            and any(
-                not tensor.is_meta and tensor.device.type != self.device.type and tensor.dim() > 0
-                for tensor in tensors((args, kwargs))
-            )
-        )
-
-    def _run_unrecorded(self, step: Step, generator: Generator | None) -> Any:
-        _, _, result, state = self.replayer.execute_unrecorded(step)
-        if generator is not None and state is not None:
-            generator.set_state(state)
-        return result
-
-    def _reads(
-        self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], written: tuple[TensorRef, ...]
-    ) -> tuple[int, ...]:
-        looked_at = (tensor for tensor in read_by(traits, args, kwargs) if not self.exposed.holds(tensor))
-        return needed_by(self.tape, looked_at, written)
-
-    def _locate(
-        self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Position | None, Generator | None]:
-        if not traits.is_random:
-            return None, None
-        generator = self._generator(args, kwargs)
-        return self.replayer.random.locate(generator), generator
-
-    def _generator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator:
-        explicit = next((leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Generator)), None)
-        return self.generator(explicit)
-
-    def generator(self, explicit: torch.Generator | None) -> Generator:
-        """Return the generator that a step draws from: the one it is given, or the default one of our device.
-
-        Raises:
-            RuntimeError: It is given one of another kind of device, which torch refuses as well.
+        Args:
+            value: Anything; see `given_of_lazy`. Call this while the record records and factories defer.
         """
-        if explicit is None:
-            return default_generator(self.device)
-        if explicit.device.type != self.device.type:
-            raise RuntimeError(
-                f"Expected a '{self.device.type}' device type for generator but found '{explicit.device.type}'"
+        # The whole memory first: the tensor is a view on it, and may be a transposed one.
+        given = memory_of_lazy(value) or given_of_lazy(value)
+        if given is None:
+            return None
+        made = torch.empty(given.shape, dtype=given.dtype, device=self.device)
+        if made.numel():
+            self.give(made, given)
+        size, stride = value.rebuild_args[1:3]
+        return made if made.shape == tuple(size) else made.as_strided(size, stride)
+
+    def convert(self, tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
+        """Record a conversion of a deferred tensor as one step, and return what it makes, deferred.
+
+        Args:
+            tensor: A tensor of this record.
+            conversion: What to make of it.
+        """
+        with turn, torch._C.DisableTorchFunction(), _disable_current_modes():
+            if self.recorder.exposed.holds(tensor):
+                return tuple(map(self.recorder.adopt, converted(self.recorder.exposed.view(tensor), conversion)))
+            ref = self.tape.ref(tensor)
+            layout = conversion.layout(ref.size, ref.dtype)
+            outs = tuple(torch.empty(out.shape, dtype=out.dtype, device="meta") for out in layout.outputs)
+            creates = tuple(map(self.tape.add_storage, outs))
+            step = self.tape.step(
+                converted,
+                (ref, conversion),
+                outputs=tuple(map(self.tape.ref, outs)),
+                reads=(ref.storage,),
+                creates=creates,
             )
-        return explicit
+            self.tape.append(step)
+            for out in outs:
+                self.recorder.hand_out(out)
+            return outs
 
-    # -- real tensors --------------------------------------------------------------------------------------
+    def converted(self, storage: int) -> Step | None:
+        """Return the conversion that makes a storage of the tape, if nothing has written to it since."""
+        writers = self.tape.writers(storage)
+        step = self.tape.steps[writers[0]] if len(writers) == 1 else None
+        return step if step is not None and step.func is converted else None
 
-    def _adopted(self, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf if leaf.is_meta else self.adopt(leaf)
-        if isinstance(leaf, torch.UntypedStorage) and leaf.device.type != "meta":
-            whole = torch.empty(0, dtype=torch.uint8, device=leaf.device).set_(leaf)
-            return self.adopt(whole).untyped_storage()
-        return leaf
+    def make(
+        self, storage: int, device: torch.device, scratch: torch.UntypedStorage | None = None
+    ) -> torch.UntypedStorage:
+        """Make the content of one storage of the tape on a device; see `Replayer.storage`.
 
-    def _resolve(self, leaf: Any) -> Any:
-        return self.value(leaf) if self._is_deferred(leaf) else leaf
+        Where some of its tensors have been made before, and are still there, the others share their memory.
+        """
+        if scratch is not None:
+            return self.replayer.storage(storage, device, scratch)
+        made = self.tape.made(storage)
+        if made is None or made.device.type != device.type or device.index not in (None, made.device.index):
+            made = self.replayer.storage(storage, device)
+            self.tape.keep_made(storage, made)
+        return made
 
-    def _is_deferred(self, leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and self.tape.number(leaf) is not None
+    def pieces(self, storage: int, end: int | None = None) -> Pieces | None:
+        """Return how ranges of one storage of the tape are made, or None; see `nucleate.deferred.replay.ranges`.
 
-    def _capture(self, leaf: Any) -> Any:
-        """Turn an argument into what the tape keeps of it."""
-        if isinstance(leaf, torch.device) and leaf.type == "meta":
-            return self.device
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if self.exposed.holds(leaf):
-            return Constant(self.exposed.view(leaf).clone())
-        if self.tape.number(leaf) is not None:
-            return self.tape.ref(leaf)
-        if leaf.is_meta:
-            raise NotImplementedError(
-                f"a tensor of shape {tuple(leaf.shape)} on the meta device has no value that a deferred tensor could "
-                "take. Make it on the device of the model."
+        Args:
+            storage: The storage's number.
+            end: As it was before the step with this index; by default, as it is at the end.
+        """
+        if end is None and self.tape.made(storage) is not None:
+            return None
+        return pieces_of(self.tape, self.replayer.random, storage, end)
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Return a context that makes many calls of `make` cheaper; autograd and torch's modes are off in it."""
+        with turn, self.replayer.plain_torch():
+            yield
+
+    def _meet(self, tensor: Tensor) -> None:
+        record = _record_by_storage(tensor)
+        if record is not None and record.device == self.device:
+            self.join(record)
+
+    def refuse_other_thread(self) -> None:
+        threads = {thread for record in list(_sharing[self.tape]) for thread in record.recorder.threads}
+        if threads and threading.get_ident() not in threads:
+            raise DeferredUseError(
+                "this deferred tensor belongs to a model that another thread is constructing or editing. Wait until "
+                "that thread has left its `init_module` block."
             )
-        return self._constants.of(leaf)
 
-    def _run_plain(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation on real tensors."""
-        self._constants.before_writes(written_by(traits, args, kwargs))
-        return func(*args, **kwargs)
+    def _end(self) -> None:
+        with turn:
+            self.recorder.threads.clear()
+            self.recorder.onset = None
 
-    def _run_random(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a random operation on a real tensor now, from the generator's true state."""
-        written = written_by(traits, args, kwargs)
-        self._constants.before_writes(written)
-        generator: Generator | None = next(
-            (leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Generator)), None
-        )
-        if generator is None:
-            device = written[0].device if written else _device_of(args, kwargs)
-            if device.type == "meta":
-                return func(*args, **kwargs)
-            generator = default_generator(device)
-        program = self.replayer.random
-        position = program.locate(generator)
-        generator.set_state(program.state_at(position))
-        # The state behind it is a plain one: the next random step starts a new chain from it.
-        return func(*args, **kwargs)
+    def _settle(self) -> None:
+        try:
+            self.settle()
+        except BaseException:
+            # An interrupt, most likely: this takes a while. No generator may be left with a state that is none.
+            self.replayer.settle()
+            raise
+
+    def _guard_all(self) -> None:
+        alive = [module for ref in self._modules.values() if (module := ref()) is not None]
+        self._modules.clear()
+        modules = _with_children(alive)
+        barren = set[int]()
+        held = [(module, name, tensor) for module in modules for _, name, tensor in held_tensors(module, barren)]
+        self.recorder.states.settle_all(tensor for _, _, tensor in held)
+        self._guard(modules, held)
+
+    def guard(self, modules: list[nn.Module]) -> None:
+        """Guard the deferred tensors that modules hold, and those that the caller kept."""
+        barren = set[int]()
+        held = [(module, name, tensor) for module in modules for _, name, tensor in held_tensors(module, barren)]
+        self._guard(modules, held)
+
+    def _guard(self, modules: list[nn.Module], held: list[tuple[nn.Module, str, Tensor]]) -> None:
+        new = [each for each in held if handle_of(each[2]) is None and self.tape.number(each[2]) is not None]
+        names = _names(modules) if new else {}
+        for module, name, tensor in new:
+            prefix = names.get(id(module), type(module).__name__)
+            guard(tensor, self, f"{prefix}.{name}" if prefix else name)
+        for tensor, fqn in self._taken:
+            if handle_of(tensor) is None and self.tape.number(tensor) is not None:
+                guard(tensor, self, fqn)
+        # What no module holds: aliases that the caller kept, through which an edit would be lost as well.
+        for stray in (*self._parameters, *(reference() for reference in self.recorder.handed_out)):
+            if stray is not None and handle_of(stray) is None and self.tape.number(stray) is not None:
+                guard(stray, self, f"a {type(stray).__name__} of shape {tuple(stray.shape)}")
+        self._taken.clear()
+        self._parameters.clear()
+        # `swap_tensors` refuses tensors that are held weakly.
+        self.recorder.handed_out.clear()
 
 
-def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    """Return the device of what an operation makes."""
-    device: torch.device | None = kwargs.get("device")
-    if device is None:
-        device = next((tensor.device for tensor in tensors((args, kwargs))), None)
-    return torch.device("cpu") if device is None else device
+def record_of(tensor: Tensor) -> Record | None:
+    """Return the record of a deferred tensor, also while it is being constructed, or None for any other tensor."""
+    handle = handle_of(tensor)
+    if handle is not None:
+        assert isinstance(handle.record, Record)
+        return handle.record
+    return _record_by_storage(tensor)
+
+
+def _record_by_storage(tensor: Tensor) -> Record | None:
+    tape = tape_of(tensor)
+    return None if tape is None else next(iter(_sharing.get(tape, ())), None)
+
+
+def _with_children(modules: list[nn.Module]) -> list[nn.Module]:
+    """Return modules and all that they contain, each once."""
+    found: dict[int, nn.Module] = {}
+    waiting = modules[::-1]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
+    return list(found.values())
+
+
+def _names(modules: list[nn.Module]) -> dict[int, str]:
+    """Name modules from the outermost one, as `named_modules` does."""
+    children = {id(child) for module in modules for child in module._modules.values()}
+    names: dict[int, str] = {}
+    for root in modules:
+        if id(root) not in children:
+            for name, module in root.named_modules():
+                names.setdefault(id(module), name)
+    return names

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
-from nucleate.deferred.context import Record
-from nucleate.deferred.copies import look
-from nucleate.deferred.handle import handle_of
-from nucleate.deferred.held import held_tensors
-from nucleate.deferred.tape import Constant, Step, TensorRef
+from nucleate.deferred.guards.handle import handle_of, is_shared
+from nucleate.deferred.impersonation.deepcopy import look
+from nucleate.deferred.module_tensors import held_tensors
+from nucleate.deferred.record import Record
+from nucleate.deferred.tape.steps import Constant, Step, TensorRef
 from nucleate.errors import DeferredEditError, name_list
 
 
@@ -33,6 +33,13 @@ def stand_ins(model: nn.Module, record: Record, excepted: Collection[Tensor]) ->
         record: It is recording.
         excepted: The tensors that stay in place.
     """
+    barren = set[int]()
+    for module in model.modules():
+        for _, _, tensor in held_tensors(module, barren):
+            handle = handle_of(tensor)
+            # A stand-in is made and compared without the guard.
+            if handle is not None and handle.record.device == record.device and not is_shared(tensor, handle):
+                record.adopt_guarded(tensor)
     cast = _Cast(record, {id(tensor) for tensor in excepted})
     try:
         for module in model.modules():
@@ -185,19 +192,9 @@ class _Cast:
             stands_for = torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")
             real = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         number = tape.add_storage(stands_for)
-        step = Step(
-            index=len(tape.steps),
-            func=_content,
-            args=(Constant(real), self._record.device),
-            kwargs={},
-            outputs=(TensorRef(number, torch.uint8, (storage.nbytes(),), (1,), 0, False, False),),
-            reads=(),
-            written=(),
-            creates=(number,),
-            overwrites=(),
-            default_dtype=torch.get_default_dtype(),
-        )
-        tape.add_step(step)
+        ref = TensorRef(number, torch.uint8, (storage.nbytes(),), (1,), 0, False, False)
+        args = (Constant(real), self._record.device)
+        step = tape.append(tape.step(_content, args, outputs=(ref,), creates=(number,)))
         self._real.append((step, stands_for))
         with torch._C.DisableTorchFunction():
             return stands_for.untyped_storage()

@@ -76,7 +76,7 @@ def _lazily(plain: Any) -> Any:
 
 
 def _deferred(lazy: Any) -> Tensor | None:
-    from nucleate.checkpoint.binding import defers
+    from nucleate.checkpoint.loading import defers
 
     device = torch.device(lazy.storageinfo[3])
     if not is_recording() or not defers(device):

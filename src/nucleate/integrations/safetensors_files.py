@@ -51,15 +51,15 @@ class _Opened:
     @property
     def is_bound(self) -> bool:
         """Whether this thread gets deferred tensors."""
-        from nucleate.checkpoint.binding import defers
+        from nucleate.checkpoint.loading import defers
 
         return defers(self._device)
 
     def tensor(self, key: str) -> Tensor | None:
         """Return a deferred tensor, or None where the library has to do it."""
-        from nucleate.checkpoint.binding import bound
-        from nucleate.checkpoint.files import DataFile
+        from nucleate.checkpoint.loading import bound
         from nucleate.checkpoint.readers.safetensors_file import SafetensorsFile
+        from nucleate.checkpoint.stored import DataFile
 
         if not self.is_bound:
             return None

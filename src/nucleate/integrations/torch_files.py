@@ -22,7 +22,7 @@ from nucleate.errors import CheckpointError
 from nucleate.integrations.scoped import FileIntegration, Scoped, put
 
 if TYPE_CHECKING:
-    from nucleate.checkpoint.files import DataFile
+    from nucleate.checkpoint.stored import DataFile
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size, torch.device)
 
@@ -66,8 +66,8 @@ class _NotBoundError(Exception):
 
 def _load(plain: Any, path: str | os.PathLike[str], map_location: Any) -> Any:
     """Return what `torch.load` returns, with deferred tensors."""
-    from nucleate.checkpoint.binding import defers
-    from nucleate.checkpoint.files import DataFile
+    from nucleate.checkpoint.loading import defers
+    from nucleate.checkpoint.stored import DataFile
 
     try:
         file = DataFile(path)
@@ -97,8 +97,7 @@ def _load(plain: Any, path: str | os.PathLike[str], map_location: Any) -> Any:
 
 def _records(file: DataFile) -> tuple[dict[int, int], set[str]]:
     """Return where storages lie in a torch file and how long they are, and the devices that they were saved from."""
-    from nucleate.checkpoint.readers.torch_archive import prefix_of
-    from nucleate.checkpoint.readers.zip_directory import ZipDirectory
+    from nucleate.checkpoint.readers.torch import ZipDirectory, prefix_of
 
     if not file.size_bytes or file.read(0, min(2, file.size_bytes)) != b"PK":
         raise _NotBoundError
@@ -258,7 +257,7 @@ class _Binder:
 
     def _on_storage(self, storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor on what a storage becomes, as another one of the same storage has it already."""
-        from nucleate.checkpoint.binding import bound
+        from nucleate.checkpoint.loading import bound
         from nucleate.checkpoint.stored import StoredTensor
 
         size_bytes, offset = storage.nbytes(), storage._checkpoint_offset

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nucleate.deferred import Handle, handle_of, held_tensors, is_recording
 from nucleate.deferred.active import wants_real
 from nucleate.deferred.context import deferred_from
-from nucleate.deferred.guard import guard
+from nucleate.deferred.guards import guard
 from nucleate.errors import name_list
 from nucleate.materialize.execute import execute
 from nucleate.materialize.plan import Holder, Plan

@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nucleate.deferred import Conversion, Layout, Record
-from nucleate.deferred.fills import is_contiguous
+from nucleate.deferred import Conversion, Cursors, Layout, Pieces, Record
+from nucleate.deferred.randomness import is_contiguous
 from nucleate.deferred.replay import backward_slice, view
 from nucleate.deferred.tape import Step, TensorRef
 from nucleate.devices import Staging, casts_there
 from nucleate.devices.staging import fits
 from nucleate.errors import ConversionError
+from nucleate.layout import flat_start
 from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.parts import Part, Range
 from nucleate.materialize.plan import Group
-from nucleate.materialize.shards import flat_start
-from nucleate.materialize.source import Cursors, Pieces, is_moved_to, moved_to, pieces_on_host
+from nucleate.materialize.recipe import is_moved_to, moved_to, pieces_on_host
 
 
 @dataclass(slots=True)

@@ -23,10 +23,9 @@ from nucleate.cluster.numerics import (
     fingerprint,
     read_facts,
 )
-from nucleate.deferred.given import take
-from nucleate.deferred.random_program import Run
+from nucleate.deferred.elements import take
 from nucleate.deferred.replay import backward_slice, view
-from nucleate.deferred.tape import Constant, Step, TensorRef, map_leaves
+from nucleate.deferred.tape import Constant, Run, Step, TensorRef, map_leaves
 from nucleate.materialize.plan import Group, Plan
 
 #: torch splits an operation on more elements over threads (`at::internal::GRAIN_SIZE`, aten/src/ATen/Parallel.h), and

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nucleate.deferred import Cursors, Pieces
 from nucleate.devices import casts_there
 from nucleate.materialize.parts import Part, Placed, parts_of
-from nucleate.materialize.source import Cursors, Pieces
 
 #: Rows of so many elements that do not lie one behind the other on a device are cut further.
 MAX_ROW_NUMEL = 1 << 20

@@ -1,4 +1,4 @@
-"""Execute a plan: the only place where memory for parameters is taken.
+"""Execute a plan: each value is made once, in its final place.
 
 One storage at a time is made and handed on: swapped into the tensor that stood for it, so that every reference
 to that tensor (ties, optimizers, lists) sees the value; or, where a strategy has sharded the parameter in the
@@ -16,22 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nucleate.deferred.elements import TensorGiven
 from nucleate.deferred.replay import view
-from nucleate.deferred.tensor_given import TensorGiven
 from nucleate.devices import concrete
 from nucleate.errors import UninitializedError, name_list
 from nucleate.materialize.conversions import Conversions
 from nucleate.materialize.device_parts import parts_on
+from nucleate.materialize.handover import swap, unmark_released
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.memory import FreshMemory
 from nucleate.materialize.parts import Part
 from nucleate.materialize.plan import Group, Holder, Plan, Target
 from nucleate.materialize.reading import read_into
-from nucleate.materialize.released import unmark_released
+from nucleate.materialize.recipe import is_moved_to
 from nucleate.materialize.resetting import reset
 from nucleate.materialize.shards import allocate_shards, fill, parts_of_shard, take_back_shards
-from nucleate.materialize.source import is_moved_to
-from nucleate.materialize.swapping import swap
 
 _logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from nucleate.deferred import Cursors
 from nucleate.devices import Staging
 from nucleate.devices.staging import aligned
 from nucleate.materialize.memory import FreshMemory
 from nucleate.materialize.parts import Part
-from nucleate.materialize.source import Cursors
 from nucleate.report.meter import Meter
 
 #: Less work than this is done by one thread.

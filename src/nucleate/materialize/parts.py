@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nucleate.deferred import Cursors, Pieces
 from nucleate.devices import Staging
-from nucleate.materialize.source import Cursors, Pieces
+from nucleate.layout import merged
 
 #: Shorter ranges are cut out of whole rows.
 MIN_RANGE_NUMEL = 1 << 12
@@ -209,19 +210,3 @@ def parts_of(pieces: Pieces, base: int, shape: Sequence[int], offsets: Sequence[
         return
     for row in range(size[0]):
         yield from parts_of(pieces, base + (first[0] + row) * inner, whole[1:], first[1:], rows[row])
-
-
-def merged(
-    shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
-) -> tuple[list[int], list[int], list[int]]:
-    """Merge dimensions that the box covers into the one before them."""
-    whole, first, size = [1], [0], [1]
-    for length, offset, wanted in zip(shape, offsets, sizes, strict=True):
-        covers = wanted == length
-        if covers or whole[-1] == 1:
-            whole[-1], first[-1], size[-1] = whole[-1] * length, first[-1] * length + offset, size[-1] * wanted
-        else:
-            whole.append(length)
-            first.append(offset)
-            size.append(wanted)
-    return whole, first, size

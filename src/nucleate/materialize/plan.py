@@ -13,18 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred import Record, handle_of, held_tensors, release
-from nucleate.deferred.assigned import retie
-from nucleate.deferred.coverage import is_written
-from nucleate.deferred.guard import guard
-from nucleate.deferred.handle import is_edited
+from nucleate.deferred import Record, handle_of, held_tensors, record_of, release
+from nucleate.deferred.guards import guard, is_edited, retie
 from nucleate.deferred.replay import backward_slice
-from nucleate.deferred.tape import TensorRef
+from nucleate.deferred.tape import TensorRef, is_written
 from nucleate.devices import is_present
 from nucleate.errors import DeferredEditError, DeferredUseError, NucleateError, UninitializedError, name_list
-from nucleate.materialize.released import mark_released, unmark_released
-from nucleate.materialize.shards import is_sharded
-from nucleate.materialize.source import Recipe
+from nucleate.layout import is_sharded
+from nucleate.materialize.handover import mark_released, unmark_released
+from nucleate.materialize.recipe import Recipe
 from nucleate.materialize.vacancies import refuse_recording
 
 
@@ -183,11 +180,12 @@ class Plan:
                 continue
             target = targets.get(id(tensor))
             if target is None:
-                tape = handle.record.tape
-                ref = tape.ref(tensor)
+                record = record_of(tensor)
+                assert record is not None
+                ref = record.tape.ref(tensor)
                 target = targets[id(tensor)] = Target(tensor, ref, handle.cls)
                 # Records may share a tape.
-                group = groups.setdefault((id(tape), ref.storage), Group(Recipe(handle.record, ref.storage), []))
+                group = groups.setdefault((id(record.tape), ref.storage), Group(Recipe(record, ref.storage), []))
                 group.targets.append(target)
             target.holders.append(holder)
         if foreign:

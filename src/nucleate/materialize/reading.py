@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from nucleate.deferred import Cursors, Given, Pieces
-from nucleate.deferred.given import take
-from nucleate.deferred.strided import boxes
+from nucleate.deferred.elements import take
+from nucleate.deferred.replay import boxes
+from nucleate.layout import is_sharded, offsets_of
 from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.parts import Part, parts_of
-from nucleate.materialize.shards import fill, is_sharded, offsets_of
+from nucleate.materialize.shards import fill
 
 
 class GivenBox(Given):

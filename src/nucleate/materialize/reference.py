@@ -12,17 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nucleate.deferred.cursors import Cursors
-from nucleate.deferred.live_writes import pieces_of
-from nucleate.deferred.mersenne_twister import Workspace, draw
-from nucleate.deferred.pieces import Pieces
-from nucleate.deferred.random_program import Position, RandomProgram, Run
-from nucleate.deferred.replay import Replayer
-from nucleate.deferred.streams import moved
-from nucleate.deferred.tape import Step
+from nucleate.deferred.randomness import Cursors, RandomProgram, Workspace, draw, moved
+from nucleate.deferred.replay import Pieces, Replayer, pieces_of
+from nucleate.deferred.tape import Position, Run, Step
 from nucleate.devices.generators import Generator
 from nucleate.materialize.parts import parts_of
-from nucleate.materialize.source import Recipe
+from nucleate.materialize.recipe import Recipe
 
 # States that are kept for each run, so that going back a little does not mean to draw it all again.
 _NUM_KEPT = 64

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from nucleate.deferred import handle_of, held_tensors, is_recording
 from nucleate.deferred.adoption import adopt, is_adoptable
-from nucleate.deferred.coverage import is_written
-from nucleate.deferred.handle import is_edited
+from nucleate.deferred.guards import is_edited
+from nucleate.deferred.tape import is_written
 from nucleate.errors import UsageError
-from nucleate.materialize.released import is_released
+from nucleate.materialize.handover import is_released
 
 
 @dataclass(slots=True)

@@ -16,17 +16,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nucleate.cluster.agreement import differing_copies
 from nucleate.cluster.communicator import Communicator
 from nucleate.deferred import Cursors, Pieces, held_tensors
-from nucleate.deferred.fills import is_contiguous
+from nucleate.deferred.randomness import is_contiguous
 from nucleate.deferred.replay import backward_slice, view
 from nucleate.deferred.tape import TensorRef
 from nucleate.errors import VerificationError, name_list
+from nucleate.layout import cut, is_sharded, offsets_of
+from nucleate.layout.agreement import differing_copies
 from nucleate.materialize.parts import parts_of
 from nucleate.materialize.plan import Group, Plan, Target
 from nucleate.materialize.reference import Reference
-from nucleate.materialize.shards import cut, is_sharded, offsets_of
 
 #: A sample remakes at most so many elements, intermediate results included.
 SAMPLE_NUMEL = 1 << 24

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from nucleate.deferred import handle_of
 from nucleate.precision.fixed_dtype import FixedDtype
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,7 +56,9 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     }
     for parameter in model.parameters():  # Each object once, however often it is tied.
         if parameter.dtype in FLOATING and parameter.dtype != dtype and id(parameter) not in fixed:
-            plain = type(parameter) is nn.Parameter and not parameter.is_sparse
+            handle = handle_of(parameter)
+            cls = type(parameter) if handle is None else handle.cls
+            plain = cls is nn.Parameter and not parameter.is_sparse
             sharing[parameter.untyped_storage()._cdata if plain else -id(parameter)].append(parameter)
     for parameters in sharing.values():
         if len(parameters) == 1 or len({parameter.dtype for parameter in parameters}) > 1:

@@ -9,8 +9,8 @@ from inspect import signature
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nucleate.cluster.agreement import broadcast_real, verify_replicas
 from nucleate.cluster.communicator import Communicator
+from nucleate.layout.agreement import broadcast_real, verify_replicas
 from nucleate.materialize import Plan, execute
 from nucleate.strategies.base import Strategy
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nucleate.cluster.agreement import broadcast_real, verify_replicas
 from nucleate.cluster.communicator import Communicator
 from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError, name_list
+from nucleate.layout.agreement import broadcast_real, verify_replicas
 from nucleate.materialize import Plan, execute
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.sharded_class import make_shardable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from nucleate.errors import ConfigurationError
-from nucleate.materialize import materialize
+from nucleate.materialize import Plan, execute
 from nucleate.strategies.base import Strategy
 
 if TYPE_CHECKING:
@@ -39,4 +39,8 @@ class SingleDeviceStrategy(Strategy):
 
     def setup(self, model: nn.Module) -> nn.Module:
         """Make what is deferred, on the device."""
-        return materialize(model, self.device)
+        plan = Plan.of(model)
+        plan.check_device(self.device)
+        plan.release()
+        execute(plan, model, self.device)
+        return model

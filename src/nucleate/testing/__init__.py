@@ -28,6 +28,7 @@ pytest.register_assert_rewrite(
     "nucleate.testing.precision",
     "nucleate.testing.reader",
     "nucleate.testing.strategy",
+    "nucleate.testing.writer",
 )
 
 from nucleate.testing.accelerator import AcceleratorSuite  # noqa: E402
@@ -37,6 +38,7 @@ from nucleate.testing.models import MODELS, TinyConvNet, TinyModel, TinyOdd, Tin
 from nucleate.testing.precision import PrecisionSuite  # noqa: E402
 from nucleate.testing.reader import ReaderSuite  # noqa: E402
 from nucleate.testing.strategy import StrategySuite  # noqa: E402
+from nucleate.testing.writer import WriterSuite  # noqa: E402
 
 __all__ = [
     "MODELS",
@@ -51,6 +53,7 @@ __all__ = [
     "TinyOdd",
     "TinyRecurrent",
     "TinyTransformer",
+    "WriterSuite",
     "assert_peak_memory_below",
     "peak_memory",
 ]

@@ -169,7 +169,7 @@ class PrecisionSuite(ABC):
             pytest.skip("torch cannot run it in this precision")
         runtime = self.make_runtime()
         with runtime.init_module(empty_init=False):
-            model = model_class()
+            model: Any = model_class()
         model = runtime.setup(model)
         output = model(model.sample().to(device))
         assert output.dtype in (torch.get_default_dtype(), runtime.precision.dtype)
@@ -243,7 +243,7 @@ class PrecisionSuite(ABC):
         runtime = self.make_runtime()
         if not runtime.precision.scales_gradients:
             pytest.skip("this precision does not scale gradients")
-        model = TinyOdd()
+        model: Any = TinyOdd()
         model, optimizer = runtime.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
         before = [p.detach().clone() for p in model.parameters()]
         runtime.backward(model.loss(model(model.sample().to(device))) * float("inf"))

@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint.contents import Contents
 from nucleate.checkpoint.readers import Reader, open_checkpoint
-from nucleate.checkpoint.stored import StoredTensor
+from nucleate.checkpoint.stored import Contents, StoredTensor
 from nucleate.errors import CheckpointError
 
 ALL_DTYPES = (

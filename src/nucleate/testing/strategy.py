@@ -88,7 +88,7 @@ class StrategySuite(ABC):
         expected, expected_next = self._eager(model_class)
         torch.manual_seed(SEED + runtime.global_rank)
         with runtime.init_module(empty_init=empty_init):
-            model = model_class()
+            model: nn.Module = model_class()
         model = runtime.setup(model)
         actual_next = torch.rand(3)
         assert torch.equal(actual_next, expected_next), "the random stream ends elsewhere than eager's"
@@ -113,7 +113,7 @@ class StrategySuite(ABC):
             assert not tensor.is_meta, name
 
     def test_a_real_model_keeps_its_values(self, runtime: Runtime) -> None:
-        model = TinyOdd()
+        model: nn.Module = TinyOdd()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(0.25)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, final
@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nucleate.devices import made_current
 from nucleate.devices.kinds import module_moves
-from nucleate.errors import UsageError
+from nucleate.errors import UsageError, name_list
 from nucleate.precision.base import Precision
 from nucleate.strategies.base import Strategy
 
@@ -278,3 +278,26 @@ for _name in (
     *("to", "to_empty", "type", *module_moves(), "float", "double", "half", "bfloat16", "_apply"),
 ):
     setattr(ModuleWrapper, _name, _delegate(_name))
+
+
+def refuse_set_up(model: nn.Module, models: Container[nn.Module]) -> None:
+    """Refuse what is no model, and a model that was set up, or has a part that was.
+
+    Args:
+        model: What `setup` was given.
+        models: The original models that were set up.
+
+    Raises:
+        UsageError: It is no module, or was set up before.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"setup takes a torch.nn.Module first, then optimizers; got {type(model).__name__}.")
+    if isinstance(model, ModuleWrapper) or model in models:
+        raise UsageError(
+            f"this {type(getattr(model, 'module', model)).__name__} has been set up already. Use the model that "
+            "`setup` returned."
+        )
+    # A wrapper in the tree shows as the model that it wraps.
+    inside = [name for name, module in model.named_modules() if module in models]
+    if inside:
+        raise UsageError(f"{name_list(inside)} of this model has been set up already. Set up the whole model once.")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint.contents import Contents
-from nucleate.checkpoint.stored import StoredTensor
+from nucleate.checkpoint.stored.contents import Contents
+from nucleate.checkpoint.stored.tensor import StoredTensor
 
 
 @contextmanager

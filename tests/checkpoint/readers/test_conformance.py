@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from nucleate.checkpoint.readers import Reader
-from nucleate.checkpoint.readers.dcp import DCPReader
+from nucleate.checkpoint.readers.dcp.dcp import DCPReader
 from nucleate.checkpoint.readers.safetensors import SafetensorsReader
-from nucleate.checkpoint.readers.torch_file import TorchReader
+from nucleate.checkpoint.readers.torch.torch_file import TorchReader
 from nucleate.testing import ReaderSuite
 from nucleate.testing.reader import ALL_DTYPES
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from nucleate.checkpoint import save
 from nucleate.checkpoint.readers import open_checkpoint
-from nucleate.checkpoint.readers.dcp import DCPReader
+from nucleate.checkpoint.readers.dcp.dcp import DCPReader
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError, CheckpointNotFoundError
 from tests.checkpoint.readers.reading import same_bits, tensor_at, whole

@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from nucleate.checkpoint.contents import Contents
 from nucleate.checkpoint.readers import Reader, open_checkpoint, reader_for
+from nucleate.checkpoint.stored.contents import Contents
 from nucleate.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, PluginNotFoundError
 from nucleate.registry import READERS
 from tests.checkpoint.readers.reading import as_nobody, entry, write_raw

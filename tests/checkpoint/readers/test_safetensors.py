@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nucleate.checkpoint.readers import open_checkpoint
 from nucleate.checkpoint.readers.safetensors_file import DTYPES
-from nucleate.checkpoint.values import encode
+from nucleate.checkpoint.state.values import encode
 from nucleate.errors import CheckpointError, CheckpointKeyError, CheckpointNotFoundError
 from tests.checkpoint.readers.reading import entry, same_bits, tensor_at, whole, write_raw
 

@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from torch import Tensor, nn
 
 from nucleate.checkpoint.readers import open_checkpoint
-from nucleate.checkpoint.tree import join
+from nucleate.checkpoint.state.tree import join
 from nucleate.errors import CheckpointError, CheckpointNotFoundError
 from tests.checkpoint.readers.reading import same_bits, tensor_at, whole
 from tests.checkpoint.trees import same, trees

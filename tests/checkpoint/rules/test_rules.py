@@ -22,7 +22,7 @@ from nucleate.checkpoint import (
     transpose,
     unstack,
 )
-from nucleate.checkpoint.renaming import Item, Renaming
+from nucleate.checkpoint.rules.renaming import Item, Renaming
 from nucleate.errors import CheckpointKeyError, ConfigurationError, ShapeMismatchError
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nucleate import Runtime
-from nucleate.checkpoint import concatenate, files, inverse, open_checkpoint, permute_heads, stack, transpose
+from nucleate.checkpoint import concatenate, inverse, open_checkpoint, permute_heads, stack, transpose
 from nucleate.checkpoint.rules.rule import Rule
+from nucleate.checkpoint.stored import data_file
 from nucleate.cluster import process_group
 from nucleate.errors import CheckpointError, CheckpointKeyError, RankFailedError
 from nucleate.strategies import DDPStrategy, FSDPStrategy, Strategy
@@ -87,14 +88,14 @@ def owned_bytes(model: nn.Module) -> int:
 @contextmanager
 def counted() -> Iterator[list[int]]:
     sizes: list[int] = []
-    real = files.DataFile.read_into
+    real = data_file.DataFile.read_into
 
     def read_into(self: Any, address: int, size_bytes: int, offset: int) -> None:
         sizes.append(size_bytes)
         real(self, address, size_bytes, offset)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files.DataFile, "read_into", read_into)
+        patch.setattr(data_file.DataFile, "read_into", read_into)
         yield sizes
 
 

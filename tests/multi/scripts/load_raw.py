@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nucleate import Runtime
-from nucleate.checkpoint import files, raw
+from nucleate.checkpoint import raw_loader
+from nucleate.checkpoint.stored import data_file
 from nucleate.cluster import process_group
 from nucleate.errors import CheckpointError, CheckpointKeyError, RankDisagreementError, RankFailedError
 from nucleate.strategies import DDPStrategy, FSDPStrategy, Strategy
@@ -68,17 +69,17 @@ def owned_bytes(model: nn.Module) -> int:
 @contextmanager
 def counted() -> Iterator[list[int]]:
     read: list[int] = []
-    plain = files.DataFile.read_into
+    plain = data_file.DataFile.read_into
 
-    def count(self: files.DataFile, address: int, size_bytes: int, offset: int) -> None:
+    def count(self: data_file.DataFile, address: int, size_bytes: int, offset: int) -> None:
         read.append(size_bytes)
         plain(self, address, size_bytes, offset)
 
-    files.DataFile.read_into = count  # type: ignore[method-assign]
+    data_file.DataFile.read_into = count  # type: ignore[method-assign]
     try:
         yield read
     finally:
-        files.DataFile.read_into = plain  # type: ignore[method-assign]
+        data_file.DataFile.read_into = plain  # type: ignore[method-assign]
 
 
 def make(runtime: Runtime, path: Path, when: str, **options: Any) -> tuple[Any, Any]:
@@ -148,17 +149,17 @@ def a_rank_that_cannot_read_fails_all_of_them_in_seconds(path: Path) -> None:
     for when in ("before", "after"):
         for _, strategy in strategies():
             runtime = Runtime(accelerator=accelerator(), strategy=strategy)
-            plain = files.DataFile.read_into
+            plain = data_file.DataFile.read_into
             last = runtime.world_size - 1
 
             def broken(
-                self: files.DataFile, address: int, size_bytes: int, offset: int, runtime: Runtime = runtime
+                self: data_file.DataFile, address: int, size_bytes: int, offset: int, runtime: Runtime = runtime
             ) -> None:
                 if runtime.global_rank == last and size_bytes > 64 and offset > 0:  # noqa: B023
                     raise CheckpointError(f"reading {self.path} failed: Input/output error.")
                 plain(self, address, size_bytes, offset)  # noqa: B023
 
-            files.DataFile.read_into = broken  # type: ignore[method-assign]
+            data_file.DataFile.read_into = broken  # type: ignore[method-assign]
             start = time.monotonic()
             try:
                 with pytest.raises(
@@ -166,7 +167,7 @@ def a_rank_that_cannot_read_fails_all_of_them_in_seconds(path: Path) -> None:
                 ):
                     make(runtime, path / "model.safetensors", when)
             finally:
-                files.DataFile.read_into = plain  # type: ignore[method-assign]
+                data_file.DataFile.read_into = plain  # type: ignore[method-assign]
             assert time.monotonic() - start < 20
             runtime.barrier()
 
@@ -176,14 +177,14 @@ def a_file_that_only_some_ranks_have_is_an_error_on_all(path: Path) -> None:
     with runtime.init_module(empty_init=True):
         model = Model()
     # Rank 0's path counts; on another node there may be nothing.
-    plain = raw.resolve
+    plain = raw_loader.resolve
     if runtime.global_rank == 1:
-        raw.resolve = lambda where: plain(path / "absent.safetensors")
+        raw_loader.resolve = lambda where: plain(path / "absent.safetensors")
     try:
         with pytest.raises((CheckpointError, RankFailedError), match="there is no checkpoint at"):
             runtime.load_raw(path / "model.safetensors", model)
     finally:
-        raw.resolve = plain
+        raw_loader.resolve = plain
     runtime.load_raw(path / "model.safetensors", model)
     runtime.setup(model)
 

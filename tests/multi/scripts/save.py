@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from nucleate.checkpoint import load, save
-from nucleate.checkpoint.writer import SaveJob
-from nucleate.checkpoint.writers import output
+from nucleate.checkpoint.save_job import SaveJob
+from nucleate.checkpoint.writers import slabs
 from nucleate.cluster import Communicator, Environment
 from nucleate.errors import CheckpointError, NucleateError, RankDisagreementError, RankFailedError
 from tests.multi.checks import run_checks
@@ -100,7 +100,7 @@ def every_layout_is_saved_whole(comm: Communicator, path: Path) -> None:
         save(place, state, comm, format=format, max_shard_size=300)
         assert_holds(place, wanted)
         comm.barrier()
-        with mock.patch.object(output, "STAGING_BYTES", 32):
+        with mock.patch.object(slabs, "STAGING_BYTES", 32):
             save(place, state, comm, format=format)
         assert_holds(place, wanted)
 
@@ -133,7 +133,7 @@ def models_and_optimizers_are_saved_whole(comm: Communicator, path: Path) -> Non
 def every_rank_writes_its_own_part_and_no_more(comm: Communicator, path: Path) -> None:
     mesh = init_device_mesh(ACCELERATOR, (2, comm.world_size // 2))
     written = 0
-    pwrite = output._pwrite
+    pwrite = slabs._pwrite
 
     def counted(descriptor: int, address: int, size_bytes: int, offset: int) -> None:
         nonlocal written
@@ -146,7 +146,7 @@ def every_rank_writes_its_own_part_and_no_more(comm: Communicator, path: Path) -
         f"t{number}": distribute_tensor(whole, mesh, [Replicate(), Shard(0)])
         for number, whole in enumerate(wholes)
     }
-    with mock.patch.object(output, "_pwrite", counted), mock.patch.object(output, "_num_threads", return_value=1):
+    with mock.patch.object(slabs, "_pwrite", counted), mock.patch.object(slabs, "_num_threads", return_value=1):
         for name in ("c.safetensors", "c.pt"):
             written = 0
             save(path / name, state, comm)
@@ -171,7 +171,7 @@ def a_disk_that_fails_on_one_rank_fails_everywhere(comm: Communicator, path: Pat
         state = layouts(comm)
         save(place, {"t": torch.zeros(3)}, comm, format=format)
         failure = OSError(28, "No space left on device")
-        broken = mock.patch.object(output, "_pwrite", side_effect=failure) if comm.rank == 1 else mock.MagicMock()
+        broken = mock.patch.object(slabs, "_pwrite", side_effect=failure) if comm.rank == 1 else mock.MagicMock()
         with broken, pytest.raises(CheckpointError if comm.rank == 1 else RankFailedError, match="No space left"):
             save(place, state, comm, format=format)
         comm.barrier()
@@ -221,7 +221,7 @@ def the_failure_of_an_asynchronous_save_is_heard_everywhere(comm: Communicator, 
     for heard_by_waiting in (True, False):
         place = path / f"{heard_by_waiting}.safetensors"
         failure = OSError(28, "No space left on device")
-        broken = mock.patch.object(output, "_pwrite", side_effect=failure) if comm.rank == 1 else mock.MagicMock()
+        broken = mock.patch.object(slabs, "_pwrite", side_effect=failure) if comm.rank == 1 else mock.MagicMock()
         with broken:
             handle = save(place, layouts(comm), comm, asynchronous=True)
             assert handle is not None
@@ -252,7 +252,7 @@ def no_rank_holds_more_than_its_part(comm: Communicator, path: Path) -> None:
         grown = _peak_kib("VmHWM") - before
         # What does not lie row by row is made so where it is, and a simulated device has memory of this process.
         per_thread = 16 if ON_CPU else 32
-        assert grown < (output._num_threads() * per_thread + 24) * 1024, f"{name}: {grown} KiB"
+        assert grown < (slabs._num_threads() * per_thread + 24) * 1024, f"{name}: {grown} KiB"
     assert load_file(path / "c.safetensors")["t"].shape == (rows, 1 << 18)
     comm.barrier()
     if comm.rank == 0:
@@ -309,13 +309,13 @@ def killed(comm: Communicator, path: Path, victim: int, asynchronous: bool) -> N
 
 def abandoned(comm: Communicator, path: Path) -> None:
     """Leave while a checkpoint is being written, as a script does at its end."""
-    write = output.write
+    write = slabs.write_tensors
 
     def slowly(*args: Any) -> None:
         time.sleep(1)
         write(*args)
 
-    mock.patch.object(output, "write", slowly).start()
+    mock.patch.object(slabs, "write_tensors", slowly).start()
     save(path / "c.safetensors", layouts(comm), comm, asynchronous=True)
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from nucleate.deferred import convert, deferred
-from nucleate.deferred.fills import Fill
+from nucleate.deferred.randomness.fills import Fill
 from nucleate.materialize import Plan, execute
 from tests.deferred.rows import Rows
 from tests.multi.device import ACCELERATOR, device, start_group

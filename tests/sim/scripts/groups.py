@@ -21,7 +21,7 @@ sim.set_late(True)
 
 from nucleate import RandomState, Runtime  # noqa: E402 - the device comes before the first backward pass
 from nucleate.accelerators import TorchAccelerator  # noqa: E402
-from nucleate.checkpoint import save_group  # noqa: E402
+from nucleate.cluster import save_group  # noqa: E402
 from nucleate.errors import ConfigurationError  # noqa: E402
 from nucleate.strategies import DDPStrategy, FSDPStrategy, Strategy  # noqa: E402
 

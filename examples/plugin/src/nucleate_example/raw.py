@@ -1,4 +1,4 @@
-"""A reader of a format of one's own: `.rawtensors`, one line of JSON for each tensor, then their numbers.
+"""A reader and a writer of a format of one's own: `.rawtensors`, a line of JSON for each tensor, then their numbers.
 
 ```
 rawtensors 1
@@ -9,25 +9,27 @@ rawtensors 1
 ```
 
 A reader says where each tensor lies and reads none. Sharding, casting, key maps, reports and conversion then work as
-for every other format.
+for every other format. A writer says where each tensor goes, and every rank writes its own parts there. What a state
+holds beside tensors is one more tensor, of bytes, whose key is `nucleate.values`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint.contents import Contents
-from nucleate.checkpoint.files import DataFile, first_bytes
-from nucleate.checkpoint.readers import Reader
-from nucleate.checkpoint.stored import StoredTensor
-from nucleate.errors import CheckpointError
+from nucleate.checkpoint.readers import VALUES, Reader, contents_of
+from nucleate.checkpoint.saving import Snapshot
+from nucleate.checkpoint.stored import Contents, DataFile, StoredTensor, first_bytes
+from nucleate.checkpoint.writers import Place, Writer, create_file, write_tensors
+from nucleate.cluster.save_group import SaveGroup
+from nucleate.errors import CheckpointError, name_list
 
 MAGIC = b"rawtensors 1\n"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int64": torch.int64, "uint8": torch.uint8}
@@ -61,7 +63,55 @@ class RawReader(Reader):
             raise CheckpointError(
                 f"{path} is damaged: its tensors end at byte {offset}, but it has {file.size_bytes}. Copy it again."
             )
-        return Contents.flat(path, self.name, tensors)
+        if VALUES not in tensors:
+            return Contents.flat(path, self.name, tensors)
+        values = tensors.pop(VALUES)
+        offset = values.chunks[0].offset
+        return contents_of(path, self.name, tensors, file.read(offset, values.size_bytes))
+
+
+@final
+class RawWriter(Writer):
+    """Writes `.rawtensors` files."""
+
+    name = "rawtensors"
+    suffixes: ClassVar[tuple[str, ...]] = (".rawtensors",)
+    writes_folders: ClassVar[bool] = False
+
+    def check(self, snapshot: Snapshot) -> None:
+        """Refuse dtypes that the format has no name for."""
+        wrong = [f"{held.key} ({held.dtype})" for held in snapshot.tensors if held.dtype not in DTYPES.values()]
+        if wrong:
+            raise CheckpointError(f".rawtensors has no name for the dtype of {name_list(wrong)}. Convert them.")
+
+    def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
+        """Rank 0 makes the file and says where tensors go; then each rank writes what it holds."""
+        what = f"writing {draft}"
+        places: dict[str, Place] = {}
+        with group.all_or_none(what):
+            if group.rank == 0:
+                places = _create(snapshot, draft)
+        write_tensors(snapshot.tensors, group.broadcast(places), draft, group, what, snapshot.moved)
+
+
+def _create(snapshot: Snapshot, draft: Path) -> dict[str, Place]:
+    """Make a file of its full size with everything but the tensors, and return where those go."""
+    assert snapshot.values is not None, "on rank 0 it is there"
+    values = bytes(snapshot.values.tolist())
+    head = MAGIC + _line(VALUES, torch.uint8, (len(values),))
+    head += b"".join(_line(held.key, held.dtype, held.shape) for held in snapshot.tensors) + b"\n" + values
+    places: dict[str, Place] = {}
+    offset = len(head)
+    for held in snapshot.tensors:
+        places[held.key] = Place("", offset, held.dtype, held.shape)
+        offset += held.size_bytes
+    create_file(draft, offset, head)
+    return places
+
+
+def _line(key: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
+    name = str(dtype).removeprefix("torch.")
+    return json.dumps({"key": key, "dtype": name, "shape": list(shape)}).encode() + b"\n"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -74,8 +124,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(MAGIC)
         for key, tensor in tensors.items():
-            name = str(tensor.dtype).removeprefix("torch.")
-            file.write(json.dumps({"key": key, "dtype": name, "shape": list(tensor.shape)}).encode() + b"\n")
+            file.write(_line(key, tensor.dtype, tensor.shape))
         file.write(b"\n")
         for tensor in tensors.values():
             # Without NumPy, which nucleate does not need, this is how numbers become bytes.

@@ -12,6 +12,7 @@ from torch import nn
 from nucleate.deferred import Given
 from nucleate.errors import ConfigurationError
 from nucleate.precision import FullPrecision, HalfPrecision, Precision
+from nucleate_bitsandbytes.options import Options
 
 MODES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training")
 
@@ -105,7 +106,7 @@ class BitsandbytesPrecision(Precision):
         from nucleate_bitsandbytes.replacement import quantize
 
         self._base.setup(model)
-        return quantize(model, self)
+        return quantize(model, self._options())
 
     def before_load(self, model: nn.Module, stored: Mapping[str, Given]) -> None:
         """Replace the linear layers for which a checkpoint holds quantized weights.
@@ -115,7 +116,10 @@ class BitsandbytesPrecision(Precision):
         """
         from nucleate_bitsandbytes.replacement import prepare
 
-        prepare(model, self, stored)
+        prepare(model, self._options(), stored)
+
+    def _options(self) -> Options:
+        return Options(self.name, self.mode, self.dtype, self.skip, self.blocksize, self.threshold)
 
     def quantization_config(self, model: nn.Module) -> dict[str, Any] | None:
         """Return what transformers' `BitsAndBytesConfig` says of this; None where floats are stored."""

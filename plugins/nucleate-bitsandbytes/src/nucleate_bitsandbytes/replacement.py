@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,10 @@ from nucleate.deferred import Given, convert
 from nucleate.errors import CheckpointError, ConfigurationError, ConversionError, name_list
 from nucleate_bitsandbytes.layers import FourBitWeight, Linear4bit, Linear8bit, Linear8bitTraining
 from nucleate_bitsandbytes.layers.lazy import description
+from nucleate_bitsandbytes.options import Options
 from nucleate_bitsandbytes.quantizers import DoubleQuant, FourBit, Int8Rows
 from nucleate_bitsandbytes.quantizers.four_bit import QuantType
 from nucleate_bitsandbytes.selection import linears_of
-
-if TYPE_CHECKING:
-    from nucleate_bitsandbytes.precision import BitsandbytesPrecision
 
 # What a checkpoint holds beside the codes of a quantized weight, and nothing else holds.
 _MARKS = re.compile(r"(?P<fqn>.*)\.(weight\.quant_state\.bitsandbytes__(?P<quant_type>\w+)|SCB)")
@@ -30,12 +28,12 @@ _SETTLED = "_nucleate_bitsandbytes_settled"
 _WORTH_A_WARNING = 1 << 20
 
 
-def quantize(model: nn.Module, precision: BitsandbytesPrecision) -> nn.Module:
+def quantize(model: nn.Module, options: Options) -> nn.Module:
     """Replace the linear layers of a model, in place, and return it, or the layer that takes its place.
 
     Args:
         model: The model.
-        precision: Says how, and which are left alone.
+        options: Say how, and which are left alone.
 
     Raises:
         ConfigurationError: See `linears_of`.
@@ -44,25 +42,25 @@ def quantize(model: nn.Module, precision: BitsandbytesPrecision) -> nn.Module:
     layers = {}
     # What a quantized checkpoint has in full was left alone on purpose by whoever made it.
     settled = {id(part) for module in model.modules() if _SETTLED in vars(module) for part in module.modules()}
-    _warn_of_rest(model, precision)
-    for fqn, linear in linears_of(model, precision.skip):
+    _warn_of_rest(model, options)
+    for fqn, linear in linears_of(model, options.skip):
         if id(linear) in settled:
             continue
         try:
-            layers[linear] = _layer(linear, precision)
+            layers[linear] = _layer(linear, options)
         except ConversionError as error:
             raise ConversionError(f"{fqn or 'model'}.weight: {error}") from error
     return _replace(model, layers)
 
 
-def prepare(model: nn.Module, precision: BitsandbytesPrecision, stored: Mapping[str, Given]) -> None:
+def prepare(model: nn.Module, options: Options, stored: Mapping[str, Given]) -> None:
     """Replace the linear layers for which a checkpoint holds quantized weights, in the format that it has them in.
 
     The others of the model stay as they are: the checkpoint has them in full.
 
     Args:
         model: The model.
-        precision: Says which layers are left alone.
+        options: Say which layers are left alone.
         stored: What the checkpoint holds, by the model's names.
 
     Raises:
@@ -73,20 +71,20 @@ def prepare(model: nn.Module, precision: BitsandbytesPrecision, stored: Mapping[
     plain = {fqn: quant_type for fqn, quant_type in found.items() if type(modules.get(fqn)) is nn.Linear}
     if not plain:
         return
-    wanted = {linear for _, linear in linears_of(model, precision.skip)}
+    wanted = {linear for _, linear in linears_of(model, options.skip)}
     alone = [fqn for fqn in plain if modules[fqn] not in wanted]
     if alone:
-        skip = "a head" if precision.skip is None else f"named by skip={list(precision.skip)!r}"
+        skip = "a head" if options.skip is None else f"named by skip={list(options.skip)!r}"
         raise CheckpointError(
-            f"{name_list(alone)} of the checkpoint are quantized, but precision {precision.name!r} leaves these layers "
+            f"{name_list(alone)} of the checkpoint are quantized, but precision {options.name!r} leaves these layers "
             f"alone: they are {skip}, tied, or kept in full by the model. Give a `skip` without them."
         )
-    family = precision.mode.removesuffix("-dq")
+    family = options.mode.removesuffix("-dq")
     other = {fqn: quant_type or "int8" for fqn, quant_type in plain.items() if (quant_type or "int8") != family}
     if other:
         fqn, held = next(iter(other.items()))
         raise CheckpointError(
-            f"the checkpoint holds {fqn}.weight as {held}, but the precision is {precision.name!r}. Use "
+            f"the checkpoint holds {fqn}.weight as {held}, but the precision is {options.name!r}. Use "
             f"precision='bnb-{held}', or load the checkpoint that it was quantized from."
         )
     layers = {}
@@ -96,14 +94,14 @@ def prepare(model: nn.Module, precision: BitsandbytesPrecision, stored: Mapping[
             # One that stands in several places has several names.
             linear = cast(nn.Linear, modules[fqn])
             if linear not in layers:
-                layers[linear] = _layer(linear, precision, description(mine) if quant_type else None)
+                layers[linear] = _layer(linear, options, description(mine) if quant_type else None)
         except (CheckpointError, ConfigurationError) as error:
             raise CheckpointError(f"{fqn}: {error}") from error
     vars(model)[_SETTLED] = True
     _replace(model, layers)
 
 
-def _warn_of_rest(model: nn.Module, precision: BitsandbytesPrecision) -> None:
+def _warn_of_rest(model: nn.Module, options: Options) -> None:
     """Warn where most of a model is in layers of other classes: nobody asks for four bits to get sixteen."""
     others: dict[str, int] = {}
     num_others = num_linear = 0
@@ -118,29 +116,25 @@ def _warn_of_rest(model: nn.Module, precision: BitsandbytesPrecision) -> None:
     if num_others > max(num_linear, _WORTH_A_WARNING):
         largest = sorted(others, key=lambda name: -others[name])
         warnings.warn(
-            f"precision {precision.name!r} quantizes torch.nn.Linear only, which has {num_linear} weights of this "
-            f"{type(model).__name__}; {num_others} others stay in {precision.dtype}: {name_list(largest, 3)}.",
+            f"precision {options.name!r} quantizes torch.nn.Linear only, which has {num_linear} weights of this "
+            f"{type(model).__name__}; {num_others} others stay in {options.dtype}: {name_list(largest, 3)}.",
             stacklevel=2,
         )
 
 
-def _layer(
-    linear: nn.Linear, precision: BitsandbytesPrecision, described: Mapping[str, object] | None = None
-) -> nn.Module:
+def _layer(linear: nn.Linear, options: Options, described: Mapping[str, object] | None = None) -> nn.Module:
     """Return the layer that takes a linear layer's place; described: the 4-bit format, if it is not the precision's."""
-    shape, dtype = (linear.in_features, linear.out_features), precision.dtype
+    shape, dtype = (linear.in_features, linear.out_features), options.dtype
     layer: nn.Module
-    if precision.mode == "int8-training":
-        layer = Linear8bitTraining(
-            *shape, linear.weight, linear.bias, threshold=precision.threshold, compute_dtype=dtype
-        )
-    elif precision.mode == "int8":
+    if options.mode == "int8-training":
+        layer = Linear8bitTraining(*shape, linear.weight, linear.bias, threshold=options.threshold, compute_dtype=dtype)
+    elif options.mode == "int8":
         codes, scales = convert(linear.weight, Int8Rows())
-        layer = Linear8bit(*shape, codes, scales, linear.bias, threshold=precision.threshold, compute_dtype=dtype)
+        layer = Linear8bit(*shape, codes, scales, linear.bias, threshold=options.threshold, compute_dtype=dtype)
     else:
-        quant_type: QuantType = "nf4" if precision.mode.startswith("nf4") else "fp4"
-        is_nested = precision.mode.endswith("-dq")
-        blocksize, dtype = precision.blocksize, linear.weight.dtype
+        quant_type: QuantType = "nf4" if options.mode.startswith("nf4") else "fp4"
+        is_nested = options.mode.endswith("-dq")
+        blocksize, dtype = options.blocksize, linear.weight.dtype
         if described is not None:
             is_nested = "nested_offset" in described
             blocksize = described["blocksize"]  # type: ignore[assignment]
@@ -159,7 +153,7 @@ def _layer(
             nested_absmax=nested_absmax,
             offset=offset,
         )
-        layer = Linear4bit(*shape, weight, linear.bias, compute_dtype=precision.dtype)
+        layer = Linear4bit(*shape, weight, linear.bias, compute_dtype=options.dtype)
     for name, value in vars(linear).items():
         # Hooks, and what users hang on a module.
         if name not in vars(layer) or name.endswith("_hooks") or name == "training":

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from nucleate.deferred.conversion import Conversion
+from nucleate.deferred.elements import Conversion
 from nucleate_bitsandbytes.library import bitsandbytes
 from nucleate_bitsandbytes.quantizers import FourBit, Int8Rows
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nucleate.deferred.conversion import Conversion
+from nucleate.deferred.elements import Conversion
 from nucleate_bitsandbytes.library import bitsandbytes
 from nucleate_bitsandbytes.quantizers import kernels
 

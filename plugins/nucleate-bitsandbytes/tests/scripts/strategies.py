@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from quantized_model import TOKENS, Model, history, whole
 
 from nucleate import Runtime, Strategy
-from nucleate.checkpoint.files import DataFile
+from nucleate.checkpoint.stored import DataFile
 from nucleate.strategies import DDPStrategy, FSDPStrategy
 
 STRATEGIES: dict[str, Any] = {

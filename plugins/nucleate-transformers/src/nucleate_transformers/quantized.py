@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nucleate import Precision
-from nucleate.checkpoint.stored_form import StoredForm
+from nucleate.checkpoint.loading import StoredForm
 from nucleate.deferred import Given, give
 from nucleate.errors import CheckpointError, CheckpointKeyError, ConfigurationError, name_list
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nucleate import Runtime, Strategy
-from nucleate.checkpoint import files
+from nucleate.checkpoint.stored import data_file
 from nucleate.errors import CheckpointNotFoundError, RankFailedError, UsageError
 from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate_transformers import TransformersIntegration, save_pretrained
@@ -58,17 +58,17 @@ def owned_bytes(model: nn.Module) -> int:
 @contextmanager
 def counted() -> Iterator[list[int]]:
     read: list[int] = []
-    plain = files.DataFile.read_into
+    plain = data_file.DataFile.read_into
 
-    def count(self: files.DataFile, address: int, size_bytes: int, offset: int) -> None:
+    def count(self: data_file.DataFile, address: int, size_bytes: int, offset: int) -> None:
         read.append(size_bytes)
         plain(self, address, size_bytes, offset)
 
-    files.DataFile.read_into = count  # type: ignore[method-assign]
+    data_file.DataFile.read_into = count  # type: ignore[method-assign]
     try:
         yield read
     finally:
-        files.DataFile.read_into = plain  # type: ignore[method-assign]
+        data_file.DataFile.read_into = plain  # type: ignore[method-assign]
 
 
 def every_architecture_is_equal_and_each_rank_reads_what_it_owns(path: Path) -> None:

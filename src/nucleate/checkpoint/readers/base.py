@@ -6,7 +6,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
-from nucleate.checkpoint.contents import Contents
+from nucleate.checkpoint.stored.contents import Contents
 from nucleate.plugin import Named
 
 

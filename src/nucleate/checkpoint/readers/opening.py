@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nucleate.checkpoint.contents import Contents
-from nucleate.checkpoint.files import DataFile
 from nucleate.checkpoint.readers.base import Reader
+from nucleate.checkpoint.stored.contents import Contents
+from nucleate.checkpoint.stored.data_file import DataFile
 from nucleate.errors import (
     CheckpointError,
     CheckpointNotFoundError,

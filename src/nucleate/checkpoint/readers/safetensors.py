@@ -9,15 +9,15 @@ from typing import final
 
 import torch
 
-from nucleate.checkpoint.contents import Contents
-from nucleate.checkpoint.files import DataFile, first_bytes
-from nucleate.checkpoint.folder import METADATA
+from nucleate.checkpoint.disk.folder import METADATA
 from nucleate.checkpoint.readers.base import Reader
 from nucleate.checkpoint.readers.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 from nucleate.checkpoint.readers.saved import VALUES, check_marker, contents_of
 from nucleate.checkpoint.readers.shard_index import ShardIndex, indexes_in
 from nucleate.checkpoint.readers.strict_json import are_sizes, parse
-from nucleate.checkpoint.stored import Chunk, StoredTensor
+from nucleate.checkpoint.stored.contents import Contents
+from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
+from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
 from nucleate.errors import CheckpointError, name_list
 
 SUFFIX = ".safetensors"

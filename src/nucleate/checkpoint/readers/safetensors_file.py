@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from nucleate.checkpoint.files import DataFile
 from nucleate.checkpoint.readers.strict_json import are_sizes, cut, parse
-from nucleate.checkpoint.stored import StoredTensor
+from nucleate.checkpoint.stored.data_file import DataFile
+from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.errors import CheckpointError
 
 #: The longest header that the safetensors package reads (safetensors/src/tensor.rs, 0.8).

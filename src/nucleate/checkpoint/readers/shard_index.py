@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from nucleate.checkpoint.files import DataFile
 from nucleate.checkpoint.readers.strict_json import cut, parse
+from nucleate.checkpoint.stored.data_file import DataFile
 from nucleate.errors import CheckpointError, CheckpointKeyError, CheckpointNotFoundError, name_list
 
 # A few times what the index of the largest models takes.

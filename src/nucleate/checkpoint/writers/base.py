@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
-from nucleate.checkpoint.save_group import SaveGroup
-from nucleate.checkpoint.snapshot import Snapshot
+from nucleate.checkpoint.saving.snapshot import Snapshot
+from nucleate.cluster.save_group import SaveGroup
+from nucleate.plugin import Named
 
 
-class Writer(ABC):
-    """Writes one format. That the result is whole or absent is not its business: it writes a draft."""
+class Writer(Named):
+    """Writes one format. That the result is whole or absent is not its business: it writes a draft.
 
-    #: What users call the format.
-    format: ClassVar[str]
+    A plugin is registered under the name of the format, in the group `nucleate.writers`; `save(format=...)` takes that
+    name.
+    """
+
+    kind: ClassVar[str] = "writer"
+    #: Endings of a path that stand for one file of this format, such as `(".pt",)`.
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    #: Whether it writes folders as well.
+    writes_folders: ClassVar[bool] = True
+    #: Whether a new folder takes along what others have put into the folder that it replaces.
+    keeps_others: ClassVar[bool] = False
+
+    def limit_files(self, max_bytes: int) -> None:
+        """Be told how many bytes of tensors a file of a folder may hold. Does nothing by default."""
 
     def check(self, snapshot: Snapshot) -> None:
         """Refuse what this format cannot hold, before anything is written; the same on every rank.
@@ -29,7 +42,7 @@ class Writer(ABC):
 
         Args:
             snapshot: What to write, closed.
-            draft: An empty folder, or where a file is to be, on a file system that all ranks share.
+            draft: An empty folder; or where a file is to be, and nothing is. On a file system that all ranks share.
             group: The ranks.
 
         Raises:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,16 +21,16 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
-from nucleate.checkpoint.folder import write_marker
-from nucleate.checkpoint.held import Box, HeldTensor
-from nucleate.checkpoint.moved import as_boxes
-from nucleate.checkpoint.readers.dcp import DCPReader
-from nucleate.checkpoint.save_group import SaveGroup
-from nucleate.checkpoint.snapshot import Snapshot
-from nucleate.checkpoint.values import VALUES
-from nucleate.checkpoint.writers import output
+from nucleate.checkpoint.disk.folder import write_marker
+from nucleate.checkpoint.readers.dcp.dcp import DCPReader
+from nucleate.checkpoint.saving.moved import as_boxes
+from nucleate.checkpoint.saving.rank_share import Box, HeldTensor
+from nucleate.checkpoint.saving.snapshot import Snapshot
+from nucleate.checkpoint.state.values import VALUES
+from nucleate.checkpoint.writers import allocation
 from nucleate.checkpoint.writers.base import Writer
-from nucleate.deferred.given import take
+from nucleate.cluster.save_group import SaveGroup
+from nucleate.deferred.elements import take
 from nucleate.errors import CheckpointError, name_list
 from nucleate.report.meter import Meter
 
@@ -42,7 +42,7 @@ _COPY_AHEAD_BYTES = 10_000_000
 class DcpWriter(Writer):
     """Writes a DCP folder; what is no tensor goes into one more tensor."""
 
-    format: ClassVar[str] = "dcp"
+    name = "dcp"
 
     def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
         what = f"writing a checkpoint to {draft}"
@@ -53,7 +53,7 @@ class DcpWriter(Writer):
                 tensors.append(HeldTensor(VALUES, values.dtype, tuple(values.shape), None, (Box((0,), values),)))
             if group.rank == 0:
                 # What DCP says of a full disk is "unexpected pos".
-                output.check_room(draft, snapshot.size_bytes)
+                allocation.check_room(draft, snapshot.size_bytes)
         reads = any(box.given is not None for held in tensors for box in held.boxes)
         meter = Meter(sum(held.held_bytes for held in tensors), "writing")
         files = _Files()
@@ -72,7 +72,7 @@ class DcpWriter(Writer):
             if group.rank == 0:
                 # Rank 0 must see what the other ranks wrote.
                 DCPReader().read(draft)
-                write_marker(draft, self.format, group.world_size)
+                write_marker(draft, self.name, group.world_size)
 
 
 class _Files(FileSystem):
@@ -185,5 +185,5 @@ def _translated(what: str, folder: Path, files: _Files) -> Iterator[None]:
             if isinstance(failure, (KeyboardInterrupt, SystemExit)):
                 raise failure from error
         failed = [f"rank {rank}: {type(failure).__name__}: {failure}" for rank, (failure, _) in error.failures.items()]
-        room = f" ({free} bytes are free there now)" if (free := output.free_bytes(folder)) is not None else ""
+        room = f" ({free} bytes are free there now)" if (free := allocation.free_bytes(folder)) is not None else ""
         raise CheckpointError(f"{what} failed{room}. {name_list(failed)}") from error

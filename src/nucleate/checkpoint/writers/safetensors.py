@@ -18,15 +18,15 @@ from typing import ClassVar, final
 
 import torch
 
-from nucleate.checkpoint.folder import write_marker
-from nucleate.checkpoint.held import Box, HeldTensor
-from nucleate.checkpoint.save_group import SaveGroup
-from nucleate.checkpoint.snapshot import Snapshot
-from nucleate.checkpoint.values import VALUES
-from nucleate.checkpoint.writers import output
+from nucleate.checkpoint.disk.folder import write_marker
+from nucleate.checkpoint.saving.rank_share import Box, HeldTensor
+from nucleate.checkpoint.saving.snapshot import Snapshot
+from nucleate.checkpoint.state.values import VALUES
+from nucleate.checkpoint.writers import allocation, slabs
 from nucleate.checkpoint.writers.base import Writer
-from nucleate.checkpoint.writers.output import Place
-from nucleate.errors import CheckpointError, ConfigurationError, name_list
+from nucleate.checkpoint.writers.slabs import Place
+from nucleate.cluster.save_group import SaveGroup
+from nucleate.errors import CheckpointError, name_list
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -61,34 +61,25 @@ _DTYPES = {
 _MAX_HEADER_BYTES = 100_000_000
 # Where tensors begin: what maps the file finds them aligned for every dtype and vector unit.
 _ALIGNMENT = 64
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def parse_size(size: int | str) -> int:
-    """Return a size in bytes.
+@final
+class SafetensorsWriter(Writer):
+    """Writes a folder that Hugging Face's libraries read, of files of a chosen size; or one file.
 
-    Args:
-        size: A number of bytes, or a text such as `"5GB"` or `"500MiB"`.
-
-    Raises:
-        ConfigurationError: It is neither, or not at least 1.
-
-    Examples:
-        >>> parse_size("5GB"), parse_size("1.5 KiB"), parse_size(7)
-        (5000000000, 1536, 7)
+    What is no tensor goes into a tensor of its own in a folder, and into the metadata of a single file.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
-    if isinstance(size, bool) or found is None or found[2] not in _UNITS or float(found[1]) * _UNITS[found[2]] < 1:
-        raise ConfigurationError(
-            f"max_shard_size={size!r} must be a number of bytes of at least 1, or a text such as '5GB' or '500MiB'."
-        )
-    return int(float(found[1]) * _UNITS[found[2]])
 
+    name = "safetensors"
+    suffixes: ClassVar[tuple[str, ...]] = (".safetensors",)
+    keeps_others: ClassVar[bool] = True
 
-class _SafetensorsWriter(Writer):
-    """What the folder and the single file share."""
+    def __init__(self) -> None:
+        self._max_shard_bytes = 5 * 10**9
 
-    format: ClassVar[str] = "safetensors"
+    def limit_files(self, max_bytes: int) -> None:
+        # A single tensor may be larger.
+        self._max_shard_bytes = max_bytes
 
     def check(self, snapshot: Snapshot) -> None:
         wrong = [f"{held.key} ({held.dtype})" for held in snapshot.tensors if held.dtype not in _DTYPES]
@@ -102,30 +93,19 @@ class _SafetensorsWriter(Writer):
                 "a tensor is called __metadata__, a name that safetensors keeps for itself. Rename it."
             )
 
-
-@final
-class SafetensorsFolderWriter(_SafetensorsWriter):
-    """Writes a folder that Hugging Face's libraries read, of files of a chosen size.
-
-    Args:
-        max_shard_bytes: How large a file's tensors may be together; a single tensor may be larger.
-    """
-
-    def __init__(self, max_shard_bytes: int) -> None:
-        self._max_shard_bytes = max_shard_bytes
-
     def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
         what = f"writing {draft}"
         places: dict[str, Place] = {}
+        is_folder = draft.is_dir()
         with group.all_or_none(what):
             if group.rank == 0:
-                places = self._create(snapshot, draft)
-        output.write(snapshot.tensors, group.broadcast(places), draft, group, what, snapshot.moved)
+                places = self._create_folder(snapshot, draft) if is_folder else _create_file(snapshot, draft)
+        slabs.write_tensors(snapshot.tensors, group.broadcast(places), draft, group, what, snapshot.moved)
         with group.all_or_none(what):
-            if group.rank == 0:
-                write_marker(draft, self.format, group.world_size)
+            if group.rank == 0 and is_folder:
+                write_marker(draft, self.name, group.world_size)
 
-    def _create(self, snapshot: Snapshot, draft: Path) -> dict[str, Place]:
+    def _create_folder(self, snapshot: Snapshot, draft: Path) -> dict[str, Place]:
         shards = _shards(snapshot.tensors, self._max_shard_bytes)
         places: dict[str, Place] = {}
         for number, tensors in enumerate(shards, start=1):
@@ -137,30 +117,21 @@ class SafetensorsFolderWriter(_SafetensorsWriter):
                 "weight_map": {key: places[key].file for key in sorted(places)},
             }
             text = (json.dumps(index, indent=2) + "\n").encode()
-            output.create(draft / INDEX, len(text), text)
+            allocation.create_file(draft / INDEX, len(text), text)
         assert snapshot.values is not None, "on rank 0 it is there"
         values = snapshot.values
         held = HeldTensor(VALUES, values.dtype, tuple(values.shape), None, (Box((0,), values),))
         head, _ = _header([held], {})
         data = head + ctypes.string_at(values.data_ptr(), values.numel())
-        output.create(draft / VALUES_FILE, len(data), data)
+        allocation.create_file(draft / VALUES_FILE, len(data), data)
         return places
 
 
-@final
-class SafetensorsFileWriter(_SafetensorsWriter):
-    """Writes one file; what is no tensor goes into its metadata."""
-
-    def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
-        what = f"writing {draft}"
-        places: dict[str, Place] = {}
-        with group.all_or_none(what):
-            if group.rank == 0:
-                assert snapshot.values is not None, "on rank 0 it is there"
-                values = ctypes.string_at(snapshot.values.data_ptr(), snapshot.values.numel())
-                metadata = {"format": "pt", VALUES_FIELD: base64.b64encode(values).decode()}
-                places = _create(draft, "", snapshot.tensors, metadata)
-        output.write(snapshot.tensors, group.broadcast(places), draft, group, what, snapshot.moved)
+def _create_file(snapshot: Snapshot, draft: Path) -> dict[str, Place]:
+    assert snapshot.values is not None, "on rank 0 it is there"
+    values = ctypes.string_at(snapshot.values.data_ptr(), snapshot.values.numel())
+    metadata = {"format": "pt", VALUES_FIELD: base64.b64encode(values).decode()}
+    return _create(draft, "", snapshot.tensors, metadata)
 
 
 def _shards(tensors: Sequence[HeldTensor], max_bytes: int) -> list[list[HeldTensor]]:
@@ -187,7 +158,7 @@ def _create(draft: Path, name: str, tensors: Sequence[HeldTensor], metadata: dic
             f"the header of {path} would have {len(head)} bytes, but safetensors reads at most {_MAX_HEADER_BYTES}: "
             "there are too many tensors, or values that are too large for one file. Save to a folder instead."
         )
-    output.create(path, len(head) + sum(held.size_bytes for held in ordered), head)
+    allocation.create_file(path, len(head) + sum(held.size_bytes for held in ordered), head)
     return {
         held.key: Place(name, len(head) + offset, held.dtype, held.shape)
         for held, offset in zip(ordered, offsets, strict=True)

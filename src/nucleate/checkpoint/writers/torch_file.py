@@ -21,12 +21,12 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint.save_group import SaveGroup
-from nucleate.checkpoint.snapshot import Snapshot
-from nucleate.checkpoint.tree import KeyPath, join
-from nucleate.checkpoint.writers import output
+from nucleate.checkpoint.saving.snapshot import Snapshot
+from nucleate.checkpoint.state.tree import KeyPath, join
+from nucleate.checkpoint.writers import allocation, slabs
 from nucleate.checkpoint.writers.base import Writer
-from nucleate.checkpoint.writers.output import Place
+from nucleate.checkpoint.writers.slabs import Place
+from nucleate.cluster.save_group import SaveGroup
 from nucleate.errors import CheckpointError
 
 #: The item of the state that says what tensors do not.
@@ -40,7 +40,9 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 class TorchFileWriter(Writer):
     """Writes a file that `torch.load(weights_only=True)` reads."""
 
-    format: ClassVar[str] = "torch"
+    name = "torch"
+    suffixes: ClassVar[tuple[str, ...]] = (".pt", ".pth", ".bin", ".ckpt")
+    writes_folders: ClassVar[bool] = False
 
     def check(self, snapshot: Snapshot) -> None:
         if not snapshot.is_bare and FIELD in snapshot.skeleton:
@@ -55,13 +57,13 @@ class TorchFileWriter(Writer):
         with group.all_or_none(what):
             if group.rank == 0:
                 places = _create(snapshot, draft)
-        output.write(snapshot.tensors, group.broadcast(places), draft, group, what, snapshot.moved)
+        slabs.write_tensors(snapshot.tensors, group.broadcast(places), draft, group, what, snapshot.moved)
         with group.all_or_none(what):
             if group.rank == 0:
                 try:
                     _seal(draft)
                 except OSError as error:
-                    raise output.failure(draft, error) from error
+                    raise allocation.failure(draft, error) from error
 
 
 def _create(snapshot: Snapshot, draft: Path) -> dict[str, Place]:
@@ -80,9 +82,9 @@ def _create(snapshot: Snapshot, draft: Path) -> dict[str, Place]:
     try:
         with torch.serialization.skip_data(), open(draft, "xb") as file:
             torch.save(state, file)
-            output.reserve(file.fileno(), os.fstat(file.fileno()).st_size)
+            allocation.reserve(file.fileno(), os.fstat(file.fileno()).st_size)
     except OSError as error:
-        raise output.failure(draft, error, snapshot.size_bytes) from error
+        raise allocation.failure(draft, error, snapshot.size_bytes) from error
     shell = torch.load(draft, map_location="meta", weights_only=True, mmap=False)
     places: dict[str, Place] = {}
     for path, key in snapshot.keys.items():
@@ -160,7 +162,7 @@ def _seal(path: Path) -> None:
 
 def _check_sum(descriptor: int, begin: int, size_bytes: int) -> int:
     value = 0
-    for offset in range(begin, begin + size_bytes, output.STAGING_BYTES):
-        wanted = min(output.STAGING_BYTES, begin + size_bytes - offset)
+    for offset in range(begin, begin + size_bytes, slabs.STAGING_BYTES):
+        wanted = min(slabs.STAGING_BYTES, begin + size_bytes - offset)
         value = zlib.crc32(os.pread(descriptor, wanted, offset), value)
     return value

@@ -7,7 +7,6 @@ full-precision weight is quantized while it is read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,11 +15,8 @@ from nucleate.checkpoint import Taken
 from nucleate.deferred import ConvertedGiven, Given
 from nucleate.errors import CheckpointError, name_list
 from nucleate_bitsandbytes.layers.four_bit_weight import NESTED_BLOCKSIZE, nested_quant_map, quant_map, unpacked
+from nucleate_bitsandbytes.layers.quantized import EightBitLinear, FourBitLinear, QuantizedLinear
 from nucleate_bitsandbytes.quantizers import DoubleQuant, FourBit, Int8Rows
-
-if TYPE_CHECKING:
-    from nucleate_bitsandbytes.layers.linear4bit import Linear4bit
-    from nucleate_bitsandbytes.layers.linear8bit import Linear8bit
 
 _PACKED = "weight.quant_state.bitsandbytes__"
 
@@ -45,7 +41,7 @@ class Known(Given):
         return f"{self.dtype} {self._tensor.tolist()}"
 
 
-def take4bit(layer: Linear4bit, stored: Mapping[str, Given]) -> Taken:
+def take4bit(layer: FourBitLinear, stored: Mapping[str, Given]) -> Taken:
     """Say what a 4-bit layer is filled with: codes and statistics of its own format, or a full-precision weight.
 
     Raises:
@@ -97,7 +93,7 @@ def take4bit(layer: Linear4bit, stored: Mapping[str, Given]) -> Taken:
     return Taken(given, frozenset(used) & stored.keys(), missing)
 
 
-def take8bit(layer: Linear8bit, stored: Mapping[str, Given]) -> Taken:
+def take8bit(layer: EightBitLinear, stored: Mapping[str, Given]) -> Taken:
     """Say what an 8-bit layer is filled with: codes and scales, or a full-precision weight.
 
     Raises:
@@ -142,7 +138,7 @@ def description(stored: Mapping[str, Given]) -> Mapping[str, object]:
     return values
 
 
-def _bias(layer: Linear4bit | Linear8bit, stored: Mapping[str, Given]) -> tuple[dict[str, Given], tuple[str, ...]]:
+def _bias(layer: QuantizedLinear, stored: Mapping[str, Given]) -> tuple[dict[str, Given], tuple[str, ...]]:
     if layer.bias is None:
         return {}, ()
     if "bias" not in stored:
@@ -174,7 +170,7 @@ def _fitting(name: str, given: Given, tensor: Tensor) -> Given:
     return given
 
 
-def _format(layer: Linear4bit) -> str:
+def _format(layer: FourBitLinear) -> str:
     return f"{layer.quant_type}{'-dq' if layer.nested else ''} with blocksize {layer.blocksize}"
 
 

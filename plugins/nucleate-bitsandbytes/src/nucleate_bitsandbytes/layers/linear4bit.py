@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nucleate.checkpoint import StoredForm, Taken
+from nucleate.checkpoint import Taken
 from nucleate.deferred import Given, eager, record_of
 from nucleate.errors import ConfigurationError, UsageError
-from nucleate.precision import FixedDtype
 from nucleate_bitsandbytes.layers.four_bit_weight import (
     DTYPES,
     NESTED_BLOCKSIZE,
@@ -40,6 +39,7 @@ from nucleate_bitsandbytes.layers.lazy import take4bit
 from nucleate_bitsandbytes.layers.loading4bit import load_weight
 from nucleate_bitsandbytes.layers.packing import can_pack, is_packed, pack, packed_linear, packed_scales, unpack
 from nucleate_bitsandbytes.layers.products import Product4bit, dequantized4bit, scales4bit
+from nucleate_bitsandbytes.layers.quantized import FourBitLinear
 from nucleate_bitsandbytes.library import bitsandbytes
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 _STATISTICS = ("absmax", "nested_absmax")
 
 
-class Linear4bit(nn.Linear, FixedDtype, StoredForm):
+class Linear4bit(FourBitLinear):
     """Computes `input @ weight.T + bias` for a weight of four bits per element, which is frozen.
 
     Outputs, gradients and state dict are those of `bitsandbytes.nn.Linear4bit`, bit for bit, except where that one
@@ -68,10 +68,6 @@ class Linear4bit(nn.Linear, FixedDtype, StoredForm):
     """
 
     fixed_dtype = ("weight", "absmax", "nested_absmax")
-    nested_absmax: nn.Parameter | None
-    nested_offset: Tensor | None
-    #: Set by FSDP's first exchange of the parameter: the memory of such a one is not this layer's to exchange.
-    _is_sharded = False
     #: The scales as the kernel reads them, and what they were made from.
     _scales: tuple[tuple[Any, ...], Tensor] | None = None
 
@@ -96,10 +92,10 @@ class Linear4bit(nn.Linear, FixedDtype, StoredForm):
         self.out_features = out_features
         self.compute_dtype = compute_dtype
         self.weight = frozen(weight.codes)
-        self._take_statistics(weight)
+        self.take_statistics(weight)
         self.register_parameter("bias", None if bias is None else trained(bias))
 
-    def _take_statistics(self, weight: FourBitWeight) -> None:
+    def take_statistics(self, weight: FourBitWeight) -> None:
         self.quant_type = weight.quant_type
         self.blocksize = weight.blocksize
         self.quantized_dtype = weight.dtype
@@ -110,11 +106,6 @@ class Linear4bit(nn.Linear, FixedDtype, StoredForm):
         self._scales = None
 
     # -- what it holds -------------------------------------------------------------------------------------
-
-    @property
-    def nested(self) -> bool:
-        """Whether the scales are quantized themselves (double quantization)."""
-        return self.nested_absmax is not None
 
     @property
     def quantized(self) -> FourBitWeight:
@@ -185,7 +176,7 @@ class Linear4bit(nn.Linear, FixedDtype, StoredForm):
             return codes
         with torch.inference_mode(False), torch.no_grad():
             packed = pack(codes, (self.out_features, self.in_features))
-            if not self._is_sharded:
+            if not self.is_sharded:
                 self.weight.data = packed
         return packed
 
@@ -234,10 +225,10 @@ class Linear4bit(nn.Linear, FixedDtype, StoredForm):
         tensors = [t for t in (state.absmax, self.nested_absmax, self.nested_offset) if t is not None]
         made_from = tuple((id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
         scales = self._scales
-        if scales is None or scales[0] != made_from or self._is_sharded:
+        if scales is None or scales[0] != made_from or self.is_sharded:
             with torch.inference_mode(False), torch.no_grad():
                 scales = (made_from, packed_scales(scales4bit(state), self.out_features))
-            if not self._is_sharded:
+            if not self.is_sharded:
                 self._scales = scales
         shape = (self.out_features, self.in_features)
         return packed_linear(values, packed, scales[1], state.code, shape, self.blocksize)
@@ -246,7 +237,7 @@ class Linear4bit(nn.Linear, FixedDtype, StoredForm):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and isinstance(value, DTensor):
-            self.__dict__["_is_sharded"] = True
+            self.__dict__["is_sharded"] = True
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

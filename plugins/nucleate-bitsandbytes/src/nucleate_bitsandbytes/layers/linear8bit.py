@@ -11,10 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nucleate.checkpoint import StoredForm, Taken
+from nucleate.checkpoint import Taken
 from nucleate.deferred import Given
 from nucleate.errors import ConfigurationError, UsageError
-from nucleate.precision import FixedDtype
 from nucleate_bitsandbytes.layers.frozen import (
     compute_input,
     frozen,
@@ -28,9 +27,10 @@ from nucleate_bitsandbytes.layers.frozen import (
 from nucleate_bitsandbytes.layers.lazy import take8bit
 from nucleate_bitsandbytes.layers.loading8bit import load_weight
 from nucleate_bitsandbytes.layers.products import Product8bit, dequantized8bit
+from nucleate_bitsandbytes.layers.quantized import EightBitLinear
 
 
-class Linear8bit(nn.Linear, FixedDtype, StoredForm):
+class Linear8bit(EightBitLinear):
     """Computes `input @ weight.T + bias` for an int8 weight, which is frozen.
 
     Outputs, gradients and state dict are those of `bitsandbytes.nn.Linear8bitLt(has_fp16_weights=False)`, bit for bit.

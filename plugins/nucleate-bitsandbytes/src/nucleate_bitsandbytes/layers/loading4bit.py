@@ -7,7 +7,7 @@ not: codes without their statistics, or another tensor's bytes, would be garbage
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +24,13 @@ from nucleate_bitsandbytes.layers.four_bit_weight import (
     unpacked,
 )
 from nucleate_bitsandbytes.layers.frozen import RefusedError, check_bias, laid_out_like
+from nucleate_bitsandbytes.layers.quantized import FourBitLinear
 from nucleate_bitsandbytes.quantizers import DoubleQuant, FourBit
 from nucleate_bitsandbytes.quantizers.four_bit import QuantType
 
-if TYPE_CHECKING:
-    from nucleate_bitsandbytes.layers.linear4bit import Linear4bit
-
 
 def load_weight(
-    layer: Linear4bit,
+    layer: FourBitLinear,
     state_dict: Mapping[str, Any],
     prefix: str,
     local_metadata: Mapping[str, Any],
@@ -82,7 +80,7 @@ def load_weight(
     return {**rest, **own}
 
 
-def _weight(layer: Linear4bit, held: Any, inside: Mapping[str, Any]) -> FourBitWeight:
+def _weight(layer: FourBitLinear, held: Any, inside: Mapping[str, Any]) -> FourBitWeight:
     shape = (layer.out_features, layer.in_features)
     if not isinstance(held, Tensor):
         raise RefusedError(f"it is a {type(held).__name__}, not a tensor.")
@@ -187,7 +185,7 @@ def _check_map(name: str, found: Tensor, known: Tensor) -> None:
         raise RefusedError(f"weight.{name} holds other values than the codes of this format stand for.")
 
 
-def _placed(layer: Linear4bit, weight: FourBitWeight, prefix: str, assign: bool) -> dict[str, Tensor]:
+def _placed(layer: FourBitLinear, weight: FourBitWeight, prefix: str, assign: bool) -> dict[str, Tensor]:
     """Prepare the layer's parameters for a weight, and return what torch is to copy or assign to each."""
     new = {"weight": weight.codes, "absmax": weight.absmax}
     if weight.nested_absmax is not None:
@@ -197,7 +195,7 @@ def _placed(layer: Linear4bit, weight: FourBitWeight, prefix: str, assign: bool)
         old[name].shape == tensor.shape and old[name].dtype == tensor.dtype for name, tensor in new.items()
     )
     if not fits:
-        if isinstance(layer.weight, DTensor) or layer._is_sharded or record_of(layer.weight) is not None:
+        if isinstance(layer.weight, DTensor) or layer.is_sharded or record_of(layer.weight) is not None:
             state = "deferred" if record_of(layer.weight) is not None else "sharded"
             raise RefusedError(
                 f"it is {_format(weight)} there, and {_format(layer.quantized)} here, which a {state} layer cannot "
@@ -205,7 +203,7 @@ def _placed(layer: Linear4bit, weight: FourBitWeight, prefix: str, assign: bool)
             )
         device = layer.weight.device
         empty = {name: torch.empty_like(tensor, device=device) for name, tensor in new.items()}
-        layer._take_statistics(
+        layer.take_statistics(
             FourBitWeight(
                 codes=layer.weight,
                 absmax=empty["absmax"],

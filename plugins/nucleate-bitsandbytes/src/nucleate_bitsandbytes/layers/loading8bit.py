@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,12 @@ from torch.distributed.tensor import DTensor
 from nucleate.deferred import convert, record_of
 from nucleate.errors import ConversionError, NucleateError
 from nucleate_bitsandbytes.layers.frozen import RefusedError, check_bias, laid_out_like
+from nucleate_bitsandbytes.layers.quantized import EightBitLinear
 from nucleate_bitsandbytes.quantizers import Int8Rows
-
-if TYPE_CHECKING:
-    from nucleate_bitsandbytes.layers.linear8bit import Linear8bit
 
 
 def load_weight(
-    layer: Linear8bit,
+    layer: EightBitLinear,
     state_dict: Mapping[str, Any],
     prefix: str,
     missing: list[str],
@@ -60,7 +58,7 @@ def load_weight(
     return rest
 
 
-def _weight(layer: Linear8bit, held: Any, scales: Any, order: Any) -> tuple[Tensor, ...]:
+def _weight(layer: EightBitLinear, held: Any, scales: Any, order: Any) -> tuple[Tensor, ...]:
     shape = (layer.out_features, layer.in_features)
     if not isinstance(held, Tensor) or tuple(held.shape) != shape:
         found = tuple(held.shape) if isinstance(held, Tensor) else type(held).__name__

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nucleate.deferred.conversion import Conversion, Layout, Output
+from nucleate.deferred.elements import Conversion, Layout, Output
 from nucleate.errors import ConfigurationError, ConversionError
 from nucleate_bitsandbytes.library import bitsandbytes
 

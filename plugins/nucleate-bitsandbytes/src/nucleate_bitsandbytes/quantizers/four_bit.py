@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from nucleate.deferred.conversion import Conversion, Layout, Output
+from nucleate.deferred.elements import Conversion, Layout, Output
 from nucleate.errors import ConfigurationError
 from nucleate_bitsandbytes.library import bitsandbytes
 from nucleate_bitsandbytes.quantizers.codebook import SCALE, SMALLEST, Codebook, codebook

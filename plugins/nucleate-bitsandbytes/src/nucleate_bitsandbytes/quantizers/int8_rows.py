@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nucleate.deferred.conversion import Conversion, Layout, Output
+from nucleate.deferred.elements import Conversion, Layout, Output
 from nucleate.errors import ConversionError
 from nucleate_bitsandbytes.library import bitsandbytes
 from nucleate_bitsandbytes.quantizers.finite import check_dtype, is_finite, non_finite

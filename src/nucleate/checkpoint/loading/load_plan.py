@@ -1,0 +1,241 @@
+"""What a load will do, worked out before it does anything: which tensors to fill, and everything that does not fit.
+
+This file decides what fits: shapes must be equal, floating point dtypes may differ (the value is cast). What each
+kind of entry wants is for the loader.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nucleate.checkpoint.loading.report import Finding, LoadReport, keys
+from nucleate.checkpoint.state.tree import KeyPath, join
+from nucleate.checkpoint.stored.contents import Contents
+from nucleate.checkpoint.stored.data_file import DataFile
+from nucleate.checkpoint.stored.mapped import Mapper
+from nucleate.checkpoint.stored.tensor import StoredTensor
+from nucleate.deferred import Given, give, record_of
+from nucleate.errors import CheckpointError, CheckpointKeyError, ConversionError, ShapeMismatchError, name_list
+from nucleate.materialize.reading import read_into
+
+
+class _Named(Given):
+    """What a module made of what is stored for it, which says whose it is where it cannot be made.
+
+    Args:
+        given: The elements.
+        name: The module's.
+    """
+
+    def __init__(self, given: Given, name: str) -> None:
+        self.dtype, self.shape, self._given, self._name = given.dtype, given.shape, given, name
+
+    def read(self, start: int, out: Tensor) -> None:
+        try:
+            self._given.read(start, out)
+        except ConversionError as error:
+            raise ConversionError(f"{self._name}: {error}") from error
+
+    def order(self, start: int) -> tuple[int, int]:
+        return self._given.order(start)
+
+    def check_unchanged(self) -> None:
+        self._given.check_unchanged()
+
+    def describe(self) -> str:
+        return self._given.describe()
+
+
+class Plan:
+    """A load, before a byte is changed.
+
+    Args:
+        contents: What the checkpoint holds.
+        maps: Let deferred tensors that the file already holds as they are to be lie in the file's own pages.
+
+    Attributes:
+        contents: What the checkpoint holds.
+        tensors: The checkpoint's tensors by key, and those that modules compute of them.
+        report: What is found on the way.
+        finish: What to call when the tensors are filled, with what it is called in messages.
+        leftover: Where the things are that `report.unexpected` names.
+        unfit: What is in both and is of another kind, as sentences; refused in any case.
+    """
+
+    def __init__(self, contents: Contents, maps: bool = False) -> None:
+        self.contents = contents
+        self.tensors: dict[str, StoredTensor] = dict(contents.tensors)
+        self.report = LoadReport(contents.path, contents.format)
+        self.finish: list[tuple[str, Callable[[], object]]] = []
+        self.leftover: list[KeyPath] = []
+        self.unfit: list[str] = []
+        self._wrong_shapes = False
+        self._mapper = Mapper() if maps else None
+        self._deferred: list[tuple[Tensor, Given]] = []
+        self._real: list[tuple[Tensor, Given]] = []
+
+    def fill(self, name: str, stored: StoredTensor, target: Tensor) -> None:
+        """Read a tensor into `target`, or note that it does not fit.
+
+        Args:
+            name: What messages call the target.
+            stored: Where it comes from.
+            target: A tensor with memory, which is written in place, or a deferred one.
+        """
+        if stored.shape != tuple(target.shape):
+            self._wrong_shapes = True
+            detail = f"{tuple(target.shape)} here but {stored.shape} in the checkpoint"
+        elif stored.dtype != target.dtype and not (stored.dtype.is_floating_point and target.dtype.is_floating_point):
+            detail = f"{target.dtype} here but {stored.dtype} in the checkpoint"
+        else:
+            if stored.dtype != target.dtype:
+                self.report.cast.append(Finding(name, stored.size_bytes, f"{stored.dtype} -> {target.dtype}"))
+            self.report.loaded.append(Finding(name, stored.size_bytes))
+            self._read(stored, target)
+            return
+        self.report.mismatched.append(Finding(name, stored.size_bytes, detail))
+
+    def take(self, name: str, given: Given, target: Tensor, module: str) -> None:
+        """Fill `target` with what a module made of what is stored for it; see `StoredForm`.
+
+        Args:
+            name: What messages call the target.
+            given: The elements, of the target's shape.
+            target: A tensor with memory, or a deferred one.
+            module: What messages call the module.
+        """
+        self.report.loaded.append(Finding(name, math.prod(given.shape) * given.dtype.itemsize))
+        self._read(_Named(given, module), target)
+
+    def whole(self, name: str, stored: StoredTensor, like: Tensor | None) -> Tensor | None:
+        """Return a new tensor on the CPU that is filled when the plan is executed, or note that it does not fit.
+
+        Args:
+            name: What messages call it.
+            stored: Where it comes from.
+            like: What it takes the place of and must have the shape of, if that matters.
+        """
+        if like is not None and stored.shape != tuple(like.shape):
+            self._wrong_shapes = True
+            detail = f"{tuple(like.shape)} here but {stored.shape} in the checkpoint"
+            self.report.mismatched.append(Finding(name, stored.size_bytes, detail))
+            return None
+        tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+        self.report.loaded.append(Finding(name, stored.size_bytes))
+        self._read(stored, tensor)
+        return tensor
+
+    def miss(self, name: str, tensor: Tensor | None = None) -> None:
+        """Note that the checkpoint lacks something."""
+        size_bytes = 0 if tensor is None else tensor.numel() * tensor.element_size()
+        self.report.missing.append(Finding(name, size_bytes))
+
+    def tie(self, name: str, first: str, stored: StoredTensor) -> None:
+        """Note that a name stands for what is loaded under another one."""
+        self.report.tied.append(Finding(name, stored.size_bytes, f"= {first}"))
+
+    def tree(self, path: KeyPath, target: Callable[[KeyPath, torch.Size, torch.dtype], Tensor] | None = None) -> Any:
+        """Return what was saved at `path`, with tensors that are filled when the plan is executed.
+
+        Args:
+            path: A place at which something was saved.
+            target: Returns a tensor to fill for a place, a shape and a dtype; without it they are new, on the CPU.
+        """
+        # By where they lie: several names may stand for the same bytes, thousands in a file made for that.
+        new: dict[Any, Tensor] = {}
+
+        def tensor_at(place: KeyPath) -> Tensor | None:
+            key = self.contents.keys.get(place)
+            if key is None:
+                return None
+            stored = self.contents.tensors[key]
+            if target is None:
+                where = stored.identity
+                if where not in new:
+                    new[where] = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+                    self._read(stored, new[where])
+                return new[where]
+            tensor = target(place, torch.Size(stored.shape), stored.dtype)
+            self._read(stored, tensor)
+            return tensor
+
+        return join(self.contents.at(path), path, tensor_at)
+
+    def check(self, strict: bool) -> None:
+        """Raise if the checkpoint and what it is loaded into do not fit together.
+
+        Args:
+            strict: Refuse keys that are missing, unexpected or of another shape or dtype.
+
+        Raises:
+            CheckpointKeyError: Keys are missing or unexpected.
+            ShapeMismatchError: Tensors have other shapes.
+            CheckpointError: Something else is not what it was, or a file was cut short since its header was read.
+        """
+        report = self.report
+        wrong = [f"{one.key} is {one.detail}" for one in report.mismatched]
+        problems = {
+            "missing in the checkpoint": keys(report.missing) if strict else [],
+            "unexpected in the checkpoint": keys(report.unexpected) if strict else [],
+            "of another shape or dtype": wrong if strict else [],
+            "of another kind": self.unfit,
+        }
+        lines = [f"  {len(found)} {what}: {name_list(found)}" for what, found in problems.items() if found]
+        if not lines:
+            self._check_files()
+            return
+        advice = "Nothing was changed."
+        if not self.unfit:
+            advice += " Pass strict=False to load only what is in both and fits."
+        if not self.contents.is_complete and report.missing and not report.loaded:
+            advice += " It is not one that `save` wrote; `load_raw` loads the weights of others into a model."
+        message = "\n".join([f"the checkpoint at {self.contents.path} does not fit:", *lines, advice])
+        if strict and (report.missing or report.unexpected):
+            raise CheckpointKeyError(message)
+        if strict and self._wrong_shapes:
+            raise ShapeMismatchError(message)
+        raise CheckpointError(message)
+
+    def _check_files(self) -> None:
+        """Raise if a file was cut short since its header was read, before any tensor has changed."""
+        files = (file for _, given in self._real if isinstance(given, StoredTensor) for file in given.files)
+        for file in {id(file): file for file in files}.values():
+            if isinstance(file, DataFile):
+                file.check_length()
+
+    def execute(self) -> None:
+        """Bind deferred tensors to the files, and read into all others.
+
+        Raises:
+            CheckpointError: A file has changed since its headers were read, or the disk fails.
+        """
+        read_into(self._real)
+        for tensor, _ in self._real:
+            if not tensor.is_inference():
+                # Reading went around autograd, which has to see a write: what it saved of the old value is stale.
+                torch.autograd.graph.increment_version(tensor)
+        for tensor, given in self._deferred:
+            give(tensor, given)
+
+    def _read(self, given: Given, target: Tensor) -> None:
+        if record_of(target) is None:
+            self._real.append((target, given))
+            return
+        maps = self._mapper is not None and isinstance(given, StoredTensor)
+        self._deferred.append((target, self._mapper.given(given) if maps else given))  # type: ignore[union-attr, arg-type]
+
+    @property
+    def summary(self) -> str:
+        """What was not loaded, as a sentence; empty where all was."""
+        report = self.report
+        parts = [
+            f"{what}: {name_list(map(str, found))}"
+            for what, found in (("not in it", report.missing), ("not fitting", report.mismatched))
+            if found
+        ]
+        return f"{'; '.join(parts)}; these are left as they were, or made by their recipes." if parts else ""

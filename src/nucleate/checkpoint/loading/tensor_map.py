@@ -1,0 +1,59 @@
+"""A key map applied to a checkpoint's tensors, without reading them: other names, and what rules make of several."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nucleate.checkpoint.rules.key_map import KeyMap, map_keys
+from nucleate.checkpoint.rules.renaming import Item, Renaming, empty_like, has_rules
+from nucleate.checkpoint.stored.computed import ComputedTensor
+from nucleate.checkpoint.stored.tensor import StoredTensor
+from nucleate.deferred import ComputedGiven, deferred, give
+
+
+def map_tensors(tensors: dict[str, StoredTensor], key_map: KeyMap | None, where: str) -> dict[str, StoredTensor]:
+    """Apply a key map to a checkpoint's tensors.
+
+    Args:
+        tensors: The tensors by name.
+        key_map: Renames and rules.
+        where: What messages call the checkpoint.
+
+    Raises:
+        CheckpointKeyError: A rule finds nothing, or not all that belongs together, or two tensors get one name.
+        ShapeMismatchError: Tensors do not fit together, or sizes do not add up.
+        ConfigurationError: It is not a key map.
+    """
+    if not has_rules(key_map):
+        return {new: tensors[old] for new, old in map_keys(tensors, key_map).items()}
+    items = {name: Item(stored, (name,)) for name, stored in tensors.items()}
+    renaming = Renaming(items, _stand_in, where)
+    with deferred():
+        renaming.apply(key_map)
+        made: dict[int, StoredTensor] = {}
+        found: dict[str, StoredTensor] = {}
+        for name, item in renaming.items.items():
+            if item.origin is not None:
+                found[name] = item.origin
+                continue
+            if id(item) not in made:
+                made[id(item)] = _computed(name, item, tensors)
+            found[name] = made[id(item)]
+    return found
+
+
+def _computed(name: str, item: Item[StoredTensor], tensors: dict[str, StoredTensor]) -> StoredTensor:
+    assert item.tensor is not None
+    given = ComputedGiven(item.tensor)
+    same = given.given()
+    if isinstance(same, StoredTensor):
+        # Moved and moved back.
+        return same
+    return ComputedTensor.of(name, given, tuple(tensors[source] for source in item.sources))
+
+
+def _stand_in(stored: StoredTensor) -> Tensor:
+    tensor = empty_like(stored.shape, stored.dtype)
+    if stored.numel:
+        give(tensor, stored)
+    return tensor

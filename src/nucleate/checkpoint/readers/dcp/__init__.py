@@ -1,0 +1,3 @@
+"""Folders that torch.distributed.checkpoint wrote. `nucleate.registry` names the reader."""
+
+__all__: list[str] = []

@@ -1,0 +1,157 @@
+"""The reader of torch.distributed.checkpoint (DCP) folders: nucleate's own, and anybody's."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from nucleate.checkpoint.disk.folder import MARKER, METADATA
+from nucleate.checkpoint.readers.base import Reader
+from nucleate.checkpoint.readers.dcp.blobs import BlobFile
+from nucleate.checkpoint.readers.dcp.dcp_metadata import DCPMetadata, Described
+from nucleate.checkpoint.readers.saved import VALUES, check_marker, contents_of
+from nucleate.checkpoint.readers.torch.structure import Structure
+from nucleate.checkpoint.state.tree import KeyPath
+from nucleate.checkpoint.stored.contents import Contents
+from nucleate.checkpoint.stored.data_file import DataFile
+from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
+from nucleate.errors import CheckpointError, CheckpointNotFoundError, name_list
+
+SUFFIX = ".distcp"
+
+
+@final
+class DCPReader(Reader):
+    """Reads folders with a `.metadata` and the files that it names."""
+
+    name = "dcp"
+
+    def claims(self, path: Path) -> bool:
+        """Claim a folder with an index, or with what is left of one."""
+        if not path.is_dir():
+            return False
+        names = {item.name for item in path.iterdir()}
+        return bool(names & {METADATA, MARKER}) or any(name.endswith(SUFFIX) for name in names)
+
+    def read(self, path: Path) -> Contents:
+        """Read the index, and of each part the header that says where its numbers begin."""
+        if not (path / METADATA).exists():
+            raise CheckpointError(
+                f"the checkpoint at {path} has no {METADATA}, which is written last: saving it did not end, or it was "
+                "copied without hidden files. Copy all of it, or use an earlier checkpoint."
+            )
+        is_ours = check_marker(path)
+        metadata = DCPMetadata.read(path)
+        files = _open(path, metadata)
+        for key, tensor in metadata.tensors.items():
+            if not tensor.parts and 0 not in tensor.shape:
+                raise CheckpointError(f"{path / METADATA} is damaged: it names no part of {key}. Copy it again.")
+        tensors = {key: self._stored(key, tensor, files) for key, tensor in metadata.tensors.items()}
+        if not is_ours:
+            return self._foreign(path, metadata, tensors, files)
+        values = tensors.pop(VALUES, None)
+        if values is None or values.dtype is not torch.uint8 or not values.is_plain:
+            raise CheckpointError(f"the checkpoint at {path} is damaged: it has no {VALUES}. Copy it again.")
+        chunk = values.chunks[0]
+        return contents_of(path, self.name, tensors, chunk.file.read(chunk.offset, values.size_bytes))
+
+    def _stored(self, key: str, tensor: Described, files: dict[str, BlobFile]) -> StoredTensor:
+        chunks = []
+        for part in tensor.parts:
+            file = files[part.blob.file]
+            offset, stride = file.place(key, tensor.dtype, part.shape, part.blob.offset, part.blob.size_bytes)
+            chunks.append(Chunk(file.file, offset, part.begin, part.shape, stride))
+        stored = StoredTensor(key, tensor.dtype, tensor.shape, tuple(chunks))
+        stored.check()
+        return stored
+
+    def _foreign(
+        self, path: Path, metadata: DCPMetadata, tensors: dict[str, StoredTensor], files: dict[str, BlobFile]
+    ) -> Contents:
+        """Return the contents of a folder that `save` did not write."""
+        structure = Structure()
+        structure.tensors.update(tensors)
+        values: dict[KeyPath, Any] = {}
+        skipped: dict[str, str] = {}
+        for key, blob in metadata.values.items():
+            place = metadata.paths.get(key, (key,))
+            try:
+                values[place] = structure.skeleton(files[blob.file].archive(blob.offset, blob.size_bytes), place)
+            except CheckpointError as error:
+                # Loaders and the like leave pickled code there. The tensors can be read all the same.
+                skipped[key] = str(error)
+        keys = {metadata.paths.get(key, (key,)): key for key in tensors}
+        if len(keys) != len(tensors):
+            raise CheckpointError(f"{path / METADATA} is damaged: two tensors have one place. Copy it again.")
+        skeleton = _nested({**dict.fromkeys(keys), **values}, path)
+        notes = {"not read": f"{name_list(skipped)}: {next(iter(skipped.values()))}"} if skipped else {}
+        modules = ((),) if all(len(place) == 1 for place in keys) else ()
+        return Contents(path, self.name, structure.tensors, skeleton, {**keys, **structure.keys}, modules, notes=notes)
+
+
+def _open(folder: Path, metadata: DCPMetadata) -> dict[str, BlobFile]:
+    """Open all files that the index names.
+
+    Raises:
+        CheckpointError: Some are missing, or the index names files elsewhere.
+    """
+    names = {part.blob.file for tensor in metadata.tensors.values() for part in tensor.parts}
+    names |= {blob.file for blob in metadata.values.values()}
+    if outside := sorted(name for name in names if Path(name).name != name or name in ("", ".", "..")):
+        raise CheckpointError(
+            f"{folder / METADATA} names files outside of its folder: {name_list(map(repr, outside))}. It is damaged, "
+            "or somebody's trap."
+        )
+    files: dict[str, BlobFile] = {}
+    missing: list[str] = []
+    for name in sorted(names):
+        try:
+            files[name] = BlobFile(DataFile(folder / name))
+        except CheckpointNotFoundError:
+            missing.append(name)
+    if missing:
+        raise CheckpointNotFoundError(
+            f"the checkpoint at {folder} is damaged: {name_list(missing)} of {len(names)} files "
+            f"{'is' if len(missing) == 1 else 'are'} missing. If it was copied, copy it again; if several nodes wrote "
+            "it, they must share the file system."
+        )
+    return files
+
+
+def _nested(items: dict[KeyPath, Any], path: Path) -> dict[str, Any]:
+    """Return values nested as their places say."""
+    root: dict[Any, Any] = {}
+    lists: list[tuple[dict[Any, Any], Any]] = []
+    for place, value in items.items():
+        node = root
+        for part, following in pairwise(place):
+            if part not in node:
+                node[part] = _Node()
+                if isinstance(following, int):
+                    lists.append((node, part))
+            node = node[part]
+            if not isinstance(node, _Node):
+                raise CheckpointError(f"{path / METADATA} is damaged: {part!r} is both a value and holds others.")
+        if place[-1] in node:
+            raise CheckpointError(f"{path / METADATA} is damaged: {place[-1]!r} is there twice.")
+        node[place[-1]] = value
+    # From the inside out, so that a list in a list is one already.
+    for holder, part in reversed(lists):
+        if holder[part].keys() == set(range(len(holder[part]))):
+            holder[part] = [holder[part][place] for place in range(len(holder[part]))]
+    return {name: _plain(item) for name, item in root.items()}
+
+
+class _Node(dict[Any, Any]):
+    """A dict that was made for its items, unlike one that was saved."""
+
+
+def _plain(node: Any) -> Any:
+    if type(node) in (_Node, dict):
+        return {key: _plain(item) for key, item in node.items()}
+    if type(node) is list:
+        return [_plain(item) for item in node]
+    return node

@@ -1,0 +1,196 @@
+"""The index of a torch.distributed.checkpoint folder, its `.metadata`, read as data.
+
+It is a pickle; what it is made of (torch/distributed/checkpoint/{metadata,filesystem}.py, 2.13) becomes plain records
+here, and nothing that it names is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nucleate.checkpoint.disk.folder import METADATA
+from nucleate.checkpoint.readers.torch.pickled import Maker, Unpickler
+from nucleate.checkpoint.readers.torch.torch_pickle import find
+from nucleate.checkpoint.stored.data_file import DataFile
+from nucleate.errors import CheckpointError
+
+_CLASSES = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+    )
+} | {("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
+
+
+class _Record:
+    """An object of one of the classes above, by the name of its class."""
+
+    __slots__ = ("name", "state")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state: Any = {}
+
+    def build(self, state: Any) -> None:
+        self.state = state
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """Where one part of a tensor, or one value, lies.
+
+    Attributes:
+        file: The name of the file in the folder.
+        offset: Where it begins there.
+        size_bytes: How long it is.
+    """
+
+    file: str
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a tensor.
+
+    Attributes:
+        begin: Its first index in the tensor, for each dim.
+        shape: How long it is in each dim.
+        blob: Where it lies.
+    """
+
+    begin: tuple[int, ...]
+    shape: tuple[int, ...]
+    blob: Blob
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A tensor as the index tells of it.
+
+    Attributes:
+        dtype: Of its elements.
+        shape: Of the whole.
+        parts: What it consists of.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
+class DCPMetadata:
+    """What a folder holds.
+
+    Attributes:
+        tensors: By key.
+        values: Where each value that is no tensor lies, by key.
+        paths: The place of each key in the state that was saved, as far as the index tells.
+    """
+
+    tensors: dict[str, Described]
+    values: dict[str, Blob]
+    paths: dict[str, tuple[Any, ...]]
+
+    @classmethod
+    def read(cls, folder: Path) -> DCPMetadata:
+        """Read the index of `folder`.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+        """
+        file = DataFile(folder / METADATA)
+        root = Unpickler(file.read(0, file.size_bytes), _find, name=file.name).load()
+        try:
+            return cls._of(root)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointError(
+                f"{file.name} is damaged: {error if type(error) is ValueError else repr(error)[:200]}. Copy it again."
+            ) from error
+
+    @classmethod
+    def _of(cls, root: Any) -> DCPMetadata:
+        if not isinstance(root, _Record) or root.name != "Metadata":
+            raise ValueError("it holds no metadata")
+        blobs: dict[tuple[str, tuple[int, ...] | None], Blob] = {}
+        for index, info in _items(root.state["storage_data"]):
+            offset = index.state.get("offset")
+            place = (_text(index.state["fqn"]), None if offset is None else _sizes(offset))
+            if place in blobs:
+                raise ValueError(f"{place[0]} is there twice")
+            if info.state.get("transform_descriptors"):
+                raise ValueError(f"{place[0]} was transformed by {info.state['transform_descriptors']!r:.100}")
+            offset_bytes, size_bytes = _sizes((info.state["offset"], info.state["length"]))
+            blobs[place] = Blob(_text(info.state["relative_path"]), offset_bytes, size_bytes)
+        tensors: dict[str, Described] = {}
+        values: dict[str, Blob] = {}
+        for key, entry in _items(root.state["state_dict_metadata"]):
+            _text(key)
+            if entry.name == "BytesStorageMetadata":
+                if (key, None) not in blobs:
+                    raise ValueError(f"nothing says where {key} lies")
+                values[key] = blobs[key, None]
+            else:
+                tensors[key] = _described(key, entry, blobs)
+        paths = root.state.get("planner_data")
+        return cls(tensors, values, dict(_paths(paths)) if isinstance(paths, dict) else {})
+
+
+def _described(key: str, entry: _Record, blobs: dict[tuple[str, tuple[int, ...] | None], Blob]) -> Described:
+    properties = entry.state["properties"].state
+    dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{key} has no dtype")
+    parts = []
+    for chunk in entry.state["chunks"]:
+        begin, shape = _sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])
+        if (key, begin) not in blobs:
+            raise ValueError(f"nothing says where the part of {key} that begins at {begin} lies")
+        parts.append(Part(begin, shape, blobs[key, begin]))
+    return Described(dtype, _sizes(entry.state["size"]), parts)
+
+
+def _find(module: str, name: str) -> Any:
+    if (module, name) in _CLASSES:
+        return Maker(lambda *_: _Record(name))
+    return find(module, name)
+
+
+def _items(mapping: Any) -> Iterator[tuple[Any, Any]]:
+    if not isinstance(mapping, dict):
+        raise ValueError("it lacks a part")
+    yield from mapping.items()
+
+
+def _paths(paths: dict[Any, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for key, path in paths.items():
+        if type(key) is not str or type(path) is not tuple or not 0 < len(path) < 100:
+            continue
+        if all(type(part) in (str, int) for part in path):
+            yield key, path
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError("a name in it is no text")
+    return value
+
+
+def _sizes(numbers: Any) -> tuple[int, ...]:
+    sizes = tuple(numbers)
+    if not all(type(number) is int and 0 <= number < 1 << 60 for number in sizes) or len(sizes) > 64:
+        raise ValueError(f"a shape, an offset or a length in it is {repr(sizes)[:100]}")
+    return sizes

@@ -1,0 +1,138 @@
+"""Nested values with tensors in them, as torch files hold them, taken apart into a skeleton and stored tensors."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from typing import Any
+
+from nucleate.checkpoint.readers.torch.pickled import Global, Unmade
+from nucleate.checkpoint.readers.torch.torch_archive import TorchArchive
+from nucleate.checkpoint.readers.torch.torch_pickle import Refused, StateDict, StorageRef, TensorRef, unwrapped
+from nucleate.checkpoint.state.tree import KeyPath, key_of
+from nucleate.checkpoint.stored.tensor import StoredTensor
+from nucleate.errors import CheckpointError
+
+# Deeper, a skeleton could not be walked through without running out of stack.
+_MAX_DEPTH = 100
+# What tensors that repeat their elements may take in memory, where the file is small.
+_EXPANDED_BYTES = 1 << 20
+
+
+class Structure:
+    """Receives values from archives, and what is in them.
+
+    Attributes:
+        tensors: Each tensor by key.
+        keys: The place of each tensor to its key.
+        modules: The places of what `Module.state_dict` returned.
+        versions: For each of these, the versions of the modules in it by name.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, StoredTensor] = {}
+        self.keys: dict[KeyPath, str] = {}
+        self.modules: list[KeyPath] = []
+        self.versions: dict[KeyPath, dict[str, int]] = {}
+
+    def skeleton(self, archive: TorchArchive, path: KeyPath = ()) -> Any:
+        """Return what an archive holds with None where tensors stand, and take those.
+
+        Args:
+            archive: What to take apart.
+            path: Where its value belongs.
+
+        Raises:
+            CheckpointError: Something in it cannot be read without running code, is damaged, or has the key of
+                something else.
+        """
+        walk = _Walk(self, archive)
+        return walk.split(archive.value, path)
+
+
+class _Walk:
+    """Goes through what one archive holds."""
+
+    def __init__(self, structure: Structure, archive: TorchArchive) -> None:
+        self._structure = structure
+        self._archive = archive
+        # A list may stand in a list many times, and so on: small in the file, without end when it is walked through.
+        self._num_left = 100_000 + archive.file.size_bytes
+        self._expanded_left = max(archive.file.size_bytes, _EXPANDED_BYTES)
+
+    def split(self, value: Any, path: KeyPath, depth: int = 0) -> Any:
+        self._num_left -= 1
+        if depth > _MAX_DEPTH or self._num_left < 0:
+            raise CheckpointError(f"{self._name} is nested too deep, or holds itself, at {_at(path)}.")
+        if isinstance(value, TensorRef):
+            self._take(value, path)
+            return None
+        if isinstance(value, dict) and not isinstance(value, Counter):
+            for key in value:
+                self._check_key(key, path)
+            if isinstance(value, StateDict) and value.is_of_module:
+                self._structure.modules.append(path)
+                self._structure.versions[path] = value.versions
+            kind = OrderedDict if isinstance(value, OrderedDict) else dict
+            return kind((key, self.split(item, (*path, key), depth + 1)) for key, item in value.items())
+        if type(value) in (list, tuple):
+            return type(value)(self.split(item, (*path, place), depth + 1) for place, item in enumerate(value))
+        self._check(value, path)
+        return unwrapped(value)
+
+    @property
+    def _name(self) -> str:
+        return self._archive.file.name
+
+    def _take(self, tensor: TensorRef, path: KeyPath) -> None:
+        key = key_of(path)
+        if key in self._structure.tensors:
+            raise CheckpointError(f"{self._name} holds two tensors called {key}. Rename one and save it again.")
+        stored = self._archive.stored(key, tensor)
+        stored.check()
+        if (more := stored.size_bytes - stored.chunks[0].extent_bytes(stored.dtype)) > 0:
+            self._expanded_left -= more
+            if self._expanded_left < 0:
+                raise CheckpointError(
+                    f"{key} in {self._name} has the shape {stored.shape}, {stored.size_bytes} bytes, of which the file "
+                    f"holds {stored.chunks[0].extent_bytes(stored.dtype)}: an expanded tensor, or a damaged file. Save "
+                    "what it was expanded from."
+                )
+        self._structure.tensors[key] = stored
+        self._structure.keys[path] = key
+
+    def _check(self, value: Any, path: KeyPath) -> None:
+        """Raise if a value that is no dict, list or tuple is no plain value either."""
+        if isinstance(value, (Global, Unmade)):
+            raise self._code(value, path)
+        if isinstance(value, Refused):
+            raise CheckpointError(f"{_at(path)} in {self._name} is {value.what}.")
+        if isinstance(value, StorageRef):
+            raise CheckpointError(f"{_at(path)} in {self._name} is a bare storage. Save a tensor instead.")
+        if isinstance(value, (set, Counter)):
+            for item in value:
+                self._check_key(item, path)
+            for item in value.values() if isinstance(value, Counter) else ():
+                self._check_key(item, path)
+
+    def _check_key(self, value: Any, path: KeyPath) -> None:
+        """Raise if what is in a set, or a key, is no plain value."""
+        self._num_left -= 1
+        if isinstance(value, (TensorRef, dict, list)):
+            raise CheckpointError(f"{_at(path)} in {self._name} holds tensors or containers in a set, or as keys.")
+        if isinstance(value, tuple):
+            for part in value:
+                self._check_key(part, path)
+        else:
+            self._check(value, path)
+
+    def _code(self, value: Global | Unmade, path: KeyPath) -> CheckpointError:
+        return CheckpointError(
+            f"{_at(path)} in {self._name} is a {value.name}, and a file can only bring it back by running code, "
+            "which is not done: it may be anybody's. If you trust the file, load it with `torch.load(path, "
+            "weights_only=False)` and save only tensors and plain values, such as `model.state_dict()`; or allow the "
+            "class with `torch.serialization.add_safe_globals`."
+        )
+
+
+def _at(path: KeyPath) -> str:
+    return key_of(path) or "what is saved"

@@ -1,0 +1,111 @@
+"""The reader of torch files: one that `torch.save` wrote, or a folder with shards and an index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, final
+
+from nucleate.checkpoint.disk.folder import check_version
+from nucleate.checkpoint.readers.base import Reader
+from nucleate.checkpoint.readers.shard_index import ShardIndex, indexes_in
+from nucleate.checkpoint.readers.torch.structure import Structure
+from nucleate.checkpoint.readers.torch.torch_archive import is_legacy, open_archive
+from nucleate.checkpoint.state.tree import KeyPath
+from nucleate.checkpoint.stored.contents import Contents
+from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
+from nucleate.checkpoint.stored.tensor import StoredTensor
+from nucleate.errors import CheckpointError, name_list
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+INDEX_SUFFIX = ".bin.index.json"
+#: What `save` adds to the state.
+ENTRY = "nucleate"
+
+
+@final
+class TorchReader(Reader):
+    """Reads `.pt`, `.pth`, `.bin` and `.ckpt` files, and folders of them with an index."""
+
+    name = "torch"
+
+    def claims(self, path: Path) -> bool:
+        """Claim what is named so, a folder of it, and a file that begins like one."""
+        if path.is_dir():
+            return bool(indexes_in(path, INDEX_SUFFIX) or _files(path))
+        return path.name.endswith((*SUFFIXES, INDEX_SUFFIX)) or _begins_like_one(first_bytes(path, 256))
+
+    def read(self, path: Path) -> Contents:
+        """Read the pickles of all files that belong to the checkpoint, as data."""
+        if path.name.endswith(INDEX_SUFFIX):
+            return self._read_shards(path.parent, path)
+        if not path.is_dir():
+            return self._read_file(path)
+        indexes = indexes_in(path, INDEX_SUFFIX)
+        files = _files(path)
+        if len(indexes) > 1 or (not indexes and len(files) != 1):
+            found = indexes or files
+            raise CheckpointError(
+                f"{path} holds {len(found)} checkpoints, {name_list(file.name for file in found)}. Give the path of "
+                "the one to read."
+            )
+        return self._read_shards(path, indexes[0]) if indexes else self._read_file(files[0])
+
+    def _read_file(self, path: Path) -> Contents:
+        structure = Structure()
+        skeleton = structure.skeleton(open_archive(DataFile(path)))
+        if not isinstance(skeleton, dict):
+            what = f"a {type(skeleton).__name__}" if skeleton is not None else "one tensor"
+            raise CheckpointError(
+                f"{path} holds {what}; a checkpoint is a dict, such as `model.state_dict()`, so that what is in it has "
+                'a name. Save `{"name": value}` instead.'
+            )
+        if isinstance(own := skeleton.get(ENTRY), dict) and "version" in own:
+            return self._complete(path, structure, {k: v for k, v in skeleton.items() if k != ENTRY}, own)
+        modules = structure.modules
+        if not modules and any(len(place) == 1 for place in structure.keys):
+            modules = [()]
+        return Contents(
+            path, self.name, structure.tensors, skeleton, structure.keys, tuple(modules), versions=structure.versions
+        )
+
+    def _complete(self, path: Path, structure: Structure, skeleton: dict[str, Any], own: dict[str, Any]) -> Contents:
+        """Return the contents of a file that `save` wrote."""
+        check_version(own["version"], path)
+        try:
+            sharded = {key: [int(dim) for dim in dims] for key, dims in own["sharded"].items()}
+            modules = tuple(tuple(place) for place in own["modules"])
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"`{ENTRY}` in {path} is damaged: {type(error).__name__}: {error}. Copy the file again."
+            ) from error
+        # Tied tensors share their bytes, and are known by the name of the first, as in every other format.
+        first: dict[Any, str] = {}
+        keys: dict[KeyPath, str] = {}
+        for place, key in structure.keys.items():
+            tensor = structure.tensors[key]
+            keys[place] = first.setdefault((tensor.dtype, tensor.shape, tensor.chunks), key) if tensor.numel else key
+        tensors = {key: structure.tensors[key] for key in dict.fromkeys(keys.values())}
+        return Contents(path, self.name, tensors, skeleton, keys, modules, sharded, is_complete=True)
+
+    def _read_shards(self, folder: Path, index_path: Path) -> Contents:
+        index = ShardIndex.read(index_path)
+        shards = {name: self._read_file(folder / name) for name in index.names if index.open(name)}
+        index.compare({name: shard.tensors for name, shard in shards.items()})
+        tensors: dict[str, StoredTensor] = {key: shards[name].tensors[key] for key, name in index.weight_map.items()}
+        stale = sorted(file.name for file in _files(folder) if file.name not in shards)
+        notes = {"ignored files": f"{name_list(stale)}: {index_path.name} does not name them"} if stale else None
+        return Contents.flat(folder, self.name, tensors, notes)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the torch files in a folder; only the model's where one has its usual name."""
+    found = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and not path.is_dir())
+    return [path for path in found if path.name == "pytorch_model.bin"] or found
+
+
+def _begins_like_one(start: bytes) -> bool:
+    """Return whether a file of another name is torch's: its first record is the pickle."""
+    if is_legacy(start):
+        return True
+    name = start[30 : 30 + int.from_bytes(start[26:28], "little")]
+    return start.startswith(b"PK\x03\x04") and name.endswith(b"/data.pkl")

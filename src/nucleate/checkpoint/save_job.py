@@ -1,0 +1,73 @@
+"""The part of a save that touches the disk, which may run in the background."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nucleate.checkpoint.disk.lock import SaveLock
+from nucleate.checkpoint.disk.series import Series
+from nucleate.checkpoint.disk.target import Target, discard
+from nucleate.checkpoint.saving.snapshot import Snapshot
+from nucleate.checkpoint.writers.base import Writer
+from nucleate.cluster.save_group import SaveGroup
+
+
+class SaveJob:
+    """A lock, a draft, and the name at the end."""
+
+    def __init__(
+        self, snapshot: Snapshot, writer: Writer, target: Target, series: Series | None, group: SaveGroup
+    ) -> None:
+        self._snapshot: Snapshot | None = snapshot
+        self._writer = writer
+        self._target = target
+        self._series = series
+        self._group = group
+        self._lock: SaveLock | None = None
+        self._draft: Path | None = None
+        self._saving = f"saving the checkpoint {target.path}"
+
+    def prepare(self, copied: bool) -> None:
+        """Make sure that this job may write, and copy the state where training is to go on."""
+        try:
+            with self._group.all_or_none(self._saving):
+                if self._group.rank == 0:
+                    self._target.make_parent()
+                    try:
+                        self._lock = SaveLock(self._target.path)
+                    except OSError as error:
+                        raise self._target.failure(error) from error
+                    self._draft = self._target.draft()
+                if copied:
+                    assert self._snapshot is not None
+                    self._snapshot.freeze()
+        except BaseException:
+            self.clean_up()
+            raise
+
+    def run(self) -> None:
+        """Write the draft, give it its name, and delete what is old."""
+        try:
+            draft = self._group.broadcast(self._draft)
+            assert draft is not None, "rank 0 made it"
+            assert self._snapshot is not None, "a job runs once"
+            self._writer.write(self._snapshot, draft, self._group)
+            with self._group.all_or_none(self._saving):
+                if self._group.rank == 0:
+                    self._target.commit(draft)
+                    if self._series is not None:
+                        self._series.add(self._target.path)
+                # In here: when `save` returns on any rank, nothing of it is left.
+                self.clean_up()
+        finally:
+            # An error keeps this frame, and the copy of the state must go.
+            self._snapshot = None
+            self.clean_up()
+
+    def clean_up(self) -> None:
+        """Give up what was not given its name; nothing of it is left."""
+        if self._draft is not None:
+            discard(self._draft)
+        if self._lock is not None:
+            self._lock.release()
+        self._draft = self._lock = None

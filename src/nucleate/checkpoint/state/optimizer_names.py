@@ -1,0 +1,82 @@
+"""An optimizer's state by the names of its parameters instead of by their numbers.
+
+torch numbers an optimizer's parameters in the order they were given; the numbers mean nothing in another run
+that orders or shards them differently.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nucleate.checkpoint.state.entries import Entry, ParameterNames
+from nucleate.errors import CheckpointError, UsageError, name_list
+from nucleate.layout import is_sharded
+
+
+def named_state(entry: Entry, names: ParameterNames) -> dict[str, Any]:
+    """Return the optimizer's `state_dict()`, with the key of each parameter in place of its number.
+
+    Args:
+        entry: An optimizer.
+        names: The keys of the parameters of the modules that are saved with it.
+
+    Raises:
+        UsageError: Parameters of the optimizer are in none of these modules.
+        CheckpointError: A part of the state that belongs to one rank cannot be told from a whole one.
+    """
+    optimizer: Optimizer = entry.value
+    check_named(entry, names)
+    packed = optimizer.state_dict()
+    parameters: dict[int, Tensor] = {}
+    groups = []
+    for group, numbered in zip(optimizer.param_groups, packed["param_groups"], strict=True):
+        parameters.update(zip(numbered["params"], group["params"], strict=True))
+        groups.append({**numbered, "params": [names.keys(parameter)[0] for parameter in group["params"]]})
+    state: dict[Any, Any] = {}
+    for number, fields in packed["state"].items():
+        if number not in parameters:
+            state[number] = fields
+            continue
+        name = names.keys(parameters[number])[0]
+        _refuse_local_parts(f"{entry.key}.state.{name}", fields, parameters[number])
+        state[name] = fields
+    return {**packed, "state": state, "param_groups": groups}
+
+
+def check_named(entry: Entry, names: ParameterNames) -> None:
+    """Make sure that every parameter of an optimizer has a name.
+
+    Raises:
+        UsageError: Parameters of the optimizer are in none of the modules.
+    """
+    lost = [
+        f"param_groups[{place}]['params'][{number}] {tuple(parameter.shape)}"
+        for place, group in enumerate(entry.value.param_groups)
+        for number, parameter in enumerate(group["params"])
+        if not names.keys(parameter)
+    ]
+    if lost:
+        raise UsageError(
+            f"{len(lost)} parameters of {entry.key} belong to no module in the state: {name_list(lost)}. An "
+            "optimizer's state goes by the names of its parameters: put the module that has them into the same "
+            "state, and build the optimizer on the parameters that this module has now."
+        )
+
+
+def _refuse_local_parts(where: str, fields: Any, parameter: Tensor) -> None:
+    """Raise if a plain tensor in the state of a sharded parameter has the shape of this rank's shard."""
+    if not is_sharded(parameter) or not isinstance(fields, dict):
+        return
+    local_shape = cast(Any, parameter).to_local().shape
+    if local_shape == parameter.shape:
+        return
+    for field, tensor in fields.items():
+        if isinstance(tensor, Tensor) and not is_sharded(tensor) and tensor.shape == local_shape and tensor.ndim:
+            raise CheckpointError(
+                f"{where}.{field} is a plain tensor {tuple(tensor.shape)}, the shape of this rank's shard of a "
+                f"parameter {tuple(parameter.shape)}. Only rank 0's would be saved. The optimizer must keep it as "
+                "a DTensor, as `torch.zeros_like(parameter)` makes it."
+            )

@@ -1,0 +1,7 @@
+"""Stored tensors: what a checkpoint holds, and in which files the bytes lie."""
+
+from nucleate.checkpoint.stored.contents import Contents
+from nucleate.checkpoint.stored.data_file import Bytes, DataFile, HeldBytes, first_bytes
+from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
+
+__all__ = ["Bytes", "Chunk", "Contents", "DataFile", "HeldBytes", "StoredTensor", "first_bytes"]

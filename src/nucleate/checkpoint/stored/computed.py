@@ -1,0 +1,65 @@
+"""Tensors that are computed of stored ones: a loader treats them as if they stood in the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from nucleate.checkpoint.stored.data_file import Bytes
+from nucleate.checkpoint.stored.tensor import StoredTensor
+from nucleate.deferred import Given
+from nucleate.deferred.replay import Derived, Source, derived_source
+
+
+@dataclass(frozen=True, eq=False)
+class ComputedTensor(StoredTensor, Derived):
+    """A tensor that torch code makes of tensors in a checkpoint, when it is read.
+
+    Attributes:
+        given: Makes ranges of the elements.
+        made_of: The tensors in the checkpoint, as far as they are known.
+    """
+
+    given: Given
+    made_of: tuple[StoredTensor, ...] = ()
+
+    @classmethod
+    def of(cls, key: str, given: Given, made_of: tuple[StoredTensor, ...] = ()) -> ComputedTensor:
+        """Return what is computed, under a name for messages."""
+        return cls(key, given.dtype, tuple(given.shape), (), given, made_of)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        return (self.dtype, self.shape, self.describe())
+
+    @property
+    def files(self) -> tuple[Bytes, ...]:
+        return tuple(file for stored in self.made_of for file in stored.files)
+
+    @property
+    def origin(self) -> str:
+        return ", ".join(stored.key for stored in self.made_of)
+
+    @property
+    def is_plain(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        """Do nothing: the tensors that it is computed of were checked."""
+
+    def check_unchanged(self) -> None:
+        self.given.check_unchanged()
+
+    def order(self, start: int) -> tuple[int, int]:
+        return self.given.order(start)
+
+    def describe(self) -> str:
+        return self.given.describe()
+
+    def source(self) -> Source | None:
+        return derived_source(self.given)
+
+    def read(self, start: int, out: Tensor) -> None:
+        self.given.read(start, out)

@@ -1,0 +1,258 @@
+"""Files that tensors are read from: opened once, checked once, read by position from any thread.
+
+Never mapped: a mapped file that somebody cuts short kills the process, and over a network each page is a question of
+its own. `pread` fails with an error that names the file, straight into the memory that is to be filled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import weakref
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from nucleate.checkpoint.disk.system_calls import system_call
+from nucleate.checkpoint.stored.direct import BLOCK_BYTES, MIN_DIRECT_BYTES, DirectFile, Residency, is_wanted
+from nucleate.checkpoint.stored.read_ahead import ReadAhead
+from nucleate.errors import CheckpointError, CheckpointNotFoundError
+
+_numbers = count()
+
+
+class Bytes(Protocol):
+    """Bytes that can be read from any place on.
+
+    Attributes:
+        name: What messages call it.
+        number: Bytes that follow one another have one number, so that a reader can go through them in order.
+        size_bytes: How many there are.
+    """
+
+    name: str
+    number: int
+    size_bytes: int
+
+    def read_into(self, address: int, size_bytes: int, offset: int) -> None:
+        """Copy `size_bytes` bytes from `offset` on to the memory at `address`."""
+        ...
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """Return `size_bytes` bytes from `offset` on."""
+        ...
+
+
+class DataFile:
+    """A file that stays open as long as it is needed, so that it cannot be exchanged between header and data.
+
+    Args:
+        path: Where it is.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        CheckpointError: It is no file, or it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.name = str(self.path)
+        self.number = next(_numbers)
+        try:
+            # Not blocking: a pipe that nobody writes to would never open.
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(f"there is no file {self.path}.") from error
+        except OSError as error:
+            advice = " Allow more, such as `ulimit -n 65536`." if error.errno == errno.EMFILE else ""
+            raise CheckpointError(f"{self.path} cannot be opened: {error.strerror}.{advice}") from error
+        except ValueError as error:
+            # A name with a zero byte, or with half of a character, which only a damaged index asks for.
+            raise CheckpointNotFoundError(f"there is no file {self.name!r}: {error}.") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            raise CheckpointError(f"{self.path} is {what}; tensors are read from files.")
+        self.size_bytes = status.st_size
+        self._written_ns = status.st_mtime_ns
+        #: How large all files of the checkpoint are, as far as that is known.
+        self.checkpoint_bytes = self.size_bytes
+        self._expected_bytes = 0
+        # None before the first large read, and False where it is read through the page cache.
+        self._direct: DirectFile | Literal[False] | None = None
+        self._is_far: bool | None = None
+
+    def expect(self, size_bytes: int) -> None:
+        """Know that so many bytes more are going to be read."""
+        self._expected_bytes += size_bytes
+
+    def check_unwritten(self) -> None:
+        """Make sure that nobody has written to the file since it was opened. One that was cut short fails when read.
+
+        Raises:
+            CheckpointError: Not so.
+        """
+        status = os.fstat(self._descriptor)
+        if status.st_size >= self.size_bytes and status.st_mtime_ns != self._written_ns:
+            raise CheckpointError(f"{self.path} was written to since its header was read")
+
+    def check_unchanged(self) -> None:
+        """Make sure that the file's name still stands for this file, and that it is as long as it was.
+
+        Raises:
+            CheckpointError: Not so.
+        """
+        mine = os.fstat(self._descriptor)
+        try:
+            named = os.stat(self.path)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} is no longer there: {error.strerror}.") from error
+        if (mine.st_dev, mine.st_ino, mine.st_size) != (named.st_dev, named.st_ino, self.size_bytes):
+            raise CheckpointError(
+                f"{self.path} was replaced or cut short since its header was read. Nothing may write to a checkpoint "
+                "while it is read; load it again."
+            )
+
+    def check_length(self) -> None:
+        """Make sure that the file is as long as it was when it was opened.
+
+        Raises:
+            CheckpointError: It was cut short.
+        """
+        if os.fstat(self._descriptor).st_size < self.size_bytes:
+            raise self._cut_short(0, self.size_bytes)
+
+    def is_far(self) -> bool:
+        """Return whether most of the file was not in the page cache when somebody first asked."""
+        if self._is_far is None:
+            try:
+                self._is_far = not Residency(self._descriptor, self.size_bytes).holds_most()
+            except OSError:
+                self._is_far = False
+        return self._is_far
+
+    def read_ahead(self, ahead: ReadAhead) -> None:
+        """Bring the file into the page cache, without waiting for it."""
+        ahead.start(self._descriptor, self.size_bytes)
+
+    def read_into(self, address: int, size_bytes: int, offset: int) -> None:
+        """Copy bytes to memory.
+
+        Args:
+            address: Where they go; there must be room for them.
+            size_bytes: How many.
+            offset: The first one's place in the file.
+
+        Raises:
+            CheckpointError: The file ends before, or the disk fails.
+        """
+        direct = self._read_past_cache() if self._direct or size_bytes >= MIN_DIRECT_BYTES else None
+        done = 0
+        while direct is not None and done < size_bytes:
+            copied = direct.read(address + done, size_bytes - done, offset + done)
+            if not copied:
+                copied = min(size_bytes - done, BLOCK_BYTES)
+                self._read_buffered(address + done, copied, offset + done)
+            done += copied
+        self._read_buffered(address + done, size_bytes - done, offset + done)
+
+    def _read_past_cache(self) -> DirectFile | None:
+        if self._direct is None:
+            # Threads that come at the same time find the same.
+            self._direct = self._opened_direct() or False
+        return self._direct or None
+
+    def _opened_direct(self) -> DirectFile | None:
+        if is_wanted(self._expected_bytes, self.size_bytes, self.checkpoint_bytes):
+            # Where the file system cannot, it is read as other files are.
+            with suppress(OSError):
+                return DirectFile(self._descriptor, self.size_bytes)
+        return None
+
+    def _read_buffered(self, address: int, size_bytes: int, offset: int) -> None:
+        done = 0
+        while done < size_bytes:
+            # At most what the system reads in one call anyway (read(2): 0x7ffff000 bytes).
+            wanted = min(size_bytes - done, 1 << 30)
+            copied = system_call("pread")(self._descriptor, address + done, wanted, offset + done)
+            if copied > 0:
+                done += copied
+            elif copied == 0:
+                raise self._cut_short(offset, size_bytes)
+            elif (number := ctypes.get_errno()) != errno.EINTR:
+                raise CheckpointError(f"reading {self.path} at byte {offset + done} failed: {os.strerror(number)}.")
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """Return bytes; memory is only taken for what the file has.
+
+        Raises:
+            CheckpointError: The file ends before, or the disk fails.
+        """
+        if offset < 0 or size_bytes < 0 or offset + size_bytes > self.size_bytes:
+            raise self._cut_short(offset, size_bytes)
+        parts: list[bytes] = []
+        done = 0
+        while done < size_bytes:
+            try:
+                part = os.pread(self._descriptor, min(size_bytes - done, 1 << 30), offset + done)
+            except OSError as error:
+                where = f"{self.path} at byte {offset + done}"
+                raise CheckpointError(f"reading {where} failed: {error.strerror}.") from error
+            if not part:
+                raise self._cut_short(offset, size_bytes)
+            parts.append(part)
+            done += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _cut_short(self, offset: int, size_bytes: int) -> CheckpointError:
+        now = os.fstat(self._descriptor).st_size
+        message = f"{self.path} ends at byte {now}, but bytes {offset} to {offset + size_bytes} were to be read: it "
+        if now >= self.size_bytes:
+            return CheckpointError(message + "is damaged or was cut short. Copy it again.")
+        return CheckpointError(
+            f"{message}was cut short after it was opened with {self.size_bytes} bytes. Nothing may write to a "
+            "checkpoint while it is read; copy it again."
+        )
+
+    def __repr__(self) -> str:
+        return f"DataFile({self.name!r})"
+
+
+class HeldBytes:
+    """Bytes of a tensor in memory, for formats that cannot be read in parts.
+
+    Args:
+        name: What messages call them.
+        tensor: Contiguous and on the CPU.
+    """
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name = name
+        self.number = next(_numbers)
+        self.size_bytes = tensor.numel() * tensor.element_size()
+        self._tensor = tensor.detach()
+
+    def read_into(self, address: int, size_bytes: int, offset: int) -> None:
+        """Copy bytes to memory."""
+        assert offset + size_bytes <= self.size_bytes
+        ctypes.memmove(address, self._tensor.data_ptr() + offset, size_bytes)
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """Return bytes."""
+        assert offset + size_bytes <= self.size_bytes
+        return ctypes.string_at(self._tensor.data_ptr() + offset, size_bytes)
+
+
+def first_bytes(path: Path, size_bytes: int) -> bytes:
+    """Return how a file begins; nothing where there is no file that can be read."""
+    try:
+        file = DataFile(path)
+        return file.read(0, min(size_bytes, file.size_bytes))
+    except CheckpointError:
+        return b""

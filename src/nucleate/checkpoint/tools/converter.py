@@ -1,0 +1,192 @@
+"""From any format to any other, without the tensors ever being in memory all at once.
+
+A writer is given tensors without memory that say where their elements lie, and reads them when it is their turn. So
+what is written is whole or absent as every save is, a cast costs no second copy on disk, and memory stays the same for
+a checkpoint of any size: a few MiB for each thread, or one tensor where the format writes a tensor as a whole (DCP).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nucleate.checkpoint.disk.series import resolve
+from nucleate.checkpoint.readers import open_checkpoint, reader_for
+from nucleate.checkpoint.rules.key_map import KeyMap
+from nucleate.checkpoint.save_job import SaveJob
+from nucleate.checkpoint.saving.rank_share import Box, HeldTensor
+from nucleate.checkpoint.saving.snapshot import Snapshot
+from nucleate.checkpoint.stored.contents import Contents
+from nucleate.checkpoint.stored.tensor import StoredTensor
+from nucleate.checkpoint.tools.selection import Selection, canonical
+from nucleate.checkpoint.writers.choosing import choose, format_of
+from nucleate.cluster.save_group import SaveGroup
+from nucleate.errors import CheckpointError, ConfigurationError, name_list
+
+# What a dtype stands for by itself. The 8-bit ones mean nothing without their scales, so they are never cast.
+_CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_EVERYTHING = Selection()
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What `convert` did.
+
+    Attributes:
+        source: What was read.
+        source_format: The name of its reader.
+        target: What was written.
+        format: The format that it was written in.
+        num_tensors: How many tensors were written, tied ones once.
+        size_bytes: How large they are.
+        num_cast: How many of them were cast.
+        num_tied: How many further names there are for them.
+        seconds: How long it took.
+    """
+
+    source: Path
+    source_format: str
+    target: Path
+    format: str
+    num_tensors: int
+    size_bytes: int
+    num_cast: int
+    num_tied: int
+    seconds: float
+
+
+def convert(  # noqa: PLR0913 - one call says all there is to say of a conversion
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    selection: Selection = _EVERYTHING,
+    reader: str | None = None,
+    overwrite: bool = False,
+    keys: KeyMap | None = None,
+) -> ConvertReport:
+    """Write a checkpoint again in another format, bit for bit.
+
+    What is no tensor comes along, in every format, and tied tensors stay tied. The target is whole or absent, whatever
+    moment the process is killed at. Nothing may write to the source meanwhile.
+
+    Args:
+        source: A file or folder of any format.
+        target: An ending `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` stands for one file, any other name for a
+            folder.
+        format: Of a folder: `"dcp"` or `"safetensors"`; by default that of the source where it is one of these, else
+            `"safetensors"`.
+        dtype: Cast the models' floating point tensors to this.
+        max_shard_size: How large the files of a safetensors folder may be, such as `"5GB"` or a number of bytes.
+        selection: Which part of the source, and under which names.
+        reader: The source's format, where it cannot be told from the files.
+        overwrite: Replace the checkpoint that is at `target`.
+        keys: Other names for the tensors of one model, and rules that join, split, transpose and permute tensors; the
+            same as `Selection(keys=...)`.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at `source`.
+        CheckpointKeyError: The selection is empty, or gives one name to two tensors; or a rule finds nothing, or not
+            all that belongs together.
+        ShapeMismatchError: Tensors that a rule joins do not fit together, or sizes do not add up.
+        CheckpointError: The source is damaged or changed meanwhile, the target's format cannot hold it, or writing
+            failed.
+        ConfigurationError: Something is at `target`, or arguments contradict each other.
+    """
+    begin = time.monotonic()
+    if keys is not None:
+        if selection.keys is not None:
+            raise ConfigurationError("keys= is given twice: by itself, and in `selection`. Give it once.")
+        selection = dataclasses.replace(selection, keys=keys)
+    found = resolve(source)
+    place = Path(os.path.abspath(target))
+    _check_dtype(dtype)
+    _check_target(found, place, overwrite)
+    contents = canonical(selection.of(canonical(open_checkpoint(found, reader))))
+    if format is None and format_of(str(place)) is None:
+        format = contents.format if contents.format in ("dcp", "safetensors") else "safetensors"
+    writer, where = choose(str(place), format, max_shard_size)
+    dtypes = _dtypes(contents, dtype)
+    snapshot = _snapshot(contents, dtypes)
+    writer.check(snapshot)
+    job = SaveJob(snapshot, writer, where, None, SaveGroup(0, 1, None))
+    job.prepare(copied=False)
+    job.run()
+    return ConvertReport(
+        source=found,
+        source_format=contents.format,
+        target=place,
+        format=writer.name,
+        num_tensors=len(contents.tensors),
+        size_bytes=snapshot.size_bytes,
+        num_cast=sum(each is not contents.tensors[key].dtype for key, each in dtypes.items()),
+        num_tied=len(contents.keys) - len(contents.tensors),
+        seconds=time.monotonic() - begin,
+    )
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in _CASTABLE:
+        allowed = ", ".join(str(each) for each in _CASTABLE)
+        raise ConfigurationError(f"dtype={dtype} is not one that models are cast to. Allowed are {allowed}.")
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise ConfigurationError(
+            f"{target} is there already. Give another path, or pass overwrite=True (--force) to replace a checkpoint."
+        )
+    if target.resolve() in source.resolve().parents:
+        raise ConfigurationError(f"{source} lies in {target}, which it would replace. Give another path.")
+    try:
+        reader_for(target)
+    except CheckpointError as error:
+        raise ConfigurationError(f"{target} is no checkpoint, and only checkpoints are replaced. {error}") from error
+
+
+def _dtypes(contents: Contents, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Return the dtype that each tensor gets.
+
+    Raises:
+        ConfigurationError: The checkpoint does not tell what belongs to a model and may be cast.
+    """
+    dtypes = {key: stored.dtype for key, stored in contents.tensors.items()}
+    if dtype is None:
+        return dtypes
+    if not contents.modules:
+        raise ConfigurationError(
+            f"{contents.path} does not tell what in it is a model, and not everything may be cast: an optimizer counts "
+            f"its steps in such tensors. It has {name_list(map(str, contents.skeleton))}. Choose the model by `only`."
+        )
+    for place, key in contents.keys.items():
+        if any(place[: len(module)] == module for module in contents.modules) and dtypes[key] in _CASTABLE:
+            dtypes[key] = dtype
+    return dtypes
+
+
+def _snapshot(contents: Contents, dtypes: dict[str, torch.dtype]) -> Snapshot:
+    """Return what `save` would have seen, with tensors that are read when it is their turn to be written."""
+    snapshot = Snapshot()
+    snapshot.skeleton = contents.skeleton
+    snapshot.keys = contents.keys
+    snapshot.modules = list(contents.modules)
+    snapshot.is_complete = contents.is_complete
+    snapshot.tensors = [_held(contents, stored, dtypes[stored.key]) for stored in contents.tensors.values()]
+    snapshot.values = snapshot.layout.encode()
+    return snapshot
+
+
+def _held(contents: Contents, stored: StoredTensor, dtype: torch.dtype) -> HeldTensor:
+    dims = contents.sharded.get(stored.key)
+    whole = Box((0,) * len(stored.shape), torch.empty(stored.shape, dtype=dtype, device="meta"), stored)
+    return HeldTensor(stored.key, dtype, stored.shape, None if dims is None else tuple(dims), (whole,))

@@ -1,0 +1,261 @@
+"""Reads every byte of a checkpoint and tells what is damaged; compares two of any formats bit for bit.
+
+Headers are checked by the readers; this file decides what is looked for behind them, and what makes two checkpoints
+equal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nucleate.checkpoint.disk.series import resolve
+from nucleate.checkpoint.readers import open_checkpoint
+from nucleate.checkpoint.state.tree import key_of
+from nucleate.checkpoint.stored.contents import Contents
+from nucleate.checkpoint.stored.tensor import StoredTensor
+from nucleate.checkpoint.tools.check_sums import SummedRecord, summed_records
+from nucleate.checkpoint.tools.comparison import Comparison, Difference
+from nucleate.checkpoint.tools.selection import canonical
+from nucleate.checkpoint.tools.sweep import Sweep, in_order
+from nucleate.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is wrong with a checkpoint.
+
+    Attributes:
+        message: What, in a sentence.
+        key: The tensor that it is about; empty where it is about a file, or the whole.
+        files: The files that the tensor lies in.
+    """
+
+    message: str
+    key: str = ""
+    files: tuple[str, ...] = ()
+
+
+@dataclass
+class TensorCheck:
+    """What was found in one tensor.
+
+    Attributes:
+        key: Its name, the first one where it is tied.
+        dtype: Of its elements.
+        shape: Its shape.
+        num_nan: How many elements are no numbers.
+        num_inf: How many are infinite.
+        sha256: Of its bytes, row by row; empty where it was not asked for.
+    """
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    num_nan: int = 0
+    num_inf: int = 0
+    sha256: str = ""
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        path: The checkpoint.
+        format: The name of its reader; empty where the headers could not be read.
+        size_bytes: How large its tensors are.
+        damage: What is wrong with it.
+        tensors: What was found in each tensor that could be read, by its first name.
+        names: Every name that a tensor has to its first one.
+        against: The other checkpoint, if there is one to compare with.
+        differences: What is not equal in the two.
+        sha256: Of names, dtypes, shapes and bytes of all tensors; the same for every format. Empty where it was not
+            asked for, or where something is damaged.
+    """
+
+    path: Path
+    format: str = ""
+    size_bytes: int = 0
+    damage: list[Damage] = field(default_factory=list)
+    tensors: dict[str, TensorCheck] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    against: Path | None = None
+    differences: list[Difference] = field(default_factory=list)
+    sha256: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing is damaged, and all is equal where it was compared."""
+        return not self.damage and not self.differences
+
+    @property
+    def num_nan(self) -> int:
+        """How many elements of all tensors are no numbers."""
+        return sum(check.num_nan for check in self.tensors.values())
+
+    @property
+    def num_inf(self) -> int:
+        """How many are infinite."""
+        return sum(check.num_inf for check in self.tensors.values())
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    hashes: bool = False,
+    reader: str | None = None,
+) -> VerifyReport:
+    """Read all of a checkpoint, and tell what is wrong with it.
+
+    Every byte of every tensor is read, by a few threads that hold a few MiB each. What is not finite is counted, and
+    is no damage.
+
+    Args:
+        path: A file or folder of any format.
+        against: Another one, of any format, with which every tensor is compared bit for bit, by its name, and every
+            value that is no tensor.
+        hashes: Compute a SHA-256 of each tensor, and one of all, which do not depend on the format.
+        reader: The format's name, where it cannot be told from the files.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at `path` or `against`.
+        CheckpointError: The checkpoint to compare with is damaged.
+        ConfigurationError: There is no such reader.
+    """
+    report = VerifyReport(resolve(path))
+    other = None if against is None else canonical(open_checkpoint(resolve(against)))
+    try:
+        contents = canonical(open_checkpoint(report.path, reader))
+    except CheckpointError as error:
+        report.damage.append(Damage(str(error)))
+        return report
+    report.format, report.size_bytes = contents.format, contents.size_bytes
+    report.names = {key_of(place): key for place, key in contents.keys.items()}
+    report.damage += _overlaps(contents)
+    comparison = None if other is None else Comparison(contents, other)
+    _examine(contents, report, hashes, comparison)
+    if comparison is not None:
+        report.against = comparison.path
+        report.differences = comparison.differences()
+    # In the order of the checkpoint, not in that of threads.
+    report.tensors = {key: report.tensors[key] for key in contents.tensors if key in report.tensors}
+    if hashes and not report.damage:
+        report.sha256 = _digest(report)
+    return report
+
+
+def _examine(contents: Contents, report: VerifyReport, hashes: bool, comparison: Comparison | None) -> None:
+    """Read all tensors, those of another checkpoint beside them."""
+    records = summed_records(contents.tensors.values()) if contents.format == "torch" else []
+    total_bytes = contents.size_bytes + sum(record.size_bytes for record in records)
+    sweep = Sweep(total_bytes, "verifying" if comparison is None else "comparing")
+
+    def examine(stored: StoredTensor) -> None:
+        check = TensorCheck(stored.key, stored.dtype, stored.shape)
+        digest = hashlib.sha256() if hashes else None
+        others = [] if comparison is None else comparison.of(stored)
+        try:
+            for start, values in sweep.ranges(stored):
+                _look(check, values)
+                if digest is not None:
+                    digest.update(_bytes_of(values))
+                for other in others:
+                    other.look(start, values)
+        except CheckpointError as error:
+            report.damage.append(_damage(stored, error))
+            return
+        for other in others:
+            other.close()
+        if digest is not None:
+            check.sha256 = digest.hexdigest()
+        report.tensors[stored.key] = check
+
+    def check(record: SummedRecord) -> None:
+        try:
+            for size_bytes in record.parts():
+                sweep.advance(size_bytes)
+        except (ValueError, CheckpointError) as error:
+            for key in record.keys or ("",):
+                report.damage.append(Damage(str(error), key, (record.file.name,)))
+
+    sweep.run(
+        [
+            *(partial(examine, stored) for stored in in_order(contents.tensors.values())),
+            *(partial(check, record) for record in records),
+        ]
+    )
+
+
+def _damage(stored: StoredTensor, error: CheckpointError) -> Damage:
+    return Damage(str(error), stored.key, tuple(dict.fromkeys(chunk.file.name for chunk in stored.chunks)))
+
+
+def _look(check: TensorCheck, values: Tensor) -> None:
+    """Count what is not finite."""
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    if not values.is_floating_point() or values.dtype == torch.float4_e2m1fn_x2:
+        return
+    if values.dtype.itemsize == 1:
+        for part in values.split(1 << 20):
+            _count(check, part.float())
+    else:
+        _count(check, values)
+
+
+def _count(check: TensorCheck, values: Tensor) -> None:
+    # One pass over the memory where all is well.
+    if all(math.isfinite(end) for end in torch.stack(torch.aminmax(values)).tolist()):
+        return
+    check.num_nan += int(values.isnan().sum())
+    check.num_inf += int(values.isinf().sum())
+
+
+def _bytes_of(values: Tensor) -> Any:
+    """Return the memory of a contiguous tensor as something that has a buffer; without NumPy, a tensor has none."""
+    return (ctypes.c_char * (values.numel() * values.element_size())).from_address(values.data_ptr())
+
+
+def _digest(report: VerifyReport) -> str:
+    """Return one hash of all: of a line for each name, sorted."""
+    whole = hashlib.sha256()
+    for name in sorted(report.names):
+        check = report.tensors[report.names[name]]
+        shape = ",".join(map(str, check.shape))
+        whole.update(f"{name} {str(check.dtype).removeprefix('torch.')} [{shape}] {check.sha256}\n".encode())
+    return whole.hexdigest()
+
+
+def _overlaps(contents: Contents) -> list[Damage]:
+    """Return tensors that share a part of their bytes, where that can only be a mistake."""
+    if contents.format == "torch":
+        return []  # Views of one storage.
+    places: dict[int, list[tuple[int, int, StoredTensor]]] = {}
+    for stored in contents.tensors.values():
+        for chunk in stored.chunks:
+            if (extent := chunk.extent_bytes(stored.dtype)) > 0:
+                places.setdefault(chunk.file.number, []).append((chunk.offset, chunk.offset + extent, stored))
+    found = []
+    for ranges in places.values():
+        ranges.sort(key=lambda item: item[:2])
+        _, end, last = ranges[0]
+        for begin, stop, stored in ranges[1:]:
+            if begin < end:
+                name = next(chunk.file.name for chunk in stored.chunks)
+                found.append(
+                    Damage(f"{last.key} and {stored.key} overlap in {name} at byte {begin}.", stored.key, (name,))
+                )
+            if stop > end:
+                end, last = stop, stored
+    return found

@@ -1,0 +1,82 @@
+"""Which writer saves, and where, by the ending of a path and by what was asked for."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import cast
+
+from nucleate.checkpoint.disk.folder import CheckpointFolder
+from nucleate.checkpoint.disk.single_file import CheckpointFile
+from nucleate.checkpoint.disk.target import Target
+from nucleate.checkpoint.writers.base import Writer
+from nucleate.errors import ConfigurationError, PluginLoadError
+from nucleate.registry import WRITERS
+
+# Of the built-in writers, which are not imported to be asked.
+_SUFFIXES = {"safetensors": (".safetensors",), "torch": (".pt", ".pth", ".bin", ".ckpt")}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def choose(path: str, format: str | None, max_shard_size: int | str) -> tuple[Writer, Target]:
+    """Return who writes, and where, by the ending of a path and what was asked for.
+
+    Raises:
+        ConfigurationError: They contradict each other.
+    """
+    names = [*WRITERS.builtins, *(name for name in WRITERS.names() if name not in WRITERS.builtins)]
+    if format is not None and format not in names:
+        raise ConfigurationError(f"format={format!r} must be one of {', '.join(map(repr, names))}.")
+    suffix = Path(path).suffix.lower()
+    implied = format_of(path)
+    if implied is not None and format not in (None, implied):
+        raise ConfigurationError(
+            f"format={format!r} contradicts the path {path}: the ending {suffix} stands for one {implied} file. Leave "
+            "the format out, or give a path of another ending."
+        )
+    max_bytes = parse_size(max_shard_size)
+    writer = cast(Writer, WRITERS.create(implied or format or "dcp"))
+    writer.limit_files(max_bytes)
+    if implied is not None:
+        return writer, CheckpointFile.at(path)
+    if not writer.writes_folders:
+        raise ConfigurationError(
+            f"format={format!r} is one file, so the path {path} needs one of the endings {', '.join(writer.suffixes)}."
+        )
+    return writer, CheckpointFolder(CheckpointFolder.at(path).path, takes_along=writer.keeps_others)
+
+
+def format_of(path: str) -> str | None:
+    """Return the format of which the ending of a path stands for one file, or None where it stands for a folder."""
+    suffix = Path(path).suffix.lower()
+    for name in WRITERS.names() if suffix else ():
+        suffixes = _SUFFIXES.get(name, ())
+        if name not in WRITERS.builtins:
+            # One that cannot be loaded is named where somebody asks for it.
+            with suppress(PluginLoadError):
+                suffixes = cast(Writer, WRITERS.create(name)).suffixes
+        if suffix in suffixes:
+            return name
+    return None
+
+
+def parse_size(size: int | str) -> int:
+    """Return a size in bytes.
+
+    Args:
+        size: A number of bytes, or a text such as `"5GB"` or `"500MiB"`.
+
+    Raises:
+        ConfigurationError: It is neither, or not at least 1.
+
+    Examples:
+        >>> parse_size("5GB"), parse_size("1.5 KiB"), parse_size(7)
+        (5000000000, 1536, 7)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
+    if isinstance(size, bool) or found is None or found[2] not in _UNITS or float(found[1]) * _UNITS[found[2]] < 1:
+        raise ConfigurationError(
+            f"max_shard_size={size!r} must be a number of bytes of at least 1, or a text such as '5GB' or '500MiB'."
+        )
+    return int(float(found[1]) * _UNITS[found[2]])

@@ -1,0 +1,89 @@
+"""What a `Runtime` is made of: names become plugins, and plugins that do not fit one another are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self, cast
+
+import torch
+
+from nucleate.accelerators.base import Accelerator
+from nucleate.accelerators.choice import choose
+from nucleate.cluster.environment import Environment
+from nucleate.devices import take_device
+from nucleate.plugin import Composition
+from nucleate.precision.base import Precision
+from nucleate.registry import PRECISIONS, STRATEGIES
+from nucleate.strategies.base import Strategy
+
+#: Names that scripts written for Lightning Fabric use.
+_PRECISION_ALIASES = {
+    "32": "32-true",
+    "64": "64-true",
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The three peers, and where this process runs.
+
+    Attributes:
+        accelerator: The accelerator plugin.
+        precision: The precision plugin.
+        strategy: The strategy plugin.
+        environment: Which process this is, of how many.
+        device: The device of this process.
+    """
+
+    accelerator: Accelerator
+    precision: Precision
+    strategy: Strategy
+    environment: Environment
+    device: torch.device
+
+    @classmethod
+    def choose(
+        cls,
+        accelerator: str | Accelerator,
+        precision: str | int | Precision,
+        strategy: str | Strategy,
+        environment: Environment,
+    ) -> Self:
+        """Look names up, and let each part see the others.
+
+        Args:
+            accelerator: What `Runtime(accelerator=...)` was given; likewise the others.
+            precision: See `Runtime`.
+            strategy: See `Runtime`.
+            environment: Which process this is, of how many.
+
+        Raises:
+            PluginNotFoundError: No plugin of that kind has that name.
+            ConfigurationError: A part is not there, or does not work with the others.
+        """
+        if strategy == "auto":
+            strategy = "ddp" if environment.world_size > 1 else "single_device"
+        if isinstance(precision, (str, int)):
+            precision = _PRECISION_ALIASES.get(str(precision), str(precision))
+        chosen = choose(accelerator)
+        precision = cast(Precision, PRECISIONS.choose(precision))
+        strategy = cast(Strategy, STRATEGIES.choose(strategy))
+        device = chosen.select(environment.local_rank)
+        take_device(device, chosen)
+        parts = cls(chosen, precision, strategy, environment, device)
+        for part in (chosen, precision, strategy):
+            part.check(parts.shown)
+        return parts
+
+    @property
+    def shown(self) -> Composition:
+        """What each plugin is shown of the others."""
+        return Composition(self.accelerator, self.precision, self.strategy, self.environment, self.device)
+
+    def __str__(self) -> str:
+        ranks = f" x {self.environment.world_size}" if self.environment.world_size > 1 else ""
+        names = (part.name or type(part).__name__ for part in (self.accelerator, self.strategy, self.precision))
+        accelerator, strategy, precision = names
+        return f"{accelerator}, {strategy}{ranks}, {precision}"

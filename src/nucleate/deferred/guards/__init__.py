@@ -1,0 +1,8 @@
+"""Guards: what deferred tensors say to a script between construction and setup."""
+
+from nucleate.deferred.guards.assigned import retie
+from nucleate.deferred.guards.guarded import guard
+from nucleate.deferred.guards.handle import Handle, handle_of, is_edited, release
+from nucleate.deferred.guards.refusals import is_edit
+
+__all__ = ["Handle", "guard", "handle_of", "is_edit", "is_edited", "release", "retie"]

@@ -1,0 +1,102 @@
+"""What a deferred tensor says no to outside the context, and how it says so."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from nucleate.deferred.guards.handle import Handle, is_edited, is_shared
+from nucleate.errors import DeferredEditError, DeferredUseError
+
+_SET_GRAD: Any = Tensor.grad.__set__  # type: ignore[union-attr]
+#: These would hand out memory, fail in a less clear way, or work on the meta tensor without a word.
+REFUSED = {
+    Tensor.untyped_storage,
+    Tensor.storage,
+    Tensor.data_ptr,
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.__dlpack_device__,
+    Tensor.share_memory_,
+    Tensor.__reduce_ex__,
+}
+#: Edits that never reach aten, or not as such.
+EDITS = {
+    Tensor.apply_,
+    Tensor.map_,
+    Tensor.map2_,
+    _SET_GRAD,
+}
+_LABELS = {
+    Tensor.data.__set__: "assigning its `.data`",  # type: ignore[attr-defined]
+    _SET_GRAD: "assigning its `.grad`",
+    Tensor.__setitem__: "assigning its elements",
+    Tensor.__reduce_ex__: "pickling or saving it",
+    Tensor.share_memory_: "sharing its memory",
+}
+
+
+def is_edit(func: Any) -> bool:
+    """Return whether a torch function changes its first argument, going by its name where it has no schema."""
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in _OPERATORS)
+    return in_place or func is Tensor.__setitem__
+
+
+_OPERATORS = {"__invert__", "__index__", "__int__", "__iter__"}
+
+
+def label(func: Any) -> str:
+    """Return how a message names a torch function."""
+    return _LABELS.get(func) or str(getattr(func, "__name__", func))
+
+
+def refuse(handle: Handle, what: str, edit: bool, cause: Exception | None = None) -> NoReturn:
+    """Raise the error for an edit or a use of a deferred tensor."""
+    if edit:
+        raise DeferredEditError(
+            f"{handle.fqn} is deferred, and {what} would edit it outside the context that records it, so the edit "
+            "would be lost. Do it inside an `init_module(empty_init=True)` block, which may be entered again for "
+            "that, or after `setup`."
+        ) from cause
+    raise DeferredUseError(
+        f"{handle.fqn} is deferred and has no value yet, so {what} cannot work on it. Call `runtime.setup(model)` "
+        "first, or do it inside an `init_module(empty_init=True)` block, which may be entered again for that."
+    ) from cause
+
+
+def refuse_edited(handle: Handle) -> NoReturn:
+    """Raise the error for a deferred tensor that was written where nothing recorded it."""
+    raise DeferredEditError(
+        f"{handle.fqn} was edited outside the context that records it, through a tensor that shares its memory; the "
+        "edit would be lost. Make it inside `init_module`, or after `setup`."
+    )
+
+
+def refuse_shared(handle: Handle) -> NoReturn:
+    """Raise the error for a deferred tensor whose memory is there already, under another tensor."""
+    raise DeferredUseError(
+        f"{handle.fqn} is deferred, but shares its memory with a part of the model that has been made, so its value is "
+        "not its recipe's any more. Make it as well first: `materialize` it, or set up the whole model."
+    )
+
+
+def refuse_move(handle: Handle, device: Any) -> NoReturn:
+    """Raise the error for a move of a deferred tensor to another device."""
+    raise DeferredUseError(
+        f"{handle.fqn} is deferred and stands for a tensor on {handle.record.device}; it cannot be moved to {device} "
+        "before it has a value. `runtime.setup(model)` makes it on the runtime's device, and "
+        "`materialize(model, device)` on any."
+    )
+
+
+def refuse_stale(tensor: Tensor, handle: Handle) -> None:
+    """Raise if a deferred tensor is not what its record says, or if another thread is constructing its model."""
+    if is_edited(tensor, handle):
+        refuse_edited(handle)
+    if is_shared(tensor, handle):
+        refuse_shared(handle)
+    handle.record.refuse_other_thread()

@@ -1,0 +1,62 @@
+"""Which writer saves: by what is asked for, by the ending of a path, and from a package of somebody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from nucleate import Runtime
+from nucleate.checkpoint.saving.snapshot import Snapshot
+from nucleate.checkpoint.writers import Writer
+from nucleate.checkpoint.writers.choosing import choose, format_of
+from nucleate.cluster.save_group import SaveGroup
+from nucleate.errors import ConfigurationError
+from nucleate.registry import WRITERS
+
+
+class ListingWriter(Writer):
+    """Writes the names of tensors into a text file."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".names",)
+    writes_folders: ClassVar[bool] = False
+
+    def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
+        if group.rank == 0:
+            draft.write_text("\n".join(held.key for held in snapshot.tensors))
+
+
+@pytest.fixture
+def installed() -> Iterator[dict[str, list[EntryPoint]]]:
+    """The table of installed writers, to add to."""
+    WRITERS.__dict__.pop("_installed", None)
+    table = WRITERS._installed
+    table["names"] = [EntryPoint("names", f"{__name__}:ListingWriter", WRITERS.group)]
+    yield table
+    WRITERS.__dict__.pop("_installed")
+
+
+@pytest.mark.parametrize("format", [None, "names"])
+def test_a_writer_of_somebody_else_is_found(installed: object, tmp_path: Path, format: str | None) -> None:
+    Runtime(accelerator="cpu").save(tmp_path / "model.names", torch.nn.Linear(2, 2), format=format)
+    assert (tmp_path / "model.names").read_text().split() == ["weight", "bias"]
+
+
+def test_its_format_is_one_file(installed: object, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"format='names' is one file, .* endings \.names"):
+        choose(str(tmp_path / "model"), "names", "5GB")
+
+
+def test_a_broken_writer_disturbs_nobody_else(installed: dict[str, list[EntryPoint]], tmp_path: Path) -> None:
+    installed["broken"] = [EntryPoint("broken", "nowhere:Writer", WRITERS.group)]
+    assert format_of(str(tmp_path / "model.v2")) is None
+    assert choose(str(tmp_path / "model.v2"), None, "5GB")[0].name == "dcp"
+
+
+def test_an_unknown_format_is_refused_with_the_names_of_all() -> None:
+    with pytest.raises(ConfigurationError, match="'dcp', 'safetensors', 'torch'"):
+        choose("model", "onnx", "5GB")
