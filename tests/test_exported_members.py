@@ -43,7 +43,7 @@ PUBLIC = {
         convert deferred eager give handle_of held_tensors is_recording plain_modes record_of release resumed
     """,
     "nucleate.deferred.elements": "Conversion ConvertedGiven Given Layout Output TensorGiven take take_range",
-    "nucleate.deferred.guards": "Handle guard handle_of is_edit is_edited release retie",
+    "nucleate.deferred.guards": "Handle guard handle_of is_edit is_edited refuse_stale release retie",
     "nucleate.deferred.impersonation": "",
     "nucleate.deferred.randomness": "Cursors RandomProgram Workspace draw is_contiguous moved",
     "nucleate.deferred.recording": "",

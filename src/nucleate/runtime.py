@@ -517,7 +517,8 @@ class Runtime:
         Args:
             path: `.safetensors`, `.pt`, `.pth`, `.bin` and `.ckpt` stand for one file, any other name for a folder.
             state: Modules, optimizers, objects with a `state_dict`, tensors and plain values by name; or one module.
-            format: Of a folder: `"dcp"` (the default) or `"safetensors"`, which Hugging Face's libraries read.
+            format: Of a folder: `"dcp"` (the default) or `"safetensors"`, which Hugging Face's libraries read; or the
+                name of an installed writer.
             filter: Name in `state` to a function of key and value that says what of it is saved.
             max_shard_size: How large the files of a safetensors folder may be.
             asynchronous: Return once the state is copied to CPU memory, and write in the background.

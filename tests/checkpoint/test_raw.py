@@ -21,6 +21,7 @@ from nucleate.errors import (
     CheckpointError,
     CheckpointKeyError,
     CheckpointNotFoundError,
+    DeferredEditError,
     ShapeMismatchError,
     UsageError,
 )
@@ -425,3 +426,19 @@ def test_a_file_that_is_cut_short_behind_its_header_is_an_error_before_anything_
     with pytest.raises(CheckpointError, match=r"model\.safetensors ends at byte .* cut short after it was opened"):
         runtime.load_raw(path, model)
     assert same(model.state_dict(), weights(make(2)))
+
+
+def test_an_edit_that_nothing_recorded_is_found_before_anything_is_read(tmp_path: Path) -> None:
+    stored = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    save_file(stored.state_dict(), tmp_path / "model.safetensors")
+    runtime = Runtime(accelerator=ACCELERATOR)
+    with runtime.init_module(empty_init=True):
+        deferred_part = nn.Linear(3, 3)
+    alias = deferred_part.weight.detach()
+    with torch._C.DisableTorchFunctionSubclass():
+        alias.zero_()
+    real_part = nn.Linear(3, 3)
+    before = real_part.weight.detach().clone()
+    with pytest.raises(DeferredEditError, match="weight was edited outside"):
+        runtime.load_raw(tmp_path / "model.safetensors", nn.Sequential(real_part, deferred_part))
+    assert torch.equal(real_part.weight, before)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate.deferred import deferred, eager, handle_of, is_recording, resumed
+from nucleate.deferred import convert, deferred, eager, handle_of, is_recording, resumed
 from nucleate.errors import DeferredEditError, DeferredUseError, UninitializedError
 from nucleate.materialize import materialize
 from tests.deferred.equality import assert_same_model
+from tests.deferred.rows import Rows
 from tests.deferred.test_copies import Net
 
 
@@ -311,3 +312,27 @@ def test_what_fails_in_one_part_leaves_the_rest_deferred() -> None:
         nn.init.ones_(model[1].forgotten)
     materialize(model)
     assert torch.equal(model[1].forgotten, torch.ones(3))
+
+
+def test_a_model_of_two_recordings_is_changed_as_one() -> None:
+    def halves() -> nn.Sequential:
+        parts = []
+        for _ in range(2):
+            with deferred():
+                parts.append(nn.Linear(4, 4, bias=False))
+        return nn.Sequential(*parts)
+
+    torch.manual_seed(0)
+    model = halves()
+    with resumed(model):
+        for layer in model:
+            codes, scales = convert(layer.weight, Rows())
+            layer.weight = nn.Parameter(codes, requires_grad=False)
+            layer.register_buffer("scales", scales)
+    assert all(handle_of(tensor) is not None for tensor in (*model.parameters(), *model.buffers()))
+    materialize(model)
+    torch.manual_seed(0)
+    for layer in model:
+        codes, scales = convert(nn.Linear(4, 4, bias=False).weight, Rows())
+        assert torch.equal(layer.weight, codes)
+        assert torch.equal(layer.scales, scales)

@@ -80,7 +80,8 @@ def test_a_test_that_hangs_ends_at_the_limit_and_keeps_what_was_reported(tmp_pat
     text = "import time\ndef test_good(): pass\ndef test_hangs(): time.sleep(1000)\ndef test_behind(): pass\n"
     started = time.monotonic()
     result = run_part(tmp_path, text, limit_s=20)
-    assert time.monotonic() - started < 60
+    # The test would take 1000 s. Starting Python, pytest and torch may take a minute on a machine that is busy.
+    assert time.monotonic() - started < 200
     found = {name.rpartition("::")[2]: test for name, test in result.tests.items()}
     assert found["test_good"]["outcome"] == "passed"
     assert found["test_behind"]["outcome"] == "not run"

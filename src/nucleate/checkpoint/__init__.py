@@ -1,14 +1,10 @@
 """Checkpoints of any format, of one model or of a whole training state, into any strategy.
 
-`save`, `load` and `load_raw` are the way in. The rest of the package is theirs. Reading: `readers` say what a file or
-folder holds, as `contents` made of `stored` tensors in `files`; `plan` compares it with what is asked for, `key_map`
-gives other names to keys, `rules` join, split and transpose tensors on the way (`renaming`, `tensor_map`, `moved`),
-`own_ways` runs the code that a module has for its loading, with `capture`. `load_report` lists the result. A module
-that holds other tensors than it stores has a `stored_form`. Writing: `snapshot` is the state that is written, `held` is
-this rank's part, `writers` are the formats, `folder` and
-`single_file` make a checkpoint whole or absent, `retention` keeps the last few. Both: `entries` says what a state
-consists of, `tree` and `values` take it apart, `optimizer_state` gives names to an optimizer's numbers. `convert` and
-`verify` work on files alone: `selection` chooses, `sweep` reads.
+`save`, `load` and `load_raw` are the way in. The rest of the package is theirs, in rooms of its own. `state` takes a
+state apart and names its tensors. `disk` makes a checkpoint whole or absent and keeps the last few. `rules` rename,
+join, split and transpose tensors between a file and a model. `stored` are tensors in files. `readers` tell what a file
+or folder holds. `loading` compares that with a model and fills it. `saving` is a state at one moment, and the part that
+this rank writes. `writers` are the formats. `tools` work on files alone: `convert`, `verify`, `inspect`.
 """
 
 from __future__ import annotations

@@ -54,6 +54,7 @@ class SaveJob:
             self._writer.write(self._snapshot, draft, self._group)
             with self._group.all_or_none(self._saving):
                 if self._group.rank == 0:
+                    self._target.finish(draft, self._writer.name, self._group.world_size)
                     self._target.commit(draft)
                     if self._series is not None:
                         self._series.add(self._target.path)

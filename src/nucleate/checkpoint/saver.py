@@ -1,8 +1,7 @@
 """Saves a state as one checkpoint, the same for every strategy and number of ranks.
 
-This file decides the order in which things happen on the ranks. What a state consists of is decided in `entries`,
-`snapshot` and `optimizer_state`, how the checkpoint becomes whole in `folder` and `single_file`, what its files hold in
-`writers`, and which old ones go in `retention`.
+This file decides the order in which things happen on the ranks. What a state consists of is decided in `state` and
+`saving`, how the checkpoint becomes whole and which old ones go in `disk`, and what its files hold in `writers`.
 """
 
 from __future__ import annotations
@@ -55,7 +54,8 @@ def save(  # noqa: PLR0913 - one call says all there is to say of a save
             name; dicts may be nested. An optimizer needs the module that has its parameters in the same state. Or one
             module by itself, whose keys then have no prefix.
         communicator: The ranks that save together.
-        format: Of a folder: `"dcp"` (the default) or `"safetensors"`, which Hugging Face's libraries read.
+        format: Of a folder: `"dcp"` (the default) or `"safetensors"`, which Hugging Face's libraries read; or the name
+            of an installed writer. The ending of such a writer stands for one file of its format as well.
         filter: Entry to a function of key and value that says what of it is saved; `"a.b"` names a nested entry.
             The function alone where the state is one module.
         max_shard_size: How large the files of a safetensors folder may be, such as `"5GB"` or a number of bytes.

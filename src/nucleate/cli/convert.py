@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nucleate.cli import text
 from nucleate.errors import ConfigurationError
+from nucleate.registry import WRITERS
 
 if TYPE_CHECKING:
     from nucleate.checkpoint import KeyMap
@@ -32,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", metavar="DST", help="FILE.safetensors, FILE.pt, .pth, .bin or .ckpt for one file, else a folder"
     )
-    parser.add_argument("--format", choices=("safetensors", "dcp", "torch"), help="of DST, where it is a folder")
+    parser.add_argument("--format", choices=WRITERS.names(), help="of DST, where it is a folder")
     parser.add_argument(
         "--dtype", choices=sorted(_DTYPES), metavar="DTYPE", help="cast models to bf16, fp16, fp32, ..."
     )

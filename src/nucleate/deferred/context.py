@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nucleate.deferred.active import active_record, active_records, awaited_onsets, real_tensors
 from nucleate.deferred.elements.conversion import Conversion, converted
 from nucleate.deferred.elements.source import Given
-from nucleate.deferred.guards.handle import handle_of
+from nucleate.deferred.guards.handle import handle_of, is_shared
 from nucleate.deferred.guards.refusals import refuse_stale
 from nucleate.deferred.module_tensors import held_tensors
 from nucleate.deferred.onset import Onset
@@ -111,6 +111,10 @@ def convert(tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
     record = record_of(tensor)
     if record is None:
         return converted(tensor, conversion)
+    outer = active_record(record.device)
+    if isinstance(outer, Record) and outer.holds(tensor):
+        # It guards the outputs when it ends.
+        return outer.convert(tensor, conversion)
     handle = handle_of(tensor)
     if handle is not None:
         refuse_stale(tensor, handle)
@@ -145,14 +149,18 @@ def resumed(model: nn.Module) -> Iterator[None]:
     """
     barren = set[int]()
     held = (tensor for module in model.modules() for _, _, tensor in held_tensors(module, barren))
-    records: dict[torch.device, Record] = {}
+    records: dict[torch.device, list[Record]] = {}
     for tensor in held:
         handle = handle_of(tensor)
-        if handle is not None:
+        if handle is not None and not is_shared(tensor, handle):
             assert isinstance(handle.record, Record)
-            records.setdefault(handle.record.device, handle.record)
+            records.setdefault(handle.record.device, []).append(handle.record)
     with ExitStack() as stack:
-        for device, record in records.items():
-            if active_record(device) is None:
+        for device, of_device in records.items():
+            outer = active_record(device)
+            record = outer if isinstance(outer, Record) else of_device[0]
+            for other in of_device:
+                record.join(other)
+            if outer is None:
                 stack.enter_context(record.resumed(model))
         yield

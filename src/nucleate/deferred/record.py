@@ -369,7 +369,7 @@ class Record(Recording):
             self.join(record)
 
     def refuse_other_thread(self) -> None:
-        threads = {thread for record in list(_sharing[self.tape]) for thread in record.recorder.threads}
+        threads = {thread for record in list(_sharing.get(self.tape, ())) for thread in record.recorder.threads}
         if threads and threading.get_ident() not in threads:
             raise DeferredUseError(
                 "this deferred tensor belongs to a model that another thread is constructing or editing. Wait until "

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred import handle_of, record_of, resumed
+from nucleate.deferred import Record, handle_of, record_of, resumed
+from nucleate.deferred.active import active_record
 from nucleate.deferred.adoption import abandon
 from nucleate.deferred.stand_ins import stand_ins
 from nucleate.errors import UninitializedError, name_list
@@ -116,8 +117,10 @@ def _make(model: nn.Module, found: list[Vacancy], calls: list[tuple[nn.Module, l
     """Make the calls, and return which method was the last one to write the tensor of each vacancy."""
     by_storage: dict[int, str] = {}
     with resumed(model):
-        record = record_of(found[0].tensor)
-        assert record is not None, "a vacancy is deferred"
+        made_by = record_of(found[0].tensor)
+        assert made_by is not None, "a vacancy is deferred"
+        record = active_record(made_by.device)
+        assert isinstance(record, Record), "it was resumed"
         with stand_ins(model, record, [vacancy.tensor for vacancy in found]):
             for module, of_module in calls:
                 for call in of_module:

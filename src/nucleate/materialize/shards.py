@@ -1,8 +1,4 @@
-"""Shards: what of a tensor this rank holds, for DTensors of any placement, and the memory it has.
-
-DTensors are told by what they offer to torch.distributed.checkpoint: asking by class would import
-torch.distributed.tensor, which takes longer than most models, also where nothing is distributed.
-"""
+"""Shards: the memory of the part of a DTensor that this rank holds, and its filling."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A checkpoint's folder on disk: whole or absent, whatever moment a save is killed at.
 
 This file decides the names, the order of renames and what may be overwritten. What the files hold is decided
-in `writers` and `index`.
+in `writers`.
 
 [Note: Whole or absent]
 A save writes into a fresh sibling, the draft. When everything is on disk, the old checkpoint steps aside to
@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,22 @@ class CheckpointFolder(Target):
             raise self.failure(error) from error
         return draft
 
+    def finish(self, draft: Path, format: str, world_size: int) -> None:
+        if os.path.lexists(draft / MARKER):
+            return
+        names = [item.name for item in draft.iterdir()]
+        try:
+            write_marker(draft, format, world_size, names)
+        except OSError as error:
+            raise self.failure(error) from error
+
     def commit(self, draft: Path) -> None:
         """Give a finished draft the checkpoint's name; see [Note: Whole or absent]."""
         foreign = self._foreign()
         try:
             for name in foreign:
-                _take_along(self.path / name, draft / name)
+                if not os.path.lexists(draft / name):
+                    _take_along(self.path / name, draft / name)
             sync(draft)
             replaces = is_checkpoint(self.path) or bool(foreign)
             if replaces:
@@ -182,23 +193,24 @@ def owned(folder: Path) -> list[str]:
     folder was.
     """
     try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-        ours = {"dcp": _DCP, "safetensors": _SAFETENSORS}[files]
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        ours = _listed(marker) or {"dcp": _DCP, "safetensors": _SAFETENSORS}[marker["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     names = [item.name for item in folder.iterdir() if ours.fullmatch(item.name)]
     return sorted(names, key=lambda name: (name == MARKER, name not in (METADATA, *_WEIGHTS), name))
 
 
-def write_marker(folder: Path, format: str, world_size: int) -> None:
+def write_marker(folder: Path, format: str, world_size: int, names: Sequence[str] | None = None) -> None:
     """Write the file that says what the folder is, and put it on disk.
 
     Args:
         folder: A draft with all else in it.
         format: What it is written in.
         world_size: By how many ranks.
+        names: The names of its files, where the format does not tell them.
     """
-    marker = {
+    marker: dict[str, Any] = {
         "format": "nucleate checkpoint",
         "version": FORMAT_VERSION,
         "files": format,
@@ -206,6 +218,8 @@ def write_marker(folder: Path, format: str, world_size: int) -> None:
         "torch": torch.__version__,
         "world_size": world_size,
     }
+    if names is not None:
+        marker["names"] = sorted(names)
     with open(folder / MARKER, "w", encoding="utf-8") as file:
         file.write(json.dumps(marker, indent=2) + "\n")
         file.flush()
@@ -242,7 +256,20 @@ def _pattern(folder: Path) -> re.Pattern[str] | None:
         return None
     if (folder / METADATA).is_file():
         return _DCP
-    return _SAFETENSORS if any((folder / name).is_file() for name in _WEIGHTS) else None
+    if any((folder / name).is_file() for name in _WEIGHTS):
+        return _SAFETENSORS
+    try:
+        return _listed(json.loads((folder / MARKER).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _listed(marker: Any) -> re.Pattern[str] | None:
+    """Return a pattern of the names that a marker lists, or None where it lists none."""
+    names = marker.get("names") if isinstance(marker, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return re.compile("|".join(map(re.escape, [MARKER, *names])))
 
 
 def _take_along(source: Path, target: Path) -> None:

@@ -50,6 +50,18 @@ class Target(ABC):
             CheckpointError: Something is in the way that is not a checkpoint, or it cannot be written there.
         """
 
+    def finish(self, draft: Path, format: str, world_size: int) -> None:
+        """Add to a written draft what tells that `save` wrote it, where its writer has not. Does nothing by default.
+
+        Args:
+            draft: What `draft` returned.
+            format: The name of its format.
+            world_size: By how many ranks it was written.
+
+        Raises:
+            CheckpointError: The disk failed.
+        """
+
     @abstractmethod
     def commit(self, draft: Path) -> None:
         """Give a finished draft the checkpoint's name.

@@ -19,7 +19,8 @@ from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import DataFile
 from nucleate.checkpoint.stored.mapped import Mapper
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.deferred import Given, give, record_of
+from nucleate.deferred import Given, give, handle_of, record_of
+from nucleate.deferred.guards import refuse_stale
 from nucleate.errors import CheckpointError, CheckpointKeyError, ConversionError, ShapeMismatchError, name_list
 from nucleate.materialize.reading import read_into
 
@@ -188,6 +189,7 @@ class Plan:
         lines = [f"  {len(found)} {what}: {name_list(found)}" for what, found in problems.items() if found]
         if not lines:
             self._check_files()
+            self._check_deferred()
             return
         advice = "Nothing was changed."
         if not self.unfit:
@@ -200,6 +202,13 @@ class Plan:
         if strict and self._wrong_shapes:
             raise ShapeMismatchError(message)
         raise CheckpointError(message)
+
+    def _check_deferred(self) -> None:
+        """Raise if a deferred tensor was edited where nothing recorded it, before any tensor has changed."""
+        for tensor, _ in self._deferred:
+            handle = handle_of(tensor)
+            if handle is not None:
+                refuse_stale(tensor, handle)
 
     def _check_files(self) -> None:
         """Raise if a file was cut short since its header was read, before any tensor has changed."""

@@ -7,7 +7,7 @@ what of a tensor this rank writes in `held`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,11 @@ class Snapshot:
     def layout(self) -> StateLayout:
         """How the state is put together, when the snapshot is closed."""
         return StateLayout(self.skeleton, self.keys, self.sharded, tuple(self.modules), self.is_complete)
+
+    @property
+    def other_values(self) -> list[str]:
+        """The names of everything in the state that is not a tensor; a format for weights alone has to refuse it."""
+        return [key_of(place) for place in _leaves(self.skeleton, ()) if place not in self.keys]
 
     @property
     def size_bytes(self) -> int:
@@ -243,6 +248,19 @@ def filters_for(filters: Any, entries: list[Entry]) -> dict[str, Filter]:
                 f"filter[{name!r}] is {keep!r}; it must be a function of a key and its value that returns a bool."
             )
     return dict(filters)
+
+
+def _leaves(node: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """Yield the places of all values that are not dicts, lists or tuples; an empty one of these counts as a value."""
+    items: Any = ()
+    if isinstance(node, Mapping):
+        items = node.items()
+    elif isinstance(node, (list, tuple)):
+        items = enumerate(node)
+    if not items or not node:
+        yield path
+    for key, item in items:
+        yield from _leaves(item, (*path, key))
 
 
 def hash_of(lines: list[str]) -> str:

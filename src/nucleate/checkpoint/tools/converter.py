@@ -82,8 +82,8 @@ def convert(  # noqa: PLR0913 - one call says all there is to say of a conversio
         source: A file or folder of any format.
         target: An ending `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` stands for one file, any other name for a
             folder.
-        format: Of a folder: `"dcp"` or `"safetensors"`; by default that of the source where it is one of these, else
-            `"safetensors"`.
+        format: Of a folder: `"dcp"`, `"safetensors"` or the name of an installed writer; by default that of the source
+            where it is `"dcp"` or `"safetensors"`, else `"safetensors"`.
         dtype: Cast the models' floating point tensors to this.
         max_shard_size: How large the files of a safetensors folder may be, such as `"5GB"` or a number of bytes.
         selection: Which part of the source, and under which names.

@@ -11,7 +11,7 @@ from nucleate.checkpoint.disk.folder import CheckpointFolder
 from nucleate.checkpoint.disk.single_file import CheckpointFile
 from nucleate.checkpoint.disk.target import Target
 from nucleate.checkpoint.writers.base import Writer
-from nucleate.errors import ConfigurationError, PluginLoadError
+from nucleate.errors import ConfigurationError, NucleateError
 from nucleate.registry import WRITERS
 
 # Of the built-in writers, which are not imported to be asked.
@@ -50,14 +50,16 @@ def choose(path: str, format: str | None, max_shard_size: int | str) -> tuple[Wr
 def format_of(path: str) -> str | None:
     """Return the format of which the ending of a path stands for one file, or None where it stands for a folder."""
     suffix = Path(path).suffix.lower()
-    for name in WRITERS.names() if suffix else ():
-        suffixes = _SUFFIXES.get(name, ())
-        if name not in WRITERS.builtins:
-            # One that cannot be loaded is named where somebody asks for it.
-            with suppress(PluginLoadError):
-                suffixes = cast(Writer, WRITERS.create(name)).suffixes
-        if suffix in suffixes:
-            return name
+    if not suffix:
+        return None
+    builtin = next((name for name, suffixes in _SUFFIXES.items() if suffix in suffixes), None)
+    if builtin is not None:
+        return builtin
+    for name in WRITERS.installed_names():
+        # One that cannot be loaded is named where somebody asks for it.
+        with suppress(NucleateError):
+            if suffix in cast(type[Writer], WRITERS.get(name)).suffixes:
+                return name
     return None
 
 

@@ -275,6 +275,8 @@ class Recorder(TorchDispatchMode):
             given: The elements; they are cast to the tensor's dtype when it is made.
         """
         ref = self.tape.ref(tensor)
+        if ref.fills(self.tape.size_bytes(ref.storage)):
+            self.tape.forget_given(ref.storage)
         self.tape.overwrite(ref, take, (ref, given))
 
     def _is_own(self, device: torch.device) -> bool:

@@ -126,8 +126,6 @@ class Tape:
         """Append a step that gives all elements of a tensor other values and does not look at the old ones."""
         storage = (ref.storage,)
         is_full = ref.fills(self.size_bytes(ref.storage))
-        if is_full:
-            self.forget_given(ref.storage)
         step = self.step(
             func,
             args,
