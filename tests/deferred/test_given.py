@@ -13,7 +13,7 @@ from hypothesis import given as forall
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nucleate.deferred import Given, deferred, give, resumed
+from nucleate.deferred import ComputedGiven, Given, deferred, give, resumed
 from nucleate.deferred.elements.source import take, take_range
 from nucleate.errors import DeferredEditError
 from nucleate.materialize import materialize
@@ -280,3 +280,49 @@ def test_a_buffer_that_was_first_used_in_inference_mode_serves_everywhere() -> N
     thread.join()
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[1], held(700, dtype=torch.float64).tensor.bfloat16())
+
+
+class Doubled(Given):
+    """Twice the elements of another one, which are cast on the way."""
+
+    dtype = torch.float32
+
+    def __init__(self, inner: Given) -> None:
+        self.inner = inner
+        self.shape = inner.shape
+
+    def read(self, start: int, out: Tensor) -> None:
+        half = out.numel() // 2
+        for first, last in ((0, half), (half, out.numel())):
+            take_range(out[first:last], self.inner, start + first)
+        out.mul_(2)
+
+    def order(self, start: int) -> tuple[int, int]:
+        return self.inner.order(start)
+
+    def describe(self) -> str:
+        return f"twice {self.inner.describe()}"
+
+
+def test_what_is_cast_may_itself_be_made_of_what_is_cast() -> None:
+    values = torch.randn(300_000).to(torch.bfloat16)
+    source = Doubled(Doubled(Held(values)))
+    wanted = (values.float() * 4).half()
+    for _ in range(2):
+        out = torch.empty(len(values), dtype=torch.float16)
+        take_range(out, source, 0)
+        assert torch.equal(out, wanted)
+
+
+def test_a_tensor_computed_of_a_cast_one_is_cast_in_ranges() -> None:
+    values = torch.randn(100_000).to(torch.bfloat16)
+    with deferred():
+        weight = nn.Parameter(torch.empty(len(values)))
+        give(weight, Held(values))
+        with torch.no_grad():
+            weight.mul_(2)
+        model = nn.Module()
+        model.cast = nn.Parameter(torch.empty(len(values), dtype=torch.float16))
+        give(model.cast, ComputedGiven(weight))
+    materialize(model)
+    assert torch.equal(model.cast.detach(), (values.float() * 2).half())

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from nucleate.devices import Staging, casts_there, slabs
 _CAST_NUMEL = 1 << 15
 #: Elements that are read at a time where they go through a buffer.
 _BUFFER_NUMEL = 1 << 18
-# Each thread keeps its buffer: new memory would have to be found and cleared by the system for every tensor.
+# Each thread keeps its buffers: new memory would have to be found and cleared by the system for every tensor.
 _kept = threading.local()
 
 
@@ -115,20 +117,28 @@ def take_range(out: Tensor, given: Given, start: int) -> None:
     if out.dtype == given.dtype:
         given.read(start, out)
         return
-    buffer = _buffer(min(out.numel(), _BUFFER_NUMEL), given.dtype)
-    for first in range(0, out.numel(), _BUFFER_NUMEL):
-        part = out[first : first + _BUFFER_NUMEL]
-        held = buffer[: part.numel()]
-        given.read(start + first, held)
-        for begin in range(0, part.numel(), _CAST_NUMEL):
-            part[begin : begin + _CAST_NUMEL].copy_(held[begin : begin + _CAST_NUMEL])
+    with _buffer(min(out.numel(), _BUFFER_NUMEL), given.dtype) as buffer:
+        for first in range(0, out.numel(), _BUFFER_NUMEL):
+            part = out[first : first + _BUFFER_NUMEL]
+            held = buffer[: part.numel()]
+            given.read(start + first, held)
+            for begin in range(0, part.numel(), _CAST_NUMEL):
+                part[begin : begin + _CAST_NUMEL].copy_(held[begin : begin + _CAST_NUMEL])
 
 
-def _buffer(numel: int, dtype: torch.dtype) -> Tensor:
-    """Return memory of this thread, with anything in it."""
+@contextmanager
+def _buffer(numel: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Lend memory of this thread, with anything in it.
+
+    Reading into it may need such memory as well, which is other memory then.
+    """
     size_bytes = numel * dtype.itemsize
-    memory: Tensor | None = getattr(_kept, "memory", None)
+    free: list[Tensor] = _kept.__dict__.setdefault("free", [])
+    memory = free.pop() if free else None
     if memory is None or memory.numel() < size_bytes:
         with torch.inference_mode(False):  # It is used outside of that as well.
-            memory = _kept.memory = torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
-    return memory[:size_bytes].view(dtype)
+            memory = torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
+    try:
+        yield memory[:size_bytes].view(dtype)
+    finally:
+        free.append(memory)
