@@ -344,7 +344,7 @@ Runtime(accelerator="cpu", precision="bnb-int8").setup(nn.Linear(8, 8))
 def test_no_weight_is_ever_whole(mode: str, codes_mib: int) -> None:
     # 32 MiB of each weight in bf16.
     build = BUILD + f"\nruntime, model = build({mode!r})"
-    assert peak_memory("runtime.setup(model)", build).added_bytes < (codes_mib + 12) * MIB
+    assert peak_memory("runtime.setup(model)", build).added_bytes < (codes_mib + 20) * MIB
 
 
 OLDER = """
@@ -371,7 +371,8 @@ with runtime.init_module(empty_init=True):
 def test_what_modules_load_in_their_own_way_is_never_whole(tmp_path: Path, mode: str, codes_mib: int) -> None:
     setup = BUILD + f"PATH = {str(tmp_path / 'm.safetensors')!r}\nruntime, _ = build({mode!r})" + OLDER
     peak = peak_memory("runtime.load_raw(PATH, model); runtime.setup(model)", setup)
-    assert peak.added_bytes < (codes_mib + 16) * MIB
+    # A weight is 32 MiB; a thread holds some chunks of 4 MiB, and the allocator keeps some.
+    assert peak.added_bytes < (codes_mib + 24) * MIB
 
 
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
