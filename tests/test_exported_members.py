@@ -21,12 +21,12 @@ PUBLIC = {
     "nucleate": "Accelerator Integration Precision RandomState Runtime Strategy __version__ seed_everything",
     "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator TorchAccelerator",
     "nucleate.checkpoint": """
-        ConvertReport Finding KeyMap LoadReport Reader Rule SaveHandle Selection StoredForm Taken VerifyReport
+        ConvertReport Finding KeyMap LoadReport Reader Rule SaveHandle Selection StoredForm StoredSources VerifyReport
         add_prefix concatenate convert drop inverse load load_raw open_checkpoint permute_heads read_rules
         rename save split stack strip_prefix transpose unstack verify
     """,
     "nucleate.checkpoint.disk": "resolve",
-    "nucleate.checkpoint.loading": "Finding LoadReport StoredForm Taken bound defers",
+    "nucleate.checkpoint.loading": "Finding LoadReport StoredForm StoredSources bound defers",
     "nucleate.checkpoint.readers": "Reader VALUES contents_of open_checkpoint reader_for",
     "nucleate.checkpoint.readers.dcp": "",
     "nucleate.checkpoint.readers.torch": "ZipDirectory prefix_of",
@@ -39,16 +39,19 @@ PUBLIC = {
     "nucleate.cli": "main",
     "nucleate.cluster": "Communicator Environment",
     "nucleate.deferred": """
-        ComputedGiven Conversion ConvertedGiven Cursors Given Handle Layout Output Pieces Record TensorGiven
-        convert deferred eager give handle_of held_tensors is_recording plain_modes record_of release resumed
+        ComputedSource Conversion ConvertedSource ElementSource Handle Layout Output RangeMaker Record StreamCursors
+        TensorSource bind convert deferred eager handle_of held_tensors is_recording plain_modes record_of release
+        resumed
     """,
-    "nucleate.deferred.elements": "Conversion ConvertedGiven Given Layout Output TensorGiven take take_range",
+    "nucleate.deferred.elements": """
+        Conversion ConvertedSource ElementSource Layout Output TensorSource fill_from fill_range_from
+    """,
     "nucleate.deferred.guards": "Handle guard handle_of is_edit is_edited refuse_stale release retie",
     "nucleate.deferred.impersonation": "",
-    "nucleate.deferred.randomness": "Cursors RandomProgram Workspace draw is_contiguous moved",
+    "nucleate.deferred.randomness": "StreamCursors RandomProgram Workspace draw is_contiguous moved",
     "nucleate.deferred.recording": "",
     "nucleate.deferred.replay": """
-        Derived Pieces Replayer Source backward_slice boxes derived_source pieces_of scatter view
+        Derived RangeMaker Replayer TensorView backward_slice boxes derived_source maker_of scatter view
     """,
     "nucleate.deferred.tape": "Constant Position Run Step Tape TensorRef is_written map_leaves tensors",
     "nucleate.devices": """

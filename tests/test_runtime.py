@@ -108,7 +108,7 @@ def test_cuda_is_refused_where_there_is_none() -> None:
         ({}, {"strategy": "single_device"}, "runs in one process, but torchrun started 4"),
         ({}, {"devices": 3}, "ask for 3 processes, but torchrun started 4"),
         ({}, {"devices": 4, "num_nodes": 2}, "ask for 8 processes"),
-        ({"MASTER_PORT": None}, {}, "MASTER_PORT not"),
+        ({"MASTER_PORT": None}, {}, "but not MASTER_PORT"),
         ({"RANK": "two"}, {}, "RANK is 'two'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""nucleate builds, loads and launches large PyTorch models: each parameter is made once, where it will live."""
+"""nucleate builds, loads and launches large PyTorch models. Each parameter is made once, in its final place."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The public names, written once: name to the module that defines it. They are imported when first used, so that
-# `import nucleate` costs next to nothing.
+# The public names, and the modules that define them. A module is imported when a name is first used, so that
+# `import nucleate` takes very little time.
 _PUBLIC = {
     "Accelerator": "nucleate.accelerators",
     "Integration": "nucleate.integrations",

@@ -1,4 +1,4 @@
-"""`python -m nucleate`."""
+"""The entry point of `python -m nucleate`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a `Runtime` is made of: names become plugins, and plugins that do not fit one another are refused."""
+"""The parts of a `Runtime`: names become plugins, and plugins that do not work together raise an error."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _PRECISION_ALIASES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """The three peers, and where this process runs.
+class Components:
+    """The three plugins of a `Runtime`, and the place of this process.
 
     Attributes:
         accelerator: The accelerator plugin.
         precision: The precision plugin.
         strategy: The strategy plugin.
-        environment: Which process this is, of how many.
+        environment: The place of this process among all processes.
         device: The device of this process.
     """
 
@@ -51,17 +51,17 @@ class Parts:
         strategy: str | Strategy,
         environment: Environment,
     ) -> Self:
-        """Look names up, and let each part see the others.
+        """Look names up, and let each plugin check the others.
 
         Args:
-            accelerator: What `Runtime(accelerator=...)` was given; likewise the others.
+            accelerator: See `Runtime`.
             precision: See `Runtime`.
             strategy: See `Runtime`.
-            environment: Which process this is, of how many.
+            environment: The place of this process among all processes.
 
         Raises:
             PluginNotFoundError: No plugin of that kind has that name.
-            ConfigurationError: A part is not there, or does not work with the others.
+            ConfigurationError: A part is missing, or does not work with the others.
         """
         if strategy == "auto":
             strategy = "ddp" if environment.world_size > 1 else "single_device"
@@ -79,7 +79,7 @@ class Parts:
 
     @property
     def shown(self) -> Composition:
-        """What each plugin is shown of the others."""
+        """The composition that each plugin checks."""
         return Composition(self.accelerator, self.precision, self.strategy, self.environment, self.device)
 
     def __str__(self) -> str:

@@ -1,39 +1,39 @@
-"""Every error that nucleate raises on purpose, drawn once.
+"""The error classes of nucleate: every error that it raises on purpose.
 
 ```
 NucleateError
 ├── ConfigurationError (ValueError)             arguments that are wrong or contradict each other
-│   ├── PluginNotFoundError (LookupError)       no plugin of that name
-│   ├── PluginConflictError                     one name offered by two distributions
-│   └── PluginLoadError (ImportError)           a plugin is there, but importing it failed
+│   ├── PluginNotFoundError (LookupError)       no plugin has that name
+│   ├── PluginConflictError                     two distributions offer one name
+│   └── PluginLoadError (ImportError)           a registered plugin cannot be imported
 ├── MissingDependencyError (ImportError)        an extra is not installed
 ├── UsageError (RuntimeError)                   a method called at the wrong time or on the wrong object
 ├── NonFiniteGradientError (ArithmeticError)    gradients are NaN or infinite
-├── ConversionError (ValueError)                a weight that cannot be quantized, such as one with a NaN
-├── VerificationError (RuntimeError)            `verify` found a value that its recipe does not make
-├── DeferredError (RuntimeError)                about tensors that are still recipes
-│   ├── DeferredUseError                        computed with before `setup`
-│   ├── DeferredEditError                       edited where no recorder was listening
-│   ├── UninitializedError                      nothing ever wrote the tensor
-│   └── ReplayError                             a replay disagrees with its record
+├── ConversionError (ValueError)                a weight cannot be quantized, for example one with a NaN
+├── VerificationError (RuntimeError)            `verify` found a value that differs from its recipe
+├── DeferredError (RuntimeError)                something is wrong with tensors that are still deferred
+│   ├── DeferredUseError                        a computation used a deferred tensor before `setup`
+│   ├── DeferredEditError                       nothing recorded an edit of a deferred tensor
+│   ├── UninitializedError                      nothing wrote the tensor
+│   └── ReplayError                             a replayed operation differs from the recorded one
 ├── DistributedError (RuntimeError)             the ranks do not agree, or one of them failed
 │   ├── RankFailedError                         another rank raised first
-│   └── RankDisagreementError                   ranks built or hold different things
+│   └── RankDisagreementError                   ranks built different models or hold different values
 └── CheckpointError (RuntimeError)
     ├── CheckpointNotFoundError (FileNotFoundError)
     ├── CheckpointKeyError (LookupError)        missing or unexpected keys
-    └── ShapeMismatchError (ValueError)         a tensor of another shape
+    └── ShapeMismatchError (ValueError)         a tensor has another shape
 ```
 
-Each class also inherits the builtin that a caller would catch without knowing nucleate. A message says
-what is wrong, the value, what is allowed, and what to do.
+Each class also inherits the builtin exception that a caller would catch without knowing nucleate. A message states the
+fault, the value, the allowed values and the remedy.
 """
 
 from collections.abc import Iterable
 
 
 class NucleateError(Exception):
-    """The root: catch this for everything that nucleate raises on purpose."""
+    """The root of all errors that nucleate raises on purpose."""
 
 
 class ConfigurationError(NucleateError, ValueError):
@@ -69,27 +69,27 @@ class ConversionError(NucleateError, ValueError):
 
 
 class VerificationError(NucleateError, RuntimeError):
-    """A value that was set up is not what its recipe makes, or not the same on every rank that holds it."""
+    """A value differs from the value that its recipe makes, or differs between the ranks that hold it."""
 
 
 class DeferredError(NucleateError, RuntimeError):
-    """Something is wrong with tensors that are still recipes."""
+    """Something is wrong with tensors that are still deferred."""
 
 
 class DeferredUseError(DeferredError):
-    """A deferred tensor was computed with before `setup` gave it a value."""
+    """A computation used a deferred tensor before `setup` gave it a value."""
 
 
 class DeferredEditError(DeferredError):
-    """A deferred tensor was edited where no recorder was listening."""
+    """A deferred tensor was edited, and nothing recorded the edit."""
 
 
 class UninitializedError(DeferredError):
-    """A parameter or buffer has no value: nothing ever wrote it."""
+    """A parameter or buffer has no value: nothing wrote it."""
 
 
 class ReplayError(DeferredError):
-    """A replayed operation does not do what its record says."""
+    """A replayed operation makes a tensor of another dtype or shape than recorded."""
 
 
 class DistributedError(NucleateError, RuntimeError):
@@ -101,7 +101,7 @@ class RankFailedError(DistributedError):
 
 
 class RankDisagreementError(DistributedError):
-    """The ranks built, or hold, different things where they must be equal."""
+    """The ranks built different models, or hold different values, where they must be equal."""
 
 
 class CheckpointError(NucleateError, RuntimeError):
@@ -109,11 +109,11 @@ class CheckpointError(NucleateError, RuntimeError):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no whole checkpoint at that path."""
+    """The path does not hold a complete checkpoint."""
 
 
 class CheckpointKeyError(CheckpointError, LookupError):
-    """The checkpoint lacks keys that are needed, or has keys that nobody asked for."""
+    """The checkpoint lacks required keys, or has unexpected keys."""
 
 
 class ShapeMismatchError(CheckpointError, ValueError):
@@ -121,7 +121,7 @@ class ShapeMismatchError(CheckpointError, ValueError):
 
 
 def name_list(names: Iterable[str], limit: int = 10) -> str:
-    """Join names for a message, cut at `limit` with a count of the rest.
+    """Join names for a message; beyond `limit` names, give the count of all names instead of the others.
 
     >>> name_list(["a", "b", "c"], limit=2)
     'a, b, ... (3 in all)'

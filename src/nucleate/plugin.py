@@ -1,8 +1,8 @@
-"""The contracts: what every plugin has, and what every accelerator, precision and strategy keeps besides.
+"""The base classes of plugins: the contract of every plugin, and that of accelerators, precisions and strategies.
 
-A plugin has a name and is made from it. Those that `Runtime` is composed of have two methods: `module_init_context()`
-surrounds the model's constructor, `setup(model)` receives the constructed model. This file decides nothing else; what
-each kind adds stands in its base class.
+A plugin has a name and can be built from it. The three plugins of a `Runtime` also have two methods:
+`module_init_context()` surrounds the model's constructor, and `setup(model)` receives the constructed model. The base
+class of each kind adds the rest.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """What `Runtime` put together, shown to each plugin so that it can refuse what does not fit.
+    """The parts of a `Runtime`. Each plugin sees them and can refuse parts that it does not work with.
 
     Attributes:
         accelerator: The accelerator plugin.
         precision: The precision plugin.
         strategy: The strategy plugin.
-        environment: Which process this is, of how many.
+        environment: The place of this process among all processes.
         device: The device of this process.
     """
 
@@ -37,21 +37,20 @@ class Composition:
     device: torch.device
 
 
-class Named(ABC):  # noqa: B024 - each kind says what is abstract
-    """What is registered under a name.
+class Named(ABC):  # noqa: B024 - each kind adds its own abstract methods
+    """A plugin that is registered under a name.
 
-    Subclasses are final: a plugin implements its kind's base, it does not extend another plugin.
+    Subclasses are final: a plugin implements the base class of its kind and does not extend another plugin.
     """
 
     #: The name shown in messages; set by `from_name`, or by the class.
     name: str = ""
-    #: Which kind of plugin this is: "accelerator", "precision", "strategy", "integration", "reader" or
-    #: "writer".
+    #: The kind of plugin: "accelerator", "precision", "strategy", "integration", "reader" or "writer".
     kind: ClassVar[str] = ""
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """Build the plugin that the registry's `name` stands for, with its default options.
+        """Build the plugin that is registered under `name`, with its default options.
 
         Args:
             name: The registered name, which may carry a variant (`"bf16-mixed"`).
@@ -73,10 +72,10 @@ class Plugin(Named):
 
     @abstractmethod
     def setup(self, model: Any) -> Any:
-        """Take the constructed model and return it ready for this plugin's purpose."""
+        """Prepare the constructed model for this plugin's purpose, and return it."""
 
     def check(self, composition: Composition) -> None:
-        """Refuse a composition that cannot work. Does nothing by default.
+        """Refuse a composition that cannot work. By default, do nothing.
 
         Args:
             composition: The parts that `Runtime` was given.

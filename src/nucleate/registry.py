@@ -1,7 +1,7 @@
-"""Names to plugin classes: a literal table of built-ins, plus entry points of installed packages.
+"""The registries of plugins: names and their classes, from a table of built-ins and entry points of installed packages.
 
-Listing imports nothing. A class is imported when it is asked for. Which options a plugin has is its own
-business; a name stands for a plugin with its defaults.
+Listing names imports nothing; only `get` imports a class. Each plugin defines its own options, and a name stands for a
+plugin with its default options.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Registry:
     """The plugins of one kind.
 
     Attributes:
-        kind: What messages call it, such as `"precision"`.
+        kind: The word for the kind in messages, such as `"precision"`.
         group: The entry point group that packages use, such as `"nucleate.precision"`.
         base: `"module:Class"` of the kind's base class.
-        builtins: Name to `"module:Class"`.
-        known: Names that an optional package offers, to what installs it.
+        builtins: The `"module:Class"` of each built-in name.
+        known: Names that optional packages offer, each with the command that installs the package.
     """
 
     kind: str
@@ -43,13 +43,13 @@ class Registry:
         found: dict[str, list[EntryPoint]] = {}
         for point in _entry_points(tuple(sys.path)).select(group=self.group):
             points = found.setdefault(point.name, [])
-            # An editable install may be listed twice; the same target offered twice is no conflict.
+            # An editable install may be listed twice; the same target offered twice is not a conflict.
             if all(point.value != other.value for other in points):
                 points.append(point)
         return found
 
     def names(self) -> list[str]:
-        """Return every name that can be asked for, sorted, without importing a plugin."""
+        """Return every registered name, sorted, without importing a plugin."""
         return sorted({*self.builtins, *self._installed})
 
     def installed_names(self) -> list[str]:
@@ -60,7 +60,7 @@ class Registry:
         """Import and return the class registered under `name`.
 
         Raises:
-            PluginNotFoundError: Nothing has that name; the message suggests close ones and what to install.
+            PluginNotFoundError: No plugin has that name. The message suggests similar names and a package to install.
             PluginConflictError: Two distributions offer the name, or one offers a built-in's name.
             PluginLoadError: Importing the plugin failed, or it is not a plugin of this kind.
         """
@@ -93,13 +93,13 @@ class Registry:
         return self.get(name).from_name(name)
 
     def choose(self, choice: str | Named) -> Named:
-        """Return the plugin itself, or build the one that a name stands for.
+        """Return a plugin as it is, or build the plugin that a name stands for.
 
         Args:
             choice: A name or a plugin of this kind.
 
         Raises:
-            ConfigurationError: It is neither. For a name, see `get`.
+            ConfigurationError: `choice` is neither a name nor a plugin of this kind. For a name, see `get`.
         """
         if isinstance(choice, str):
             return self.create(choice)
@@ -130,7 +130,7 @@ class Registry:
 
 @functools.cache
 def _entry_points(path: tuple[str, ...]) -> Any:
-    """Return the entry points of all groups that are installed on a path: one search for all registries."""
+    """Return the entry points of all groups that are installed on a path. One search serves all registries."""
     return entry_points()
 
 
@@ -190,7 +190,7 @@ READERS = Registry(
     },
 )
 
-#: By the name of the format.
+#: A writer's name is the name of its format.
 WRITERS = Registry(
     kind="writer",
     group="nucleate.writers",
@@ -202,7 +202,7 @@ WRITERS = Registry(
     },
 )
 
-#: By the name of the library's top-level module.
+#: An integration's name is the name of the library's top-level module.
 INTEGRATIONS = Registry(
     kind="integration",
     group="nucleate.integrations",

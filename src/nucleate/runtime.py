@@ -1,7 +1,7 @@
-"""Runtime: owns an accelerator, a precision and a strategy, and offers what a training script calls.
+"""The class `Runtime`: an accelerator, a precision and a strategy, and the methods that a training script calls.
 
-It looks names up, composes its three peers and keeps the order of things. It knows no concrete plugin; what a
-method means on a strategy or precision is theirs to decide.
+The runtime looks names up, combines the three plugins and decides the order of the steps. It does not know any concrete
+plugin. Strategies and precisions decide how they carry out a step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from nucleate.cluster.agreement import share_generators, verify_same_model
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
 from nucleate.cluster.numerics import Numerics
-from nucleate.composition import Parts
-from nucleate.deferred import Given, deferred, eager, is_recording, resumed
+from nucleate.composition import Components
+from nucleate.deferred import ElementSource, deferred, eager, is_recording, resumed
 from nucleate.devices import made_current
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.integrations.active import Integrations
@@ -51,28 +51,29 @@ T = TypeVar("T")
 
 
 class Runtime:
-    """Builds, loads and launches a model on one composition of accelerator, precision and strategy.
+    """The builder, loader and launcher of models on one accelerator, precision and strategy.
 
     Args:
-        accelerator: `"auto"` (the accelerator that torch names as the current one, an installed plugin whose device is
-            there, or the CPU), `"cpu"`, `"cuda"`, torch's name of any other kind of device, the name of an installed
-            plugin, or an `Accelerator`.
+        accelerator: `"auto"` (torch's current accelerator, an installed plugin whose device is there, or the CPU),
+            `"cpu"`, `"cuda"`, torch's name of any other kind of device, the name of an installed plugin, or an
+            `Accelerator`.
         strategy: `"auto"` (DDP in several processes, else a single device), `"single_device"`, `"ddp"`, `"fsdp"`,
             the name of an installed plugin, or a `Strategy`.
-        devices: How many processes each node must have; `"auto"` takes what the launcher started.
-        num_nodes: How many nodes there must be.
+        devices: The number of processes that each node must have. `"auto"` accepts the number that the launcher
+            started.
+        num_nodes: The number of nodes that the run must have.
         precision: `"32-true"`, `"64-true"`, `"bf16-true"`, `"16-true"`, `"bf16-mixed"`, `"16-mixed"`, the name of an
             installed plugin, or a `Precision`.
         plugins: Names of installed integrations, or `Integration` objects, which know how another library makes its
-            models. None takes each that is installed and whose library has been imported when a model is constructed.
-        verify: Let `setup` make parameters and buffers a second time, sequentially and whole, and compare them bit for
-            bit with what it installed on this rank; and compare every element of what several ranks hold. True takes a
-            sample of all kinds of recipes, of at most 2**24 elements; `"all"` takes everything. See
-            `docs/concepts/exactness.md` for what it costs.
+            models. None takes every installed integration whose library is imported when a model is constructed.
+        verify: Whether `setup` makes parameters and buffers a second time, sequentially and whole, and compares them
+            bit for bit with the tensors that it installed on this rank. `setup` then also compares every element that
+            several ranks hold. True takes a sample of all kinds of recipes, of at most 2**24 elements. `"all"` takes
+            everything. `docs/concepts/exactness.md` describes the costs.
 
     Raises:
         PluginNotFoundError: No plugin of that kind has that name.
-        ConfigurationError: The parts do not fit each other, the machine or the launched processes.
+        ConfigurationError: The plugins do not fit each other, the machine or the launched processes.
 
     Example:
         >>> import torch
@@ -101,19 +102,19 @@ class Runtime:
         self._verify = verify
         environment = Environment.detect()
         environment.check_request(devices, num_nodes)
-        self._parts = parts = Parts.choose(accelerator, precision, strategy, environment)
+        self._parts = parts = Components.choose(accelerator, precision, strategy, environment)
         self._accelerator, self._precision, self._strategy = parts.accelerator, parts.precision, parts.strategy
         self._environment, self._device = environment, parts.device
         self._communicator = Communicator(environment, parts.device)
         self._integrations = Integrations(plugins, parts.shown)
         self._launched = False
-        # What has been set up: the original models.
+        # The original models that were set up.
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"Runtime({self._parts})"
 
-    # -- what it is made of --------------------------------------------------------------------------------
+    # -- parts ---------------------------------------------------------------------------------------------
 
     @property
     def accelerator(self) -> Accelerator:
@@ -137,43 +138,43 @@ class Runtime:
 
     @property
     def world_size(self) -> int:
-        """How many processes there are."""
+        """The number of ranks."""
         return self._environment.world_size
 
     @property
     def global_rank(self) -> int:
-        """This process among all."""
+        """The rank of this process."""
         return self._environment.global_rank
 
     @property
     def local_rank(self) -> int:
-        """This process among those of its node."""
+        """The number of this process among the processes of its node."""
         return self._environment.local_rank
 
     @property
     def node_rank(self) -> int:
-        """This node among all."""
+        """The number of this node among all nodes."""
         return self._environment.node_rank
 
     @property
     def is_global_zero(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Whether this process is rank 0, which prints and writes."""
         return self._environment.global_rank == 0
 
     # -- start ---------------------------------------------------------------------------------------------
 
     def launch(self, function: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | None:
-        """Start the process group; the processes themselves are torchrun's to start.
+        """Start the process group. A launcher such as torchrun starts the processes.
 
-        Calling it is optional: the methods that need the group start it.
+        You need not call this method: the methods that need the group start it.
 
         Args:
-            function: Called as `function(runtime, *args, **kwargs)` afterwards.
-            args: Passed on.
-            kwargs: Passed on.
+            function: A function to call afterwards, as `function(runtime, *args, **kwargs)`.
+            args: Positional arguments of `function`.
+            kwargs: Keyword arguments of `function`.
 
         Returns:
-            What `function` returns, or None without one.
+            The result of `function`, or None without a function.
         """
         if not self._launched:
             if self._strategy.distributed or self._environment.world_size > 1:
@@ -187,7 +188,7 @@ class Runtime:
 
     @staticmethod
     def seed_everything(seed: int, workers: bool = True) -> int:
-        """Seed Python, NumPy (where it is installed) and torch; see `nucleate.seed.seed_everything`."""
+        """Seed Python, NumPy (if it is installed) and torch; see `nucleate.seed.seed_everything`."""
         return seed_everything(seed, workers)
 
     # -- construct -----------------------------------------------------------------------------------------
@@ -196,16 +197,17 @@ class Runtime:
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
         """Construct a model inside this context.
 
-        The random generators are rank 0's on every rank, so that all ranks construct the same model whatever they
-        were seeded with.
+        Every rank gets the states of rank 0's random generators. So all ranks construct the same model, whatever their
+        seeds are.
 
         Args:
-            empty_init: True defers: nothing is allocated and `setup` makes each parameter where it will live. False
-                makes real tensors at once, on the target device in the target dtype. None lets the strategy decide:
-                those that shard defer. The others defer on a CPU where that is faster, which is from the first large
-                weight on, and make everything when the block ends: afterwards nothing differs from False. Say True if
-                weights will be loaded. The weights are bit-identical either way. Blocks nest: the innermost True or
-                False counts. A model that is still deferred may be edited in a second block with True.
+            empty_init: True defers: nothing is allocated, and `setup` makes each parameter in its final place. False
+                makes real tensors at once, on the target device in the target dtype. None lets the strategy decide. A
+                strategy that shards defers. Any other strategy defers on a CPU from the first large weight on, where
+                that is faster, and makes everything when the block ends; afterwards nothing differs from False. Pass
+                True if you load weights afterwards. The weights are bit-identical in all cases. Blocks nest: the
+                innermost True or False counts. A second block with True allows edits of a model that is still
+                deferred.
         """
         self.launch()
         decided = True if empty_init is None and self._strategy.shards else empty_init
@@ -228,7 +230,7 @@ class Runtime:
 
     @contextmanager
     def init_tensor(self) -> Iterator[None]:
-        """Create tensors inside this context on the device, floating point ones in the precision's dtype."""
+        """Create tensors on the device inside this context. Floating point tensors get the precision's dtype."""
         self.launch()
         with (
             made_current(self._device),
@@ -254,19 +256,19 @@ class Runtime:
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any: ...
 
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
-        """Make everything that is deferred in a model, lay it out by the strategy, and wrap model and optimizers.
+        """Materialize a model, lay it out by the strategy, and wrap the model and the optimizers.
 
-        A tensor that the constructor left empty, or that was built on the meta device by hand, is made by its module's
-        `reset_parameters` or the like; see `docs/concepts/deferred.md`. Every rank then draws from the generators of
-        rank 0. The log says at level `INFO` which method made which tensor.
+        If the constructor left a tensor empty, or the tensor was built on the meta device by hand, its module's
+        `reset_parameters` or the like makes its value; see `docs/concepts/deferred.md`. Every rank then draws from rank
+        0's generators. The log names at level `INFO` the method that made each of these tensors.
 
         Args:
             model: The model, constructed inside `init_module` or not.
-            optimizers: Optimizers built on its parameters, deferred or real. They keep training what they were built
-                on, also where the strategy replaces the parameter objects.
+            optimizers: Optimizers on the model's deferred or real parameters. They keep training the same parameters,
+                even if the strategy replaces the parameter objects.
 
         Returns:
-            The wrapped model; with optimizers, a tuple of it and the wrapped optimizers.
+            The wrapped model. With optimizers, a tuple of the wrapped model and the wrapped optimizers.
 
         Raises:
             UsageError: The model or an optimizer was set up before.
@@ -274,8 +276,8 @@ class Runtime:
             UninitializedError: A parameter would be left without a value, because its module has no `reset_parameters`
                 or the like that writes it.
             RankDisagreementError: The ranks constructed different models, or have CPUs, thread counts or torch builds
-                that would make different bits of this one.
-            VerificationError: With `verify`, what was made is not what the recipes make.
+                that would make different bits of this model.
+            VerificationError: With `verify`, an installed tensor differs from the value that its recipe makes.
         """
         self.launch()
         with self._communicator.all_or_none("setup"):
@@ -293,11 +295,11 @@ class Runtime:
         if vacant:
             self._reset(model)
         with self._communicator.all_or_none("setup"):
-            # While they are recorded, what the precision does to deferred parameters becomes part of their recipes.
+            # Recording is on: the precision's operations on deferred parameters become part of their recipes.
             with resumed(model):
                 model = self._precision.setup(model)
             model = self._accelerator.setup(model)
-        # Apart from what precedes: a strategy exchanges tensors, and would wait for a rank that failed before.
+        # This is a separate block: a strategy exchanges tensors, and would wait for a rank that failed before.
         with self._communicator.all_or_none("setup"):
             verification = Verification(model, self._verify == "all", self._device) if self._verify else None
             with metered(self.is_global_zero), made_current(self._device):
@@ -321,28 +323,28 @@ class Runtime:
         return self.setup(model)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
-        """Wrap optimizers that were built on the parameters of models that are set up.
+        """Wrap optimizers on the parameters of models that are set up.
 
         Returns:
             The wrapped optimizer, or a tuple of them if there are several.
 
         Raises:
-            UsageError: An optimizer is set up already, or was built before its model was set up and so would train
-                tensors that are no longer there.
+            UsageError: An optimizer is set up already, or was built before its model was set up, so that it would train
+                tensors that are no longer in the model.
         """
         if not optimizers:
             raise UsageError("setup_optimizers() was called without an optimizer.")
         for optimizer in optimizers:
             if isinstance(optimizer, OptimizerWrapper):
-                raise UsageError("this optimizer has been set up already; use what was returned then.")
+                raise UsageError("this optimizer has been set up already; use the optimizer that was returned then.")
             known = {id(p) for model in self._models for p in model.parameters()}
             strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
             if strangers:
                 shapes = name_list(str(tuple(p.shape)) for p in strangers)
                 raise UsageError(
                     f"{type(optimizer).__name__} has {len(strangers)} parameters (of shapes {shapes}) that belong to "
-                    "no model that was set up: stepping it would train nothing. Build it after `setup`, from the "
-                    "parameters of the model that `setup` returned, or pass both: `runtime.setup(model, optimizer)`."
+                    "no model that was set up: its steps would train nothing. Build the optimizer after `setup`, from "
+                    "the parameters of the returned model, or pass both: `runtime.setup(model, optimizer)`."
                 )
         wrapped = tuple(OptimizerWrapper(optimizer, self._precision) for optimizer in optimizers)
         return wrapped[0] if len(wrapped) == 1 else wrapped
@@ -353,9 +355,9 @@ class Runtime:
         """Split data loaders over the ranks and move their batches to the device.
 
         Args:
-            loaders: The loaders. Each rank iterates over its own part, shuffled alike for every world size.
-            use_distributed_sampler: Replace samplers; False leaves them to you.
-            move_to_device: Move every tensor of a batch.
+            loaders: The loaders. Each rank iterates over its own part. The data is shuffled alike for every world size.
+            use_distributed_sampler: Whether to replace samplers. With False, split the data yourself.
+            move_to_device: Whether to move every tensor of a batch.
 
         Returns:
             The wrapped loader, or a tuple of them if there are several.
@@ -369,7 +371,7 @@ class Runtime:
     # -- train ---------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
-        """Compute gradients; use it instead of `loss.backward()`.
+        """Compute gradients. Call this method instead of `loss.backward()`.
 
         Raises:
             DeferredUseError: The loss came from a model that was not set up.
@@ -394,20 +396,20 @@ class Runtime:
         """Clip the gradients of an optimizer's parameters, by value or by their norm over all ranks.
 
         Args:
-            model: What `setup` returned.
-            optimizer: What `setup` or `setup_optimizers` returned.
+            model: The model that `setup` returned.
+            optimizer: The optimizer that `setup` or `setup_optimizers` returned.
             clip_val: Limit each element to `[-clip_val, clip_val]`.
-            max_norm: Scale all gradients so that their norm together is at most this.
-            norm_type: The order of the norm, may be `inf`.
-            error_if_nonfinite: Refuse a norm that is NaN or infinite before any gradient is changed. By default yes,
-                except where the precision scales the loss: there an overflow is expected, and the step is skipped.
+            max_norm: Scale all gradients so that the norm of all together is at most this number.
+            norm_type: The order of the norm; it may be `inf`.
+            error_if_nonfinite: Raise an error before any gradient changes if the norm is NaN or infinite. None means
+                True, unless the precision scales the loss: then overflows are expected, and the step is skipped.
 
         Returns:
             The norm before clipping, equal on every rank, or None when clipping by value.
 
         Raises:
-            ConfigurationError: Not exactly one of `clip_val` and `max_norm` was given, or it is negative.
-            NonFiniteGradientError: See `error_if_nonfinite`.
+            ConfigurationError: Both or neither of `clip_val` and `max_norm` were given, or the limit is negative.
+            NonFiniteGradientError: The norm is NaN or infinite; see `error_if_nonfinite`.
         """
         from nucleate.strategies.clip import clip_by_norm, clip_by_value
 
@@ -427,16 +429,16 @@ class Runtime:
         return None
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context that surrounds forward, for computing outside of a model."""
+        """Return the precision's context for a forward pass, for computation outside of a model."""
         return self._precision.forward_context()
 
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> Iterator[None]:
-        """Accumulate gradients without exchanging them, for all but the last backward of a step.
+        """Accumulate gradients without exchanging them, for every backward of a step except the last.
 
         Args:
-            module: What `setup` returned.
-            enabled: False does nothing, so that the context can stand in a loop: `enabled=is_accumulating`.
+            module: The model that `setup` returned.
+            enabled: Whether the context does anything. A loop can pass `enabled=is_accumulating`.
 
         Raises:
             UsageError: The module was not set up.
@@ -464,7 +466,7 @@ class Runtime:
             builtins.print(*args, **kwargs)  # noqa: T201
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this method."""
         self.launch()
         self._communicator.barrier()
 
@@ -485,14 +487,14 @@ class Runtime:
 
     @contextmanager
     def rank_zero_first(self) -> Iterator[None]:
-        """Let rank 0 go through the block before the others, for example to prepare a file that all then read."""
+        """Run the block on rank 0 before the other ranks, for example to prepare a file that all ranks then read."""
         self.launch()
         if not self.is_global_zero:
             self._communicator.barrier()
         try:
             yield
         finally:
-            # Also when rank 0 raised: the others go on and end with it, they do not wait.
+            # This also happens if rank 0 raised an error. The other ranks continue and do not wait forever.
             if self.is_global_zero:
                 self._communicator.barrier()
 
@@ -510,23 +512,24 @@ class Runtime:
         keep_last: int | str | None = None,
         keys: KeyMap | None = None,
     ) -> SaveHandle | None:
-        """Write a training state, or one model, to a folder or a file; every rank calls it.
+        """Write a training state, or one model, to a folder or a file. Every rank calls this method.
 
-        It is whole or absent, whatever moment a process is killed at. See `nucleate.checkpoint.save`.
+        The checkpoint is whole or absent, at whatever moment a process is killed. See `nucleate.checkpoint.save`.
 
         Args:
-            path: `.safetensors`, `.pt`, `.pth`, `.bin` and `.ckpt` stand for one file, any other name for a folder.
+            path: The endings `.safetensors`, `.pt`, `.pth`, `.bin` and `.ckpt` stand for one file, any other name for a
+                folder.
             state: Modules, optimizers, objects with a `state_dict`, tensors and plain values by name; or one module.
-            format: Of a folder: `"dcp"` (the default) or `"safetensors"`, which Hugging Face's libraries read; or the
-                name of an installed writer.
-            filter: Name in `state` to a function of key and value that says what of it is saved.
-            max_shard_size: How large the files of a safetensors folder may be.
-            asynchronous: Return once the state is copied to CPU memory, and write in the background.
-            keep_last: Keep that many checkpoints beside one another, and a pointer `latest` to the newest.
-            keys: Other names in the checkpoint, and rules, where the state is one module; see `load_raw`.
+            format: The format of a folder: `"dcp"` (the default), `"safetensors"`, which Hugging Face's libraries read,
+                or the name of an installed writer.
+            filter: For a name in `state`, a function of key and value that returns whether to save them.
+            max_shard_size: The largest size of the files of a safetensors folder.
+            asynchronous: Return as soon as the state is copied to CPU memory, and write in the background.
+            keep_last: How many checkpoints stay in the same folder. The file `latest` leads to the newest.
+            keys: Other names in the checkpoint, and rules, if the state is one module; see `load_raw`.
 
         Returns:
-            With `asynchronous`, a handle to wait for; else None.
+            A handle to wait for with `asynchronous`, else None.
         """
         from nucleate.checkpoint import save
 
@@ -556,15 +559,15 @@ class Runtime:
         """Read a checkpoint into `state`, in place. See `nucleate.checkpoint.load`.
 
         Args:
-            path: What was given to `save`.
-            state: What to load into, as it was given to `save`, or a part of it.
-            strict: Refuse keys that are missing, unexpected or of another shape inside of what is asked for.
-            remainder: Return what `state` does not ask for, too, whole on every rank. By default only without a
-                `state`: no rank should hold an optimizer's state that it does not own only because it loads a model.
-            reader: The format's name, where it cannot be told from the files.
+            path: The path that was given to `save`.
+            state: The state to load into, as it was given to `save`, or a part of that state.
+            strict: Refuse keys that are missing, unexpected or of another shape or dtype, in the entries of `state`.
+            remainder: Also return everything that `state` does not contain, whole on every rank. None means True only
+                without a `state`, so that a rank that loads a model does not also hold a whole optimizer state.
+            reader: The format's name, if the files do not show it.
 
         Returns:
-            What was loaded, missing, and so on; as a dict, the remainder.
+            The report: the loaded keys, the missing keys and so on. As a dict, it holds the remainder.
         """
         from nucleate.checkpoint import load
 
@@ -594,23 +597,23 @@ class Runtime:
     ) -> LoadReport:
         """Load a model's weights from a file or folder of any format. See `nucleate.checkpoint.load_raw`.
 
-        A deferred model is bound to the files, and `setup` reads of each tensor what this rank owns; any other model is
-        filled in place.
+        A deferred model is bound to the files, and `setup` reads only this rank's shard of each tensor. Any other model
+        is filled in place.
 
         Args:
-            path: A safetensors or torch file, a Hugging Face folder, a folder of torch.distributed.checkpoint, or what
-                `save` wrote.
+            path: A safetensors or torch file, a Hugging Face folder, a folder of torch.distributed.checkpoint, or a
+                checkpoint that `save` wrote.
             model: The model, deferred, real or set up.
-            strict: Refuse keys that are missing, unexpected or of another shape. Otherwise deferred tensors that are
-                missing are made by their recipes.
-            prefix: Only the keys that begin with this, without it.
+            strict: Refuse keys that are missing, unexpected or of another shape or dtype. Otherwise deferred tensors
+                that are missing are made by their recipes.
+            prefix: Load only the keys that begin with this text, and remove it from the keys.
             keys: Other names for keys: a dict of regular expressions and replacements, a function, a rule that renames,
                 joins, splits or transposes tensors (`nucleate.checkpoint.rename`, ...), or a list of these.
-            reader: The format's name, where it cannot be told from the files.
-            mmap: Let deferred tensors on the CPU lie in the file's own pages where they can.
+            reader: The format's name, if the files do not show it.
+            mmap: Map deferred tensors on the CPU to the file's own pages, if possible.
 
         Returns:
-            What was loaded, missing, unexpected, mismatched, cast and tied.
+            The report: the loaded, missing, unexpected, mismatched, cast and tied keys.
         """
         from nucleate.checkpoint import load_raw
 
@@ -630,11 +633,11 @@ class Runtime:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    def _prepare_to_load(self, model: nn.Module, stored: Mapping[str, Given]) -> None:
-        """Let the precision give a model the form of what is loaded, as long as it is not set up."""
+    def _prepare_to_load(self, model: nn.Module, stored: Mapping[str, ElementSource]) -> None:
+        """Let the precision change a model that is not set up to the form of its stored tensors."""
         if not isinstance(model, ModuleWrapper) and model not in self._models:
             if not is_recording():
-                # What was built on the meta device by hand is bound to files as deferred tensors are.
+                # Tensors that were built on the meta device by hand are bound to files like deferred tensors.
                 adopt_vacancies(model, self._device)
             with resumed(model):
                 self._precision.before_load(model, stored)
@@ -642,19 +645,19 @@ class Runtime:
     def _agree_on_generators(self) -> None:
         """Give every rank the generator states of rank 0."""
         if self.world_size == 1 or is_recording():
-            # Inside another `init_module` the ranks agree, and the states are places in a recording.
+            # Inside another `init_module` the ranks agree already, and the states are places in a recording.
             return
         share_generators(self._communicator, self._accelerator.random_state, self._accelerator.set_random_state)
 
     def _facts(self, model: nn.Module) -> tuple[str, Numerics | None]:
-        """Return a fingerprint of the recipes of a model, and what their bits depend on if there are other ranks."""
-        # The plan lists the tensors as they are now, so it is not kept.
+        """Return a fingerprint of a model's recipes and, with other ranks, the facts that their bits depend on."""
+        # The plan is not kept, because it lists the tensors as they are now.
         plan = Plan.of(model)
         plan.check_device(self._device)
         return (plan.digest(), numerics_of(plan, self._device)) if self.world_size > 1 else ("", None)
 
     def _compare_ranks(self, facts: tuple[str, Numerics | None] | None, vacant: Sequence[str] = ()) -> None:
-        """Compare what `_facts` returned, and which tensors have no recipe, between the ranks."""
+        """Compare the results of `_facts`, and the lists of tensors without a recipe, between the ranks."""
         if self.world_size > 1:
             digest, numerics = facts or ("", None)
             settings = {"verify": self._verify, "precision": repr(self._precision)}
@@ -662,7 +665,7 @@ class Runtime:
             verify_same_model(digest, self._communicator, numerics, settings)
 
     def _reset(self, model: nn.Module) -> None:
-        """Give recipes to what has none; every rank has found the same tensors."""
+        """Give recipes to the tensors without one. Every rank has found the same tensors."""
         self._agree_on_generators()
         with self._communicator.all_or_none("setup"):
             resets = reset(model, self._device)
@@ -672,7 +675,7 @@ class Runtime:
         self._compare_ranks(facts)
 
     def _note_nothing_to_set_up(self, model: nn.Module) -> None:
-        """Warn of a model without parameters and buffers; it is set up all the same, as a loss function may be."""
+        """Warn about a model without parameters and buffers. It is set up anyway, because it may be a loss function."""
         held = (*model.parameters(), *model.buffers())
         if not held and self.is_global_zero:
             warnings.warn(

@@ -1,7 +1,7 @@
-"""Seeds every random number generator at once, and saves and restores them.
+"""Seeds: one call seeds every random number generator, and the generators' states can be saved and restored.
 
-This file decides how one seed becomes many that do not meet (per epoch, rank, worker). What is drawn from
-them is up to the sampler, the loader's workers and the user.
+This module derives different seeds for each epoch, rank and worker from one seed. The sampler, the workers of data
+loaders and the user draw from them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from nucleate.devices.generators import ModuleGenerator
 from nucleate.devices.kinds import is_kind
 from nucleate.errors import CheckpointKeyError, ConfigurationError
 
-_MAX_SEED = 2**32 - 1  # What numpy takes.
-# What every saved state has. Beside them stand those of devices, under the name of their kind.
+_MAX_SEED = 2**32 - 1  # The largest seed that numpy takes.
+# The keys of the host's generators in a saved state. The other keys are kinds of device.
 _HOST_STATES = frozenset(("python", "torch", "numpy"))
 
 _seed: int | None = None
@@ -34,8 +34,8 @@ def seed_everything(seed: int, workers: bool = True) -> int:
 
     Args:
         seed: From 0 to 2**32 - 1.
-        workers: Also derive from it the seeds of data loader workers, a different one for each rank, worker
-            and epoch. Otherwise torch draws them.
+        workers: Whether to derive the seeds of data loader workers from `seed` too, a different one for each rank,
+            worker and epoch. Otherwise torch draws them.
 
     Returns:
         The seed.
@@ -58,17 +58,17 @@ def seed_everything(seed: int, workers: bool = True) -> int:
 
 
 def last_seed() -> int | None:
-    """Return what `seed_everything` was last given, or None."""
+    """Return the last seed that `seed_everything` got, or None."""
     return _seed
 
 
 def seeds_workers() -> bool:
-    """Return whether `seed_everything` was last asked to seed data loader workers too."""
+    """Return whether the last call of `seed_everything` seeds data loader workers too."""
     return _seeds_workers
 
 
 def derive_seed(*parts: int) -> int:
-    """Return a 63-bit seed that follows from `parts`, and differs where any part does.
+    """Return a 63-bit seed that is derived from `parts`, and differs if any part differs.
 
     >>> derive_seed(1, 2) == derive_seed(1, 2) != derive_seed(2, 1)
     True
@@ -77,11 +77,11 @@ def derive_seed(*parts: int) -> int:
 
 
 def seed_worker(worker_id: int, rank: int, base: int) -> None:
-    """Seed the generators of a data loader's worker process; for `worker_init_fn`, which gives `worker_id`.
+    """Seed the generators of a data loader's worker process, in a `worker_init_fn`, which gets `worker_id`.
 
     Args:
-        worker_id: The worker among those of its loader.
-        rank: The process that the worker works for.
+        worker_id: The number of the worker in its loader.
+        rank: The rank that the worker works for.
         base: The seed that the ranks have in common.
     """
     _seed_host(derive_seed(base, rank, worker_id))
@@ -89,7 +89,7 @@ def seed_worker(worker_id: int, rank: int, base: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's CPU generator inside, and restore what they were."""
+    """Seed the generators of Python, numpy and torch's CPU inside, and restore their states afterwards."""
     before = _capture()
     _seed_host(seed)
     try:
@@ -99,10 +99,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class RandomState:
-    """The random number generators of every rank, to put into what `runtime.save` saves.
+    """The random number generators of every rank, as an entry of the state that `runtime.save` saves.
 
-    `state_dict` and `load_state_dict` must be called by every rank. The values are tensors, numbers, tuples
-    and strings, so that `torch.load(weights_only=True)` reads them.
+    Every rank must call `state_dict` and `load_state_dict`. The values are tensors, numbers, tuples and strings, so
+    that `torch.load(weights_only=True)` reads them.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,13 +120,13 @@ class RandomState:
         """Restore the generators of this rank.
 
         Raises:
-            CheckpointKeyError: The state was saved by fewer ranks.
+            CheckpointKeyError: Fewer ranks saved the state.
         """
         key = f"rank_{torch.distributed.get_rank() if _is_distributed() else 0}"
         if key not in state:
             raise CheckpointKeyError(
-                f"there is no random state for {key}: it was saved by {len(state)} ranks. Resume on as many, or leave "
-                "the random state out and seed anew."
+                f"there is no random state for {key}: it was saved by {len(state)} ranks. Resume with as many ranks, "
+                "or leave the random state out and seed again."
             )
         _restore(state[key])
         _restore_devices(state[key])
@@ -184,29 +184,29 @@ def _restore_devices(state: dict[str, Any]) -> None:
         if len(pairs) < num_saved:
             warnings.warn(
                 f"the random state was saved with {num_saved} {kind!r} device(s), and this process uses {len(used)}; "
-                f"the states of {num_saved - len(pairs)} are left out: random numbers drawn on a device do not "
-                "continue where they were. Use the same devices as the process that saved it.",
+                f"the states of {num_saved - len(pairs)} are not restored, so random numbers drawn on a device do not "
+                "continue their streams. Use the same devices as the process that saved the state.",
                 stacklevel=3,
             )
 
 
 def _pair(kind: str, saved: Any, used: list[torch.device]) -> tuple[list[tuple[torch.device, torch.Tensor]], int]:
-    """Return which device gets which of the saved states of its kind, and how many states were saved.
+    """Return pairs of a device and the saved state that it gets, and the number of saved states.
 
     Args:
         kind: The kind of device.
-        saved: The states by index; or as they were saved once, one state, or several in the order in which the
-            accelerators were made.
+        saved: The states by index. Formerly, one state was saved, or several in the order in which the accelerators
+            were made.
         used: The devices of this kind that this process uses.
     """
     if not used and is_kind(kind):
-        # Nothing has used the kind so far.
+        # This process has not used this kind of device so far.
         indices = saved if isinstance(saved, dict) and len(saved) > 1 else (None,)
         places = [torch.device(kind if index is None else f"{kind}:{index}") for index in indices]
         used = [device for device in places if is_present(device)]
     if isinstance(saved, dict) and (len(saved) > 1 or len(used) > 1):
         return [(device, saved[str(device.index)]) for device in used if str(device.index) in saved], len(saved)
-    # One device takes the place of one, whatever its index was.
+    # A single device gets a single state, also where their indices differ.
     states = list(saved.values()) if isinstance(saved, dict) else saved
     states = states if isinstance(states, (list, tuple)) else [states]
     return list(zip(used, states, strict=False)), len(states)
@@ -216,7 +216,7 @@ def _set_state(device: torch.device, state: torch.Tensor) -> None:
     if hooks_of(device).is_initialized(device.type):
         default_generator(device).set_state(state.cpu())
     else:
-        # torch keeps it until the device is used, and does not begin to use the device for it.
+        # torch keeps the state until the device is used, and does not initialize the device for it.
         ModuleGenerator(device).set_state(state.cpu())
 
 

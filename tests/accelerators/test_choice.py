@@ -93,7 +93,7 @@ def test_auto_takes_another_plugin_that_is_there_before_the_cpu(monkeypatch: pyt
 def test_auto_passes_over_a_broken_plugin_and_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     let_torch_name(monkeypatch, None)
     install(monkeypatch, {"broken": None})
-    with pytest.warns(UserWarning, match="passes over a plugin: accelerator 'broken' cannot be loaded"):
+    with pytest.warns(UserWarning, match="skips a plugin: accelerator 'broken' cannot be loaded"):
         assert type(choose("auto")) is CPUAccelerator
     with pytest.raises(PluginLoadError):
         choose("broken")
@@ -120,7 +120,7 @@ def test_auto_passes_over_a_plugin_that_fails_with_any_error_and_names_it(
 ) -> None:
     let_torch_name(monkeypatch, current)
     install(monkeypatch, {"mtia": plugin})
-    with pytest.warns(UserWarning, match=f"passes over a plugin: accelerator 'mtia' failed with {reason}"):
+    with pytest.warns(UserWarning, match=f"skips a plugin: accelerator 'mtia' failed with {reason}"):
         assert type(choose("auto")) is (CPUAccelerator if current is None else TorchAccelerator)
 
 

@@ -50,7 +50,7 @@ def parts(accelerator: TorchAccelerator, **place: int) -> Composition:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("sim2", "torch .* knows no accelerator of that name. If another package brings it, import that package"),
+        ("sim2", "torch .* knows no accelerator with that name. If another package adds it, import that package"),
         ("cpu", r"the CPU is not an accelerator of torch. Use CPUAccelerator\(\) or accelerator='cpu'"),
         ("cpu:0", "the CPU is not an accelerator of torch"),
         ("meta", "tensors on the meta device have no values"),
@@ -75,7 +75,7 @@ def test_an_index_is_a_number(index: object) -> None:
         ("cuda", "was built without CUDA: install a build of torch that has it"),
         ("xpu", "was built without XPU: install a build of torch that has it"),
         ("mps", "was built without MPS: install a build of torch that has it"),
-        ("hpu", "torch has no module torch.hpu: install the package that brings it, and import it"),
+        ("hpu", "torch has no module torch.hpu: install the package that adds it, and import it"),
     ],
 )
 def test_a_torch_without_the_kind_is_told_apart(name: str, reason: str) -> None:
@@ -99,7 +99,7 @@ def test_a_machine_without_the_device_is_told_apart(monkeypatch: pytest.MonkeyPa
 
 def test_an_outsiders_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Outsider, "is_available", classmethod(lambda cls: False))
-    with pytest.raises(ConfigurationError, match="this machine has none that this torch .* can use"):
+    with pytest.raises(ConfigurationError, match="this machine has no such device that this torch .* can use"):
         Runtime(accelerator=Outsider())
     monkeypatch.setattr(Outsider, "why_absent", lambda self: "it is switched off", raising=False)
     with pytest.raises(ConfigurationError, match="'cpu' was asked for, but it is switched off, or use"):

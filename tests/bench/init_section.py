@@ -104,7 +104,7 @@ def _table(
 ) -> str:
     where = "one process" if ranks == 1 else f"{ranks} gloo ranks, the slower and the larger one"
     heads = [where, "first use, s", *header("build", states, "s"), *header("x eager", states)]
-    heads += [*header("CPU", states, "s"), *header("of it values", states), "peak, MiB", "x eager"]
+    heads += [*header("CPU", states, "s"), *header("CPU for values", states), "peak, MiB", "x eager"]
     heads += ["weights = eager's", "stream"]
     cells = []
     for name, one in rows.items():

@@ -70,7 +70,7 @@ def step(sizes: Sequence[str], runs: int, loops: Iterable[str] = LOOPS, quick: b
 def record(runs: int) -> Section:
     """Measure how long it takes to record a model of 70 billion parameters, and what the record takes."""
     names = {
-        "meta": 'transformers under `torch.device("meta")`: nothing can be made of it',
+        "meta": 'transformers under `torch.device("meta")`: it cannot be materialized',
         "nucleate": "transformers under nucleate's `deferred()`",
     }
     taken = take({name: partial(in_process, "-m", "tests.bench.record", name) for name in names}, runs, what="record")

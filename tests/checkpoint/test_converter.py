@@ -17,7 +17,7 @@ from torch import nn
 from nucleate import Runtime
 from nucleate.checkpoint import Selection, convert, open_checkpoint, verify
 from nucleate.checkpoint.save_job import SaveJob
-from nucleate.checkpoint.saving.rank_share import Box, HeldTensor
+from nucleate.checkpoint.saving.rank_share import Box, SavedTensor
 from nucleate.checkpoint.saving.snapshot import Snapshot
 from nucleate.checkpoint.state.values import encode
 from nucleate.checkpoint.writers import allocation
@@ -156,7 +156,7 @@ def in_parts(path: Path) -> torch.Tensor:
         {("model", "w"): "model.w"},
         [("model",)],
     )
-    snapshot.tensors = [HeldTensor("model.w", whole.dtype, (4, 6), (0, 1), boxes)]
+    snapshot.tensors = [SavedTensor("model.w", whole.dtype, (4, 6), (0, 1), boxes)]
     values = {
         "skeleton": snapshot.skeleton,
         "keys": snapshot.keys,
@@ -261,7 +261,7 @@ def test_keys_are_renamed_behind_a_prefix(tmp_path: Path, training: Path) -> Non
         (Selection(prefix="m."), CheckpointKeyError, "no key .* begins with 'm.'"),
         (Selection(keys={"a": "b"}), ConfigurationError, "Choose one entry by `only`"),
         (Selection(only="model", keys={".*weight": "w"}), CheckpointKeyError, "both become w"),
-        (Selection(only="model", keys={"(": "w"}), ConfigurationError, "no regular expression"),
+        (Selection(only="model", keys={"(": "w"}), ConfigurationError, "not a regular expression"),
         (Selection(only="model", keys=lambda key: None), CheckpointKeyError, "no key"),
     ],
 )
@@ -284,7 +284,7 @@ def test_a_cast_takes_the_models_floating_point_tensors_and_no_others(tmp_path: 
         Runtime(accelerator=ACCELERATOR).load(training),
     )
     assert torch.equal(loaded["model"]["embed.weight"], saved["model"]["embed.weight"].bfloat16())
-    with pytest.raises(ConfigurationError, match="torch.int8 is not one that models are cast to"):
+    with pytest.raises(ConfigurationError, match="torch.int8 is not a dtype that models can be cast to"):
         convert(training, tmp_path / "other", dtype=torch.int8)
 
 
@@ -293,7 +293,7 @@ RUNNING = ("norm.running_mean", "norm.running_var")
 
 def test_a_cast_of_what_may_be_no_model_is_refused(tmp_path: Path) -> None:
     torch.save({"net": {"w": torch.ones(2)}, "opt": {"step": torch.ones(())}}, tmp_path / "a.pt")
-    with pytest.raises(ConfigurationError, match="does not tell what in it is a model.*It has net, opt"):
+    with pytest.raises(ConfigurationError, match="does not say which entries are models.*It has net, opt"):
         convert(tmp_path / "a.pt", tmp_path / "out", dtype=torch.bfloat16)
     convert(tmp_path / "a.pt", tmp_path / "out", dtype=torch.bfloat16, selection=Selection(only="net"))
     assert open_checkpoint(tmp_path / "out").tensors["w"].dtype is torch.bfloat16
@@ -302,11 +302,11 @@ def test_a_cast_of_what_may_be_no_model_is_refused(tmp_path: Path) -> None:
 def test_what_is_at_the_target_is_replaced_only_if_it_is_a_checkpoint_and_that_was_asked_for(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     convert(tmp_path / "a.safetensors", tmp_path / "out", format="dcp")
-    with pytest.raises(ConfigurationError, match="is there already"):
+    with pytest.raises(ConfigurationError, match="exists already"):
         convert(tmp_path / "a.safetensors", tmp_path / "out", format="dcp")
     convert(tmp_path / "a.safetensors", tmp_path / "out", format="dcp", overwrite=True)
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(ConfigurationError, match="notes is no checkpoint, and only checkpoints are replaced"):
+    with pytest.raises(ConfigurationError, match="notes is not a checkpoint, and only checkpoints are replaced"):
         convert(tmp_path / "a.safetensors", tmp_path / "notes", overwrite=True)
     assert (tmp_path / "notes").read_text() == "mine"
     inner = tmp_path / "out" / "b.safetensors"

@@ -66,7 +66,7 @@ def test_more_than_a_file_has_is_refused_before_memory_is_taken(path: Path) -> N
 
 def test_what_is_no_file_is_refused_by_name(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for name, message in [("pipe", "no regular file"), (".", "a folder"), ("/dev/null", "no regular file")]:
+    for name, message in [("pipe", "not a regular file"), (".", "a folder"), ("/dev/null", "not a regular file")]:
         with pytest.raises(CheckpointError, match=message):
             DataFile(tmp_path / name)
     for name in ["absent", "half \ud800", "zero \0"]:

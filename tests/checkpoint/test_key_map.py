@@ -42,11 +42,11 @@ def test_two_keys_of_one_name_are_refused_with_both() -> None:
 @pytest.mark.parametrize(
     ("key_map", "message"),
     [
-        ("model.", "'model.' is no key map"),
-        ({"(": ""}, "is no regular expression"),
-        ({"a": r"\2"}, "is no regular expression"),
+        ("model.", "'model.' is not a key map"),
+        ({"(": ""}, "is not a regular expression"),
+        ({"a": r"\2"}, "is not a regular expression"),
         (lambda key: 3, "a key map returned 3 for 'w'"),
-        (7, "7 is no key map"),
+        (7, "7 is not a key map"),
     ],
 )
 def test_what_is_no_key_map_is_refused(key_map: Any, message: str) -> None:

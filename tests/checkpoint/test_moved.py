@@ -105,8 +105,8 @@ def test_a_part_may_be_left_out(runtime: Runtime, tmp_path: Path) -> None:
     [
         (rename("nothing", "b"), CheckpointKeyError, "finds nothing in the model"),
         (rename("bias", "weight"), CheckpointKeyError, "bias becomes weight, but there is a weight already"),
-        (split("weight", ["a", "b", "c"]), ShapeMismatchError, "does not add up to 3 equal parts"),
-        (5, ConfigurationError, "is no key map"),
+        (split("weight", ["a", "b", "c"]), ShapeMismatchError, "cannot be divided into 3 equal parts"),
+        (5, ConfigurationError, "is not a key map"),
     ],
 )
 def test_what_cannot_be_leaves_nothing(

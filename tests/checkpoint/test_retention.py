@@ -118,7 +118,7 @@ def test_a_deletion_that_was_cut_short_is_finished_by_the_next_save(
             raise OSError(5, "Input/output error")
 
         patch.setattr(shutil, "rmtree", fail)
-        with pytest.raises(CheckpointError, match=r"step-1 is saved, but the series .* is not in order"):
+        with pytest.raises(CheckpointError, match=r"step-1 is saved, but the series .* could not be updated"):
             save_steps(runs, solo, range(1, 2), 1)
     assert resolve(runs / "latest") == runs / "step-1"
     assert len(steps(runs)) == 2
@@ -133,7 +133,7 @@ def test_the_pointer_falls_back_to_the_one_before(runs: Path, solo: Communicator
     (runs / "step-1" / ".metadata").unlink()
     assert resolve(runs / "latest") == runs / "step-0"
     shutil.rmtree(runs / "step-0")
-    with pytest.raises(CheckpointNotFoundError, match="lists step-0, step-1, step-2, and none of that is there"):
+    with pytest.raises(CheckpointNotFoundError, match="lists step-0, step-1, step-2, but none of these is there"):
         resolve(runs / "latest")
 
 

@@ -123,9 +123,9 @@ def chunk(begin: Any, shape: Any, offset: int = 0) -> Chunk:
 @pytest.mark.parametrize(
     ("chunks", "message"),
     [
-        ([chunk((0, 0), (4, 4)), chunk((3, 0), (1, 4))], r"it and it both hold the part of it that begins at \(3, 0\)"),
-        ([chunk((0, 0), (2, 4))], "16 elements, but the parts that are there hold 8"),
-        ([], "16 elements, but the parts that are there hold 0"),
+        ([chunk((0, 0), (4, 4)), chunk((3, 0), (1, 4))], r"it and it both hold its part that begins at \(3, 0\)"),
+        ([chunk((0, 0), (2, 4))], "16 elements, but the parts that exist hold 8"),
+        ([], "16 elements, but the parts that exist hold 0"),
         ([chunk((0, 0), (4, 5))], r"said to begin at \(0, 0\) and to have the shape \(4, 5\)"),
         ([chunk((-1, 0), (4, 4))], r"said to begin at \(-1, 0\)"),
         ([chunk((0,), (4, 4))], r"said to begin at \(0,\)"),

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nucleate import Runtime
-from nucleate.checkpoint import StoredForm, Taken
-from nucleate.deferred import ConvertedGiven, Given, convert, record_of
+from nucleate.checkpoint import StoredForm, StoredSources
+from nucleate.deferred import ConvertedSource, ElementSource, convert, record_of
 from nucleate.errors import CheckpointError, CheckpointKeyError
 from nucleate.precision import FullPrecision
 from tests.deferred.rows import Rows
@@ -39,17 +39,17 @@ class Quantized(nn.Module, StoredForm):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         assert torch.equal(state_dict[f"{prefix}weight.sum"], self.scales.sum())
 
-    def take_stored(self, stored: Mapping[str, Given]) -> Taken:
+    def bind_stored(self, stored: Mapping[str, ElementSource]) -> StoredSources:
         if "weight.scales" in stored:
             given = {"codes": stored["weight"], "scales": stored["weight.scales"]}
-            return Taken(given, frozenset(("weight", "weight.scales", "weight.sum")))
+            return StoredSources(given, frozenset(("weight", "weight.scales", "weight.sum")))
         if "weight" not in stored:
-            return Taken({}, frozenset(), ("weight",))
+            return StoredSources({}, frozenset(), ("weight",))
         weight = stored["weight"]
         if tuple(weight.shape) != tuple(self.codes.shape):
             raise CheckpointError(f"weight is {tuple(self.codes.shape)} here but {weight.shape} in the checkpoint")
-        return Taken(
-            {n: ConvertedGiven(weight, Rows(), i) for i, n in enumerate(("codes", "scales"))}, frozenset(stored)
+        return StoredSources(
+            {n: ConvertedSource(weight, Rows(), i) for i, n in enumerate(("codes", "scales"))}, frozenset(stored)
         )
 
 
@@ -143,7 +143,7 @@ def test_the_precision_sees_what_is_stored_before_it_is_compared(
     with runtime.init_module(empty_init=True):
         target = nn.ModuleDict({"first": nn.Linear(6, 4, bias=False), "norm": nn.LayerNorm(4)})
 
-    def before_load(self: FullPrecision, module: nn.Module, stored: Mapping[str, Given]) -> None:
+    def before_load(self: FullPrecision, module: nn.Module, stored: Mapping[str, ElementSource]) -> None:
         assert stored["first.weight"].shape == (4, 6)
         module["first"] = Quantized(module["first"].weight)
 
@@ -198,10 +198,10 @@ def test_a_tensor_tied_to_one_of_another_module_may_be_stored_once(tmp_path: Pat
             super()._save_to_state_dict(destination, prefix, keep_vars)
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
-        def take_stored(self, stored: Mapping[str, Given]) -> Taken:
+        def bind_stored(self, stored: Mapping[str, ElementSource]) -> StoredSources:
             bias = {"bias": stored["bias"]} if "bias" in stored else {}
-            taken = super().take_stored({name: given for name, given in stored.items() if name != "bias"})
-            return Taken({**taken.given, **bias}, taken.used | bias.keys(), () if bias else ("bias",))
+            taken = super().bind_stored({name: given for name, given in stored.items() if name != "bias"})
+            return StoredSources({**taken.given, **bias}, taken.used | bias.keys(), () if bias else ("bias",))
 
     stored = {"first.weight": torch.ones(4, 6), f"{kept}.bias": torch.arange(4.0)}
     save_file(stored, tmp_path / "a.safetensors")

@@ -224,7 +224,7 @@ def test_leftovers_are_named_by_the_keys_of_the_file_and_results_by_what_they_ar
         (split("model.head.weight", ["a", "b", "c"]), ShapeMismatchError, r"model.head.weight is \(40, 32\), and 40"),
         (rename("model.h.{i}.q.weight", "same"), CheckpointKeyError, "both become same"),
         (permute_heads("model.head.weight", 16), ShapeMismatchError, "is not 16 heads of pairs"),
-        ([transpose("model.head.weight"), 5], ConfigurationError, "5 is no key map"),
+        ([transpose("model.head.weight"), 5], ConfigurationError, "5 is not a key map"),
     ],
 )
 @pytest.mark.parametrize("is_deferred", [False, True])

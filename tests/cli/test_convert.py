@@ -74,7 +74,7 @@ def test_what_is_there_is_replaced_by_force_only(here: Here, file: Path, tmp_pat
     assert here("convert", file, tmp_path / "a.pt")[0] == 0
     status, _, err = here("convert", file, tmp_path / "a.pt")
     assert status == 2
-    assert "is there already" in err
+    assert "exists already" in err
     assert "--force" in err
     assert here("convert", file, tmp_path / "a.pt", "--force", "--dtype", "fp32")[0] == 0
     assert torch.load(tmp_path / "a.pt", weights_only=True)["norm"].dtype is torch.float32
@@ -87,7 +87,7 @@ def test_what_is_there_is_replaced_by_force_only(here: Here, file: Path, tmp_pat
         (["a.pt", "--format", "dcp"], "contradicts the path"),
         (["out", "--max-shard-size", "big"], "max_shard_size='big'"),
         (["out", "--keys", "abc"], "--keys 'abc' must be REGEX=REPL"),
-        (["out", "--keys", "(=b"], "no regular expression"),
+        (["out", "--keys", "(=b"], "not a regular expression"),
         (["out", "--keys", "map.toml"], "map.toml cannot be read as rules"),
         (["out", "--keys", "a=b", "--inverse"], "--inverse undoes the rules"),
         (["out", "--inverse"], "--inverse undoes the rules"),

@@ -66,7 +66,7 @@ def test_keys_are_chosen_by_a_regular_expression(here: Here, file: Path) -> None
     assert here("inspect", file, "--keys", "nothing")[0] == 0
     status, _, err = here("inspect", file, "--keys", "(")
     assert status == 2
-    assert "'(' is no regular expression" in err
+    assert "'(' is not a regular expression" in err
 
 
 def test_json_is_complete(here: Here, file: Path, folder: Path, training: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nucleate.deferred import ComputedGiven, Given, deferred, eager, give, handle_of
+from nucleate.deferred import ComputedSource, ElementSource, bind, deferred, eager, handle_of
 from nucleate.materialize import materialize
 from nucleate.materialize.plan import Plan
 from tests.deferred.test_given import Held
@@ -33,17 +33,17 @@ def stand_ins(files: list[Held]) -> list[Tensor]:
     found = []
     for file in files:
         tensor = torch.empty(file.shape, dtype=file.dtype)
-        give(tensor, file)
+        bind(tensor, file)
         found.append(tensor)
     return found
 
 
-def computed(files: list[Held], op: Op) -> ComputedGiven:
+def computed(files: list[Held], op: Op) -> ComputedSource:
     with deferred():
-        return ComputedGiven(op(stand_ins(files)))
+        return ComputedSource(op(stand_ins(files)))
 
 
-def whole_of(given: Given) -> Tensor:
+def whole_of(given: ElementSource) -> Tensor:
     out = torch.empty(math.prod(given.shape), dtype=given.dtype)
     given.read(0, out)
     return out.view(given.shape)
@@ -124,7 +124,7 @@ def test_any_range_of_any_chain_is_torchs(data: st.DataObject) -> None:
             now.append(op(now))
             with eager():
                 real.append(op(real))
-        given = ComputedGiven(now[-1])
+        given = ComputedSource(now[-1])
     assert (given.dtype, given.shape) == (real[-1].dtype, tuple(real[-1].shape))
     expected = real[-1].reshape(-1)
     for _ in range(3):
@@ -192,7 +192,7 @@ def test_a_parameter_that_is_bound_to_it_is_made_of_it() -> None:
         model = nn.Linear(300, 300)
     with deferred():
         joined = torch.cat(stand_ins(files))
-    give(model.weight, ComputedGiven(joined))
+    bind(model.weight, ComputedSource(joined))
     assert [file.ranges for file in files] == [[], []]
     materialize(model)
     assert torch.equal(model.weight, torch.cat([file.tensor for file in files]))
@@ -203,7 +203,7 @@ def test_the_record_of_the_model_may_be_that_of_the_files() -> None:
     files = [held(200, 300)]
     with deferred():
         model = nn.Linear(200, 300, bias=False)
-        give(model.weight, ComputedGiven(stand_ins(files)[0].t()))
+        bind(model.weight, ComputedSource(stand_ins(files)[0].t()))
     assert Plan.of(model).digest()
     materialize(model)
     assert torch.equal(model.weight, files[0].tensor.t())
@@ -214,7 +214,7 @@ def test_a_parameter_that_lies_by_columns_is_made_of_it() -> None:
     with deferred():
         model = nn.Module()
         model.weight = nn.Parameter(torch.empty(30, 20).t())
-        give(model.weight, ComputedGiven(stand_ins([file])[0]))
+        bind(model.weight, ComputedSource(stand_ins([file])[0]))
     materialize(model)
     assert model.weight.stride() == (1, 20)
     assert torch.equal(model.weight, file.tensor)
@@ -224,7 +224,7 @@ def test_large_transpositions_are_made_by_several_threads() -> None:
     files = [held(2048, 1500)]
     with deferred():
         model = nn.Linear(2048, 1500, bias=False)
-    give(model.weight, computed(files, lambda tensors: tensors[0].t()))
+    bind(model.weight, computed(files, lambda tensors: tensors[0].t()))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -239,7 +239,7 @@ def test_later_writes_do_not_count_and_the_record_stays_alive() -> None:
     file = held(5, 6)
     with deferred() as record:
         tensor = stand_ins([file])[0]
-        given = ComputedGiven(tensor)
+        given = ComputedSource(tensor)
         tensor.zero_()
     kept = weakref.ref(record)
     del tensor, record
@@ -254,12 +254,12 @@ def test_it_stays_what_it_is_when_its_tape_joins_another() -> None:
         model = nn.Linear(3, 3)
     with deferred():
         tensor = torch.cat(stand_ins([file, file]))
-        given = ComputedGiven(tensor)
+        given = ComputedSource(tensor)
     described = given.describe()
     with deferred():
         # The three meet.
         torch.cat([model.weight.view(-1), tensor.view(-1)])
-    assert ComputedGiven(tensor).describe() == described
+    assert ComputedSource(tensor).describe() == described
     assert torch.equal(whole_of(given), torch.cat([file.tensor, file.tensor]))
 
 
@@ -284,7 +284,7 @@ def test_random_numbers_are_those_of_the_stream(make: Callable[[], Tensor]) -> N
     torch.manual_seed(3)
     with deferred():
         torch.rand(3)
-        given = ComputedGiven(make().t())
+        given = ComputedSource(make().t())
     out = torch.empty(29 * 3 if expected.numel() > 72 else 24)
     given.read(8, out)
     assert torch.equal(out, expected.t().reshape(-1)[8 : 8 + out.numel()])
@@ -335,4 +335,4 @@ def test_the_handle_of_a_guarded_tensor_is_enough() -> None:
     with deferred():
         tensor = stand_ins([file])[0].t()
     assert handle_of(tensor) is not None
-    assert torch.equal(whole_of(ComputedGiven(tensor)), file.tensor.t())
+    assert torch.equal(whole_of(ComputedSource(tensor)), file.tensor.t())

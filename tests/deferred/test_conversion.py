@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nucleate.deferred import ConvertedGiven, Given, convert, deferred, record_of, resumed
+from nucleate.deferred import ConvertedSource, ElementSource, convert, deferred, record_of, resumed
 from nucleate.errors import ConversionError, DeferredUseError
 from tests.deferred.rows import Blocks, Rows
 
 
-class Held(Given):
+class Held(ElementSource):
     """Elements in memory."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -76,7 +76,7 @@ def test_any_range_of_an_output_is_read_as_it_would_be_whole(numel: int, data: s
     values = torch.randn(numel)
     whole = convert(values, Blocks())
     for number, out in enumerate(whole):
-        lazily = ConvertedGiven(Held(values), Blocks(), number)
+        lazily = ConvertedSource(Held(values), Blocks(), number)
         assert (lazily.shape, lazily.dtype) == (tuple(out.shape), out.dtype)
         start = data.draw(st.integers(0, out.numel()))
         stop = data.draw(st.integers(start, out.numel()))
@@ -87,7 +87,7 @@ def test_any_range_of_an_output_is_read_as_it_would_be_whole(numel: int, data: s
 
 def test_elements_are_cast_before_they_are_converted() -> None:
     weight = torch.randn(5, 40)
-    lazily = ConvertedGiven(Held(weight), Rows(), 1, torch.bfloat16)
+    lazily = ConvertedSource(Held(weight), Rows(), 1, torch.bfloat16)
     scales = torch.empty(5)
     lazily.read(0, scales)
     assert torch.equal(scales, reference(weight.bfloat16())[1])
@@ -96,7 +96,7 @@ def test_elements_are_cast_before_they_are_converted() -> None:
 def test_conversions_of_conversions_are_read_in_ranges_too() -> None:
     weight = torch.randn(64, 100)
     scales = reference(weight)[1]
-    lazily = ConvertedGiven(ConvertedGiven(Held(weight), Rows(), 1), Blocks(), 1)
+    lazily = ConvertedSource(ConvertedSource(Held(weight), Rows(), 1), Blocks(), 1)
     sums = torch.empty(7, dtype=torch.float64)
     lazily.read(0, sums)
     assert torch.equal(sums, convert(scales, Blocks())[1])

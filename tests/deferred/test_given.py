@@ -13,13 +13,13 @@ from hypothesis import given as forall
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nucleate.deferred import ComputedGiven, Given, deferred, give, resumed
-from nucleate.deferred.elements.source import take, take_range
+from nucleate.deferred import ComputedSource, ElementSource, bind, deferred, resumed
+from nucleate.deferred.elements.element_source import fill_from, fill_range_from
 from nucleate.errors import DeferredEditError
 from nucleate.materialize import materialize
 
 
-class Held(Given):
+class Held(ElementSource):
     """A tensor in memory that counts what is read of it."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -52,7 +52,7 @@ def test_nothing_is_read_before_the_tensor_is_made_and_then_everything_once() ->
     with deferred():
         model = nn.Linear(300, 200)
     weight = held(200, 300)
-    give(model.weight, weight)
+    bind(model.weight, weight)
     assert weight.ranges == []
     materialize(model)
     assert torch.equal(model.weight, weight.tensor)
@@ -67,7 +67,7 @@ def test_what_is_not_given_is_made_by_its_recipe_and_the_stream_is_eagers() -> N
     with deferred():
         model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))
     assert torch.equal(torch.rand(4), after)
-    give(model[0].weight, held(32, 64))
+    bind(model[0].weight, held(32, 64))
     materialize(model)
     assert torch.equal(model[1].weight, eager[1].weight)
     assert torch.equal(model[0].bias, eager[0].bias)
@@ -79,7 +79,7 @@ def test_it_is_cast_to_the_dtype_of_the_tensor(dtype: torch.dtype) -> None:
     with deferred():
         model = nn.Linear(111, 77, dtype=torch.bfloat16)
     source = held(77, 111, dtype=dtype)
-    give(model.weight, source)
+    bind(model.weight, source)
     materialize(model)
     assert torch.equal(model.weight, source.tensor.to(torch.bfloat16))
 
@@ -119,7 +119,7 @@ def test_what_is_done_afterwards_is_done_to_what_was_given(edit: Callable[[Any],
     edit(expected)
     with deferred():
         model = make()
-    give(model[0].weight, held(16, 24))
+    bind(model[0].weight, held(16, 24))
     with resumed(model):
         edit(model)
     materialize(model)
@@ -133,7 +133,7 @@ def test_ties_and_copies_see_it_and_a_copy_taken_before_does_not() -> None:
         model = nn.ModuleDict({"a": nn.Linear(8, 8, bias=False), "b": nn.Linear(8, 8, bias=False)})
         model["b"].weight = model["a"].weight
         before = copy.deepcopy(model["a"])
-    give(model["b"].weight, held(8, 8))
+    bind(model["b"].weight, held(8, 8))
     after = copy.deepcopy(model["a"])
     for each in (model, before, after):
         materialize(each)
@@ -157,7 +157,7 @@ def test_a_part_of_a_storage_is_replaced_and_the_rest_stays() -> None:
     expected.upper.copy_(held(2, 5).tensor)
     with deferred():
         model = make()
-    give(model.upper, held(2, 5))
+    bind(model.upper, held(2, 5))
     materialize(model)
     assert torch.equal(model.upper, expected.upper)
     assert torch.equal(model.lower, expected.lower)
@@ -169,7 +169,7 @@ def test_inside_the_context_it_is_read_where_a_value_is_asked_for() -> None:
     last = elements.tensor[3, 3].item()
     with deferred():
         model = nn.Linear(4, 4)
-        give(model.weight, elements)
+        bind(model.weight, elements)
         assert elements.ranges == []
         assert model.weight[3, 3].item() == last
         with torch.no_grad():
@@ -184,13 +184,13 @@ def test_a_tensor_that_was_edited_unseen_is_refused() -> None:
     with torch._C.DisableTorchFunction():
         model.weight.detach().zero_()
     with pytest.raises(DeferredEditError, match="weight was edited outside"):
-        give(model.weight, held(4, 4))
+        bind(model.weight, held(4, 4))
 
 
 def test_a_later_unseen_edit_is_still_seen() -> None:
     with deferred():
         model = nn.Linear(4, 4)
-    give(model.weight, held(4, 4))
+    bind(model.weight, held(4, 4))
     with torch._C.DisableTorchFunction():
         model.weight.detach().zero_()
     with pytest.raises(DeferredEditError, match="weight"):
@@ -205,7 +205,7 @@ def test_ranks_that_are_given_other_elements_have_other_fingerprints() -> None:
         with deferred():
             model = nn.Linear(4, 4)
         if source is not None:
-            give(model.weight, source)
+            bind(model.weight, source)
         return Plan.of(model).digest()
 
     assert digest(held(4, 4)) == digest(held(4, 4))
@@ -225,7 +225,7 @@ def test_any_real_tensor_is_filled(
     out = torch.full(tuple(reversed(shape)) if transposed else tuple(shape), -1, dtype=target)
     if transposed:
         out = out.permute(list(reversed(range(out.dim()))))
-    take(out, elements)
+    fill_from(out, elements)
     assert torch.equal(out, elements.tensor.to(target))
 
 
@@ -233,7 +233,7 @@ def test_any_real_tensor_is_filled(
 def test_ranges_are_filled(start: int, count: int) -> None:
     elements = held(80)
     out = torch.empty(count, dtype=torch.float16)
-    take_range(out, elements, start)
+    fill_range_from(out, elements, start)
     assert torch.equal(out, elements.tensor[start : start + count].half())
 
 
@@ -245,7 +245,7 @@ def test_memory_that_is_there_already_becomes_the_tensors_own() -> None:
     with deferred():
         model = nn.Linear(16, 16, bias=False)
     source = Lying(torch.randn(16, 16))
-    give(model.weight, source)
+    bind(model.weight, source)
     materialize(model)
     assert model.weight.data_ptr() == source.tensor.data_ptr()
     assert source.ranges == []
@@ -258,7 +258,7 @@ def test_memory_of_another_dtype_is_read() -> None:
 
     with deferred():
         model = nn.Linear(16, 16, bias=False, dtype=torch.float64)
-    give(model.weight, Lying(torch.randn(16, 16)))
+    bind(model.weight, Lying(torch.randn(16, 16)))
     materialize(model)
     assert model.weight.dtype == torch.float64
 
@@ -266,7 +266,7 @@ def test_memory_of_another_dtype_is_read() -> None:
 def test_a_buffer_that_was_first_used_in_inference_mode_serves_everywhere() -> None:
     def load() -> Tensor:
         out = torch.empty(700, dtype=torch.bfloat16)
-        take_range(out, held(700, dtype=torch.float64), 0)
+        fill_range_from(out, held(700, dtype=torch.float64), 0)
         return out
 
     def first() -> None:
@@ -282,19 +282,19 @@ def test_a_buffer_that_was_first_used_in_inference_mode_serves_everywhere() -> N
     assert torch.equal(found[1], held(700, dtype=torch.float64).tensor.bfloat16())
 
 
-class Doubled(Given):
+class Doubled(ElementSource):
     """Twice the elements of another one, which are cast on the way."""
 
     dtype = torch.float32
 
-    def __init__(self, inner: Given) -> None:
+    def __init__(self, inner: ElementSource) -> None:
         self.inner = inner
         self.shape = inner.shape
 
     def read(self, start: int, out: Tensor) -> None:
         half = out.numel() // 2
         for first, last in ((0, half), (half, out.numel())):
-            take_range(out[first:last], self.inner, start + first)
+            fill_range_from(out[first:last], self.inner, start + first)
         out.mul_(2)
 
     def order(self, start: int) -> tuple[int, int]:
@@ -310,7 +310,7 @@ def test_what_is_cast_may_itself_be_made_of_what_is_cast() -> None:
     wanted = (values.float() * 4).half()
     for _ in range(2):
         out = torch.empty(len(values), dtype=torch.float16)
-        take_range(out, source, 0)
+        fill_range_from(out, source, 0)
         assert torch.equal(out, wanted)
 
 
@@ -318,11 +318,11 @@ def test_a_tensor_computed_of_a_cast_one_is_cast_in_ranges() -> None:
     values = torch.randn(100_000).to(torch.bfloat16)
     with deferred():
         weight = nn.Parameter(torch.empty(len(values)))
-        give(weight, Held(values))
+        bind(weight, Held(values))
         with torch.no_grad():
             weight.mul_(2)
         model = nn.Module()
         model.cast = nn.Parameter(torch.empty(len(values), dtype=torch.float16))
-        give(model.cast, ComputedGiven(weight))
+        bind(model.cast, ComputedSource(weight))
     materialize(model)
     assert torch.equal(model.cast.detach(), (values.float() * 2).half())

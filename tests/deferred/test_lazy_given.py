@@ -12,7 +12,7 @@ import torch
 from lightning_fabric.utilities.load import _lazy_load
 from torch import Tensor, nn
 
-from nucleate.deferred import Given
+from nucleate.deferred import ElementSource
 from nucleate.deferred.elements import lazy_tensor
 from nucleate.deferred.elements.lazy_tensor import given_of_lazy, memory_of_lazy
 from nucleate.errors import CheckpointError
@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.pt"
 
 
-def read(given: Given | None, start: int = 0, stop: int | None = None) -> Tensor:
+def read(given: ElementSource | None, start: int = 0, stop: int | None = None) -> Tensor:
     assert given is not None
     numel = torch.Size(given.shape).numel() if stop is None else stop - start
     out = torch.empty(numel, dtype=given.dtype)

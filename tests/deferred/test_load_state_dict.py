@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nucleate.deferred import TensorGiven, deferred, handle_of, resumed
-from nucleate.deferred.elements import real_tensor
+from nucleate.deferred import TensorSource, deferred, handle_of, resumed
+from nucleate.deferred.elements import tensor_source
 from nucleate.errors import CheckpointError, DeferredEditError, DeferredUseError
 from nucleate.materialize import materialize
 from tests.device import device, on_device
@@ -158,7 +158,7 @@ def test_any_range_of_a_tensor_of_any_strides_is_read() -> None:
     whole = torch.arange(5 * 7 * 600.0).view(5, 7, 600)
     for tensor in (whole, whole.transpose(0, 2), whole[:, ::2, 1:], whole[1:2], whole[0, 0, 0], whole.permute(2, 1, 0)):
         flat = tensor.reshape(-1)
-        given = TensorGiven(tensor)
+        given = TensorSource(tensor)
         for start, stop in (
             (0, flat.numel()),
             (flat.numel() // 3, flat.numel() // 2),
@@ -171,7 +171,7 @@ def test_any_range_of_a_tensor_of_any_strides_is_read() -> None:
 
 def test_a_large_row_is_read_in_parts() -> None:
     whole = torch.arange(2 * 3 * (1 << 18), dtype=torch.float32).view(3, 1 << 18, 2)
-    given = TensorGiven(whole.transpose(1, 2))
+    given = TensorSource(whole.transpose(1, 2))
     flat = whole.transpose(1, 2).reshape(-1)
     out = torch.empty(flat.numel() - 10)
     given.read(7, out)
@@ -491,7 +491,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_element_of_a_loaded_tensor_that_changes_behind_torch_is_noticed(layout: str) -> None:
     loaded = LAYOUTS[layout](torch.randn(40, 51))
-    given = TensorGiven(loaded)
+    given = TensorSource(loaded)
     given.check_unchanged()
     for place in {(0,) * loaded.dim(), tuple(length - 1 for length in loaded.shape)}:
         kept = loaded[place].clone()
@@ -523,8 +523,8 @@ def test_a_turned_tensor_of_a_mapped_file_is_not_read_before_it_is_wanted(
 ) -> None:
     save_file({"weight": torch.randn(16, 8)}, tmp_path / "x.safetensors")
     loaded = load_file(tmp_path / "x.safetensors")["weight"].t()
-    monkeypatch.setattr(real_tensor, "_sum_of_words", lambda tensor: pytest.fail("read"))
-    given = TensorGiven(loaded)
+    monkeypatch.setattr(tensor_source, "_sum_of_words", lambda tensor: pytest.fail("read"))
+    given = TensorSource(loaded)
     given.check_unchanged()
     save_file({"weight": torch.randn(16, 8)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="since it was loaded"):

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nucleate.deferred import Cursors, deferred, handle_of
+from nucleate.deferred import StreamCursors, deferred, handle_of
 from nucleate.deferred.randomness import streams
 from nucleate.deferred.record import Record
 from nucleate.deferred.replay import live_writes
-from nucleate.deferred.replay.ranges import CHUNK_NUMEL, Pieces
+from nucleate.deferred.replay.ranges import CHUNK_NUMEL, RangeMaker
 from nucleate.materialize import materialize
 from tests.deferred.equality import assert_exact
 
@@ -218,7 +218,7 @@ class Holds(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
 
 
-def recorded(make: Callable[[], Tensor]) -> tuple[Tensor, Pieces | None, Record]:
+def recorded(make: Callable[[], Tensor]) -> tuple[Tensor, RangeMaker | None, Record]:
     """Return what eager construction gives, and how pieces of it are made."""
     torch.manual_seed(4)
     expected = Holds(make).weight.detach()
@@ -229,7 +229,7 @@ def recorded(make: Callable[[], Tensor]) -> tuple[Tensor, Pieces | None, Record]
     assert handle is not None
     number = handle.record.tape.number(model.weight)
     assert number is not None
-    return expected, handle.record.pieces(number), record
+    return expected, handle.record.maker(number), record
 
 
 @pytest.mark.parametrize("make", BY_PIECES)
@@ -239,7 +239,7 @@ def test_any_range_is_that_of_the_whole(make: Callable[[], Tensor], ends: list[t
     expected, found, _ = recorded(make)
     assert found is not None, "it is made whole"
     assert (found.numel, found.dtype) == (expected.numel(), expected.dtype)
-    cursors = Cursors(found.program)
+    cursors = StreamCursors(found.program)
     for start, stop in [(0, found.numel), *map(sorted, ends)]:
         out = torch.full((stop - start,), 99, dtype=found.dtype)
         found.make(start, out, cursors)
@@ -264,7 +264,7 @@ def test_several_chunks_follow_one_another() -> None:
     expected, found, _ = recorded(make)
     assert found is not None
     out = torch.empty(found.numel - 7)
-    found.make(7, out, Cursors(found.program))
+    found.make(7, out, StreamCursors(found.program))
     assert torch.equal(out, expected[7:])
 
 
@@ -277,20 +277,20 @@ def test_a_dead_write_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_build_that_fills_otherwise_is_followed_whole_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (live_writes, streams):
         monkeypatch.setattr(module, "fills_as_described", lambda is_normal, dtype: False)
-    monkeypatch.setattr(Pieces, "make", None)
+    monkeypatch.setattr(RangeMaker, "make", None)
     for make in BY_PIECES[:6]:
         assert_exact(lambda make=make: Holds(make))
 
 
 def test_parts_of_the_stream_are_never_drawn_twice_in_passing(monkeypatch: pytest.MonkeyPatch) -> None:
     passed: list[int] = []
-    real = Cursors.seek
+    real = StreamCursors.seek
 
-    def seek(self: Cursors, position: object, offset: int, count: int) -> torch.Generator:
+    def seek(self: StreamCursors, position: object, offset: int, count: int) -> torch.Generator:
         passed.append(offset)
         return real(self, position, offset, count)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Cursors, "seek", seek)
+    monkeypatch.setattr(StreamCursors, "seek", seek)
     with deferred():
         model = nn.Linear(300, 300)
     materialize(model)

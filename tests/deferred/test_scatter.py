@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nucleate.deferred import ComputedGiven, Given, deferred
+from nucleate.deferred import ComputedSource, ElementSource, deferred
 from nucleate.deferred.replay.scattering import scatter
 from tests.deferred.test_computed_given import held, stand_ins
 
@@ -26,10 +26,10 @@ def test_any_parts_of_a_moved_tensor_go_where_they_come_from(data: st.DataObject
         tensors = stand_ins(files)
         for _ in range(data.draw(st.integers(1, 4))):
             tensors = _bijection(data.draw, tensors)
-        givens = [ComputedGiven(tensor) for tensor in tensors]
+        givens = [ComputedSource(tensor) for tensor in tensors]
     written = [torch.zeros(math.prod(shape)) for _ in files]
 
-    def write(given: Given, start: int, values: Tensor) -> None:
+    def write(given: ElementSource, start: int, values: Tensor) -> None:
         place = next(number for number, file in enumerate(files) if file is given)
         assert values.is_contiguous()
         assert not written[place][start : start + values.numel()].any(), "written twice"

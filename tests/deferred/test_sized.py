@@ -62,26 +62,26 @@ def test_joined_and_repeated_tensors_have_the_shape_that_is_told() -> None:
     num_told = 0
     for _ in range(400):
         lengths = shape(random, least=1)
-        pieces = [laid_out(random, lengths) for _ in range(random.randint(1, 3))]
+        maker = [laid_out(random, lengths) for _ in range(random.randint(1, 3))]
         dim = random.randrange(-len(lengths), len(lengths))
         repeats = [random.randint(1, 3) for _ in range(len(lengths) + random.randint(0, 1))]
         for func, *args in (
-            (aten.cat.default, pieces, dim),
-            (aten.stack.default, pieces, dim),
-            (aten.repeat.default, pieces[0], repeats),
-            (aten.topk.default, pieces[0], 1, dim),
-            (aten.diag_embed.default, pieces[0], dim),
+            (aten.cat.default, maker, dim),
+            (aten.stack.default, maker, dim),
+            (aten.repeat.default, maker[0], repeats),
+            (aten.topk.default, maker[0], 1, dim),
+            (aten.diag_embed.default, maker[0], dim),
         ):
             actual = told(func, *args)
             if actual is not None:
                 num_told += 1
-                assert looks(actual) == looks(func(*args)), (func, [piece.stride() for piece in pieces])
+                assert looks(actual) == looks(func(*args)), (func, [piece.stride() for piece in maker])
     assert num_told > 1000
 
 
 def test_pieces_of_other_lengths_are_joined() -> None:
-    pieces = [torch.ones(2, 3, 4), torch.ones(2, 1, 4), torch.ones(2, 5, 4)]
-    assert looks(told(aten.cat.default, pieces, 1)) == looks(torch.cat(pieces, 1))
+    maker = [torch.ones(2, 3, 4), torch.ones(2, 1, 4), torch.ones(2, 5, 4)]
+    assert looks(told(aten.cat.default, maker, 1)) == looks(torch.cat(maker, 1))
 
 
 def test_a_unit_matrix_is_written_where_it_fits() -> None:

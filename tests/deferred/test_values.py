@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nucleate.deferred import deferred
-from nucleate.deferred.recording.known_values import Values
+from nucleate.deferred.recording.known_values import KnownValues
 from nucleate.deferred.replay.replayer import Replayer
 from nucleate.deferred.tape.steps import Step
 from nucleate.materialize import materialize
@@ -45,7 +45,7 @@ def test_a_chain_of_reads_costs_as_much_as_the_chain(monkeypatch: pytest.MonkeyP
 
 def test_values_that_were_read_take_no_more_memory_than_the_limit() -> None:
     with deferred() as record:
-        values = Values(record.replayer, limit_bytes=3 * 4000)
+        values = KnownValues(record.replayer, limit_bytes=3 * 4000)
         tensors = [torch.randn(1000) for _ in range(6)]
         for tensor in tensors:
             values.of(tensor)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nucleate import Runtime
-from nucleate.deferred import Given
-from nucleate.deferred.elements.source import take
+from nucleate.deferred import ElementSource
+from nucleate.deferred.elements.element_source import fill_from
 from nucleate.devices.staging import BUFFER_BYTES
 from tests.gpu.device import DEVICE_TYPE, device, only_on_gpu, synchronize
 
@@ -26,7 +26,7 @@ NUM_BUFFERS = 24
 NUMEL = NUM_BUFFERS * BUFFER_BYTES // 4
 
 
-class Paced(Given):
+class Paced(ElementSource):
     """Reads nothing, at the speed of a source that takes a fixed time for each buffer."""
 
     dtype = torch.float32
@@ -76,7 +76,7 @@ def test_copies_overlap_with_a_source_as_slow_as_they_are(record_property: Any) 
         copy_each_buffer(pinned, target)
     # A sleep cannot be much shorter than a millisecond: a slower source than a fast bus hides less, and is no harm.
     paced = Paced(max(clock.seconds / target.nbytes, 0.0005 / BUFFER_BYTES))
-    take(target, paced)
+    fill_from(target, paced)
     ratios = []
     for _ in range(NUM_ROUNDS):
         with Clock() as reading:
@@ -85,7 +85,7 @@ def test_copies_overlap_with_a_source_as_slow_as_they_are(record_property: Any) 
         with Clock() as copying:
             copy_each_buffer(pinned, target)
         with Clock() as loading:
-            take(target, paced)
+            fill_from(target, paced)
         ratios.append(loading.seconds / (reading.seconds + copying.seconds))
     record_property("loading / (reading + copying)", round(statistics.median(ratios), 3))
     assert statistics.median(ratios) <= 0.8, ratios

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nucleate import Runtime
-from nucleate.deferred import Pieces, convert, deferred, resumed
+from nucleate.deferred import RangeMaker, convert, deferred, resumed
 from nucleate.errors import ConversionError, DeferredUseError
 from nucleate.materialize import Plan, materialize
 from nucleate.testing import peak_memory
@@ -76,13 +76,13 @@ def test_each_range_of_the_source_is_made_once_for_all_outputs(monkeypatch: pyte
     with deferred(device()):
         model = build(Chained, INITS["fill"], torch.float32)
     made: list[int] = []
-    real = Pieces.make
+    real = RangeMaker.make
 
-    def counted(self: Pieces, start: int, out: Tensor, cursors: object) -> None:
+    def counted(self: RangeMaker, start: int, out: Tensor, cursors: object) -> None:
         made.append(out.numel())
         real(self, start, out, cursors)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Pieces, "make", counted)
+    monkeypatch.setattr(RangeMaker, "make", counted)
     materialize(model, device())
     assert sum(made) == 3 * 257 * 65
 

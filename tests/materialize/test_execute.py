@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nucleate import Runtime
-from nucleate.deferred import Pieces, Record, deferred
+from nucleate.deferred import RangeMaker, Record, deferred
 from nucleate.errors import DeferredError, ReplayError, UninitializedError
 from nucleate.materialize import Plan, execute, materialize
 from nucleate.testing import peak_memory
@@ -204,7 +204,7 @@ def test_shards_that_were_interrupted_are_without_memory_and_refused(monkeypatch
     with runtime.init_module():
         model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
     # What the CPU makes in ranges a device makes whole.
-    owner: Any = Pieces if ON_CPU else Record
+    owner: Any = RangeMaker if ON_CPU else Record
     real = owner.make
     calls: list[int] = []
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nucleate.deferred.replay.ranges import Pieces
+from nucleate.deferred.replay.ranges import RangeMaker
 from nucleate.devices.staging import ALIGNMENT
 from nucleate.materialize.making import _batches
 from nucleate.materialize.parts import Columns, Part, Range
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
 def range_of(numel: int, grain: int = 1) -> Range:
-    pieces = Pieces.of(held(numel), torch.float32)
-    pieces.grain = grain
-    return Range(pieces, 0, torch.empty(numel, device="meta"))
+    maker = RangeMaker.of(held(numel), torch.float32)
+    maker.grain = grain
+    return Range(maker, 0, torch.empty(numel, device="meta"))
 
 
 def columns_of(num_rows: int, width: int) -> Columns:
-    pieces = Pieces.of(held(num_rows, width), torch.float32)
-    return Columns(pieces, 0, torch.empty(num_rows, 3, device="meta"), width, 1)
+    maker = RangeMaker.of(held(num_rows, width), torch.float32)
+    return Columns(maker, 0, torch.empty(num_rows, 3, device="meta"), width, 1)
 
 
 sizes = st.lists(st.tuples(st.integers(1, 3000), st.sampled_from([0, 5, 40]), st.sampled_from([1, 100])), max_size=9)
@@ -43,7 +43,7 @@ def test_batches_hold_every_row_once_in_order_and_fit(sizes: list[tuple[int, int
             assert place % ALIGNMENT == 0
             end = place + part.num_rows * part.row_bytes
             assert end <= limit * ALIGNMENT
-            number = next(number for number, whole in enumerate(parts) if whole.pieces is part.pieces)
+            number = next(number for number, whole in enumerate(parts) if whole.maker is part.maker)
             found.append((number, part.start // part.row_numel, part.num_rows))
     done: dict[int, int] = {}
     for number, start, rows in found:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nucleate.deferred import ComputedGiven, deferred, give, handle_of
-from nucleate.deferred.replay.ranges import Pieces
+from nucleate.deferred import ComputedSource, bind, deferred, handle_of
+from nucleate.deferred.replay.ranges import RangeMaker
 from nucleate.materialize import making, materialize, parts
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.parts import Columns, Range, parts_of
@@ -21,7 +21,7 @@ from tests.device import cpu_only, device
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
-def pieces_of_shape(*shape: int) -> tuple[torch.Tensor, Pieces]:
+def pieces_of_shape(*shape: int) -> tuple[torch.Tensor, RangeMaker]:
     """Return a tensor of a shape, and how the storage is made in which it lies behind 16 other elements."""
     numel = 16 + math.prod(shape)
     torch.manual_seed(2)
@@ -33,7 +33,7 @@ def pieces_of_shape(*shape: int) -> tuple[torch.Tensor, Pieces]:
         model.weight = nn.Parameter(torch.randn(numel))
     handle = handle_of(model.weight)
     assert handle is not None
-    found = handle.record.pieces(handle.record.tape.ref(model.weight).storage)
+    found = handle.record.maker(handle.record.tape.ref(model.weight).storage)
     assert found is not None
     return expected, found
 
@@ -50,14 +50,14 @@ def boxes(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
 @settings(max_examples=120, deadline=None)
 def test_any_box_is_cut_exactly(box: tuple[list[int], list[int], list[int]], narrow: bool) -> None:
     shape, offsets, sizes = box
-    expected, pieces = pieces_of_shape(*shape)
+    expected, maker = pieces_of_shape(*shape)
     out = torch.full(sizes, float("nan"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "MIN_RANGE_NUMEL", 1000 if narrow else 1)
         patch.setattr(parts, "BUFFER_NUMEL", 20)
         # As `execute` does, without a default device.
         with torch.device("cpu"):
-            make_parts(list(parts_of(pieces, 16, shape, offsets, out)), 1)
+            make_parts(list(parts_of(maker, 16, shape, offsets, out)), 1)
     for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         expected = expected.narrow(dim, offset, size)
     assert torch.equal(out.cpu(), expected)
@@ -68,27 +68,27 @@ def test_a_box_of_a_transposed_tensor_reads_only_what_is_in_it(offsets: tuple[in
     file = held(512, 300)
     with deferred(device()):
         tensor = torch.empty(file.shape)
-        give(tensor, file)
-        given = ComputedGiven(tensor.t())
+        bind(tensor, file)
+        given = ComputedSource(tensor.t())
     out = torch.full(size, float("nan"))
-    make_parts(list(parts_of(Pieces.of(given, torch.float32), 0, given.shape, offsets, out)), 2)
+    make_parts(list(parts_of(RangeMaker.of(given, torch.float32), 0, given.shape, offsets, out)), 2)
     assert torch.equal(out, file.tensor.t()[offsets[0] : offsets[0] + size[0], offsets[1] : offsets[1] + size[1]])
     assert file.num_read == out.numel()
 
 
 def test_a_shard_of_rows_is_one_range_and_one_of_short_columns_is_cut_from_rows() -> None:
-    _, pieces = pieces_of_shape(8, 6)
-    (rows,) = parts_of(pieces, 0, (8, 6), (2, 0), torch.empty(3, 6))
+    _, maker = pieces_of_shape(8, 6)
+    (rows,) = parts_of(maker, 0, (8, 6), (2, 0), torch.empty(3, 6))
     assert isinstance(rows, Range)
     assert (rows.start, rows.out.numel()) == (12, 18)
-    (columns,) = parts_of(pieces, 0, (8, 6), (0, 3), torch.empty(8, 3))
+    (columns,) = parts_of(maker, 0, (8, 6), (0, 3), torch.empty(8, 3))
     assert isinstance(columns, Columns)
 
 
 def test_few_columns_of_very_wide_rows_are_made_alone() -> None:
     width = parts.BUFFER_NUMEL + 1
-    _, pieces = pieces_of_shape(3, 5)
-    found = list(parts_of(pieces, 0, (3, width), (0, 7), torch.empty(3, 2)))
+    _, maker = pieces_of_shape(3, 5)
+    found = list(parts_of(maker, 0, (3, width), (0, 7), torch.empty(3, 2)))
     assert [(type(part), part.start) for part in found] == [(Range, 7 + row * width) for row in range(3)]
 
 
@@ -111,12 +111,12 @@ def test_the_number_of_threads_does_not_change_a_bit(num_threads: int, monkeypat
 
 @cpu_only("only what is made on the CPU is made by several threads of ours")
 def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Pieces, start: int, out: torch.Tensor, cursors: object) -> None:
+    def fail(self: RangeMaker, start: int, out: torch.Tensor, cursors: object) -> None:
         raise MemoryError("no more")
 
     monkeypatch.setattr(making, "MIN_NUMEL_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(Pieces, "make", fail)
+    monkeypatch.setattr(RangeMaker, "make", fail)
     with deferred(device()):
         model = nn.Linear(100, 100)
     with pytest.raises(MemoryError, match="no more"):

@@ -8,14 +8,14 @@ from hypothesis import given as forall
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nucleate.deferred import Given
-from nucleate.deferred.elements.source import take
+from nucleate.deferred import ElementSource
+from nucleate.deferred.elements.element_source import fill_from
 from nucleate.materialize.reading import GivenBox, read_into
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
-class Held(Given):
+class Held(ElementSource):
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.dtype = tensor.dtype
@@ -50,7 +50,7 @@ def test_any_box_is_read(box: tuple[tuple[int, ...], tuple[int, ...], tuple[int,
     shape, offsets, sizes = box
     whole = numbers(*shape)
     out = torch.empty(sizes, dtype=dtype)
-    take(out, GivenBox(Held(whole), offsets, sizes))
+    fill_from(out, GivenBox(Held(whole), offsets, sizes))
     expected = whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
     assert torch.equal(out, expected.to(dtype))
 
@@ -58,14 +58,14 @@ def test_any_box_is_read(box: tuple[tuple[int, ...], tuple[int, ...], tuple[int,
 def test_rows_of_a_box_cost_their_own_bytes() -> None:
     held = Held(numbers(100, 50))
     out = torch.empty(10, 50)
-    take(out, GivenBox(held, (40, 0), (10, 50)))
+    fill_from(out, GivenBox(held, (40, 0), (10, 50)))
     assert held.num_read == 500
     assert torch.equal(out, held.tensor[40:50])
 
 
 def test_tensors_of_every_layout_are_filled_together() -> None:
     plain, transposed, scalar, empty = numbers(30, 20), numbers(20, 30), torch.zeros(()), torch.zeros(0, 3)
-    pairs: list[tuple[Tensor, Given]] = [
+    pairs: list[tuple[Tensor, ElementSource]] = [
         (torch.zeros(30, 20), Held(plain)),
         (torch.zeros(30, 20).t(), Held(transposed)),
         (scalar, Held(torch.tensor(3.0))),

@@ -70,13 +70,13 @@ def test_a_range_is_made_from_the_place_that_drawing_leads_to(monkeypatch: pytes
         model = nn.Sequential(nn.Linear(900, 900), nn.Embedding(40, 40))
     monkeypatch.setattr(mersenne_twister, "jump", no_jump)
     group = next(group for group in Plan.of(model).groups if group.targets[0].fqn == "1.weight")
-    found = Reference().pieces(group.source)
+    found = Reference().maker(group.source)
     assert found is not None
-    pieces, cursors = found
+    maker, cursors = found
     out = torch.empty(700)
-    pieces.make(35, out, cursors)
+    maker.make(35, out, cursors)
     assert torch.equal(out, eager[1].weight.view(-1)[35:735])
-    assert Reference().pieces(Plan.of(_orthogonal()).groups[0].source) is None
+    assert Reference().maker(Plan.of(_orthogonal()).groups[0].source) is None
 
 
 def _orthogonal() -> nn.Module:

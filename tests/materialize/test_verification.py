@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nucleate import Runtime
 from nucleate.deferred import handle_of
 from nucleate.deferred.randomness import mersenne_twister
-from nucleate.deferred.randomness.cursors import Cursors
+from nucleate.deferred.randomness.stream_cursors import StreamCursors
 from nucleate.errors import ConfigurationError, VerificationError
 from nucleate.materialize import Plan, materialize, verification
 from nucleate.materialize.reference import Reference
@@ -166,12 +166,12 @@ def _far_apart() -> nn.Module:
     "a device with a generator of its own makes a tensor whole, not in ranges, so it needs no place in the stream"
 )
 def test_a_place_in_the_stream_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    seek = Cursors.seek
+    seek = StreamCursors.seek
 
-    def elsewhere(self: Cursors, position: Any, offset: int, count: int) -> torch.Generator:
+    def elsewhere(self: StreamCursors, position: Any, offset: int, count: int) -> torch.Generator:
         return seek(self, position, offset + 16, count)
 
-    monkeypatch.setattr(Cursors, "seek", elsewhere)
+    monkeypatch.setattr(StreamCursors, "seek", elsewhere)
     with pytest.raises(VerificationError):
         set_up(ZOO["everything"][0])
 

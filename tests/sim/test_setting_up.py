@@ -195,5 +195,5 @@ def test_verification_sees_a_fault_on_the_way_of_a_loaded_value(
 
     set_up()
     monkeypatch.setattr(Staging, "send", send)
-    with pytest.raises(VerificationError, match=r"weight on rank 0 is not what its recipe makes: element \(0, 0\)"):
+    with pytest.raises(VerificationError, match=r"weight on rank 0 differs from its recipe: element \(0, 0\)"):
         set_up()

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from nucleate.deferred import ComputedGiven, Conversion, convert, deferred, give, resumed
+from nucleate.deferred import ComputedSource, Conversion, bind, convert, deferred, resumed
 from nucleate.deferred.elements.conversion import Layout, Output, converted
-from nucleate.deferred.elements.real_tensor import TensorGiven
-from nucleate.deferred.elements.source import take
+from nucleate.deferred.elements.element_source import fill_from
+from nucleate.deferred.elements.tensor_source import TensorSource
 from nucleate.devices import DeviceHooks, Staging, move, staging, use_hooks
 from nucleate.devices import table as hooks_table
 from nucleate.errors import DeferredEditError
@@ -171,7 +171,7 @@ def test_values_cross_in_the_smaller_dtype_with_the_bits_of_the_host(
         with deferred():
             model = nn.Module()
             model.register_buffer("value", torch.empty(given.shape, dtype=target))
-        give(model.value, given)
+        bind(model.value, given)
         out = materialize(model, SIM).value
     else:
         out = torch.zeros(given.shape, dtype=target, device=SIM)
@@ -211,7 +211,7 @@ def test_targets_of_any_strides_are_filled(dtype: torch.dtype, copies: Copies) -
 def test_a_step_that_takes_what_is_given_goes_the_same_way(dtype: torch.dtype, copies: Copies) -> None:
     for target in (torch.zeros(30, 5000, dtype=dtype, device=SIM), torch.zeros(5000, 30, dtype=dtype, device=SIM).t()):
         source = Held(numbers(30, 5000))
-        take(target, source)
+        fill_from(target, source)
         assert same(target, source.tensor.to(dtype))
     assert copies.pageable_bytes == 0
     assert copies.size_bytes == 2 * 150_000 * dtype.itemsize
@@ -231,10 +231,10 @@ def test_an_error_while_reading_arrives_and_the_device_works_on(way: str) -> Non
     outs = [torch.zeros(100_000, device=SIM), torch.zeros(100, 1000, device=SIM)]
     with deferred():
         model = nn.Linear(1000, 100, bias=False)
-    give(model.weight, bad)
+    bind(model.weight, bad)
     ways = {
         "read_into": lambda: read_into([(outs[0], good), (outs[1], bad)]),
-        "take": lambda: take(outs[1], bad),
+        "take": lambda: fill_from(outs[1], bad),
         "materialize": lambda: materialize(model, SIM),
     }
     before = torch.accelerator.current_stream(), torch.accelerator.current_device_index()
@@ -324,9 +324,9 @@ def test_recipes_of_the_cpu_are_made_there_and_moved(copies: Copies) -> None:
 def test_recipes_of_another_device_are_not_drawn_or_computed_on_the_host() -> None:
     with torch.device(SIM), deferred(SIM):
         model = Net()
-    give(model.scaled, Held(numbers(300, 65)))
-    pieces = {group.targets[0].fqn: group.source.pieces(SIM) for group in Plan.of(model).groups}
-    assert {name for name, found in pieces.items() if found is not None} == {
+    bind(model.scaled, Held(numbers(300, 65)))
+    maker = {group.targets[0].fqn: group.source.maker(SIM) for group in Plan.of(model).groups}
+    assert {name for name, found in maker.items() if found is not None} == {
         "norm.weight", "norm.bias", "scaled", "flags",
     }  # fmt: skip
 
@@ -337,10 +337,10 @@ def test_joined_and_split_tensors_of_files_arrive(copies: Copies) -> None:
     with deferred():
         tensors = [torch.empty(file.shape, dtype=torch.bfloat16) for file in files]
         for tensor, file in zip(tensors, files, strict=True):
-            give(tensor, file)
-        joined = ComputedGiven(torch.cat(tensors))
-        turned = ComputedGiven(tensors[0].t())
-        part = ComputedGiven(tensors[1][20:50])
+            bind(tensor, file)
+        joined = ComputedSource(torch.cat(tensors))
+        turned = ComputedSource(tensors[0].t())
+        part = ComputedSource(tensors[1][20:50])
     whole = torch.cat([file.tensor for file in files])
     expected = [whole, files[0].tensor.t(), files[1].tensor[20:50]]
     outs = [torch.zeros(given.shape, dtype=torch.float32, device=SIM) for given in (joined, turned, part)]
@@ -356,7 +356,7 @@ def test_a_state_dicts_tensors_arrive(copies: Copies) -> None:
     weight = torch.randn(300, 400)
     with deferred():
         model = nn.Linear(400, 300, bias=False)
-    give(model.weight, TensorGiven(weight))
+    bind(model.weight, TensorSource(weight))
     materialize(model, SIM)
     assert same(model.weight, weight)
     assert (copies.size_bytes, copies.pageable_bytes) == (weight.numel() * 4, 0)
@@ -366,15 +366,15 @@ def test_a_state_dicts_tensors_arrive(copies: Copies) -> None:
 @pytest.mark.parametrize("device", [SIM, OTHER], ids=str)
 def test_a_state_dicts_tensors_that_are_on_a_device_are_copied_there(device: str, copies: Copies) -> None:
     weight = torch.randn(300, 400)
-    resident = TensorGiven(weight.to(device))
+    resident = TensorSource(weight.to(device))
     with deferred():
         model = nn.Linear(400, 300, bias=False)
-    give(model.weight, resident)
+    bind(model.weight, resident)
     copies.reset()
     materialize(model, SIM)
     outs = [torch.zeros(300, 400, dtype=torch.float64, device=SIM), torch.zeros(400, 300, device=SIM).t()]
     read_into([(out, resident) for out in outs])
-    take(taken := torch.zeros(300, 400, device=SIM), resident)
+    fill_from(taken := torch.zeros(300, 400, device=SIM), resident)
     for out in (model.weight, *outs, taken):
         assert same(out, weight.to(out.dtype))
     assert copies.number == 0
@@ -385,7 +385,7 @@ def test_any_element_of_a_given_tensor_on_a_device_that_changes_is_noticed(layou
     whole = torch.randn(40, 51).to(SIM)
     loaded = LAYOUTS[layout](whole)
     copies.reset()
-    given = TensorGiven(loaded)
+    given = TensorSource(loaded)
     given.check_unchanged()
     assert copies.number == 0
     kept = loaded.clone()
@@ -465,7 +465,7 @@ def test_what_is_converted_arrives_in_pieces_and_is_converted_there(
     with deferred():
         model = make()
         if source == "file":
-            give(model["weight"], file)
+            bind(model["weight"], file)
         outs = convert(model["weight"], Halves(block))
         held = nn.Module()
         held.register_buffer("codes", outs[0])
@@ -487,7 +487,7 @@ def test_memory_is_that_of_the_values_and_one_buffer() -> None:
     with deferred():
         model = nn.ModuleList([nn.Linear(301, 200) for _ in range(8)])
     for line, file in zip(model, files, strict=False):
-        give(line.weight, file)
+        bind(line.weight, file)
     final = sum(parameter.numel() * 4 for parameter in model.parameters())
     peak = peak_of(lambda: materialize(model, SIM))
     assert final <= peak <= final + BUFFER_BYTES
@@ -610,7 +610,7 @@ def test_a_rank_makes_and_sends_its_shard_alone(dim: int, source: str, mesh: Any
     with deferred():
         model = make()
     if source == "file":
-        give(model.weight, file)
+        bind(model.weight, file)
     plan = Plan.of(model)
     plan.release()
     local = torch.empty([length // 3 if axis == dim else length for axis, length in enumerate((300, 210))],
@@ -681,11 +681,11 @@ def test_what_the_device_computes_of_a_file_is_computed_there(function: Any, cop
     torch.manual_seed(2)
     with deferred(SIM):
         tensor = torch.empty(file.shape, device=SIM)
-        give(tensor, file)
-        given = ComputedGiven(function(tensor))
+        bind(tensor, file)
+        given = ComputedSource(function(tensor))
     out = torch.zeros(given.shape, device=SIM)
     read_into([(out, given)])
     assert same(out, expected)
     out = torch.zeros(given.shape, dtype=torch.float64, device=SIM)
-    take(out, given)
+    fill_from(out, given)
     assert same(out, expected.double())

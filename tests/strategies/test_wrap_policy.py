@@ -69,7 +69,7 @@ def test_containers_without_a_forward_and_the_root_are_no_units() -> None:
 def test_a_class_that_does_not_occur_is_refused_with_those_that_do() -> None:
     with pytest.raises(ConfigurationError, match=r"names Conv2d, but Model has none.*It has: Block, Embedding"):
         find_units(Model(), {nn.Conv2d})
-    with pytest.raises(ConfigurationError, match="no module class"):
+    with pytest.raises(ConfigurationError, match="not a module class"):
         find_units(Model(), [Block()])  # type: ignore[list-item]
 
 

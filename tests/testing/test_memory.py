@@ -29,7 +29,7 @@ def test_mapped_files_are_not_counted() -> None:
 
 
 def test_the_assertion_tells_the_numbers() -> None:
-    with pytest.raises(AssertionError, match=r"it added 10\d\.\d MiB to .*; the limit is 50\.0 MiB"):
+    with pytest.raises(AssertionError, match=r"the statement added 10\d\.\d MiB to .*; the limit is 50\.0 MiB"):
         assert_peak_memory_below(50 * MIB, HELD, setup="import time")
     assert assert_peak_memory_below(150 * MIB, HELD, setup="import time").added_bytes >= 100 * MIB
 

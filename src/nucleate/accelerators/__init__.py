@@ -1,4 +1,4 @@
-"""Kinds of device. A new one implements `Accelerator` and registers under `nucleate.accelerators`."""
+"""Accelerators, the kinds of device. A new one implements `Accelerator` and registers under `nucleate.accelerators`."""
 
 from nucleate.accelerators.base import Accelerator
 from nucleate.accelerators.cpu import CPUAccelerator

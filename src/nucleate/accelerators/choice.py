@@ -1,4 +1,4 @@
-"""Finds the accelerator that a user asked for: by an object, by a name, or by `"auto"`."""
+"""Choice of the accelerator that a user asked for: by an object, by a name, or by `"auto"`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from nucleate.registry import ACCELERATORS
 
 
 def choose(choice: str | Accelerator) -> Accelerator:
-    """Return the accelerator that is asked for, which is there.
+    """Return the chosen accelerator, whose device is available.
 
-    `"auto"` takes the accelerator that torch names as the current one if its device is there, by the plugin that is
-    installed under its name or else by nucleate's own class; then the first installed plugin that says that it is
-    available; then the CPU.
+    `"auto"` takes the first available of these: torch's current accelerator, by the plugin that is installed under its
+    name or else by nucleate's own class; the first installed plugin that reports itself as available; the CPU.
 
     Args:
-        choice: What `Runtime(accelerator=...)` was given.
+        choice: The argument of `Runtime(accelerator=...)`.
 
     Raises:
         PluginNotFoundError: Neither a plugin nor torch has that name.
-        ConfigurationError: The device is not there, or this torch was not built for it.
+        ConfigurationError: The machine does not have the device, or this torch was not built for it.
     """
     if isinstance(choice, str):
         accelerator = _best() if choice == "auto" else _named(choice)
@@ -43,7 +42,7 @@ def _named(name: str) -> Accelerator:
     kind, _, index = name.partition(":")
     if index.isdecimal() and is_kind(kind):
         raise ConfigurationError(
-            f"accelerator={name!r} names one device. An accelerator's name is that of a kind: "
+            f"accelerator={name!r} names one device. An accelerator's name is the name of a kind of device: "
             f"give accelerator={_of_index(kind, index)}."
         )
     if name not in ACCELERATORS.names() and is_kind(name) and name != "meta":
@@ -52,7 +51,7 @@ def _named(name: str) -> Accelerator:
 
 
 def _of_index(kind: str, index: str) -> str:
-    """Return how an accelerator for one device is written."""
+    """Return the Python expression of an accelerator for one device."""
     accelerator = type(_named(kind))
     if accelerator is TorchAccelerator:
         return f"TorchAccelerator({kind!r}, index={index})"
@@ -82,8 +81,8 @@ def _plugin_if_available(name: str) -> Accelerator | None:
     try:
         plugin = cast(Accelerator, ACCELERATORS.create(name))
         return plugin if plugin.is_available() else None
-    except Exception as error:  # Whatever it is: nobody asked for it by name.
+    except Exception as error:  # Any error only warns, because the user did not ask for this plugin by name.
         names_it = isinstance(error, (PluginLoadError, PluginConflictError))
         reason = error if names_it else f"accelerator {name!r} failed with {type(error).__name__}: {error}"
-        warnings.warn(f"accelerator='auto' passes over a plugin: {reason}", stacklevel=5)
+        warnings.warn(f"accelerator='auto' skips a plugin: {reason}", stacklevel=5)
         return None

@@ -1,4 +1,4 @@
-"""The CPU: always there, shared by any number of processes, with gloo between them."""
+"""The CPU as an accelerator: always available, and shared by any number of processes, which communicate over gloo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEVICE = torch.device("cpu")
 
 @final
 class CPUAccelerator(CPUHooks, Accelerator):
-    """Run on the CPU."""
+    """The accelerator for the CPU."""
 
     name = "cpu"
     backend: ClassVar[str] = "gloo"
@@ -28,7 +28,7 @@ class CPUAccelerator(CPUHooks, Accelerator):
         return True
 
     def count(self) -> int:
-        """Return how many cores this process may use. More processes than that are slow, not wrong."""
+        """Return the number of cores that this process may use. More processes are slow, but work."""
         if hasattr(os, "sched_getaffinity"):
             return len(os.sched_getaffinity(0))
         return os.cpu_count() or 1
@@ -39,9 +39,9 @@ class CPUAccelerator(CPUHooks, Accelerator):
 
     def module_init_context(self) -> AbstractContextManager[object]:
         """Return the context in which factories place new tensors on the CPU."""
-        # A device context costs a call per torch function, so it is only entered where it changes something.
+        # A device context costs a call per torch function, so it is only entered if it changes the default device.
         return nullcontext() if torch.get_default_device().type == "cpu" else _DEVICE
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Move what is real in `model` to the CPU, in place."""
+        """Move the real tensors of `model` to the CPU, in place."""
         return place(model, _DEVICE)

@@ -1,4 +1,4 @@
-"""CUDA devices: a `TorchAccelerator` that knows CUDA's generator and what to check where there is no device."""
+"""CUDA devices: a `TorchAccelerator` with CUDA's random generator, and with advice if there is no device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from nucleate.devices.cuda import CUDAHooks
 
 @final
 class CUDAAccelerator(CUDAHooks, TorchAccelerator):
-    """Run on CUDA devices, with NCCL between them.
+    """The accelerator for CUDA devices, which communicate over NCCL.
 
     Args:
-        index: Which device a single process takes; None gives each process of a node the one of its local rank.
+        index: The device of a single process; None gives each process of a node the device of its local rank.
     """
 
     def __init__(self, index: int | None = None) -> None:
@@ -21,7 +21,7 @@ class CUDAAccelerator(CUDAHooks, TorchAccelerator):
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """Build it with its defaults."""
+        """Build the accelerator with its defaults."""
         return cls()
 
     def _what_to_check(self) -> str:

@@ -1,8 +1,8 @@
-"""Any kind of device that torch.accelerator serves: one device for each process of a node, by local rank.
+"""The accelerator for any kind of device of torch.accelerator: one device for each process of a node, by local rank.
 
-That is CUDA, MPS, XPU, and every device that another package brings to torch as its PrivateUse1 backend. Its process
-group has gloo beside the device's own backend, so that objects and tensors in host memory (offloaded parameters,
-metadata) are exchanged without a detour over the device.
+These kinds are CUDA, MPS, XPU, and every device that another package adds to torch as its PrivateUse1 backend. The
+process group has gloo beside the device's own backend. So objects and tensors in host memory (offloaded parameters,
+metadata) are exchanged without a copy to the device.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from nucleate.devices.kinds import is_kind
 from nucleate.errors import ConfigurationError
 from nucleate.plugin import Composition
 
-#: Kinds of device that torch.accelerator does not serve, and what to do instead.
+#: Kinds of device that torch.accelerator does not serve, with the advice for each.
 _NOT_ACCELERATORS = {
     "cpu": "the CPU is not an accelerator of torch. Use CPUAccelerator() or accelerator='cpu'",
-    "meta": "tensors on the meta device have no values. Name a kind of device that holds them",
+    "meta": "tensors on the meta device have no values. Name a kind of device that holds values",
 }
 
 
 class TorchAccelerator(Accelerator):
-    """Run on devices of one kind of torch.accelerator.
+    """The accelerator for one kind of device of torch.accelerator.
 
     Args:
         name: torch's name of the kind, such as `"xpu"`.
-        index: Which device a single process takes; None gives each process of a node the one of its local rank.
+        index: The device of a single process; None gives each process of a node the device of its local rank.
 
     Raises:
-        ConfigurationError: torch has no accelerator of that name.
+        ConfigurationError: torch has no accelerator with that name, or `index` is not a device number.
     """
 
     def __init__(self, name: str, index: int | None = None) -> None:
         if not is_kind(name) or name in _NOT_ACCELERATORS:
             raise ConfigurationError(f"TorchAccelerator({name!r}): {_why_not(name)}.")
         if index is not None and (isinstance(index, bool) or not isinstance(index, int) or index < 0):
-            raise ConfigurationError(f"index={index!r} must be None or the number of a device, from 0 on.")
+            raise ConfigurationError(f"index={index!r} must be None or the number of a device, at least 0.")
         self.name = name
         self._kind = name
         self._index = index
@@ -50,14 +50,14 @@ class TorchAccelerator(Accelerator):
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """Build the accelerator of the kind of device that torch calls `name`."""
+        """Build the accelerator for the kind of device that torch calls `name`."""
         return cls(name)
 
     @property
     def backend(self) -> str:
-        """Gloo for the host's memory, and torch's default backend for the device's; gloo alone if it has none.
+        """Gloo for host memory, and torch's default backend for device memory; only gloo if the device has no backend.
 
-        If this torch was built without the default backend, gloo serves the device as well where torch lets it.
+        If this torch was built without the default backend, gloo also serves the device, if torch supports that.
         """
         own = self._own_backend()
         return "gloo" if own is None else f"cpu:gloo,{self._kind}:{own}"
@@ -70,7 +70,7 @@ class TorchAccelerator(Accelerator):
         return asked is None or bool(asked())
 
     def why_absent(self) -> str:
-        """Return which of the reasons it is: no such torch, or no such device."""
+        """Return the reason: either this torch does not support the device, or torch sees no device."""
         if not self._is_built():
             return self._why_not_built()
         if self._index is not None and (visible := self._num_visible()):
@@ -78,16 +78,16 @@ class TorchAccelerator(Accelerator):
         return f"torch sees no device: {self._what_to_check()}"
 
     def count(self) -> int:
-        """Return how many of these devices this process sees; one at most where an index was given."""
+        """Return how many of these devices this process sees; at most one if an index was given."""
         if not self.is_available():
             return 0
         return self._num_visible() if self._index is None else 1
 
     def select(self, local_rank: int) -> torch.device:
-        """Make the device with the number `local_rank`, or with the index that was given, current and return it.
+        """Make the device with number `local_rank`, or with the given index, current and return it.
 
         Raises:
-            ConfigurationError: There is no such device.
+            ConfigurationError: The device does not exist.
         """
         if not self.is_available():
             raise ConfigurationError(
@@ -105,7 +105,7 @@ class TorchAccelerator(Accelerator):
         return self._device
 
     def check(self, composition: Composition) -> None:
-        """Refuse several processes that would share one device, or that have no backend to exchange tensors by."""
+        """Refuse several processes that would share one device, or that have no backend to exchange tensors."""
         environment = composition.environment
         if self._index is not None and environment.local_world_size > 1:
             raise ConfigurationError(self._shared(f"{environment.local_world_size} processes"))
@@ -121,11 +121,11 @@ class TorchAccelerator(Accelerator):
         return self._selected
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Move what is real in `model` to the selected device, in place."""
+        """Move the real tensors of `model` to the selected device, in place."""
         return place(model, self._selected)
 
     def peak_memory_bytes(self) -> int | None:
-        """Return the most memory that tensors of this process have held on its device, or None if torch cannot say."""
+        """Return the peak memory of this process's tensors on its device, or None if torch does not count it."""
         try:
             return int(torch.accelerator.max_memory_allocated(self._selected))
         except (RuntimeError, ValueError, NotImplementedError):
@@ -136,7 +136,7 @@ class TorchAccelerator(Accelerator):
         return self.default_generator(self._selected).get_state()
 
     def set_random_state(self, state: Tensor) -> None:
-        """Restore what `random_state` returned."""
+        """Restore a state that `random_state` returned."""
         self.default_generator(self._selected).set_state(state.cpu())
 
     def __repr__(self) -> str:
@@ -148,7 +148,7 @@ class TorchAccelerator(Accelerator):
     def _what_to_check(self) -> str:
         return "check its driver, and whether this process may use the device"
 
-    # -- inside --------------------------------------------------------------------------------------------
+    # -- internal ------------------------------------------------------------------------------------------
 
     @property
     def _selected(self) -> torch.device:
@@ -161,7 +161,7 @@ class TorchAccelerator(Accelerator):
             return None
 
     def _is_built(self) -> bool:
-        """Return whether this torch, or a package that extends it, can use devices of this kind where there are any."""
+        """Return whether this torch, or a package that extends it, supports devices of this kind."""
         if self._module() is None:
             return False
         current = torch.accelerator.current_accelerator()
@@ -173,7 +173,7 @@ class TorchAccelerator(Accelerator):
 
     def _why_not_built(self) -> str:
         if self._module() is None:
-            return f"torch has no module torch.{self._kind}: install the package that brings it, and import it"
+            return f"torch has no module torch.{self._kind}: install the package that adds it, and import it"
         return (
             f"this torch ({torch.__version__}) was built without {self._kind.upper()}: install a build of torch that "
             "has it"
@@ -198,7 +198,7 @@ class TorchAccelerator(Accelerator):
             return None
         if dist.is_backend_available(name):
             return name
-        # As on Windows, where torch has no NCCL, and gloo exchanges tensors of CUDA.
+        # For example on Windows, where torch has no NCCL, gloo exchanges CUDA tensors.
         serves = self._kind in dist.Backend.backend_capability.get("gloo", ())
         return "gloo" if serves and dist.is_backend_available("gloo") else None
 
@@ -210,13 +210,13 @@ class TorchAccelerator(Accelerator):
 
 
 def _why_not(name: str) -> str:
-    """Return why a name is not one of an accelerator and what to do, as the rest of a sentence."""
+    """Return why a name is not the name of an accelerator, with advice, as the rest of a sentence."""
     kind, _, index = name.partition(":")
     if kind in _NOT_ACCELERATORS:
         return _NOT_ACCELERATORS[kind]
     if index.isdecimal() and is_kind(kind):
         return f"this is the name of one device. Give the kind and the index: TorchAccelerator({kind!r}, index={index})"
     return (
-        f"torch {torch.__version__} knows no accelerator of that name. If another package brings it, import that "
+        f"torch {torch.__version__} knows no accelerator with that name. If another package adds it, import that "
         "package first"
     )

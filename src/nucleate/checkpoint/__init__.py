@@ -1,10 +1,10 @@
-"""Checkpoints of any format, of one model or of a whole training state, into any strategy.
+"""Checkpoints of any format, of one model or of a whole training state, for any strategy.
 
-`save`, `load` and `load_raw` are the way in. The rest of the package is theirs, in rooms of its own. `state` takes a
-state apart and names its tensors. `disk` makes a checkpoint whole or absent and keeps the last few. `rules` rename,
-join, split and transpose tensors between a file and a model. `stored` are tensors in files. `readers` tell what a file
-or folder holds. `loading` compares that with a model and fills it. `saving` is a state at one moment, and the part that
-this rank writes. `writers` are the formats. `tools` work on files alone: `convert`, `verify`, `inspect`.
+The entry points are `save`, `load` and `load_raw`. They use the subpackages. `state` takes a state apart and names its
+tensors. `disk` makes a checkpoint whole or absent, and keeps the last few. `rules` rename, join, split and transpose
+tensors between a file and a model. `stored` describes tensors in files. `readers` list the contents of a file or
+folder. `loading` compares the contents with a model and fills the model. `saving` holds a state at one moment, and the
+boxes that this rank writes. `writers` write the formats. `tools` work on files alone: `convert`, `verify`, `inspect`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nucleate.checkpoint.loading.report import Finding as Finding
     from nucleate.checkpoint.loading.report import LoadReport as LoadReport
     from nucleate.checkpoint.loading.stored_form import StoredForm as StoredForm
-    from nucleate.checkpoint.loading.stored_form import Taken as Taken
+    from nucleate.checkpoint.loading.stored_form import StoredSources as StoredSources
     from nucleate.checkpoint.raw_loader import load_raw as load_raw
     from nucleate.checkpoint.readers import Reader as Reader
     from nucleate.checkpoint.readers import open_checkpoint as open_checkpoint
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from nucleate.checkpoint.tools.verifier import VerifyReport as VerifyReport
     from nucleate.checkpoint.tools.verifier import verify as verify
 
-# The public names, and the modules that define them. A module is imported when a name is first used: who loads weights
-# needs neither the converter nor the writers.
+# The public names, and the modules that define them. A module is imported when a name is first used: a script that
+# loads weights needs neither the converter nor the writers.
 _PUBLIC = {
     "ConvertReport": "tools.converter",
     "Finding": "loading.report",
@@ -54,7 +54,7 @@ _PUBLIC = {
     "SaveHandle": "saving.handle",
     "Selection": "tools.selection",
     "StoredForm": "loading.stored_form",
-    "Taken": "loading.stored_form",
+    "StoredSources": "loading.stored_form",
     "VerifyReport": "tools.verifier",
     "add_prefix": "rules.key_map",
     "concatenate": "rules.functions",

@@ -1,7 +1,7 @@
-"""Loads a checkpoint into a state, after everything has been compared.
+"""The function `load`: it compares a checkpoint with a state, and then loads the checkpoint into the state.
 
-This file decides what each kind of entry takes from a checkpoint, and the order in which things happen on the
-ranks. What fits is decided in `plan`.
+This file decides which part of a checkpoint each kind of entry takes, and the order of the steps on the ranks.
+`load_plan` decides which tensors fit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nucleate.checkpoint.disk.series import resolve
-from nucleate.checkpoint.loading.load_plan import Plan
+from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.module_plan import Prepare, Ties, plan_module
 from nucleate.checkpoint.loading.optimizer_plan import plan_optimizer
 from nucleate.checkpoint.loading.report import Finding, LoadReport
@@ -37,43 +37,44 @@ def load(
     reader: str | Reader | None = None,
     prepare: Prepare | None = None,
 ) -> LoadReport:
-    """Load the checkpoint at `path` into `state`, and report what was done.
+    """Load the checkpoint at `path` into `state`, and return a report.
 
-    Modules and tensors are filled in place, or bound to the files where they are deferred; optimizers and objects are
-    loaded through their `load_state_dict`, plain values are replaced in the dict that holds them. A rank reads only
-    what it holds of sharded tensors. Every comparison is made before anything changes; only a disk that fails while
-    tensors are read can leave a mix.
+    Real modules and tensors are filled in place. Deferred ones are bound to the files. Optimizers and objects are
+    loaded through their `load_state_dict`. Plain values are replaced in the dict that holds them. A rank reads only its
+    own shards of sharded tensors. Everything is compared before anything changes. So only a disk that fails while
+    tensors are read can leave the state partly loaded.
 
     Args:
-        path: What was given to `save`, or any other checkpoint; rank 0's path counts.
-        state: What to load into, as it was given to `save`, or a part of it; None for all into the report.
+        path: The path that was given to `save`, or any other checkpoint; rank 0's path counts.
+        state: The state to load into, as it was given to `save`, or a part of that state. None reads everything into
+            the report.
         communicator: The ranks that load together.
-        strict: Refuse keys that are missing, unexpected or of another shape or dtype inside of what is asked for.
-            Otherwise what is missing or does not fit stays as it is (or is made by its recipe), with a warning, and
-            what is unexpected goes to the report.
-        remainder: Read what was not asked for, whole, on every rank. False saves that memory.
-        reader: The format's name, where it cannot be told from the files.
-        prepare: Called with each module and what is stored for it, by its names, before the two are compared.
+        strict: Refuse keys that are missing, unexpected or of another shape or dtype, in the entries of `state`.
+            Otherwise tensors that are missing or do not fit stay as they are (or are made by their recipes), with a
+            warning, and unexpected keys go to the report.
+        remainder: Read everything that `state` does not contain, whole, on every rank. False saves that memory.
+        reader: The format's name, if the files do not show it.
+        prepare: Called with each module and its stored tensors, by the module's own names, before they are compared.
 
     Returns:
-        What was loaded, missing and so on; as a dict, what the state did not ask for, tensors on the CPU. Empty with
-        `remainder=False`.
+        The report: the loaded keys, the missing keys and so on. As a dict, it holds the part of the checkpoint that
+        `state` does not contain, with tensors on the CPU. The dict is empty with `remainder=False`.
 
     Raises:
         CheckpointNotFoundError: There is no checkpoint at `path`.
         CheckpointKeyError: Keys are missing or unexpected.
         ShapeMismatchError: Tensors have other shapes.
         CheckpointError: The checkpoint is damaged, something in it is of another kind, or reading failed.
-        UsageError: A tensor has neither memory nor a recipe, an optimizer's parameters are deferred or in no module
+        UsageError: A tensor has neither memory nor a recipe, or an optimizer's parameters are deferred or in no module
             of the state.
         ConfigurationError: The state is not a dict, or has keys that are not strings.
         RankDisagreementError: The ranks' states differ.
-        RankFailedError: One of these happened on another rank.
+        RankFailedError: One of these errors happened on another rank.
     """
     where = communicator.broadcast(os.path.abspath(path))
     loading = f"loading the checkpoint {where}"
     with communicator.all_or_none(loading):
-        plan = Plan(open_checkpoint(resolve(where), reader))
+        plan = LoadPlan(open_checkpoint(resolve(where), reader))
         entries = list(entries_of({} if state is None else state))
     agree(entries, communicator)
     modules: dict[KeyPath, tuple[Any, Any]] = {}
@@ -105,22 +106,24 @@ def load(
     for key, finish in sorted(plan.finish, key=lambda item: order[item[0]]):
         with communicator.all_or_none(f"{loading}: {key}"):
             finish()
-    # Last: where warnings are errors, this one must not leave the other ranks waiting.
+    # The warning comes last: if warnings are errors, it must not leave the other ranks waiting.
     if plan.summary and communicator.rank == 0:
         warnings.warn(f"{loading}: {plan.summary}", stacklevel=2)
     return plan.report
 
 
-def _plan_module(plan: Plan, path: KeyPath, module: Any, state_dict: Any, names: ParameterNames, ties: Ties) -> None:
-    """Add the reading of a module to `plan`: straight into its parameters.
+def _plan_module(
+    plan: LoadPlan, path: KeyPath, module: Any, state_dict: Any, names: ParameterNames, ties: Ties
+) -> None:
+    """Add a module to `plan`, which reads directly into the module's parameters.
 
     Args:
-        plan: Receives what to read and what does not fit.
-        path: Where the module stands in the state.
+        plan: The plan; it receives the tensors to read and those that do not fit.
+        path: The module's place in the state.
         module: The module.
-        state_dict: The module's own.
+        state_dict: The module's `state_dict`.
         names: The keys of the parameters of all modules.
-        ties: What is read already, for tied tensors.
+        ties: The tensors that are read already, for tied tensors.
     """
     saved = plan.contents.at(path)
     if not isinstance(saved, dict):
@@ -137,16 +140,16 @@ def _plan_module(plan: Plan, path: KeyPath, module: Any, state_dict: Any, names:
             plan.report.unexpected.append(Finding(key_of((*path, fqn)), size_bytes))
 
 
-def _stored(plan: Plan, path: KeyPath) -> dict[str, str]:
-    """Return the names of a module's tensors to their keys in the checkpoint."""
+def _stored(plan: LoadPlan, path: KeyPath) -> dict[str, str]:
+    """Return the key in the checkpoint for each name of a module's stored tensors."""
     saved = plan.contents.at(path) if plan.contents.has(path) else None
     if not isinstance(saved, dict):
         return {}
     return {fqn: plan.contents.keys[(*path, fqn)] for fqn in saved if (*path, fqn) in plan.contents.keys}
 
 
-def _plan_object(plan: Plan, entry: Entry, names: ParameterNames) -> None:
-    # What it holds now says which of its tensors are sharded, and how; their values do not matter.
+def _plan_object(plan: LoadPlan, entry: Entry, names: ParameterNames) -> None:
+    # The object's current state tells which of its tensors are sharded, and how. Their values do not matter.
     current: dict[KeyPath, Tensor] = {}
     split(entry.value.state_dict(), entry.path, current)
 
@@ -160,7 +163,7 @@ def _plan_object(plan: Plan, entry: Entry, names: ParameterNames) -> None:
     plan.finish.append((entry.key, lambda: entry.value.load_state_dict(tree)))
 
 
-def _plan_tensor(plan: Plan, entry: Entry, names: ParameterNames) -> None:
+def _plan_tensor(plan: LoadPlan, entry: Entry, names: ParameterNames) -> None:
     check_tensor(entry.value, entry.key)
     if entry.path in plan.contents.keys:
         plan.fill(entry.key, plan.contents.tensors[plan.contents.keys[entry.path]], entry.value)
@@ -168,7 +171,7 @@ def _plan_tensor(plan: Plan, entry: Entry, names: ParameterNames) -> None:
         plan.unfit.append(f"{entry.key} is a tensor here but not in the checkpoint")
 
 
-def _plan_value(plan: Plan, entry: Entry, names: ParameterNames) -> None:
+def _plan_value(plan: LoadPlan, entry: Entry, names: ParameterNames) -> None:
     value = plan.tree(entry.path)
     plan.finish.append((entry.key, lambda: entry.holder.__setitem__(entry.path[-1], value)))
 
@@ -181,8 +184,8 @@ _PLANNERS = {
 }
 
 
-def _remainder(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
-    """Return what no entry takes, with tensors that are filled when the plan is executed."""
+def _remainder(plan: LoadPlan, entries: list[Entry]) -> dict[str, Any]:
+    """Return the part of the checkpoint that no entry takes. Executing the plan fills its tensors."""
     taken = {entry.path for entry in entries}
     looked_into = {path[:depth] for path in taken for depth in range(len(path))}
     found: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Loads the weights of any checkpoint into one model: `load_raw`.
+"""The function `load_raw`: it loads the weights of any checkpoint into one model.
 
-Where `load` reads back what `save` wrote of a whole training state, this reads what others wrote: a model's tensors by
-name, in any format, under other names if need be, from inside of something larger if need be.
+`load` reads a whole training state that `save` wrote. `load_raw` reads weights that others wrote: a model's tensors by
+name, in any format. The tensors may have other names, or be a part of a larger checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from nucleate.checkpoint.disk.series import resolve
-from nucleate.checkpoint.loading.load_plan import Plan
+from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.module_plan import Prepare, Ties, plan_module
 from nucleate.checkpoint.loading.report import Finding, LoadReport
 from nucleate.checkpoint.loading.tensor_map import map_tensors
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nucleate.cluster.communicator import Communicator
 
 
-def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
+def load_raw(  # noqa: PLR0913 - one call takes every option of a load
     path: str | os.PathLike[str],
     model: nn.Module,
     communicator: Communicator,
@@ -43,33 +43,35 @@ def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
 ) -> LoadReport:
     """Load a model's tensors from a checkpoint of any format.
 
-    A deferred model is bound to the files: nothing is read before `setup`, which reads, of each tensor, what this rank
-    owns of it. A model that is set up, or was never deferred, is filled in place.
+    A deferred model is bound to the files: nothing is read before `setup`, which reads only this rank's shard of each
+    tensor. A model that is set up, or was never deferred, is filled in place.
 
     Args:
         path: A file or folder; rank 0's path counts.
         model: The model.
         communicator: The ranks that load together.
-        strict: Refuse keys that are missing, unexpected or of another shape or dtype. Otherwise what is missing or does
-            not fit is made by its recipe, or stays as it is, with a warning.
-        prefix: Only the keys that begin with this, without it: `"model."` of a training checkpoint.
+        strict: Refuse keys that are missing, unexpected or of another shape or dtype. Otherwise tensors that are
+            missing or do not fit are made by their recipes, or stay as they are, with a warning.
+        prefix: Load only the keys that begin with this text, and remove it from the keys. An example is `"model."` in a
+            training checkpoint.
         keys: Other names for the keys, after `prefix`: a dict of regular expressions and replacements, a function, a
             rule such as `rename`, `concatenate` or `transpose`, or a list of these.
-        reader: The format's name, where it cannot be told from the files.
-        mmap: Let deferred tensors on the CPU lie in the file's own pages where dtype and layout are the file's: ready
-            at once, without memory of their own until they are written. The file must not be changed meanwhile.
-        prepare: Called with the model and what is stored for it, by its names, before the two are compared.
+        reader: The format's name, if the files do not show it.
+        mmap: Map deferred tensors on the CPU to the file's own pages, if they have the file's dtype and layout. They
+            are ready at once, and take no memory of their own until they are written. The file must not be changed
+            meanwhile.
+        prepare: Called with the model and its stored tensors, by the model's names, before they are compared.
 
     Returns:
-        What was loaded, missing, unexpected, mismatched, cast and tied.
+        The report: the loaded, missing, unexpected, mismatched, cast and tied keys.
 
     Raises:
         CheckpointNotFoundError: There is nothing at `path`, or nothing under `prefix`.
         CheckpointKeyError: Keys are missing or unexpected, or get the same name.
         ShapeMismatchError: Tensors have other shapes.
         CheckpointError: The checkpoint is damaged, or reading failed.
-        UsageError: `model` is no module, or a tensor of it has neither memory nor a recipe.
-        RankFailedError: One of these happened on another rank.
+        UsageError: `model` is not a module, or one of its tensors has neither memory nor a recipe.
+        RankFailedError: One of these errors happened on another rank.
     """
     where = communicator.broadcast(os.path.abspath(path))
     loading = f"loading {where}"
@@ -82,7 +84,7 @@ def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
         contents = open_checkpoint(resolve(where), reader)
         prefix = prefix or _only_module(contents)
         contents, stored = _stored(contents, prefix, keys)
-        plan = Plan(contents, maps=mmap)
+        plan = LoadPlan(contents, maps=mmap)
         if prepare is not None:
             prepare(model, {name: plan.tensors[key] for name, key in stored.items()})
         state_dict: dict[str, Any] = model.state_dict(keep_vars=True)
@@ -103,26 +105,26 @@ def load_raw(  # noqa: PLR0913 - one call says all there is to say of a load
     for _, finish in plan.finish:
         with communicator.all_or_none(loading):
             finish()
-    # Last: where warnings are errors, this one must not leave the other ranks waiting.
+    # The warning comes last: if warnings are errors, it must not leave the other ranks waiting.
     if plan.summary and communicator.rank == 0:
         warnings.warn(f"{loading}: {plan.summary}", stacklevel=2)
     return plan.report
 
 
 def _only_module(contents: Contents) -> str:
-    """Return the prefix of the one module that a checkpoint of `save` holds."""
+    """Return the prefix of the only module in a checkpoint that `save` wrote, or an empty one for other checkpoints."""
     if not contents.modules or () in contents.modules:
         return ""
     places = [f"{key_of(place)}." for place in contents.modules]
     if len(places) != 1:
         raise CheckpointKeyError(
-            f"{contents.path} holds {len(places)} models: {name_list(map(repr, places))}. Say which one by `prefix`."
+            f"{contents.path} holds {len(places)} models: {name_list(map(repr, places))}. Choose one with `prefix`."
         )
     return places[0]
 
 
 def _place(contents: Contents, prefix: str) -> KeyPath | None:
-    """Return where in the skeleton the keys behind a prefix stand, if they stand together."""
+    """Return the place in the skeleton where all keys with a prefix stand, or None if there is no such place."""
     waiting: list[KeyPath] = [()]
     while waiting:
         place = waiting.pop()
@@ -136,7 +138,7 @@ def _place(contents: Contents, prefix: str) -> KeyPath | None:
 
 
 def _is_inside(name: str, state_dict: dict[str, Any], contents: Contents, place: KeyPath | None) -> bool:
-    """Return whether a key belongs to a value of the module that is no tensor, such as a dict with tensors in it."""
+    """Return whether a key belongs to a value of the module that is not a tensor, such as a dict with tensors."""
     if place is None:
         return False
     return any(
@@ -146,7 +148,7 @@ def _is_inside(name: str, state_dict: dict[str, Any], contents: Contents, place:
 
 
 def _stored(contents: Contents, prefix: str, keys: KeyMap | None) -> tuple[Contents, dict[str, str]]:
-    """Return the contents with what rules make of them, and the names that a model may ask for, to keys in them."""
+    """Return the contents with the tensors that rules make, and the key for each name that a model may ask for."""
     names = {key_of(path): key for path, key in contents.keys.items()}
     if prefix:
         under = {name[len(prefix) :]: key for name, key in names.items() if name.startswith(prefix)}
@@ -163,15 +165,15 @@ def _stored(contents: Contents, prefix: str, keys: KeyMap | None) -> tuple[Conte
     tensors = dict(contents.tensors)
     known = {id(tensor): key for key, tensor in contents.tensors.items()}
     for name, tensor in found.items():
-        # What is made may have the name of something in the file.
+        # A tensor that a rule makes may have the name of a tensor in the file.
         key = known.setdefault(id(tensor), f"{name} of {tensor.origin}")
         tensors[key] = tensor
         stored[name] = key
     return dataclasses.replace(contents, tensors=tensors), stored
 
 
-def _suggest(plan: Plan, stored: dict[str, str], state_dict: dict[str, Any]) -> None:
-    """Where nothing fits because all keys have one prefix more, say so instead of listing them."""
+def _suggest(plan: LoadPlan, stored: dict[str, str], state_dict: dict[str, Any]) -> None:
+    """Raise an error that names the prefix, if nothing fits only because all keys have one more prefix."""
     wanted = [name for name, value in state_dict.items() if isinstance(value, Tensor)]
     if not wanted or any(name in stored for name in wanted):
         return
@@ -180,6 +182,6 @@ def _suggest(plan: Plan, stored: dict[str, str], state_dict: dict[str, Any]) -> 
             prefix = name[: -len(wanted[0])]
             if all(prefix + other in stored for other in wanted):
                 raise CheckpointKeyError(
-                    f"no key of {plan.contents.path} is one of the model's, but all of them are there behind "
+                    f"{plan.contents.path} holds none of the model's keys, but all of them are there behind "
                     f"{prefix!r}. Pass prefix={prefix!r}."
                 )

@@ -1,4 +1,4 @@
-"""The part of a save that touches the disk, which may run in the background."""
+"""The job of a save: the part that touches the disk, which may run in the background."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 
 from nucleate.checkpoint.disk.lock import SaveLock
 from nucleate.checkpoint.disk.series import Series
-from nucleate.checkpoint.disk.target import Target, discard
+from nucleate.checkpoint.disk.target import CheckpointTarget, discard
 from nucleate.checkpoint.saving.snapshot import Snapshot
 from nucleate.checkpoint.writers.base import Writer
 from nucleate.cluster.save_group import SaveGroup
 
 
 class SaveJob:
-    """A lock, a draft, and the name at the end."""
+    """One save on disk: it locks the name, writes a draft, and gives the draft the name."""
 
     def __init__(
-        self, snapshot: Snapshot, writer: Writer, target: Target, series: Series | None, group: SaveGroup
+        self, snapshot: Snapshot, writer: Writer, target: CheckpointTarget, series: Series | None, group: SaveGroup
     ) -> None:
         self._snapshot: Snapshot | None = snapshot
         self._writer = writer
@@ -28,7 +28,7 @@ class SaveJob:
         self._saving = f"saving the checkpoint {target.path}"
 
     def prepare(self, copied: bool) -> None:
-        """Make sure that this job may write, and copy the state where training is to go on."""
+        """Take the lock and name the draft. If `copied`, copy the state, because training continues meanwhile."""
         try:
             with self._group.all_or_none(self._saving):
                 if self._group.rank == 0:
@@ -46,7 +46,7 @@ class SaveJob:
             raise
 
     def run(self) -> None:
-        """Write the draft, give it its name, and delete what is old."""
+        """Write the draft, give it the checkpoint's name, and delete old checkpoints."""
         try:
             draft = self._group.broadcast(self._draft)
             assert draft is not None, "rank 0 made it"
@@ -58,15 +58,15 @@ class SaveJob:
                     self._target.commit(draft)
                     if self._series is not None:
                         self._series.add(self._target.path)
-                # In here: when `save` returns on any rank, nothing of it is left.
+                # Inside the block: when `save` returns on any rank, the lock and the draft are gone.
                 self.clean_up()
         finally:
-            # An error keeps this frame, and the copy of the state must go.
+            # An error keeps this frame alive, but the copy of the state must be freed.
             self._snapshot = None
             self.clean_up()
 
     def clean_up(self) -> None:
-        """Give up what was not given its name; nothing of it is left."""
+        """Delete a draft that did not get the checkpoint's name, and release the lock."""
         if self._draft is not None:
             discard(self._draft)
         if self._lock is not None:

@@ -1,7 +1,8 @@
-"""Saves a state as one checkpoint, the same for every strategy and number of ranks.
+"""The function `save`: it saves a state as one checkpoint, the same for every strategy and number of ranks.
 
-This file decides the order in which things happen on the ranks. What a state consists of is decided in `state` and
-`saving`, how the checkpoint becomes whole and which old ones go in `disk`, and what its files hold in `writers`.
+This file decides the order of the steps on the ranks. `state` and `saving` decide which tensors and values a state
+consists of. `disk` decides how the checkpoint becomes whole, and which old checkpoints are deleted. `writers` decide
+the contents of the files.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from nucleate.cluster.save_group import SaveGroup
 if TYPE_CHECKING:
     from nucleate.cluster.communicator import Communicator
 
-# Saves from several threads take turns: there is one under way, or waited for, at a time.
+# Saves from several threads take turns: one save runs, or is waited for, at a time.
 _turn = threading.RLock()
 
 
-def save(  # noqa: PLR0913 - one call says all there is to say of a save
+def save(  # noqa: PLR0913 - one call takes every option of a save
     path: str | os.PathLike[str],
     state: dict[str, Any] | nn.Module,
     communicator: Communicator,
@@ -41,43 +42,45 @@ def save(  # noqa: PLR0913 - one call says all there is to say of a save
     keep_last: int | str | None = None,
     keys: KeyMap | None = None,
 ) -> SaveHandle | None:
-    """Save `state` at `path`, replacing the checkpoint that is there.
+    """Save `state` at `path`, and replace a checkpoint that is there.
 
-    Every rank calls this with the same state. A save is whole or absent: a process that is killed at any moment
-    leaves the previous checkpoint. Sharded tensors are saved whole, by the ranks that hold them; of plain tensors
-    and values rank 0's count. Tied parameters are saved once.
+    Every rank calls this with the same state. A save is whole or absent: if a process is killed at any moment, the
+    previous checkpoint stays. The ranks that hold a sharded tensor save it whole. Plain tensors and values are
+    saved from rank 0. Tied parameters are saved once.
 
     Args:
-        path: Where; rank 0's counts. An ending `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` stands for one file of
-            that format, any other name for a folder. On several nodes it must be on a file system that all share.
+        path: The checkpoint's path; rank 0's path counts. The endings `.safetensors`, `.pt`, `.pth`, `.bin` and
+            `.ckpt` stand for one file of that format, any other name for a folder. Several nodes must share its file
+            system.
         state: Modules, optimizers, objects with `state_dict` and `load_state_dict`, tensors and plain values, by
-            name; dicts may be nested. An optimizer needs the module that has its parameters in the same state. Or one
-            module by itself, whose keys then have no prefix.
+            name. Dicts may be nested. The state of an optimizer must also contain the module that has its parameters.
+            Alternatively one module, whose keys then have no prefix.
         communicator: The ranks that save together.
-        format: Of a folder: `"dcp"` (the default) or `"safetensors"`, which Hugging Face's libraries read; or the name
-            of an installed writer. The ending of such a writer stands for one file of its format as well.
-        filter: Entry to a function of key and value that says what of it is saved; `"a.b"` names a nested entry.
-            The function alone where the state is one module.
-        max_shard_size: How large the files of a safetensors folder may be, such as `"5GB"` or a number of bytes.
+        format: The format of a folder: `"dcp"` (the default), `"safetensors"`, which Hugging Face's libraries read, or
+            the name of an installed writer. The ending of such a writer also stands for one file of its format.
+        filter: For an entry's name, a function of key and value that returns whether to save them. `"a.b"` names a
+            nested entry. If the state is one module, the function alone.
+        max_shard_size: The largest size of the files of a safetensors folder: `"5GB"` or the like, or a number of
+            bytes.
         asynchronous: Return as soon as this rank's part is copied to CPU memory, and write in the background.
-        keep_last: Keep that many of the checkpoints that were saved next to each other with `keep_last`, and delete
-            the oldest; `"all"` deletes none. The file `latest` beside them leads to the newest one.
-        keys: Other names in the checkpoint, where the state is one module: a dict of regular expressions and
-            replacements, a function, a rule such as `split` or `transpose`, or a list of these. Every rank writes its
-            own parts of what rules make, too.
+        keep_last: How many of the checkpoints that were saved into the same folder with `keep_last` stay. The oldest
+            are deleted; `"all"` deletes no checkpoint. The file `latest` beside them leads to the newest checkpoint.
+        keys: Other names in the checkpoint, if the state is one module: a dict of regular expressions and
+            replacements, a function, a rule such as `split` or `transpose`, or a list of these. Every rank also writes
+            its own parts of the tensors that rules make.
 
     Returns:
-        With `asynchronous`, a handle to wait for; else None.
+        A handle to wait for with `asynchronous`, else None.
 
     Raises:
-        CheckpointKeyError: A rule finds nothing, or not all that belongs together, or two tensors get one name.
+        CheckpointKeyError: A rule finds no tensors, or not all that belong together, or two tensors get one name.
         ShapeMismatchError: Tensors that a rule joins do not fit together, or sizes do not add up.
-        CheckpointError: Something is in the way at `path`, a value cannot be saved, writing failed, or another job
-            saves there; also when an asynchronous save before this one failed and nobody waited for it.
+        CheckpointError: Something other than a checkpoint is at `path`, a value cannot be saved, writing failed, or
+            another job saves there. Also if an earlier asynchronous save failed and nobody waited for it.
         UsageError: A tensor is still deferred, or an optimizer's parameters are in no module of the state.
-        ConfigurationError: The state is not a dict or has keys that are not strings, or options contradict each other.
+        ConfigurationError: The state is not a dict, has keys that are not strings, or options contradict each other.
         RankDisagreementError: The ranks' states differ.
-        RankFailedError: One of these happened on another rank.
+        RankFailedError: One of these errors happened on another rank.
     """
     with _turn:
         unheard = settle()
@@ -93,9 +96,9 @@ def save(  # noqa: PLR0913 - one call says all there is to say of a save
         options = {"format": writer.name, "max_shard_size": max_shard_size, "asynchronous": asynchronous}
         agree(entries, group, {**options, "keep_last": keep_last})
         for entry in sorted(entries, key=lambda entry: entry.kind is not Kind.MODULE):
-            # One block for each: a state_dict may gather over the ranks, and must not wait for a rank that failed.
+            # Each entry has its own block: a state_dict may gather over the ranks, and must not wait for a failed rank.
             with group.all_or_none(f"{saving}: {entry.title}"):
-                snapshot.take(entry)
+                snapshot.add(entry)
         with group.all_or_none(saving):
             snapshot.close(group.rank, keys)
             writer.check(snapshot)

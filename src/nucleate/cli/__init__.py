@@ -1,4 +1,4 @@
-"""The command `nucleate`: looks into checkpoints, converts them, and verifies them."""
+"""The command `nucleate`: it inspects, converts and verifies checkpoints."""
 
 from nucleate.cli.command import main
 

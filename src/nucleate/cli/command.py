@@ -1,8 +1,8 @@
-"""What is run when `nucleate` is.
+"""Entry point of the command `nucleate`.
 
-This file decides what is common to all commands: how they are found, how errors reach the user, and what the exit
-status means. A command is a file of this package with `add`, which describes its arguments, and `run`, which imports
-what it needs: `nucleate --help` must not wait for torch.
+This file holds the common part of all commands: the list of commands, the output of errors, and the meaning of the exit
+status. A command is a file of this package with `add`, which describes its arguments, `sources`, which returns its
+input paths, and `run`. Only `run` imports torch, because `nucleate --help` must not wait for torch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from nucleate.errors import (
     UsageError,
 )
 
-#: A checkpoint is damaged, or not equal to another, or could not be written.
+#: A checkpoint is damaged, differs from another one, or could not be written.
 FAILED = 1
-#: What was asked for makes no sense: wrong arguments, nothing at a path.
+#: The request makes no sense: wrong arguments, or nothing at a path.
 MISUSED = 2
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_INTERRUPTED = 130  # 128 + SIGINT, as in shells
 _PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 _EPILOG = "exit status: 0 all is well, 1 damaged, unequal or failed, 2 wrong arguments or nothing at a path"
@@ -39,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     Args:
-        argv: The arguments; by default those of the process.
+        argv: The arguments; by default the arguments of the process.
     """
     args = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
-        # What a terminal has no letters for is no reason to fail.
+        # A character that the terminal cannot show must not cause an error.
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")
     try:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # Whoever read has seen enough, as `head` does. What is still buffered must not be tried again at exit.
+        # The reader has closed the pipe, as `head` does. Python must not write the rest of its buffer again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
     except KeyboardInterrupt:
@@ -69,9 +69,9 @@ def _status(error: NucleateError, args: argparse.Namespace) -> int:
     if isinstance(error, (ConfigurationError, UsageError, MissingDependencyError)):
         return MISUSED
     if isinstance(error, CheckpointNotFoundError):
-        # Nothing has that name, or a file of it is missing.
+        # Nothing has that name, or a file of the checkpoint is missing.
         return FAILED if all(os.path.lexists(path) for path in args.sources(args)) else MISUSED
-    # Only what the user chose by name raises this; readers do not.
+    # Only names that the user chose raise this error; readers do not.
     return MISUSED if isinstance(error, CheckpointKeyError) else FAILED
 
 
@@ -83,7 +83,8 @@ def _fail(args: argparse.Namespace, message: str, status: int) -> int:
 
 
 def _wants_traceback(args: argparse.Namespace) -> bool:
-    # Given before the command or after it; absent otherwise, so that the one does not undo the other.
+    # The option may come before or after the command. It is absent if not given, so that one parser does not undo the
+    # other's.
     return getattr(args, "traceback", False)
 
 
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error arose")
     parser = argparse.ArgumentParser(
         prog="nucleate",
-        description="Look into checkpoints of any format, convert them, verify them.",
+        description="Inspect, convert and verify checkpoints of any format.",
         epilog=_EPILOG,
         parents=[common],
         allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""Write a checkpoint of any format again in any other, bit for bit and in constant memory. DST is whole or absent."""
+"""Write a checkpoint of any format in another format, bit for bit and in constant memory. DST is whole or absent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DTYPES = {
     "fp64": "float64",
     **{name: name for name in ("bfloat16", "float16", "float32", "float64")},
 }
-# The first that is no part of `(?=` or `(?<=`.
+# An `=` that is not a part of `(?=` or `(?<=`; the first one counts.
 _EQUALS = re.compile(r"(?<!\(\?)(?<!\(\?<)=")
 
 
@@ -33,29 +33,29 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", metavar="DST", help="FILE.safetensors, FILE.pt, .pth, .bin or .ckpt for one file, else a folder"
     )
-    parser.add_argument("--format", choices=WRITERS.names(), help="of DST, where it is a folder")
+    parser.add_argument("--format", choices=WRITERS.names(), help="the format of a DST folder")
     parser.add_argument(
         "--dtype", choices=sorted(_DTYPES), metavar="DTYPE", help="cast models to bf16, fp16, fp32, ..."
     )
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of safetensors files (default 5GB)")
-    parser.add_argument("--only", default="", metavar="ENTRY", help="only this entry of a training state, as the whole")
-    parser.add_argument("--prefix", default="", help="only tensors whose names begin so, without it")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file, default 5GB")
+    parser.add_argument("--only", default="", metavar="ENTRY", help="only this entry of a training state, alone")
+    parser.add_argument("--prefix", default="", help="only tensors whose names begin with PREFIX, which is removed")
     parser.add_argument(
         "--keys",
         action="extend",
         nargs="+",
         default=[],
         metavar="REGEX=REPL|FILE.toml",
-        help="rename tensors: what REGEX finds becomes REPL, one after the other; or the rules in FILE.toml, which may "
-        "join, split, transpose and permute tensors too",
+        help="rename tensors: replace matches of REGEX by REPL, one pair after the other; or apply the rules in "
+        "FILE.toml, which may join, split, transpose and permute tensors too",
     )
     parser.add_argument("--inverse", action="store_true", help="undo the rules of --keys FILE.toml")
     parser.add_argument("--force", action="store_true", help="replace the checkpoint at DST")
-    parser.add_argument("--reader", metavar="NAME", help="the format of SRC, where it cannot be told from the files")
+    parser.add_argument("--reader", metavar="NAME", help="the format of SRC, if the files do not show it")
 
 
 def sources(args: argparse.Namespace) -> list[str]:
-    """Return the paths that must be there."""
+    """Return the paths that must exist."""
     return [args.source]
 
 
@@ -96,7 +96,7 @@ def _keys(arguments: list[str], undo: bool) -> list[KeyMap]:
     from nucleate.checkpoint import inverse, read_rules
 
     if undo and not (arguments and all(_is_file(each) for each in arguments)):
-        raise ConfigurationError("--inverse undoes the rules of --keys FILE.toml, and takes nothing else in --keys.")
+        raise ConfigurationError("--inverse undoes the rules of --keys FILE.toml; --keys must name only such files.")
     found: list[KeyMap] = [read_rules(each) if _is_file(each) else _renaming(each) for each in arguments]
     if undo:
         return [inverse(read_rules(each)) for each in reversed(arguments)]

@@ -1,4 +1,4 @@
-"""Show what a checkpoint of any format holds, from its headers alone: no tensor is read."""
+"""Show the contents of a checkpoint of any format, from its headers alone: no tensor is read."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from nucleate.errors import ConfigurationError
 if TYPE_CHECKING:
     from nucleate.checkpoint.stored import Contents, StoredTensor
 
-HELP = "show what a checkpoint holds"
+HELP = "show the contents of a checkpoint"
 
-#: Of what `--json` writes; it goes up when a field changes or goes away.
+#: The version of the JSON document. It increases when a field changes or goes away.
 JSON_VERSION = 1
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     parser.add_argument("path", metavar="PATH", help="a file or folder of any format")
-    parser.add_argument("--keys", metavar="REGEX", default="", help="only tensors whose names this is found in")
-    parser.add_argument("--values", action="store_true", help="also show everything that is no tensor")
+    parser.add_argument("--keys", metavar="REGEX", default="", help="only tensors whose names match REGEX")
+    parser.add_argument("--values", action="store_true", help="also show everything that is not a tensor")
     parser.add_argument("--json", action="store_true", help="write JSON, complete with offsets")
-    parser.add_argument("--reader", metavar="NAME", help="the format, where it cannot be told from the files")
+    parser.add_argument("--reader", metavar="NAME", help="the format of PATH, if the files do not show it")
 
 
 def sources(args: argparse.Namespace) -> list[str]:
-    """Return the paths that must be there."""
+    """Return the paths that must exist."""
     return [args.path]
 
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         pattern = re.compile(args.keys)
     except re.error as error:
-        raise ConfigurationError(f"--keys {args.keys!r} is no regular expression: {error}.") from error
+        raise ConfigurationError(f"--keys {args.keys!r} is not a regular expression: {error}.") from error
     with _uncollected():
         from nucleate.checkpoint.disk import resolve
         from nucleate.checkpoint.readers import open_checkpoint
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Keep Python from looking for garbage: there is none, and with many tensors it looks for a third of the time."""
+    """Turn garbage collection off: there is no garbage, and with many tensors the search takes a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -69,7 +69,7 @@ def _uncollected() -> Iterator[None]:
 
 
 class _View:
-    """The contents of a checkpoint, as far as they are asked for."""
+    """The part of a checkpoint's contents that the user asked for."""
 
     def __init__(self, contents: Contents, pattern: re.Pattern[str]) -> None:
         from nucleate.checkpoint.state import key_of
@@ -77,7 +77,7 @@ class _View:
         self._contents = contents
         self._root = contents.path if contents.path.is_dir() else contents.path.parent
         self._known: dict[str, str] = {}
-        # Every name, those of tied tensors too.
+        # Every name, also all names of tied tensors.
         names = {key_of(place): key for place, key in contents.keys.items()}
         self._names = {name: key for name, key in names.items() if pattern.search(name)}
         self._tensors = {key: contents.tensors[key] for key in dict.fromkeys(self._names.values())}
@@ -88,7 +88,7 @@ class _View:
         }
 
     def table(self, with_values: bool) -> list[str]:
-        """Return the lines of the table and what is below it."""
+        """Return the lines of the table and the lines below it."""
         from nucleate.report.memory import format_bytes
 
         rows = [["tensor", "dtype", "shape", "size", "file"]]
@@ -216,7 +216,7 @@ class _View:
 
     @property
     def _num_parameters(self) -> int:
-        """How many elements the models have; all tensors where it is not known which are models."""
+        """The number of elements of the models' tensors, or of all tensors if no model is known."""
         return sum(
             stored.numel
             for key, stored in self._tensors.items()
@@ -243,9 +243,9 @@ class _View:
         return self._name(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
     def _name(self, file: str) -> str:
-        """Return the name of a file, from the checkpoint's folder on."""
+        """Return the name of a file, relative to the checkpoint's folder."""
         if file not in self._known:
-            is_path = os.path.isabs(file)  # Else it names what was never a file by itself.
+            is_path = os.path.isabs(file)  # Any other name was never a file by itself.
             self._known[file] = os.path.relpath(file, self._root) if is_path else file
         return self._known[file]
 
@@ -268,7 +268,7 @@ def _only(names: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it; what JSON does not know as `{"repr": ...}`."""
+    """Return a value in JSON's form, or as `{"repr": ...}` if JSON has no form for it."""
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, (dict, list, tuple)) and not value:

@@ -1,4 +1,4 @@
-"""Text for terminals: tables, numbers, and names that strangers chose."""
+"""Text for terminals: tables, numbers, and names from files that are not trusted."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
-# Narrower, a name says nothing any more.
+# In a narrower column, a name says nothing any more.
 _MIN_WIDTH = 16
 _BLOCK_LINES = 256
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Return `text` with everything escaped that would do something to a terminal instead of being shown.
+    r"""Return `text` with escapes for characters that control a terminal instead of being shown.
 
     Args:
-        text: From a file, perhaps.
-        keep: Characters to leave.
+        text: A text that may come from a file.
+        keep: Characters that stay unescaped.
 
     >>> printable("a\x1b[2Jb")
     'a\\x1b[2Jb'
@@ -40,7 +40,7 @@ def count(number: int, noun: str) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """Return `text` at most that wide, without its middle.
+    """Return `text`, without its middle if it is longer than `width`.
 
     >>> cut("model.layers.0.weight", 13)
     'model...eight'
@@ -52,30 +52,30 @@ def cut(text: str, width: int) -> str:
 
 
 def write(lines: Iterable[str]) -> None:
-    """Write lines to stdout, not all at once: without a buffer, what a closed pipe did not take is lost silently."""
+    """Write lines to stdout in blocks: without a buffer, Python silently loses the rest that a closed pipe refuses."""
     for block in batched(lines, _BLOCK_LINES):
         sys.stdout.write("".join(f"{line}\n" for line in block))
 
 
 def batched(lines: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Yield lists of so many lines; the last may be shorter."""
+    """Yield lists of `size` lines; the last one may be shorter."""
     waiting = iter(lines)
     while block := list(islice(waiting, size)):
         yield block
 
 
 def width() -> int | None:
-    """Return how wide a line may be; None where nobody looks at it in a terminal."""
+    """Return the greatest width of a line; None if stdout is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), wide: int | None = None) -> list[str]:
-    """Return the lines of a table, the first row of which is its head.
+    """Return the lines of a table, whose first row is its head.
 
     Args:
-        rows: Of equal lengths.
+        rows: Rows of equal lengths.
         right: The columns that are aligned to the right.
-        wide: What fits; the first and the last column are cut where it is less than is needed.
+        wide: The greatest width of a line. The last and the first column are cut if the table is wider.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     last = len(widths) - 1

@@ -1,4 +1,4 @@
-"""Read every byte of a checkpoint and report what is damaged; compare it with another one, bit for bit."""
+"""Read every byte of a checkpoint and report damage; compare the checkpoint with another one, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from nucleate.cli import text
 if TYPE_CHECKING:
     from nucleate.checkpoint.tools.verifier import VerifyReport
 
-HELP = "read all of a checkpoint, report damage, compare"
+HELP = "read a whole checkpoint, report damage, compare"
 
-#: Of what `--json` writes; it goes up when a field changes or goes away.
+#: The version of the JSON document. It increases when a field changes or goes away.
 JSON_VERSION = 1
 
 
@@ -22,18 +22,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     parser.add_argument("path", metavar="PATH", help="a file or folder of any format")
     parser.add_argument("--against", metavar="OTHER", help="compare with this checkpoint, of any format, bit for bit")
-    parser.add_argument("--hash", action="store_true", help="print a SHA-256 of each tensor, and one of all")
+    parser.add_argument("--hash", action="store_true", help="print a SHA-256 of each tensor, and one of all tensors")
     parser.add_argument("--json", action="store_true", help="write JSON")
-    parser.add_argument("--reader", metavar="NAME", help="the format of PATH, where it cannot be told from the files")
+    parser.add_argument("--reader", metavar="NAME", help="the format of PATH, if the files do not show it")
 
 
 def sources(args: argparse.Namespace) -> list[str]:
-    """Return the paths that must be there."""
+    """Return the paths that must exist."""
     return [args.path] if args.against is None else [args.path, args.against]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify, with a progress bar; the exit status says whether all is well."""
+    """Verify, with a progress bar, and return the exit status."""
     from nucleate.checkpoint.tools.verifier import verify
     from nucleate.report.meter import metered
 

@@ -1,4 +1,4 @@
-"""Which process this is, how the processes find each other, and what they say to one another."""
+"""The processes of a run: the place of this process among them, and how they find each other and communicate."""
 
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment

@@ -1,4 +1,4 @@
-"""Do the ranks hold the same recipes, and would they make the same of them?"""
+"""The agreement of ranks before materialization: on their recipes, and on the bits that they would make."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from nucleate.errors import RankDisagreementError, name_list
 def verify_same_model(
     digest: str, communicator: Communicator, numerics: Numerics | None = None, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Check that every rank deferred the same model and would make the same of it, before anything is made.
+    """Check before materialization that every rank deferred the same model and would make the same bits.
 
     Args:
-        digest: This rank's fingerprint of what it recorded.
-        communicator: Of this process.
-        numerics: What this rank's bits depend on.
-        settings: Arguments that every rank must have been given alike, by name.
+        digest: The fingerprint of this rank's recipes.
+        communicator: The communicator of this process.
+        numerics: The facts that this rank's bits depend on.
+        settings: Arguments that must be equal on all ranks, by name.
 
     Raises:
-        RankDisagreementError: Ranks recorded different constructions, were given different settings, or have CPUs,
-            thread counts or torch builds that would make different bits of this model; on every rank.
+        RankDisagreementError: Ranks recorded different constructions, got different settings, or have CPUs, thread
+            counts or torch builds that would make different bits of this model. Every rank raises it.
     """
     ranks = communicator.gather_objects((digest, numerics or Numerics(), dict(settings or {})))
     for name, value in ranks[0][2].items():
         for rank, (_, _, other) in enumerate(ranks):
             if other.get(name) != value:
                 raise RankDisagreementError(
-                    f"{name} is {value!r} on rank 0 but {other.get(name)!r} on rank {rank}. Give all the same."
+                    f"{name} is {value!r} on rank 0 but {other.get(name)!r} on rank {rank}. Make all ranks equal."
                 )
     others = [rank for rank, (other, _, _) in enumerate(ranks) if other != ranks[0][0]]
     if others:
         raise RankDisagreementError(
             f"rank {name_list(map(str, others))} constructed another model than rank 0, or loaded other values into "
-            "it: other operations, shapes, seeds or state dicts. Construct and load the same on every rank: take "
-            "nothing from the rank, the host or a rank-dependent seed, and load on all ranks, not on rank 0 alone."
+            "it: other operations, shapes, seeds or state dicts. Construct and load the same model on every rank: use "
+            "nothing that depends on the rank, the host or a seed of the rank, and load on all ranks, not on rank 0 "
+            "alone."
         )
     differs = disagreement([other for _, other, _ in ranks])
     if differs is not None:
@@ -55,9 +56,9 @@ def share_generators(
     """Give every rank the states of rank 0's generators: torch's, the device's, Python's and NumPy's.
 
     Args:
-        communicator: Of this process.
-        device_state: Returns the state of the device's generator, or None where that is torch's.
-        set_device_state: Puts the device's generator into a state.
+        communicator: The communicator of this process.
+        device_state: Returns the state of the device's own generator, or None where the device has none of its own.
+        set_device_state: Sets the state of the device's generator.
     """
     numpy = sys.modules.get("numpy")
     state = (

@@ -1,7 +1,7 @@
-"""What the ranks say to one another: thin over torch.distributed, and right without it for a single process.
+"""The communication between ranks: a thin layer over torch.distributed, which a single process does not need.
 
-This file decides what happens to values of every type and shape, and how a failure on one rank reaches the
-others. Who the ranks are is the environment's business, starting the group the process group's.
+This module decides how values of every type and shape travel, and how a failure on one rank reaches the others.
+`environment.py` knows the ranks, and `process_group.py` starts the group.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What callers may ask for, and the name of torch.distributed's operation that does it.
+# The allowed operations, and the names of the operations of torch.distributed that do them.
 _OPS = {"mean": "SUM", "avg": "SUM", "sum": "SUM", "min": "MIN", "max": "MAX", "product": "PRODUCT"}
 
-# Numbers the `all_or_none` blocks of this process: ranks enter them in one order, so they count alike.
+# Numbers the `all_or_none` blocks of this process. All ranks enter them in the same order, so the numbers agree.
 _blocks = count()
 
 
 class Communicator(Ranks):
-    """The collectives of one process. With one process each returns at once, in the same shape and type.
+    """The collectives of one process. In a run of one process, each returns at once, in the same shape and type.
 
-    Every method must be called by every rank, in the same order.
+    Every rank must call every method, in the same order.
     """
 
     def __init__(self, environment: Environment, device: torch.device) -> None:
-        """Remember who speaks and from where.
+        """Remember the place of this process and its device.
 
         Args:
-            environment: Which process this is, of how many.
-            device: Where numbers become tensors, and where received accelerator tensors are put.
+            environment: The place of this process among all processes.
+            device: The device on which numbers become tensors, and which receives accelerator tensors.
         """
         self.environment = environment
         self.device = device
 
     @property
     def rank(self) -> int:
-        """This process among all."""
+        """The number of this process among all processes."""
         return self.environment.global_rank
 
     @property
     def world_size(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
         return self.environment.world_size
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this method."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -69,28 +69,28 @@ class Communicator(Ranks):
         """Return rank `src`'s object on every rank.
 
         Tensors inside dicts, lists, tuples and dataclasses arrive on this rank's device if they were on an
-        accelerator, else on the CPU; they carry no gradient history. Everything else is pickled.
+        accelerator, else on the CPU. They carry no gradient history. Everything else is pickled.
 
         Args:
-            obj: Any object that can be pickled; it matters on rank `src` only.
-            src: The rank that speaks.
+            obj: Any object that can be pickled. Only the object of rank `src` matters.
+            src: The rank that sends its object.
 
         Raises:
             ConfigurationError: There is no rank `src`.
-            RankFailedError: Rank `src` could not send its object, such as one that cannot be pickled.
+            RankFailedError: Rank `src` could not send its object, for example because it cannot be pickled.
         """
         if not 0 <= src < self.world_size:
             raise ConfigurationError(f"broadcast from rank {src}, but the ranks are 0 to {self.world_size - 1}.")
         if self.world_size == 1:
             return obj
-        # Not at the top of the file: it imports a parser of version numbers, and one process does not need it.
+        # Imported here: it imports a parser of version numbers, which a single process does not need.
         from lightning_utilities.core.apply_func import apply_to_collection
 
         tensors: list[Tensor] = []
         skeleton: Any = None
         with self.all_or_none("broadcast"):
             if self.rank == src:
-                # Pickled here and not by torch, so that a failure comes before anybody waits for the message.
+                # Pickled here and not by torch, so that a failure comes before any rank waits for the message.
                 skeleton = pickle.dumps(apply_to_collection(obj, Tensor, lambda tensor: _Slot.put(tensor, tensors)))
         message = [skeleton]
         dist.broadcast_object_list(message, src=src)
@@ -121,8 +121,8 @@ class Communicator(Ranks):
         Args:
             data: A tensor, a number, or a collection of them; each becomes a tensor `(world_size, *shape)`.
                 Anything else in the collection stays as it is on this rank.
-            sync_grads: Let gradients flow back to the rank that each slice came from. Then every rank must
-                run backward.
+            sync_grads: Whether gradients flow back to the rank that each slice came from. Then every rank must run
+                backward.
 
         Raises:
             RankDisagreementError: The ranks' tensors differ in number, shape, dtype or kind of device.
@@ -139,11 +139,10 @@ class Communicator(Ranks):
         return leaves.map(gather)
 
     def all_reduce(self, data: Any, reduce_op: str = "mean") -> Any:
-        """Return the ranks' `data` combined, equal on every rank; `data` itself is not modified.
+        """Return the combined `data` of all ranks, equal on every rank. `data` itself does not change.
 
-        The result carries no gradient history. Integers keep every digit: sums and products of integers come
-        back as int64, as `torch.sum` does, and their mean in the default floating point dtype. Half
-        precision is summed in float32.
+        The result carries no gradient history. Integers keep every digit: sums and products of integers are int64, as
+        with `torch.sum`, and their mean has the default floating point dtype. Half precision is summed in float32.
 
         Args:
             data: A tensor, a number, or a collection of them. Anything else in the collection stays as it is.
@@ -178,16 +177,16 @@ class Communicator(Ranks):
 
     @contextmanager
     def all_or_none(self, what: str) -> Iterator[None]:
-        """Surround work that every rank must finish, so that a rank's failure is an error on all of them.
+        """Surround work that every rank must finish, so that a failure of one rank is an error on all ranks.
 
-        The rank that fails raises its own error, at once; the others raise when they reach the end. The news
-        travels through the group's store, not by a collective, so it cannot cross one that is under way.
+        The rank that fails raises its own error at once; the others raise an error when they reach the end. The message
+        travels through the group's store and not by a collective, so it cannot mix with a running collective.
 
         Args:
-            what: What is being done, for the message.
+            what: The name of the work, for the message.
 
         Raises:
-            RankFailedError: Another rank failed; the message carries its number and traceback.
+            RankFailedError: Another rank failed. The message carries its number and traceback.
         """
         if self.world_size == 1:
             yield
@@ -199,27 +198,27 @@ class Communicator(Ranks):
         except GeneratorExit:
             raise
         except BaseException as error:
-            # `compare_set` lets the first failure win and returns who that was.
+            # `compare_set` keeps the first failure and returns it.
             mine = f"{self.rank}\n{''.join(traceback.format_exception(error))}"
             first = store.compare_set(f"{prefix}/failed", "", mine).decode()
             store.set(f"{prefix}/done", "failed")
             if first != mine and not isinstance(error, RankFailedError):
                 rank, _, description = first.partition("\n")
-                error.add_note(f"Rank {rank} failed first while all ranks did: {what}.\n{description}")
+                error.add_note(f"Rank {rank} failed first in the same work: {what}.\n{description}")
             raise
         if store.add(f"{prefix}/arrived", 1) == self.world_size:
             store.set(f"{prefix}/done", "whole")
         try:
             outcome = store.get(f"{prefix}/done").decode()
         except dist.DistError as error:
-            raise RankFailedError(f"{what}: not every rank came to the end before the timeout.") from error
+            raise RankFailedError(f"{what}: not every rank reached the end before the timeout.") from error
         if outcome == "failed":
             rank, _, description = store.get(f"{prefix}/failed").decode().partition("\n")
             raise RankFailedError(f"{what} failed on rank {rank}:\n{description}")
 
 
 class _Leaves:
-    """The tensors and numbers of a collection, after every rank has shown that its own look the same."""
+    """The tensors and numbers of a collection. Their dtypes, shapes and kinds of device are equal on all ranks."""
 
     def __init__(self, communicator: Communicator, data: Any, what: str, sync_grads: bool) -> None:
         from lightning_utilities.core.apply_func import apply_to_collection
@@ -266,7 +265,7 @@ class _Leaves:
 
 @dataclass(frozen=True)
 class _Slot:
-    """Stands for a tensor in a pickled collection; the tensor itself follows by a collective."""
+    """The place of a tensor in a pickled collection. The tensor itself follows by a collective."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -299,7 +298,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """View a tensor as flat bytes, which every backend can move whatever the dtype."""
+    """View a tensor as flat bytes, which every backend can send for every dtype."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return real.contiguous().view(-1).view(torch.uint8)
 
@@ -307,7 +306,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     if type(tensor) is Tensor:
         return False
-    # Imported here: it is heavy, and a program without sharded tensors never needs it.
+    # Imported here: the import is slow, and a program without sharded tensors never needs it.
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)

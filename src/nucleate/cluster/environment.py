@@ -1,4 +1,4 @@
-"""Which process this is, of how many: the only place that reads the launcher's environment variables."""
+"""The place of this process among all processes. Only this module reads the launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from nucleate.errors import ConfigurationError
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """The place of this process among all.
+    """The place of this process among all processes.
 
     Attributes:
-        launcher: Who started the processes: `"torchrun"`, or `"python"` for a single one.
-        world_size: How many processes there are.
-        global_rank: This process among all.
-        local_rank: This process among those of its node.
-        local_world_size: How many processes this node has.
-        node_rank: This node among all.
-        restart_count: How often the launcher has started this group of processes again after a failure.
+        launcher: The program that started the processes: `"torchrun"`, or `"python"` for a single process.
+        world_size: The number of processes.
+        global_rank: The number of this process among all processes.
+        local_rank: The number of this process among those of its node.
+        local_world_size: The number of processes on this node.
+        node_rank: The number of this node among all nodes.
+        restart_count: The number of times that the launcher has restarted this group of processes after a failure.
         agent_store: `"host:port"` of the store that the launcher's agent keeps for its workers, or `""`.
     """
 
@@ -36,7 +36,7 @@ class Environment:
 
     @property
     def num_nodes(self) -> int:
-        """How many nodes there are, if each has as many processes as this one."""
+        """The number of nodes, if each has as many processes as this one."""
         return max(1, self.world_size // self.local_world_size)
 
     @classmethod
@@ -56,7 +56,7 @@ class Environment:
         missing = [name for name in required if name not in env]
         if missing:
             raise ConfigurationError(
-                f"RANK and WORLD_SIZE are set but {' and '.join(missing)} not, so the processes cannot find "
+                f"RANK and WORLD_SIZE are set but not {' and '.join(missing)}, so the processes cannot find "
                 "each other. Start the script with torchrun, or unset RANK and WORLD_SIZE for a single process."
             )
         rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
@@ -77,14 +77,14 @@ class Environment:
         )
 
     def check_request(self, devices: int | str, num_nodes: int) -> None:
-        """Refuse a number of processes that is not the number there is.
+        """Refuse a request for another number of processes than were started.
 
         Args:
-            devices: How many processes each node must have; `"auto"` for any number.
-            num_nodes: How many nodes there must be.
+            devices: The number of processes that each node must have; `"auto"` for any number.
+            num_nodes: The number of nodes that must run.
 
         Raises:
-            ConfigurationError: The numbers make no sense, or others were started.
+            ConfigurationError: A number is invalid, or another number of processes or nodes was started.
         """
         if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
             raise ConfigurationError(f"num_nodes={num_nodes!r} must be an integer of at least 1.")
@@ -98,15 +98,15 @@ class Environment:
             nodes = f" --nnodes {num_nodes}" if num_nodes > 1 else ""
             raise ConfigurationError(
                 f"devices={devices!r} on num_nodes={num_nodes} needs {wanted * num_nodes} processes, but this is a "
-                f"single one. Start the script with: torchrun{nodes} --nproc-per-node {wanted} "
+                f"single process. Start the script with: torchrun{nodes} --nproc-per-node {wanted} "
                 f"{sys.argv[0] or 'script.py'}"
             )
         asked = text != "auto" or num_nodes != 1
         if self.launcher != "python" and asked and (wanted, num_nodes) != (self.local_world_size, self.num_nodes):
             raise ConfigurationError(
                 f"devices={devices!r} and num_nodes={num_nodes} ask for {wanted * num_nodes} processes, but "
-                f"{self.launcher} started {self.world_size} ({self.local_world_size} on this node). Make them agree, "
-                "or leave both at their defaults."
+                f"{self.launcher} started {self.world_size} ({self.local_world_size} on this node). Make the numbers "
+                "agree, or leave both arguments at their defaults."
             )
 
 

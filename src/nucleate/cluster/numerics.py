@@ -1,8 +1,8 @@
-"""What the bits of a computation depend on besides the program: facts of a process, and whether the ranks' agree.
+"""The facts of a process that the bits of a computation depend on besides the program, and their comparison.
 
-Each rank makes its own part of a model, so a difference between two machines would end up inside of one parameter.
-Which facts matter for a model is for `nucleate.materialize.dependence` to say; this file reads them, compares those
-of all ranks and puts what differs into words.
+Each rank makes its own part of a model, so a difference between two machines would end up inside one parameter.
+`nucleate.materialize.dependence` finds the facts that matter for a model. This module reads the facts, compares those
+of all ranks and describes the differences.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from nucleate.devices import hooks_of
 from nucleate.errors import name_list
 
 BUILD = "the torch build"
-FILLS = "the CPU capability, as far as random fills tell it,"
+FILLS = "the CPU capability for random fills"
 CAPABILITY = "the CPU capability"
 THREADS = "the number of threads"
-LIBRARIES = "what the math libraries compute (a fingerprint)"
+LIBRARIES = "the fingerprint of the math libraries"
 DEVICE = "the device"
 
 _ADVICE = {
@@ -36,18 +36,19 @@ _ADVICE = {
 }
 
 # `normal_` and `uniform_` give the same bits with both (torch 2.13; tests/materialize/test_dependence.py measures it).
-# What is compiled for neither rounds otherwise: another logarithm, and no fused multiplication and addition.
+# Code that is compiled for neither rounds differently: another logarithm, and no fused multiplication and addition.
 _ALIKE_FOR_FILLS = ("AVX2", "AVX512")
 
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """What one process knows of the bits that it is going to make.
+    """The facts of one process that determine the bits it is going to make.
 
     Attributes:
-        facts: Its facts: name to value.
-        examples: Those that must be equal on all ranks: name to the FQN of a tensor whose bits depend on it.
-        trials: Fingerprints of small tensors that were made to see: FQN to fingerprint.
+        facts: The values of the facts, by name.
+        examples: The facts that must be equal on all ranks, by name, each with the FQN of a tensor whose bits depend
+            on it.
+        trials: The fingerprints of small tensors that were made in a trial, by FQN.
     """
 
     facts: dict[str, str] = field(default_factory=dict)
@@ -59,7 +60,7 @@ def read_facts(device: torch.device) -> dict[str, str]:
     """Return the facts of this process.
 
     Args:
-        device: Where it makes values.
+        device: The device on which the process makes values.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     facts = {
@@ -75,7 +76,7 @@ def read_facts(device: torch.device) -> dict[str, str]:
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> str:
-    """Return a short text that tells whether tensors on the CPU have the same bits."""
+    """Return a short text that is equal for tensors on the CPU with the same bits."""
     digest = hashlib.blake2b(digest_size=6)
     for tensor in tensors:
         plain = tensor.contiguous()
@@ -84,17 +85,17 @@ def fingerprint(tensors: Sequence[Tensor]) -> str:
 
 
 def disagreement(ranks: Sequence[Numerics]) -> str | None:
-    """Say which facts that matter differ between ranks, or return None if none does.
+    """Describe the facts that must be equal but differ between ranks, or return None if all are equal.
 
     Args:
-        ranks: What each rank knows, by rank. They have recorded the same model.
+        ranks: The numerics of each rank, by rank. All ranks have recorded the same model.
     """
     found: list[str] = []
     advice: list[str] = []
     differing = [name for name in ranks[0].facts if len({rank.facts.get(name) for rank in ranks}) > 1]
     for name in differing:
         if name == FILLS and CAPABILITY in ranks[0].examples:
-            continue  # Said already, and more exactly.
+            continue  # The capability itself describes the difference more exactly.
         if name in ranks[0].examples:
             found.append(f"{name} is {_by_value(name, ranks)}, and the bits of {ranks[0].examples[name]} depend on it")
             advice.append(_ADVICE[name])
@@ -102,7 +103,7 @@ def disagreement(ranks: Sequence[Numerics]) -> str | None:
     if tried:
         causes = "; ".join(f"{name} is {_by_value(name, ranks)}" for name in differing)
         found.append(
-            f"{name_list(tried)} came out with other bits when made on each rank to see"
+            f"{name_list(tried)} came out with other bits in a trial on each rank"
             + (f", where {causes}" if causes else ", though nothing that nucleate looks at differs between the ranks")
         )
         advice.extend(_ADVICE[name] for name in differing)
@@ -123,16 +124,16 @@ def _by_value(name: str, ranks: Sequence[Numerics]) -> str:
 
 def _threads() -> str:
     threads = str(torch.get_num_threads())
-    # MKL may have been told otherwise.
+    # MKL may have a setting of its own.
     mkl = re.search(r"mkl_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())
     return threads if mkl is None or mkl[1] == threads else f"{threads} (MKL: {mkl[1]})"
 
 
 def _libraries() -> str:
-    """Compute a little of what BLAS, LAPACK and the vector libraries compute: they look at the CPU on their own."""
+    """Return a fingerprint of results of BLAS, LAPACK and vector libraries, which inspect the CPU on their own."""
     results: list[Tensor] = []
     for dtype in (torch.float32, torch.float64):
-        # Exact in both, and too few for any library to start threads.
+        # The elements are exact in both dtypes, and too few for any library to start threads.
         matrix = (torch.arange(256, device="cpu") * 7919 % 251).to(dtype).div(256).view(16, 16)
         results += [*torch.linalg.qr(matrix), matrix @ matrix, matrix.exp(), matrix.sin(), matrix.add(1).log()]
     return fingerprint(results)

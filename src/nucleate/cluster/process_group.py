@@ -1,7 +1,7 @@
-"""Starts and ends torch's default process group; decides the store, and that nobody aborts at exit.
+"""The default process group of torch: its start, its store, and its end without an abort of the interpreter.
 
-A group that the user started is used as it is and never ended here. What is said over the group is the
-communicator's business.
+A group that the user started is used as it is, and this module never ends it. `communicator.py` communicates over the
+group.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _starts = 0
 
 
 def is_running() -> bool:
-    """Return whether there is a default process group, whoever started it."""
+    """Return whether there is a default process group, started here or by the user."""
     return dist.is_available() and dist.is_initialized()
 
 
 def start(environment: Environment, backend: str, timeout: timedelta, device: torch.device) -> None:
-    """Start the default process group, unless there is one already; it ends when the interpreter exits.
+    """Start the default process group, unless there is one already. It ends when the interpreter exits.
 
     Args:
-        environment: Which process this is, of how many.
+        environment: The place of this process among all processes.
         backend: The torch.distributed backend, such as `"gloo"`.
-        timeout: How long a collective waits for the other ranks before it fails.
-        device: The device of this process; an accelerator that the backend serves is bound to the group at once, so
+        timeout: The time that a collective waits for the other ranks before it fails.
+        device: The device of this process. An accelerator that the backend serves is bound to the group at once, so
             that a rank never opens a context on another rank's device.
 
     Raises:
@@ -47,7 +47,7 @@ def start(environment: Environment, backend: str, timeout: timedelta, device: to
     """
     global _started_here, _starts
     if not dist.is_available():
-        raise ConfigurationError("this build of torch has no torch.distributed; several processes need one that has.")
+        raise ConfigurationError("this build of torch has no torch.distributed, which several processes need.")
     place = (environment.global_rank, environment.world_size)
     if dist.is_initialized():
         found = (dist.get_rank(), dist.get_world_size())
@@ -71,21 +71,21 @@ def start(environment: Environment, backend: str, timeout: timedelta, device: to
     assert group is not None
     if bound is not None and not group._get_backend(bound).supports_splitting:
         # A DeviceMesh splits a group that is bound to a device, and fails where the backend cannot be split
-        # (`_init_one_process_group` in torch/distributed/device_mesh.py, 2.13). Of a group that is not bound it makes
-        # new groups.
+        # (`_init_one_process_group` in torch/distributed/device_mesh.py, 2.13). If the group is not bound, a
+        # DeviceMesh makes new groups.
         group.bound_device_id = None
     _started_here = True
     _starts += 1
-    # Without this gloo's threads now and then abort the interpreter's exit. Registering twice is harmless.
+    # Without this, gloo's threads sometimes abort the interpreter at its exit. Registering twice is harmless.
     atexit.register(stop)
 
 
 def gloo_beside(group: dist.ProcessGroup | None) -> str:
-    """Return the backend string of a gloo group that can be made beside a group, whatever device that is bound to.
+    """Return the backend string of a gloo group that can be made beside a group, also if that is bound to a device.
 
-    torch asks a new group for the backend of the device that the default group is bound to, and fails where it has none
-    (`_new_process_group_helper` in torch/distributed/distributed_c10d.py, 2.13). Of itself gloo names the CPU and CUDA
-    only. Named for another device as well it is still one backend, which opens nothing on the device.
+    torch asks a new group for the backend of the device that the default group is bound to, and fails without one
+    (`_new_process_group_helper` in torch/distributed/distributed_c10d.py, 2.13). By default, gloo serves only the CPU
+    and CUDA. With another device in its string, gloo is still one backend, which opens nothing on the device.
     """
     bound = getattr(group, "bound_device_id", None)
     return "gloo" if bound is None else f"cpu:gloo,{bound.type}:gloo"
@@ -101,28 +101,28 @@ def _serves(backend: str, device_type: str) -> bool:
 
 
 def stop() -> None:
-    """End the default process group if `start` started it. Does not wait for the other ranks."""
+    """End the default process group if `start` started it, without waiting for the other ranks."""
     global _started_here
     if _started_here and is_running():
-        # A gloo thread may still wait for the GIL, to let go of the tensors of the last collective. DTensor's
-        # caches keep the group and so its threads alive beyond `destroy_process_group` (2.13), and a thread
-        # that asks for the GIL while the interpreter ends is cancelled, which C++ turns into an abort. Sleeping
-        # hands it the GIL in time.
+        # A gloo thread may still wait for the GIL, to release the tensors of the last collective. DTensor's caches keep
+        # the group and so its threads alive beyond `destroy_process_group` (2.13). Python cancels a thread that asks
+        # for the GIL while the interpreter ends, and C++ turns this into an abort. Sleeping gives the thread the GIL in
+        # time.
         time.sleep(_QUIESCE_S)
         dist.destroy_process_group()
     _started_here = False
 
 
 def _store(environment: Environment, timeout: timedelta) -> Store | None:
-    """Return where the ranks find each other, or None for torch's own reading of the environment."""
+    """Return the store by which the ranks find each other, or None to let torch read the environment."""
     if environment.launcher == "python" and environment.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
     again = environment.restart_count > 0 or _starts > 0
     if again and environment.agent_store and environment.num_nodes == 1:
         # The agent's store survives a restart, so restarted workers would read the addresses of the dead
         # ones (torch/distributed/rendezvous.py, `_create_c10d_store`, 2.13), and so would a second group of
-        # the same workers. A prefix for each attempt keeps them apart. On several nodes the agents may count
-        # differently, so there torch's way stays.
+        # the same workers. A prefix for each attempt separates them. On several nodes the agents may count restarts
+        # differently, so there torch makes the store.
         host, _, port = environment.agent_store.rpartition(":")
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host, int(port), environment.world_size, is_master=False, timeout=timeout

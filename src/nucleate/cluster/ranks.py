@@ -1,4 +1,4 @@
-"""Ranks that do something together, whatever they talk over."""
+"""The interface of ranks that work together, for any kind of communication."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ T = TypeVar("T")
 
 
 class Ranks(ABC):
-    """Processes of one job. Every method must be called by every rank, in the same order."""
+    """The ranks of one job. Every rank must call every method, in the same order."""
 
     @property
     @abstractmethod
     def rank(self) -> int:
-        """This process among all."""
+        """The number of this process among all processes."""
 
     @property
     @abstractmethod
     def world_size(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
 
     @abstractmethod
     def gather_objects(self, obj: T) -> list[T]:
-        """Return every rank's object, by rank. It is pickled."""
+        """Return every rank's object, by rank. The objects are pickled."""
 
     @abstractmethod
     def broadcast(self, obj: T) -> T:
-        """Return rank 0's object; the others' is ignored. It is pickled."""
+        """Return rank 0's object and ignore those of other ranks. The object is pickled."""
 
     @abstractmethod
     def all_or_none(self, what: str) -> AbstractContextManager[None]:
-        """Surround work that every rank must finish, so that a rank's failure is an error on all of them.
+        """Surround work that every rank must finish, so that a failure of one rank is an error on all ranks.
 
         Args:
-            what: What is being done, for the message.
+            what: The name of the work, for the message.
 
         Raises:
             RankFailedError: Another rank failed.

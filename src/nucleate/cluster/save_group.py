@@ -1,7 +1,7 @@
-"""What the ranks that save together say to one another, on a process group of its own.
+"""The communication of ranks that save together, on a process group of its own.
 
-A save may run in the background while training goes on: its messages must never meet training's. The group is gloo's,
-which notices at once when a process at the other end is gone; a save must not wait minutes for a rank that was killed.
+A save may run in the background while training continues, so its messages must never mix with those of training. The
+group uses gloo, which notices at once when another process has ended. A save must not wait minutes for a killed rank.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from nucleate.errors import RankFailedError
 
 T = TypeVar("T")
 
-# One rank may write for long while the others wait. Who is killed is noticed without it.
+# One rank may write for long while the others wait. gloo notices a killed rank without this timeout.
 _TIMEOUT = timedelta(hours=3)
 
 _current: SaveGroup | None = None
 
 
 class SaveGroup(Ranks):
-    """The ranks of a save. Every method must be called by every rank, in the same order, from one thread at a time.
+    """The ranks of a save. Every rank must call every method, in the same order, from one thread at a time.
 
     Args:
-        rank: This process among all.
-        world_size: How many there are.
+        rank: The number of this process among all processes.
+        world_size: The number of processes.
         process_group: torch's group; None for a single process.
 
     Attributes:
-        process_group: The same; None also when the connections were closed.
+        process_group: torch's group; None for a single process, and after the connections were closed.
     """
 
     def __init__(self, rank: int, world_size: int, process_group: Any) -> None:
@@ -50,11 +50,11 @@ class SaveGroup(Ranks):
 
     @classmethod
     def of(cls, communicator: Communicator, message: T) -> tuple[SaveGroup, T]:
-        """Return the group of all ranks, made at the first save, and rank 0's message.
+        """Return the group of all ranks, which the first save makes, and rank 0's message.
 
         Args:
-            communicator: All ranks; one collective of it is used.
-            message: Whatever rank 0 has to tell; the others' is ignored.
+            communicator: The communicator of all ranks, used for one collective.
+            message: The message of rank 0. Those of other ranks are ignored.
         """
         global _current
         if communicator.world_size == 1:
@@ -64,10 +64,11 @@ class SaveGroup(Ranks):
         if not all(usable for usable, _ in said):
             if _current is not None:
                 _current._give_up()
-            # No rank starts to wait for the others here before all of them have come.
+            # All ranks have reached this place, so no rank waits long for the others in `new_group`.
             group = dist.new_group(backend=gloo_beside(dist.group.WORLD), timeout=_TIMEOUT)
             _current = cls(communicator.rank, communicator.world_size, group)
-            # Before the groups end: what keeps one alive keeps its threads alive beyond the interpreter's end.
+            # This runs before the groups end. A reference to a group would keep the group's threads alive beyond the
+            # end of the interpreter.
             atexit.register(_forget)
         assert _current is not None
         first = said[0][1]
@@ -96,7 +97,7 @@ class SaveGroup(Ranks):
         return gathered
 
     def broadcast(self, obj: T) -> T:
-        """Return rank 0's object; the others' is ignored.
+        """Return rank 0's object and ignore those of other ranks.
 
         Raises:
             RankFailedError: A rank is gone.
@@ -110,10 +111,10 @@ class SaveGroup(Ranks):
 
     @contextmanager
     def all_or_none(self, what: str) -> Iterator[None]:
-        """Surround work that every rank must finish, so that a rank's failure is an error on all of them.
+        """Surround work that every rank must finish, so that a failure of one rank is an error on all ranks.
 
         Args:
-            what: What is being done, for the message.
+            what: The name of the work, for the message.
 
         Raises:
             RankFailedError: Another rank failed or is gone.
@@ -126,7 +127,7 @@ class SaveGroup(Ranks):
                 raise
             failure = error
         except BaseException:
-            # Somebody wants this process to end now. The others notice.
+            # This process has to end now. The other ranks notice the closed connections.
             self._give_up()
             raise
         mine = None if failure is None else "".join(traceback.format_exception(failure))
@@ -140,21 +141,21 @@ class SaveGroup(Ranks):
         if failure is not None:
             assert first is not None
             if first[0] != self.rank and not isinstance(failure, RankFailedError):
-                failure.add_note(f"Rank {first[0]} failed as well while all ranks did: {what}.\n{first[1]}")
+                failure.add_note(f"Rank {first[0]} failed as well in the same work: {what}.\n{first[1]}")
             raise failure
         if first is not None:
             raise RankFailedError(f"{what} failed on rank {first[0]}:\n{first[1]}")
 
     @contextmanager
     def noticing(self) -> Iterator[None]:
-        """Surround collectives of this group, so that a rank that is gone is told as that.
+        """Surround collectives of this group, and raise the right error for a rank that is gone.
 
         Raises:
             RankFailedError: A rank is gone.
         """
         try:
             yield
-        # What gloo raises when a connection breaks has no better class (2.13).
+        # gloo raises no more specific class when a connection breaks (2.13).
         except (RuntimeError, ValueError) as error:
             self._give_up()
             raise RankFailedError(f"another rank ended, or cannot be reached any more ({error}).") from error

@@ -1,4 +1,4 @@
-"""Settings of a machine, which no script can know: environment variables whose names begin with `NUCLEATE_`."""
+"""The settings of a machine, which a script cannot know: environment variables that begin with `NUCLEATE_`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping
 
 from nucleate.errors import ConfigurationError
 
-#: Which pages memory is touched by; see `docs/concepts/first-run.md`.
+#: The kind of pages for new memory; see `docs/concepts/first-run.md`.
 HUGE_PAGES = "NUCLEATE_HUGE_PAGES"
 _HUGE_PAGES = {"measured": None, "always": True, "never": False}
 
 
 def huge_pages(variables: Mapping[str, str] | None = None) -> bool | None:
-    """Return True where new memory is always to be huge pages, False where it never is, None where times decide.
+    """Return True to always use huge pages for new memory, False to never use them, None to let measured times decide.
 
     Args:
         variables: Read these instead of `os.environ`.
 
     Raises:
-        ConfigurationError: `NUCLEATE_HUGE_PAGES` has another value than its three.
+        ConfigurationError: `NUCLEATE_HUGE_PAGES` has a value that is not allowed.
     """
     value = (os.environ if variables is None else variables).get(HUGE_PAGES, "measured")
     if value not in _HUGE_PAGES:

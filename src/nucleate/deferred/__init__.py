@@ -1,40 +1,41 @@
-"""Deferred initialization: construction is recorded, values are made later. Knows torch only; usable alone.
+"""Deferred initialization: the construction of a model is recorded, and its values are made later.
 
-From below: `elements` (what is taken from files and the like), `tape` (what was done, as data), `active` (which
-recordings are on), `randomness`, `replay` (values of what is on a tape), `recording`, `guards` (deferred tensors
-between construction and setup), `impersonation` (what Python sees of them), `record` and `context`.
+The package needs only torch and is usable alone. Its parts, from the lowest layer up: `elements` (element
+sources, such as files), `tape` (recorded operations as data), `active` (the recordings that are on), `randomness`,
+`replay` (the values of the storages on a tape), `recording`, `guards` (deferred tensors between construction and
+setup), `impersonation` (deferred tensors as Python sees them), `record` and `context`.
 """
 
 from nucleate.deferred.active import is_recording
-from nucleate.deferred.computed import ComputedGiven
-from nucleate.deferred.context import convert, deferred, eager, give, resumed
+from nucleate.deferred.computed_source import ComputedSource
+from nucleate.deferred.context import bind, convert, deferred, eager, resumed
 from nucleate.deferred.elements.conversion import Conversion, Layout, Output
-from nucleate.deferred.elements.converted import ConvertedGiven
-from nucleate.deferred.elements.real_tensor import TensorGiven
-from nucleate.deferred.elements.source import Given
+from nucleate.deferred.elements.converted_source import ConvertedSource
+from nucleate.deferred.elements.element_source import ElementSource
+from nucleate.deferred.elements.tensor_source import TensorSource
 from nucleate.deferred.guards.handle import Handle, handle_of, release
 from nucleate.deferred.module_tensors import held_tensors
-from nucleate.deferred.randomness.cursors import Cursors
+from nucleate.deferred.randomness.stream_cursors import StreamCursors
 from nucleate.deferred.record import Record, record_of
-from nucleate.deferred.replay.ranges import Pieces
+from nucleate.deferred.replay.ranges import RangeMaker
 from nucleate.deferred.torch_modes import plain_modes
 
 __all__ = [
-    "ComputedGiven",
+    "ComputedSource",
     "Conversion",
-    "ConvertedGiven",
-    "Cursors",
-    "Given",
+    "ConvertedSource",
+    "ElementSource",
     "Handle",
     "Layout",
     "Output",
-    "Pieces",
+    "RangeMaker",
     "Record",
-    "TensorGiven",
+    "StreamCursors",
+    "TensorSource",
+    "bind",
     "convert",
     "deferred",
     "eager",
-    "give",
     "handle_of",
     "held_tensors",
     "is_recording",

@@ -1,8 +1,7 @@
-"""Adoption: tensors that somebody else made on the meta device become deferred tensors, with nothing written yet.
+"""Adoption: tensors that other code made on the meta device become deferred tensors without a value.
 
-The tensor stays the same object on the same storage, so that ties, views and optimizers stay what they are. The storage
-gets a number on a tape. What is done to the tensor in a context is then recorded as if the constructor had left it
-empty.
+The tensor stays the same object on the same storage, so that ties, views and optimizers stay valid. The storage gets a
+number on a tape. Operations on the tensor in a context are then recorded as if the constructor had left it empty.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ aten = torch.ops.aten
 
 
 def is_adoptable(tensor: Tensor) -> bool:
-    """Return whether a tensor is on the meta device, belongs to no record, and is a plain view of one storage."""
+    """Return whether a tensor is on the meta device, belongs to no recording, and is a plain view of one storage."""
     with torch._C.DisableTorchFunctionSubclass():
         if not tensor.is_meta or handle_of(tensor) is not None or tensor.layout != torch.strided or is_lazy(tensor):
             return False
@@ -32,14 +31,14 @@ def is_adoptable(tensor: Tensor) -> bool:
 
 
 def adopt(named: Iterable[tuple[str, Tensor]], device: torch.device) -> Record | None:
-    """Let meta tensors stand for tensors of a device that nothing has been written to.
+    """Make meta tensors deferred tensors of a device that have no value yet.
 
     Args:
-        named: Names and adoptable tensors; several may be one object or share a storage.
+        named: Names and adoptable tensors. Several tensors may be one object or share a storage.
         device: The device that they stand for.
 
     Returns:
-        Their record, or None without tensors. It lives as long as one of them is deferred.
+        Their recording, or None without tensors. It lives as long as one of them is deferred.
     """
     record: Record | None = None
     for fqn, tensor in named:
@@ -61,12 +60,12 @@ def abandon(tensors: Iterable[Tensor]) -> None:
 
 
 def _append_empty(tape: Tape, tensor: Tensor, device: torch.device) -> None:
-    """Append the step that makes memory for the storage of a tensor, with nothing in it."""
+    """Append the step that makes uninitialized memory for the storage of a tensor."""
     number = tape.add_storage(tensor)
     size_bytes = tape.size_bytes(number)
     ref = tape.ref(tensor)
     if not ref.fills(size_bytes):
-        # A view of a larger storage.
+        # The tensor is a view of a larger storage.
         ref = TensorRef(number, torch.uint8, (size_bytes,), (1,), 0, False, False)
     step = tape.step(
         aten.empty_strided.default,

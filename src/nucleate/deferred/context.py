@@ -1,4 +1,4 @@
-"""The contexts that turn a constructor into recipes, and what is done to the recipes afterwards."""
+"""Contexts that record the recipes of a constructor, and functions that extend the recipes afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nucleate.deferred.active import active_record, active_records, awaited_onsets, real_tensors
 from nucleate.deferred.elements.conversion import Conversion, converted
-from nucleate.deferred.elements.source import Given
+from nucleate.deferred.elements.element_source import ElementSource
 from nucleate.deferred.guards.handle import handle_of, is_shared
 from nucleate.deferred.guards.refusals import refuse_stale
 from nucleate.deferred.module_tensors import held_tensors
@@ -22,16 +22,16 @@ from nucleate.devices import concrete
 
 @contextmanager
 def deferred(device: torch.device | str = "cpu") -> Iterator[Record]:
-    """Construct models without making their tensors: each becomes a recipe, made later by `materialize`.
+    """Construct models with deferred tensors. `materialize` makes their values later from the recorded recipes.
 
     Args:
-        device: The device that the tensors will live on; construction behaves as it would there. For a device other
-            than the CPU the reference is construction under `torch.device(device)`, which the caller enters. A device
-            that this machine does not have can be recorded for, but nothing can be made.
+        device: The device that the tensors will live on. Construction behaves as on this device. For a device other
+            than the CPU the reference is construction under `torch.device(device)`, which the caller enters. The
+            device may be absent from this machine; then construction is recorded, but no tensor can be materialized.
 
     Yields:
-        The record. On exit, also by an exception, every random generator stands where eager construction would
-        have left it.
+        The record. On exit, also by an exception, every random generator has the state that eager construction
+        would have left.
 
     Example:
         >>> import torch
@@ -46,7 +46,7 @@ def deferred(device: torch.device | str = "cpu") -> Iterator[Record]:
     device = concrete(device)
     outer = active_record(device)
     if isinstance(outer, Record) and outer.thread == threading.get_ident():
-        # Inside another recording for the same device there is nothing to begin and nothing to end.
+        # The other recording for the same device, which is on already, records this block as well.
         with outer.factories(real=False), outer.staying():
             yield outer
         return
@@ -57,28 +57,28 @@ def deferred(device: torch.device | str = "cpu") -> Iterator[Record]:
 
 @contextmanager
 def deferred_from(numel: int, device: torch.device) -> Iterator[Record]:
-    """Construct models, and record from the first tensor on that has so many elements; what precedes is real.
+    """Construct models, and record from the first large tensor on. The tensors before it are real.
 
     Args:
-        numel: How many elements such a tensor has.
+        numel: The number of elements from which on a tensor is large.
         device: See `deferred`.
 
     Yields:
-        The record. Its `survivors`, asked for as the last thing inside, are to be made when the context has ended.
+        The record. Call its `survivors` at the end of the context, and materialize them after the context.
     """
     record = Record(device)
     with record.recording(Onset(numel)):
         yield record
 
 
-def give(tensor: Tensor, given: Given) -> None:
-    """Let a deferred tensor's content come from elsewhere, such as a file, instead of from its recipe.
+def bind(tensor: Tensor, given: ElementSource) -> None:
+    """Bind a deferred tensor to an element source, such as a file, instead of to its recipe.
 
-    Nothing is read before the tensor is made, and then only the part that is wanted.
+    Nothing is read before the tensor is made. Then only the part that is wanted is read.
 
     Args:
-        tensor: A deferred tensor of the shape of what is given.
-        given: The elements.
+        tensor: A deferred tensor of the shape of the element source.
+        given: The element source.
 
     Raises:
         DeferredEditError: The tensor was edited where nothing recorded it.
@@ -88,24 +88,26 @@ def give(tensor: Tensor, given: Given) -> None:
     handle = handle_of(tensor)
     if handle is not None:
         refuse_stale(tensor, handle)
-    record.give(tensor, given)
+    record.bind(tensor, given)
 
 
 def convert(tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
-    """Make several tensors of one: codes and scales of a weight, for example.
+    """Convert one tensor into several, for example a weight into codes and scales.
 
-    Of a deferred tensor this records one step, and what it returns is deferred as well. When that is made, ranges of
-    the tensor are made, converted and forgotten, so that it is never whole in memory. A real tensor is converted now.
+    For a deferred tensor this records one step, and the outputs are deferred as well. When the outputs are made,
+    ranges of the tensor are made, converted and freed, so that the tensor is never whole in memory. A real tensor is
+    converted now.
 
     Args:
         tensor: The tensor, deferred or real. It is not changed.
-        conversion: What to make of it.
+        conversion: The conversion.
 
     Returns:
         The outputs that the conversion's layout lists.
 
     Raises:
-        ConversionError: The tensor cannot be converted. What only its values can tell is found when they are made.
+        ConversionError: The tensor cannot be converted. Errors that depend on its values are raised when the
+            values are made.
         DeferredEditError: The tensor was edited where nothing recorded it.
     """
     record = record_of(tensor)
@@ -113,7 +115,7 @@ def convert(tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
         return converted(tensor, conversion)
     outer = active_record(record.device)
     if isinstance(outer, Record) and outer.holds(tensor):
-        # It guards the outputs when it ends.
+        # This recording guards the outputs when it ends.
         return outer.convert(tensor, conversion)
     handle = handle_of(tensor)
     if handle is not None:
@@ -123,10 +125,10 @@ def convert(tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Make real tensors inside a `deferred` context, at once; what is done to deferred ones is still recorded.
+    """Make real tensors at once inside a `deferred` context. Operations on deferred tensors are still recorded.
 
-    The random stream goes on where the recording stands, so that values and stream are those of eager construction.
-    Outside a `deferred` context it does nothing.
+    The random stream goes on from the position of the recording, so that values and stream are those of eager
+    construction. Outside a `deferred` context this context does nothing.
     """
     with ExitStack() as stack:
         for record in active_records():
@@ -140,9 +142,9 @@ def eager() -> Iterator[None]:
 
 @contextmanager
 def resumed(model: nn.Module) -> Iterator[None]:
-    """Record again what is done to the deferred tensors of a model; a model without any is left alone.
+    """Record operations on the deferred tensors of a model again. A model without deferred tensors is left alone.
 
-    A tensor keeps its guard until something is done to it.
+    A tensor keeps its guard until the first operation on it.
 
     Args:
         model: The model.

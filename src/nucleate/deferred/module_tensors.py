@@ -1,4 +1,4 @@
-"""Where tensors are found: what a module holds, and what is in a value."""
+"""Searches for tensors: the tensors that a module holds, and the tensors in a value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What most attributes of a module are.
+# The types of most attributes of a module.
 _ATOMS = frozenset((bool, int, float, str, bytes, type(None)))
 _EMPTY = frozenset((dict, OrderedDict, list, tuple, set))
 
@@ -19,13 +19,13 @@ _EMPTY = frozenset((dict, OrderedDict, list, tuple, set))
 def held_tensors(module: nn.Module, barren: set[int] | None = None) -> Iterator[tuple[str, str, Tensor]]:
     """Yield the tensors that a module itself holds, as (kind, name, tensor).
 
-    The kind is `"parameter"`, `"buffer"` or `"attribute"`; attributes are looked for in collections,
-    dataclasses and namespaces too, in which the name is that of the attribute.
+    The kind is `"parameter"`, `"buffer"` or `"attribute"`. A tensor inside of a collection, dataclass or namespace has
+    the name of the module's attribute.
 
     Args:
         module: The module.
-        barren: Shared by the calls for the modules of one model: ids of objects from which no tensor is reached, such
-            as a configuration that every module holds. Such an object is then gone through once.
+        barren: The ids of objects that lead to no tensor, such as a configuration that every module holds. The calls
+            for the modules of one model share it, so that such an object is searched once.
     """
     for name, parameter in module._parameters.items():
         if parameter is not None:
@@ -44,12 +44,12 @@ def held_tensors(module: nn.Module, barren: set[int] | None = None) -> Iterator[
                 found = True
                 yield "attribute", name, tensor
             if barren is not None and not found:
-                # All that is reached from here.
+                # No object that the value leads to holds a tensor.
                 barren |= seen
 
 
 def every_tensor(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield the tensors in a value: a tensor, a collection of them, an object, or what a function closes over."""
+    """Yield the tensors in a value: a tensor, a collection, an object, or a function with a closure."""
     if isinstance(value, Tensor):
         yield value
         return
@@ -79,5 +79,5 @@ def every_tensor(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 def _closed_over(function: FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
-        with suppress(ValueError):  # It is empty still.
+        with suppress(ValueError):  # The cell is still empty.
             yield cell.cell_contents

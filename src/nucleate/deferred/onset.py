@@ -1,8 +1,8 @@
-"""The onset of a recording that begins late: with the first call of `torch.empty` for a large tensor.
+"""The onset of a late recording, which begins with the first call of `torch.empty` for a large tensor.
 
-Recording and making cost time for each tensor, whatever its size, and save time for each element. So a constructor that
-makes small tensors only is better left alone. Nobody knows beforehand what a constructor will make: its modes are
-active from the beginning and do nothing until the onset.
+Recording and materializing cost time for each tensor, whatever its size, and save time for each element. So recording
+does not pay for a constructor that makes only small tensors. Nobody knows beforehand which tensors a constructor will
+make, so the modes are active from the beginning and do nothing until the onset.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-#: What may begin a recording. All modules of `torch.nn` take the memory of their weights by this call. Other factories
-#: may as well make the data of a dry run, on which real weights then work.
+#: The function that may begin a recording. All modules of `torch.nn` get the memory of their weights by this call.
+#: Other factories may also make the data of a dry run, which real weights then process.
 FACTORY = torch.empty
 _OPERATION = torch.ops.aten.empty.memory_format
 
 
 class Onset:
-    """Says when a recording begins.
+    """The moment when a recording begins.
 
     Args:
-        numel: The number of elements of a tensor that is large.
+        numel: The number of elements from which on a tensor is large.
     """
 
     def __init__(self, numel: int) -> None:
@@ -36,8 +36,8 @@ class Onset:
     def asked(self) -> Iterator[None]:
         """Surround a call of `torch.empty` by the constructor.
 
-        Only these calls count. A function that torch computes in another way on another device is recorded whole or
-        not at all, so a recording must not begin inside.
+        Only these calls count. Torch computes some functions differently on different devices. Such a function is
+        recorded whole or not at all, so a recording must not begin inside.
         """
         self._is_asked = True
         try:
@@ -47,7 +47,7 @@ class Onset:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Let nothing begin."""
+        """Keep the recording from beginning."""
         self._num_suspended += 1
         try:
             yield
@@ -60,7 +60,7 @@ class Onset:
         """Return whether a recorder that has done nothing so far begins with this operation.
 
         Args:
-            is_for: Tells whether a factory that is told this device, or none, makes a tensor for the recorder's.
+            is_for: Returns whether a factory with this `device` argument makes a tensor of the recorder's device.
             func: The operation.
             args: Its positional arguments.
             kwargs: Its keyword arguments.

@@ -1,4 +1,4 @@
-"""The record of one construction: how its deferred tensors are made, and the session that records them."""
+"""The record of one construction: the recipes of its deferred tensors, and the session that records them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from nucleate.deferred.active import Recording, active, turn
 from nucleate.deferred.elements.conversion import Conversion, converted
+from nucleate.deferred.elements.element_source import ElementSource, fill_from
 from nucleate.deferred.elements.lazy_tensor import given_of_lazy, memory_of_lazy
-from nucleate.deferred.elements.real_tensor import TensorGiven
-from nucleate.deferred.elements.source import Given, take
+from nucleate.deferred.elements.tensor_source import TensorSource
 from nucleate.deferred.guards.guarded import guard
 from nucleate.deferred.guards.handle import handle_of, release
 from nucleate.deferred.guards.refusals import refuse_stale
@@ -25,22 +25,22 @@ from nucleate.deferred.impersonation.patches import patched
 from nucleate.deferred.module_tensors import held_tensors
 from nucleate.deferred.onset import Onset
 from nucleate.deferred.recording.recorder import Recorder
-from nucleate.deferred.replay.live_writes import pieces_of
-from nucleate.deferred.replay.ranges import Pieces
+from nucleate.deferred.replay.live_writes import maker_of
+from nucleate.deferred.replay.ranges import RangeMaker
 from nucleate.deferred.replay.replayer import Replayer
 from nucleate.deferred.tape.steps import Step
 from nucleate.deferred.tape.tape import Tape, tape_of
 from nucleate.devices import concrete, default_generator
 from nucleate.errors import DeferredUseError
 
-# The records that share a tape, by the tape. Process-wide: a tensor that one record meets may belong to another.
+# For each tape the records that share it. Process-wide: a tensor that one record meets may belong to another.
 _sharing: weakref.WeakKeyDictionary[Tape, weakref.WeakSet[Record]] = weakref.WeakKeyDictionary()
 
 
 class Record(Recording):
-    """How the deferred tensors of one construction are made.
+    """The recipes of the deferred tensors of one construction.
 
-    It lives as long as one of its tensors is deferred. Records whose tensors meet share one tape from then on.
+    A record lives as long as one of its tensors is deferred. Records whose tensors meet share one tape from then on.
 
     Args:
         device: The device that the tensors stand for.
@@ -58,21 +58,21 @@ class Record(Recording):
             if record is not None:
                 record._meet(tensor)
 
-        # Weakly, so that a record, and what its tensors were loaded from, goes with its last tensor.
+        # Weakly, so that a record and its element sources are freed with its last tensor.
         self.recorder.on_stranger = meet
-        #: What Python sees of its tensors while something is recorded.
+        #: Makes its tensors look like tensors of `device` to Python while something is recorded.
         self.impersonation = Impersonation(self.recorder)
-        #: What questions about its tensors are answered after the constructor.
+        #: The answers to questions about its tensors after the constructor.
         self.answers: dict[Any, Any] = self.impersonation.answers
-        #: The thread that constructs; those that it starts are recorded as well.
+        #: The thread that constructs. The threads that it starts are recorded as well.
         self.thread: int | None = None
-        # What the guards stepped aside from meanwhile.
+        # Tensors whose guards were removed while something is recorded, with their FQNs.
         self._taken: list[tuple[Tensor, str]] = []
         self._num_taken = 0
-        # Parameters made meanwhile. Not weakly: `swap_tensors` would refuse them.
+        # Parameters made while something is recorded. Not weakly: `swap_tensors` refuses tensors with weak references.
         self._parameters: list[Tensor] = []
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
-        # Storages, by their addresses, of what stays deferred although this record is that of a `deferred_from`.
+        # Addresses of storages whose tensors stay deferred although this record is that of a `deferred_from`.
         self._staying: set[int] = set()
         _sharing.setdefault(self.tape, weakref.WeakSet()).add(self)
 
@@ -90,10 +90,10 @@ class Record(Recording):
 
     @contextmanager
     def recording(self, onset: Onset | None = None) -> Iterator[None]:
-        """Record what is done inside; on exit every generator stands where eager construction would have left it.
+        """Record operations inside. On exit every generator has the state that eager construction would have left.
 
         Args:
-            onset: When to begin; by default at once.
+            onset: The moment when the recording begins; by default at once.
         """
         with ExitStack() as stack:
             stack.callback(self._guard_all)
@@ -109,7 +109,7 @@ class Record(Recording):
 
     @contextmanager
     def resumed(self, model: nn.Module) -> Iterator[None]:
-        """Record what is done to a model inside; on exit what is new in it is guarded as well."""
+        """Record operations on a model inside. On exit new deferred tensors of the model are guarded as well."""
         before = self._num_taken, len(self.tape.steps)
         try:
             with self.recording():
@@ -120,7 +120,7 @@ class Record(Recording):
 
     @contextmanager
     def joined(self, makes_real: bool = False) -> Iterator[None]:
-        """Have this thread recorded as well, until the recording ends or it leaves the context."""
+        """Record this thread as well, until the recording ends or the thread leaves the context."""
         with ExitStack() as stack:
             stack.enter_context(self.recorder)
             stack.enter_context(self.impersonation)
@@ -131,13 +131,13 @@ class Record(Recording):
             yield
 
     def followed(self) -> Callable[[], AbstractContextManager[object]] | None:
-        # Where the recorder's mode is off, this thread replays, and the other one helps with that.
+        # Where the recorder's mode is off, this thread replays, and the new thread helps it.
         if not any(mode is self.recorder for mode in _get_current_dispatch_mode_stack()):
             return None
         makes_real = self.recorder.makes_real
 
         def context() -> AbstractContextManager[object]:
-            # Not once the recording has ended, and not twice.
+            # A thread does not join a recording that has ended, and does not join twice.
             return self.joined(makes_real) if self.recorder.threads and not self.is_on else nullcontext()
 
         return context
@@ -203,7 +203,7 @@ class Record(Recording):
     ) -> Tensor:
         return self.recorder.opaque(func, tensor, args, generator)
 
-    def given_by(self, target: Tensor, value: Any) -> TensorGiven | None:
+    def given_by(self, target: Tensor, value: Any) -> TensorSource | None:
         return self.recorder.given_by(target, value)
 
     def holds(self, tensor: Tensor) -> bool:
@@ -233,7 +233,7 @@ class Record(Recording):
             self._staying.update(old.addresses())
             self.recorder.absorb(other.recorder)
             for generator in other.replayer.random.generators(default_generator(self.device)):
-                # So that replaying gives these back as well as its own.
+                # So that a replay also restores the states of these generators.
                 self.replayer.random.locate(generator)
             sharing = _sharing[self.tape]
             for record in list(_sharing.pop(old)):
@@ -242,7 +242,7 @@ class Record(Recording):
 
     @contextmanager
     def staying(self) -> Iterator[None]:
-        """Let what is made inside stay deferred, also when a `deferred_from` ends."""
+        """Keep the tensors that are made inside deferred, also when a `deferred_from` ends."""
         first = len(self.tape.addresses())
         try:
             yield
@@ -250,11 +250,11 @@ class Record(Recording):
             self._staying.update(self.tape.addresses()[first:])
 
     def survivors(self) -> tuple[list[nn.Module], list[Tensor]]:
-        """Return what would have values by now in eager construction: modules, and the deferred tensors that live.
+        """Return the modules and the deferred tensors that live and would have values by now in eager construction.
 
-        Without those that stay deferred.
+        The tensors that stay deferred are left out.
         """
-        # Those that only this list knows are gone.
+        # A parameter that only this list holds is freed here.
         parameters = [weakref.ref(parameter) for parameter in self._parameters]
         self._parameters.clear()
         self._parameters.extend(parameter for ref in parameters if (parameter := ref()) is not None)
@@ -267,44 +267,44 @@ class Record(Recording):
             tensors = {id(tensor): tensor for tensor in found if self.tape.number(tensor) is not None}
             return modules, [t for t in tensors.values() if t.untyped_storage()._cdata not in self._staying]
 
-    def give(self, tensor: Tensor, given: Given) -> None:
-        """Record that a deferred tensor's content is what is given, whatever it was before.
+    def bind(self, tensor: Tensor, given: ElementSource) -> None:
+        """Bind a deferred tensor to an element source. This replaces the value that the tensor had before.
 
         Args:
-            tensor: A tensor of this record, of the shape of what is given.
-            given: The elements; they are cast to the tensor's dtype when it is made.
+            tensor: A tensor of this record, of the shape of the element source.
+            given: The element source. Its elements are cast to the tensor's dtype when the tensor is made.
         """
         with turn, torch._C.DisableTorchFunction(), _disable_current_modes():
             if self.recorder.exposed.holds(tensor):
-                take(self.recorder.exposed.view(tensor), given)
+                fill_from(self.recorder.exposed.view(tensor), given)
             else:
                 self.recorder.overwrite(tensor, given)
             if not tensor.is_inference():
-                # As for any write: the tensors that share its memory have changed as well.
+                # As after any write: the tensors that share its memory have changed as well.
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
 
     def of_lazy(self, value: Any) -> Tensor | None:
-        """Return a deferred tensor for one that its library has not read yet, or None for any other value.
+        """Return a deferred tensor for a tensor that its library has not read yet, or None for any other value.
 
         Args:
             value: Anything; see `given_of_lazy`. Call this while the record records and factories defer.
         """
-        # The whole memory first: the tensor is a view on it, and may be a transposed one.
+        # The whole memory first: the tensor is a view of this memory, and may be transposed.
         given = memory_of_lazy(value) or given_of_lazy(value)
         if given is None:
             return None
         made = torch.empty(given.shape, dtype=given.dtype, device=self.device)
         if made.numel():
-            self.give(made, given)
+            self.bind(made, given)
         size, stride = value.rebuild_args[1:3]
         return made if made.shape == tuple(size) else made.as_strided(size, stride)
 
     def convert(self, tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
-        """Record a conversion of a deferred tensor as one step, and return what it makes, deferred.
+        """Record a conversion of a deferred tensor as one step, and return its outputs, which are deferred.
 
         Args:
             tensor: A tensor of this record.
-            conversion: What to make of it.
+            conversion: The conversion.
         """
         with turn, torch._C.DisableTorchFunction(), _disable_current_modes():
             if self.recorder.exposed.holds(tensor):
@@ -326,7 +326,7 @@ class Record(Recording):
             return outs
 
     def converted(self, storage: int) -> Step | None:
-        """Return the conversion that makes a storage of the tape, if nothing has written to it since."""
+        """Return the conversion that makes a storage of the tape, or None if another step has written to it."""
         writers = self.tape.writers(storage)
         step = self.tape.steps[writers[0]] if len(writers) == 1 else None
         return step if step is not None and step.func is converted else None
@@ -336,7 +336,7 @@ class Record(Recording):
     ) -> torch.UntypedStorage:
         """Make the content of one storage of the tape on a device; see `Replayer.storage`.
 
-        Where some of its tensors have been made before, and are still there, the others share their memory.
+        If some tensors of the storage have been made before and still live, the others share their memory.
         """
         if scratch is not None:
             return self.replayer.storage(storage, device, scratch)
@@ -346,20 +346,20 @@ class Record(Recording):
             self.tape.keep_made(storage, made)
         return made
 
-    def pieces(self, storage: int, end: int | None = None) -> Pieces | None:
-        """Return how ranges of one storage of the tape are made, or None; see `nucleate.deferred.replay.ranges`.
+    def maker(self, storage: int, end: int | None = None) -> RangeMaker | None:
+        """Return the range maker of one storage of the tape, or None; see `nucleate.deferred.replay.ranges`.
 
         Args:
             storage: The storage's number.
-            end: As it was before the step with this index; by default, as it is at the end.
+            end: The index of a step. The ranges have the content before this step; by default, the final content.
         """
         if end is None and self.tape.made(storage) is not None:
             return None
-        return pieces_of(self.tape, self.replayer.random, storage, end)
+        return maker_of(self.tape, self.replayer.random, storage, end)
 
     @contextmanager
     def making(self) -> Iterator[None]:
-        """Return a context that makes many calls of `make` cheaper; autograd and torch's modes are off in it."""
+        """Make many calls of `make` inside cheaper. Autograd and torch's modes are off inside."""
         with turn, self.replayer.plain_torch():
             yield
 
@@ -385,7 +385,7 @@ class Record(Recording):
         try:
             self.settle()
         except BaseException:
-            # An interrupt, most likely: this takes a while. No generator may be left with a state that is none.
+            # An interrupt, most likely: this takes a while. No generator may be left with a token as its state.
             self.replayer.settle()
             raise
 
@@ -399,7 +399,7 @@ class Record(Recording):
         self._guard(modules, held)
 
     def guard(self, modules: list[nn.Module]) -> None:
-        """Guard the deferred tensors that modules hold, and those that the caller kept."""
+        """Guard the deferred tensors that modules hold, and the deferred tensors that the caller kept."""
         barren = set[int]()
         held = [(module, name, tensor) for module in modules for _, name, tensor in held_tensors(module, barren)]
         self._guard(modules, held)
@@ -413,13 +413,13 @@ class Record(Recording):
         for tensor, fqn in self._taken:
             if handle_of(tensor) is None and self.tape.number(tensor) is not None:
                 guard(tensor, self, fqn)
-        # What no module holds: aliases that the caller kept, through which an edit would be lost as well.
+        # Tensors that no module holds: aliases that the caller kept. An edit through an alias would be lost as well.
         for stray in (*self._parameters, *(reference() for reference in self.recorder.handed_out)):
             if stray is not None and handle_of(stray) is None and self.tape.number(stray) is not None:
                 guard(stray, self, f"a {type(stray).__name__} of shape {tuple(stray.shape)}")
         self._taken.clear()
         self._parameters.clear()
-        # `swap_tensors` refuses tensors that are held weakly.
+        # `swap_tensors` refuses tensors with weak references.
         self.recorder.handed_out.clear()
 
 
@@ -438,7 +438,7 @@ def _record_by_storage(tensor: Tensor) -> Record | None:
 
 
 def _with_children(modules: list[nn.Module]) -> list[nn.Module]:
-    """Return modules and all that they contain, each once."""
+    """Return modules and all their submodules, each once."""
     found: dict[int, nn.Module] = {}
     waiting = modules[::-1]
     while waiting:

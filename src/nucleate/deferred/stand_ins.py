@@ -1,8 +1,9 @@
 """Stand-ins: deferred copies in the place of tensors that must keep their value while a method writes to a module.
 
-A method that fills some tensors of a module usually writes the others as well. While it runs, those have stand-ins of
-the same looks and value. The method draws the same random numbers as without them, and nothing that it writes to a
-stand-in lasts. A stand-in takes no memory. The value of a real tensor is copied only if another value depends on it.
+A method that fills some tensors of a module usually writes the others as well. While the method runs, stand-ins with
+the same attributes and values replace these others. The method draws the same random numbers as without stand-ins, and
+its writes to a stand-in do not last. A stand-in takes no memory. The value of a real tensor is copied only if another
+value depends on it.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from nucleate.errors import DeferredEditError, name_list
 
 @contextmanager
 def stand_ins(model: nn.Module, record: Record, excepted: Collection[Tensor]) -> Iterator[None]:
-    """Put stand-ins in the place of the tensors of a model, and the tensors back at the end.
+    """Replace the tensors of a model by stand-ins, and put the tensors back at the end.
 
     Args:
-        model: The model. What its modules hold as parameters, buffers and attributes is replaced.
-        record: It is recording.
+        model: The model. The parameters, buffers and attributes of its modules are replaced.
+        record: The record, which is recording.
         excepted: The tensors that stay in place.
     """
     barren = set[int]()
@@ -55,25 +56,25 @@ class _Cast:
     """The stand-ins of one model.
 
     Args:
-        record: It is recording.
-        excepted: Ids of tensors that have none.
+        record: The record, which is recording.
+        excepted: Ids of tensors that get no stand-in.
     """
 
     def __init__(self, record: Record, excepted: set[int]) -> None:
         self._record = record
         self._excepted = excepted
-        # Tensors and their stand-ins; storages and theirs.
+        # By the id of a tensor, the tensor and its stand-in. By the address of a storage, the storage of its stand-ins.
         self._by_tensor: dict[int, tuple[Tensor, Tensor]] = {}
         self._by_storage: dict[int, torch.UntypedStorage] = {}
         self._barren: set[int] = set()
-        # Registries or `__dict__`s, names and what was there.
+        # Registries or `__dict__`s, with the names and the values that were replaced in them.
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         self._real: list[tuple[Step, Tensor]] = []
-        # Tensors that must not be written, with where they are, and what tells of a write.
+        # Tensors that must not be written: the place of each, the tensor, and a number that a write changes.
         self._watched: list[tuple[str, Tensor, int]] = []
 
     def replace(self, module: nn.Module) -> None:
-        """Replace what a module itself holds."""
+        """Replace the tensors that a module itself holds."""
         if isinstance(module, torch.jit.ScriptModule):
             return
         for kind, name, tensor in list(held_tensors(module, self._barren)):
@@ -90,7 +91,7 @@ class _Cast:
         """Raise if a tensor that cannot have a stand-in was written.
 
         Raises:
-            DeferredEditError: One was.
+            DeferredEditError: Such a tensor was written.
         """
         written = [name for name, tensor, mark in self._watched if self._mark(tensor) != mark]
         if written:
@@ -101,12 +102,12 @@ class _Cast:
             )
 
     def put_back(self) -> None:
-        """Put everything back."""
+        """Put all replaced tensors back."""
         for registry, name, value in reversed(self._places):
             registry[name] = value
 
     def forget_unread(self) -> None:
-        """Let go of real tensors whose value nothing has read."""
+        """Drop the references to real tensors whose value nothing has read."""
         read = {storage for step in self._record.tape.steps for storage in step.reads}
         for step, whole in self._real:
             if self._record.tape.number(whole) not in read:
@@ -152,7 +153,7 @@ class _Cast:
         if special or id(tensor) in self._excepted or handle_of(tensor) is not None:
             return None
         stand_in = self._make(tensor, number)
-        # One that is held in two collections is met again.
+        # A stand-in of a tensor that two collections hold is met again.
         self._excepted.add(id(stand_in))
         self._by_tensor[id(tensor)] = tensor, stand_in
         return stand_in
@@ -180,7 +181,7 @@ class _Cast:
         return stand_in
 
     def _copied(self, storage: torch.UntypedStorage, number: int | None) -> torch.UntypedStorage:
-        """Return a storage without memory whose content is that of another."""
+        """Return a storage without memory that has the content of another storage."""
         if number is not None:
             whole = look(storage, torch.uint8, 0, (storage.nbytes(),), (1,))
             with torch.no_grad():
@@ -201,7 +202,7 @@ class _Cast:
 
 
 def _content(memory: Tensor, device: torch.device) -> Tensor:
-    # What is written to the copy when this is replayed must not reach the tensor.
+    # A replay writes to the copy. These writes must not reach the tensor.
     return memory.to(device, copy=True)
 
 

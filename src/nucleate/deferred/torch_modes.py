@@ -1,4 +1,4 @@
-"""torch as if nobody had changed its modes: for what nucleate computes for itself while something is recorded."""
+"""Plain modes of torch, for nucleate's own computations while a recording is on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
-    """Leave modes, autocast and autograd for as long as this is open, in this thread."""
+    """Turn modes, autocast and autograd off in this thread while this context is open."""
     with torch._C.DisableTorchFunction(), _disable_current_modes(), torch._C._DisableAutocast(), torch.no_grad():
         yield

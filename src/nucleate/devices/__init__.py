@@ -1,4 +1,4 @@
-"""Kinds of device: what torch says of each in its own way, behind one set of questions."""
+"""Kinds of device: one interface to functions that torch offers in a different way for each kind."""
 
 from nucleate.devices.hooks import DeviceHooks
 from nucleate.devices.staging import Staging, casts_there, move, slabs

@@ -1,4 +1,4 @@
-"""The CPU as a kind of device: always there, with no streams and nothing to pin memory for."""
+"""The CPU as a kind of device: always present, without streams and without a use for pinned memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nucleate.devices.hooks import DeviceHooks
 
 
 class CPUHooks(DeviceHooks):
-    """The answers for the CPU."""
+    """The hooks of the CPU."""
 
     def is_present(self, device: torch.device) -> bool:
         """Return True."""
@@ -34,12 +34,12 @@ class CPUHooks(DeviceHooks):
         return torch.default_generator
 
     def random_state_of(self, device: torch.device) -> Tensor | None:
-        """Return None: what is saved of a device is saved beside the CPU's state."""
+        """Return None: the state of the CPU's generator is saved separately from those of devices."""
         return None
 
     @property
     def pins_memory(self) -> bool:
-        """False: memory is where the work is."""
+        """False: the CPU works on host memory directly."""
         return False
 
     def supports_bfloat16(self, device: torch.device) -> bool:
@@ -47,5 +47,5 @@ class CPUHooks(DeviceHooks):
         return True
 
     def describe(self, device: torch.device) -> str:
-        """Return the instructions that torch uses."""
+        """Return the name of the instruction set that torch uses."""
         return torch.backends.cpu.get_cpu_capability()

@@ -1,4 +1,4 @@
-"""CUDA as a kind of device: Philox, whose fills tell how far they move it; the processors; bfloat16 by capability."""
+"""CUDA as a kind of device: its Philox generator, which fills move by known distances, its processors and bfloat16."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nucleate.devices.hooks import DeviceHooks
 
 
 class CUDAHooks(DeviceHooks):
-    """The answers that only CUDA gives."""
+    """The hooks of CUDA."""
 
     def default_generator(self, device: torch.device) -> torch.Generator:
         """Return the generator that factories and in-place fills on the device use by default."""
@@ -18,19 +18,19 @@ class CUDAHooks(DeviceHooks):
         return torch.cuda.default_generators[device.index]
 
     def fill_distance(self, is_normal: bool, numel: int, dtype: torch.dtype, device: torch.device) -> int | None:
-        """Return what a random fill adds to Philox' offset, or None where that is not known."""
+        """Return the number that a random fill adds to the offset of Philox, or None where it is not known."""
         return philox.distance(is_normal, numel, dtype, device)
 
     def moved(self, state: Tensor, distance: int) -> Tensor:
-        """Return a state with a larger offset."""
+        """Return the state with `distance` added to its offset."""
         return philox.moved(state, distance)
 
     def supports_bfloat16(self, device: torch.device) -> bool:
-        """Return whether the device computes in bfloat16, by emulation or not."""
+        """Return whether the device computes in bfloat16, natively or by emulation."""
         with torch.cuda.device(device):
             return bool(torch.cuda.is_bf16_supported())
 
     def describe(self, device: torch.device) -> str:
-        """Return the device's name, how many processors it has, and the CUDA that torch was built with."""
+        """Return the device's name, its number of multiprocessors, and the CUDA version that torch was built with."""
         found = torch.cuda.get_device_properties(device)
         return f"{found.name} with {found.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"

@@ -1,4 +1,4 @@
-"""Generators of devices. Some devices have no `torch.Generator` object; others are not on this machine."""
+"""Generators of devices that have no `torch.Generator` object, and of devices that this machine does not have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Generator(Protocol):
-    """What a random program needs of a generator; `torch.Generator` has it."""
+    """The methods of a generator that a random program needs; `torch.Generator` has them."""
 
     @property
     def device(self) -> torch.device:
@@ -25,16 +25,16 @@ class Generator(Protocol):
         ...
 
     def set_state(self, state: Tensor) -> Any:
-        """Put the generator into a state."""
+        """Set the generator's state."""
         ...
 
     def manual_seed(self, seed: int) -> Any:
-        """Put the generator into the state that a seed stands for."""
+        """Set the generator's state from a seed."""
         ...
 
 
 class ModuleGenerator:
-    """The default generator of a device, of which torch's module offers the states only.
+    """The default generator of a device whose torch module offers only the generator's states.
 
     Args:
         device: The device, with its index.
@@ -43,7 +43,7 @@ class ModuleGenerator:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._module: Any = torch.get_device_module(device)
-        # `torch.mps` has one device and does not ask for it (torch/mps/__init__.py, 2.13).
+        # `torch.mps` has one device, and its functions do not take it (torch/mps/__init__.py, 2.13).
         takes_device = bool(inspect.signature(self._module.get_rng_state).parameters)
         self._named: tuple[torch.device, ...] = (device,) if takes_device else ()
 
@@ -54,20 +54,20 @@ class ModuleGenerator:
             return state
 
     def set_state(self, state: Tensor) -> None:
-        """Put the generator into a state."""
+        """Set the generator's state."""
         with _unseen():
             self._module.set_rng_state(state, *self._named)
 
     def manual_seed(self, seed: int) -> None:
-        """Put the generator into the state that a seed stands for."""
+        """Set the generator's state from a seed."""
         with _unseen(), torch.accelerator.device_index(self.device.index):
             self._module.manual_seed(seed)
 
 
 class AbsentGenerator:
-    """Stands for the generator of a device that this machine does not have: it keeps states, and nothing draws from it.
+    """The generator of a device that this machine does not have: it keeps states, and nothing draws from it.
 
-    `torch.manual_seed` would seed the device's generator as well, so its state follows the seed of the CPU's.
+    `torch.manual_seed` would seed the device's generator as well, so the state here follows the seed of the CPU's.
 
     Args:
         device: The device, with its index.
@@ -87,24 +87,24 @@ class AbsentGenerator:
             return self._state.clone()
 
     def set_state(self, state: Tensor) -> None:
-        """Put the generator into a state."""
+        """Set the generator's state."""
         with _unseen():
             self._state = state.clone()
 
     def manual_seed(self, seed: int) -> None:
-        """Put the generator into the state that a seed stands for."""
+        """Set the generator's state from a seed."""
         self._state = _counter_state(seed)
 
 
 @contextmanager
 def _unseen() -> Iterator[None]:
-    """Keep modes of torch from seeing what is done to a state."""
+    """Hide operations on a state from torch's modes."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         yield
 
 
 def _counter_state(seed: int) -> Tensor:
-    """Return a seed and an offset of 0, as the counter-based generators of devices keep them."""
+    """Return a seed and an offset of 0, in the form of the states of counter-based device generators."""
     with _unseen():
         words = [seed if seed < 2**63 else seed - 2**64, 0]
         return torch.tensor(words, dtype=torch.int64, device="cpu").view(torch.uint8)

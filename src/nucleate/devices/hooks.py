@@ -1,4 +1,4 @@
-"""The questions about a kind of device, with the answers of `torch.accelerator` and of the device's own module."""
+"""The functions that depend on the kind of a device, by `torch.accelerator` and the device's own torch module."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from nucleate.devices.kinds import current_accelerator
 
 
 class DeviceHooks:
-    """What depends on the kind of a device.
+    """The functions that depend on the kind of a device.
 
-    The answers here are right for every device that torch.accelerator serves. A kind of device overrides the others.
-    Every `device` has an index.
+    The methods here are right for every device that torch.accelerator serves. The subclass for another kind overrides
+    them. Every `device` argument has an index.
     """
 
     def module(self, device: torch.device) -> Any:
@@ -26,7 +26,7 @@ class DeviceHooks:
         return torch.get_device_module(device)
 
     def is_present(self, device: torch.device) -> bool:
-        """Return whether this process can use the device: torch was built for it, and it is there."""
+        """Return whether this process can use the device: torch was built for it, and the machine has it."""
         try:
             count = self.module(device).device_count()
         except (AttributeError, RuntimeError):
@@ -34,9 +34,9 @@ class DeviceHooks:
         return (device.index or 0) < int(count)
 
     def is_initialized(self, device_type: str) -> bool:
-        """Return whether this process has begun to use devices of this kind. Asking does not begin it.
+        """Return whether this process has begun to use devices of this kind. This method does not initialize a device.
 
-        Where torch's module does not say so, a device that is there counts as used.
+        Where torch's module has no such function, a present device counts as used.
         """
         here = torch.device(device_type, 0)
         try:
@@ -46,7 +46,7 @@ class DeviceHooks:
         return self.is_present(here) if asked is None else bool(asked())
 
     def current_index(self, device_type: str) -> int:
-        """Return the index of the current device of this kind, or 0 where there is none."""
+        """Return the index of the current device of this kind, or 0 without a device of this kind."""
         here = torch.device(device_type, 0)
         if not self.is_present(here):
             return 0
@@ -67,23 +67,23 @@ class DeviceHooks:
     def default_generator(self, device: torch.device) -> Generator:
         """Return the generator that factories and in-place fills on the device use by default."""
         generators = getattr(self.module(device), "default_generators", ())
-        # torch asks a module for the states only (torch/random.py, `fork_rng`).
+        # torch itself needs only a module's functions for states (torch/random.py, `fork_rng`).
         return generators[device.index] if generators else ModuleGenerator(device)
 
     def fill_distance(self, is_normal: bool, numel: int, dtype: torch.dtype, device: torch.device) -> int | None:
-        """Return how far a random fill moves the device's generator, or None where only running it tells.
+        """Return the distance by which a random fill moves the generator, or None if only running the fill shows it.
 
         Args:
-            is_normal: Whether it is `normal_`, else `uniform_`.
-            numel: How many elements it fills.
-            dtype: Of which dtype.
+            is_normal: Whether the fill is `normal_`; else it is `uniform_`.
+            numel: The number of elements.
+            dtype: The dtype of the elements.
             device: The device.
         """
         return None
 
     def moved(self, state: Tensor, distance: int) -> Tensor:
-        """Return a generator's state moved forward by a distance that `fill_distance` returned."""
-        raise NotImplementedError(f"{type(self).__name__} gives distances but does not move a state by them")
+        """Return a generator's state, moved forward by a distance that `fill_distance` returned."""
+        raise NotImplementedError(f"{type(self).__name__} returns distances but does not move a state by them")
 
     def random_state_of(self, device: torch.device) -> Tensor | None:
         """Return the state of the device's own generator, or None where nothing has used the device yet."""
@@ -104,7 +104,7 @@ class DeviceHooks:
         return torch.Stream(device=device)
 
     def current_stream(self, device: torch.device) -> torch.Stream:
-        """Return the stream that work on the device goes to."""
+        """Return the stream that receives work for the device."""
         return torch.accelerator.current_stream(device)
 
     def make_event(self, device: torch.device) -> torch.Event:
@@ -126,7 +126,7 @@ class DeviceHooks:
 
 @functools.cache
 def _torch_pins_memory(accelerator: torch.device) -> bool:
-    """Pin a byte. Not every kind of device has pinned memory, and torch has no question for it (2.13)."""
+    """Pin one byte as a test. Not every kind of device has pinned memory, and torch has no function for it (2.13)."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         try:
             torch.empty(1, dtype=torch.uint8, device="cpu", pin_memory=True)

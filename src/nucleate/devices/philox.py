@@ -1,7 +1,7 @@
-"""CUDA's generator, Philox: a seed and an offset, to which every operation adds what one of its threads draws.
+"""CUDA's generator, Philox: a seed and an offset, to which every operation adds the draws of one of its threads.
 
-Source: `calc_execution_policy` in aten/src/ATen/native/cuda/DistributionTemplates.h, torch 2.13. Passing over a fill
-is an addition; whether it is the right one for this device and build is tried once for each kind and dtype.
+Source: `calc_execution_policy` in aten/src/ATen/native/cuda/DistributionTemplates.h, torch 2.13. To skip a fill, add to
+the offset. One trial for each kind of fill and each dtype checks the addition on this device and build.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 _THREADS_PER_BLOCK = 256
-# What one call of the engine gives.
+# The number of values that one call of the engine gives.
 _COUNTERS_PER_CALL = 4
 
 
 def distance(is_normal: bool, numel: int, dtype: torch.dtype, device: torch.device) -> int | None:
-    """Return what a fill adds to the offset, or None where that is not known.
+    """Return the number that a fill adds to the offset, or None where it is not known.
 
     Args:
-        is_normal: Whether it is `normal_`, else `uniform_`.
-        numel: How many elements it fills.
-        dtype: Of which dtype.
+        is_normal: Whether the fill is `normal_`; else it is `uniform_`.
+        numel: The number of elements.
+        dtype: The dtype of the elements.
         device: A CUDA device, with its index.
     """
     if numel == 0:
@@ -34,7 +34,7 @@ def distance(is_normal: bool, numel: int, dtype: torch.dtype, device: torch.devi
 
 
 def moved(state: Tensor, distance: int) -> Tensor:
-    """Return a state with a larger offset."""
+    """Return the state with `distance` added to its offset."""
     state = state.clone()
     state.view(torch.int64)[1] += distance
     return state
@@ -46,7 +46,7 @@ def _increment(numel: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def increment(numel: int, dtype: torch.dtype, num_processors: int, threads_per_processor: int) -> int:
-    """Return what a fill adds to the offset on a device with so many processors of so many threads."""
+    """Return the number that a fill adds to the offset, on a device with these numbers of processors and threads."""
     unroll = 2 if dtype == torch.float64 else 4
     blocks_per_processor = threads_per_processor // _THREADS_PER_BLOCK
     blocks = min(num_processors * blocks_per_processor, (numel + _THREADS_PER_BLOCK - 1) // _THREADS_PER_BLOCK)
@@ -55,7 +55,7 @@ def increment(numel: int, dtype: torch.dtype, num_processors: int, threads_per_p
 
 @functools.cache
 def adds_as_described(is_normal: bool, dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether this torch build and device add to the offset as said above."""
+    """Return whether this torch build and device add to the offset as `increment` computes."""
     generator = torch.Generator(device)
     for numel in (1, 16, 1000, 257 * 1024, 5_000_011):
         generator.manual_seed(0)

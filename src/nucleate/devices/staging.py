@@ -1,8 +1,8 @@
 """Staging: values made or read on the host go to a device through a ring of pinned buffers.
 
-One buffer is filled while the copies out of the others run on a stream of their own. An event behind the copies of a
-buffer says when it may be written again. A copy never starts from a mapped file or other pageable memory, and each
-byte crosses once. Values are cast on the device where fewer bytes cross that way.
+One buffer is filled while the copies from the others run on a separate stream. An event behind the copies of a buffer
+shows when the buffer may be written again. A copy never starts from a mapped file or other pageable memory, and each
+byte is sent once. Values are cast on the device where this sends fewer bytes.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from nucleate.devices.table import concrete, hooks_of
 BUFFER_BYTES = 32 << 20
 #: Buffers of one ring: one is filled, one is copied, and one waits for either.
 NUM_BUFFERS = 3
-#: Values in a buffer begin at a multiple of so many bytes.
+#: Values in a buffer begin at a multiple of this number of bytes.
 ALIGNMENT = 64
 
 
 class Staging:
-    """Copies host memory to one device for as long as it is open. One thread uses it.
+    """A context in which one thread copies host memory to one device.
 
-    When it closes, also by an exception, all copies are done, and work that the caller then gives to the device comes
-    behind them. A device that does not pin memory gets the same calls, with ordinary memory and copies that block.
+    When the context ends, also by an exception, all copies are done. Work that the caller then gives to the device
+    runs after them. A device that does not pin memory gets the same calls, with ordinary memory and blocking copies.
 
     Args:
         device: The device. It need not be the current one.
-        size_bytes: How many bytes are going to be copied: for fewer, the ring is smaller.
+        size_bytes: The number of bytes to copy. For few bytes, the ring is smaller.
     """
 
     def __init__(self, device: torch.device, size_bytes: int) -> None:
@@ -53,7 +53,7 @@ class Staging:
     def __enter__(self) -> Staging:
         if self._pins:
             self._stream = self._hooks.make_stream(self.device)
-            # Pending work may still use memory that was freed and is written now.
+            # Pending work may still use freed memory, which the copies are about to write.
             self._stream.wait_stream(self._hooks.current_stream(self.device))
         return self
 
@@ -65,14 +65,14 @@ class Staging:
                     event.synchronize()
         finally:
             if self._stream is not None:
-                # Some backends order a stream by this alone, and others give freed memory to the current stream.
+                # Some backends order streams only by this call, and others give freed memory to the current stream.
                 self._hooks.current_stream(self.device).wait_stream(self._stream)
             self._buffers, self._events, self._temporary = [], [], None
 
     def buffer(self) -> Tensor:
-        """Return the next buffer as bytes, `(buffer_bytes,)`, once all copies out of it are done.
+        """Return the next buffer as bytes, `(buffer_bytes,)`, after all copies from it are done.
 
-        What was sent before from the other buffers may still be on its way. Nothing more is sent from them.
+        Earlier copies from the other buffers may still run. No new copies start from them.
         """
         self._record()
         self._turn = (self._turn + 1) % len(self._buffers)
@@ -88,14 +88,14 @@ class Staging:
         return buffer
 
     def copied(self, source: Tensor) -> Tensor:
-        """Return a copy of a tensor on the device. It is whole when the staging closes.
+        """Return a copy of a tensor on the device. The copy is complete when the context ends.
 
         Args:
             source: A strided tensor on the host, in memory of any kind. Small ones share a buffer.
         """
         out = torch.empty_like(source, device=self.device)
         if self._stream is not None:
-            # As in `_memory`.
+            # For the reason given in `_memory`.
             self._stream.wait_stream(self._hooks.current_stream(self.device))
         if out.stride() != source.stride():
             source = source.contiguous()
@@ -103,11 +103,11 @@ class Staging:
         return out
 
     def copy(self, source: Tensor, out: Tensor) -> None:
-        """Copy a tensor in host memory of any kind to one on the device, through as many buffers as that takes.
+        """Copy a tensor in host memory of any kind to one on the device, through as many buffers as necessary.
 
         Args:
-            source: On the host. It may be written as soon as this returns.
-            out: On the device, of the same shape, strides and dtype.
+            source: The tensor on the host. It may be written as soon as this method returns.
+            out: The tensor on the device, of the same shape, strides and dtype.
         """
         limit = self.buffer_bytes // source.element_size()
         for (_, part), (_, place) in zip(slabs(source, limit), slabs(out, limit), strict=True):
@@ -123,7 +123,7 @@ class Staging:
         """Copy a part of the last buffer to a tensor on the device, cast to the tensor's dtype.
 
         Args:
-            host: A contiguous part of the buffer, with as many elements as `out`. It must not be written any more.
+            host: A contiguous part of the buffer, with as many elements as `out`. The caller must not write it again.
             out: A tensor on the device, of any strides.
         """
         if not out.numel():
@@ -140,7 +140,7 @@ class Staging:
 
         Args:
             host: A contiguous part of the buffer, of one dim. Both it and the cast values fit into one buffer.
-            dtype: What the values are cast to on the device.
+            dtype: The dtype to which the values are cast on the device.
             function: Gets the values, `(n,)`. It gives its work to the current stream and does not keep the values.
         """
         size_bytes = host.numel() * host.element_size()
@@ -155,13 +155,13 @@ class Staging:
             function(values)
 
     def _memory(self) -> Tensor:
-        """Return memory on the device for what arrives and goes on from there, as large as a buffer."""
+        """Return memory on the device, as large as a buffer, for values that a function then uses there."""
         if self._temporary is None:
             self._temporary = torch.empty(self.buffer_bytes, dtype=torch.uint8, device=self.device)
             if self._stream is not None:
-                # It comes from the current stream, on which somebody may have freed it just now.
+                # The memory comes from the current stream, where other work may have freed it just now.
                 self._stream.wait_stream(self._hooks.current_stream(self.device))
-        # Copies out of it and into it are in order: all are on one stream.
+        # Copies from and to this memory are in order, because all are on one stream.
         return self._temporary
 
     def _on_stream(self) -> AbstractContextManager[Any]:
@@ -169,7 +169,7 @@ class Staging:
         return nullcontext() if self._stream is None else self._stream
 
     def _record(self) -> None:
-        """Put an event behind the copies out of the last buffer."""
+        """Put an event behind the copies from the last buffer."""
         if self._stream is None or self._is_behind:
             return
         event = self._events[self._turn]
@@ -184,8 +184,8 @@ def move(source: torch.UntypedStorage, target: torch.UntypedStorage) -> None:
     """Copy the bytes of a storage on the host to the beginning of one on a device.
 
     Args:
-        source: On the host.
-        target: On a device; at least as large.
+        source: The storage on the host.
+        target: The storage on a device, at least as large.
     """
     if not source.nbytes():
         return
@@ -196,16 +196,16 @@ def move(source: torch.UntypedStorage, target: torch.UntypedStorage) -> None:
 
 @functools.cache
 def casts_there(device: torch.device, source: torch.dtype, target: torch.dtype) -> bool:
-    """Return whether values should be cast on the device: not more bytes cross then, and the bits are the host's.
+    """Return whether values should be cast on the device: this sends no more bytes, and the bits are those of the host.
 
     Args:
-        device: Where values go to.
-        source: What they are before.
-        target: What they are afterwards.
+        device: The device that receives the values.
+        source: Their dtype before the cast.
+        target: Their dtype after the cast.
     """
     if source == target:
         return True
-    # What becomes of a number that an integer cannot hold depends on the processor.
+    # The cast of a number that an integer dtype cannot hold depends on the processor.
     is_exact = target.is_floating_point or target.is_complex or not (source.is_floating_point or source.is_complex)
     if source.itemsize > target.itemsize or not is_exact or (source.is_complex and not target.is_complex):
         return False
@@ -220,8 +220,8 @@ def slabs(tensor: Tensor, limit: int) -> Iterator[tuple[int, Tensor]]:
     """Yield parts of a tensor in the order of its elements, each with the number of its first element.
 
     Args:
-        tensor: Of any strides.
-        limit: How many elements a part has at most.
+        tensor: A tensor of any strides.
+        limit: The largest number of elements of a part.
     """
     if tensor.numel() <= limit:
         if tensor.numel():
@@ -239,10 +239,10 @@ def slabs(tensor: Tensor, limit: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def fits(size_bytes: int) -> bool:
-    """Return whether so many bytes fit into one buffer."""
+    """Return whether `size_bytes` bytes fit into one buffer."""
     return size_bytes <= BUFFER_BYTES
 
 
 def aligned(size_bytes: int) -> int:
-    """Return the next multiple of the alignment."""
+    """Return the number of bytes, rounded up to a multiple of the alignment."""
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT

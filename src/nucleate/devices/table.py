@@ -1,4 +1,4 @@
-"""Which hooks serve which device, its index and its generator, and which devices this process uses."""
+"""The table of devices: the hooks, index and generator of each device, and the devices that this process uses."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from nucleate.devices.hooks import DeviceHooks
 from nucleate.devices.kinds import is_kind
 from nucleate.errors import ConfigurationError
 
-# Device type to `"module:Class"`; every other device is served by `DeviceHooks` itself.
+# The `"module:Class"` of each device type. `DeviceHooks` itself serves every other device.
 _BUILTINS = {"cpu": "nucleate.devices.cpu:CPUHooks", "cuda": "nucleate.devices.cuda:CUDAHooks"}
 _chosen: dict[str, DeviceHooks] = {}
-# By the ids of the accelerators that took them, as long as these live; the first one taken comes first. An accelerator
-# need not be hashable, and equal ones are not the same one.
+# The devices of living accelerators, by the accelerator's id, in the order in which accelerators first took a device.
+# The keys are ids because an accelerator need not be hashable, and two equal accelerators may be different objects.
 _taken: dict[int, torch.device] = {}
 _uses_several = False
 _generators: dict[torch.device, Generator] = {}
 
 
 def hooks_of(device: torch.device) -> DeviceHooks:
-    """Return the hooks of a device: those that an accelerator in use brought, else nucleate's own."""
+    """Return the hooks of a device: those of an accelerator in use, else nucleate's own."""
     chosen = _chosen.get(device.type)
     return _builtin(device.type) if chosen is None else chosen
 
 
 def use_hooks(device_type: str, hooks: DeviceHooks) -> None:
-    """Let an accelerator answer for its kind of device from now on, in this process.
+    """Use an accelerator's hooks for its kind of device from now on, in this process.
 
-    Of the CPU and CUDA nucleate knows more than `DeviceHooks` does, such as what their generators do. There an
-    accelerator answers only if it extends nucleate's class for that kind.
+    nucleate's own classes for the CPU and CUDA know more than `DeviceHooks`, for example about their generators. For
+    these kinds, an accelerator's hooks are used only if they extend nucleate's class for the kind.
     """
     if isinstance(hooks, type(_builtin(device_type))):
         if type(hooks) is not type(_chosen.get(device_type)):
@@ -43,7 +43,7 @@ def use_hooks(device_type: str, hooks: DeviceHooks) -> None:
 
 
 def take_device(device: torch.device, hooks: DeviceHooks) -> None:
-    """Note that an accelerator has selected a device, and let it answer for its kind."""
+    """Note that an accelerator has selected a device, and use its hooks for that kind of device."""
     global _uses_several
     use_hooks(device.type, hooks)
     if id(hooks) not in _taken:
@@ -53,9 +53,9 @@ def take_device(device: torch.device, hooks: DeviceHooks) -> None:
 
 
 def made_current(device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which a device is the current one, if this process has used another one as well.
+    """Return a context in which a device is the current one, if this process has used several devices.
 
-    Code that names a device without its index means the current one, which is that of the last accelerator made.
+    Code that names a device without its index means the current device. That is the one of the last accelerator made.
     """
     return hooks_of(device).made_current(device) if _uses_several else nullcontext()
 
@@ -63,22 +63,22 @@ def made_current(device: torch.device) -> AbstractContextManager[object]:
 def devices_taken() -> list[torch.device]:
     """Return the devices that this process uses, without the CPU.
 
-    These are the ones that accelerators have selected, in that order. Where there are none it is torch's current
-    device, if this process has used it. Asking does not initialize a device.
+    These are the devices that accelerators have selected, in that order. Without such a device, it is torch's current
+    device, if this process has used it. This function does not initialize a device.
     """
     found = _selected()
     current = torch.accelerator.current_accelerator()
     if found or current is None:
         return found
     hooks = hooks_of(current)
-    # Before its index is asked for, which can initialize it.
+    # This check comes first, because asking for the device's index can initialize the device.
     if not hooks.is_initialized(current.type) or not hooks.is_present(current):
         return []
     return [torch.device(current.type, hooks.current_index(current.type))]
 
 
 def concrete(device: torch.device | str) -> torch.device:
-    """Return a device with its index; without one, the current device of its kind is meant. The CPU has none.
+    """Return a device with its index. Without one, it means the current device of its kind. The CPU has no index.
 
     Raises:
         ConfigurationError: torch knows no such device, or it is the meta device, on which tensors have no values.
@@ -121,7 +121,7 @@ def is_present(device: torch.device) -> bool:
 def default_generator(device: torch.device) -> Generator:
     """Return the generator that factories and in-place fills on a device use by default, the same object each time.
 
-    For a device that this machine does not have, it is one that keeps its states and cannot be drawn from.
+    For a device that this machine does not have, it is an `AbsentGenerator`, which keeps states and draws nothing.
     """
     if device.type == "cpu":
         return torch.default_generator

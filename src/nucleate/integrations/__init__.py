@@ -1,4 +1,4 @@
-"""How models of other libraries are made here. A new way implements `Integration`, under `nucleate.integrations`."""
+"""Integrations of other libraries. A new one implements `Integration` and registers under `nucleate.integrations`."""
 
 from nucleate.integrations.base import Integration
 

@@ -1,4 +1,4 @@
-"""The integrations that a `Runtime` uses: those that it was given, or those whose library has been imported."""
+"""The active integrations of a `Runtime`: the given ones, or those whose library has been imported."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Integrations:
     """The integrations of one `Runtime`.
 
     Args:
-        choices: What `Runtime(plugins=...)` was given; None takes each whose library has been imported.
-        composition: What each is shown.
+        choices: The argument of `Runtime(plugins=...)`; None takes each integration whose library has been imported.
+        composition: The composition that each integration checks.
 
     Raises:
-        PluginNotFoundError: No integration has a name that was given.
-        ConfigurationError: They were not given as a list, or one does not work with the composition.
+        PluginNotFoundError: No integration has a given name.
+        ConfigurationError: `choices` is not a list, or an integration does not work with the composition.
     """
 
     def __init__(self, choices: Sequence[str | Integration] | None, composition: Composition) -> None:
@@ -30,19 +30,19 @@ class Integrations:
         self._composition = composition
         self._takes_all = choices is None
         self._is_connected = False
-        # Those that are active by now, by name. The others may never be needed: they are looked up, not imported.
+        # The active integrations by name. The others are not imported, because they may never be needed.
         self._active: dict[str, Integration] = {}
         for choice in choices or ():
             self._add(cast(Integration, INTEGRATIONS.choose(choice)))
 
     def connect(self) -> None:
-        """Tell each that the process group has started."""
+        """Tell each integration that the process group has started."""
         self._is_connected = True
         for integration in self._active.values():
             integration.connect(self._composition.device, self._composition.environment)
 
     def __iter__(self) -> Iterator[Integration]:
-        """Yield those that are active now; a library may have been imported since."""
+        """Yield the integrations that are active now; a library may have been imported since the last call."""
         if self._takes_all:
             for name in INTEGRATIONS.names():
                 if name in sys.modules and name not in self._active:

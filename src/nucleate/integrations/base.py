@@ -1,8 +1,8 @@
-"""What an integration is: the part of `Runtime` that knows one library which constructs, loads or runs models.
+"""The base class of integrations: the part of `Runtime` that knows one library of models.
 
-Accelerators, precisions and strategies know torch only. A library on top of it may construct on the meta device, load
-weights in its own constructor functions or cut its models its own way; an integration tells it, for as long as a model
-is constructed, what a `Runtime` would have, and tells the `Runtime` what the library knows about its models.
+Accelerators, precisions and strategies know only torch. A library on top of torch may construct on the meta device,
+load weights in its own constructor functions, or split its models in its own way. While a model is constructed, an
+integration makes the library follow the `Runtime`. It also gives the `Runtime` the library's facts about its models.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from nucleate.plugin import Plugin
 
 
 class Integration(Plugin):
-    """How models of one library are constructed and set up.
+    """A plugin that constructs and sets up the models of one library.
 
-    It is registered under the name of the library's top-level module, and is active in a `Runtime` if that module has
+    It is registered under the name of the library's top-level module. It is active in a `Runtime` if that module has
     been imported when a model is constructed or set up, or if `Runtime(plugins=...)` names it.
 
-    Required: the contract's two methods. `module_init_context()` is entered innermost of all, when whatever is made is
-    deferred already if it shall be (`nucleate.deferred.is_recording`); what it patches is as it was when it ends.
-    `setup(model)` gets every model, also those that are none of the library's, before anything else is done to it.
+    Required: the contract's two methods. `module_init_context()` is the innermost context: deferral, if any, is already
+    active (`nucleate.deferred.is_recording`). It must undo its patches when it ends. `setup(model)` receives every
+    model first, including models of other libraries.
 
     Attributes:
         device: This process's device, set by `connect`.
-        environment: Which process this is, of how many, set by `connect`.
+        environment: The rank of this process and the world size, set by `connect`.
     """
 
     kind: ClassVar[str] = "integration"
@@ -40,7 +40,7 @@ class Integration(Plugin):
     environment: Environment = Environment()
 
     def connect(self, device: torch.device, environment: Environment) -> None:
-        """Learn the device and the place of this process; the process group is up when this is called."""
+        """Store the device and the rank of this process. The process group has started before this call."""
         self.device = device
         self.environment = environment
 
@@ -50,13 +50,13 @@ class Integration(Plugin):
 
     @abstractmethod
     def setup(self, model: nn.Module) -> nn.Module:
-        """Tell what the library knows about a model; it returns the model itself, deferred or real as it was."""
+        """Add the library's knowledge to a model, and return the same model, still deferred or real as before."""
 
     def inference_methods(self, model: nn.Module) -> Iterable[str]:
         """Return names of methods that call forward and need no gradients, such as one that generates text.
 
-        They go through the precision as forward does, and a strategy gathers what they need. Every rank must call them
-        where it shards.
+        These methods go through the precision as forward does, and the strategy gathers the parameters for them. If
+        the strategy shards, every rank must call them.
 
         Args:
             model: A model that is being set up.

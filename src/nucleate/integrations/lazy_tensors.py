@@ -1,7 +1,7 @@
 """Lazy checkpoints of Lightning Fabric and litgpt inside `init_module`: they stay lazy.
 
-A tensor of `_lazy_load` reads itself as soon as torch touches it. Inside the block it becomes a deferred tensor then,
-bound to its record in the file. What torch does next with it is recorded.
+A tensor of `_lazy_load` reads itself as soon as torch uses it. Inside the block it then becomes a deferred tensor,
+bound to its place in the file. Later operations of torch on this tensor are recorded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from nucleate.deferred import is_recording, record_of
 from nucleate.devices.kinds import is_kind
 from nucleate.integrations.scoped import FileIntegration, Scoped, put
 
-#: What the library reads a tensor for (lightning/fabric/utilities/load.py, 2.6), besides a move to a kind of device.
+#: Attributes for which the library reads a tensor (lightning/fabric/utilities/load.py, 2.6), besides device moves.
 _TOUCHES = frozenset(("contiguous", "half", "data", "to"))
 _MODULES = ("lightning.fabric.utilities.load", "lightning_fabric.utilities.load")
 
 
 @final
 class LazyTensors(FileIntegration):
-    """Binds deferred tensors to files that `_lazy_load` has opened."""
+    """The integration that binds deferred tensors to files that `_lazy_load` has opened."""
 
     name = "lightning_fabric"
 
@@ -41,7 +41,7 @@ def _install(stack: ExitStack) -> None:
             continue
         plain_get = cls.__getattr__
 
-        # A tensor that was saved as a parameter has a `_load_tensor` of its own, which the class's does not reach.
+        # A tensor that was saved as a parameter has its own `_load_tensor`, which a patch of the class does not reach.
         def call(
             cls: Any, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
@@ -58,7 +58,7 @@ def _install(stack: ExitStack) -> None:
 
 
 def _loaded(lazy: Any) -> Tensor:
-    """Return a deferred tensor, or what the library reads."""
+    """Return a deferred tensor, or else the tensor that the library reads."""
     made = _deferred(lazy)
     if made is None:
         return lazy._load_tensor()  # type: ignore[no-any-return]

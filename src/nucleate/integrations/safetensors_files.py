@@ -1,8 +1,8 @@
 """safetensors inside `init_module`: its tensors are deferred and bound to the file.
 
-Libraries hold `safe_open` under names of their own, imported once and for all. So the class itself is changed for as
-long as a model is constructed (its methods, in safetensors 0.8), and this reaches `load_file` and `load_model` too,
-which open files by it. The library still opens the file and checks its header; only the reading is put off.
+Libraries import `safe_open` under their own names. So this file patches the class itself (its methods, in safetensors
+0.8) while a model is constructed. This also reaches `load_file` and `load_model`, which open files with it. The library
+still opens the file and checks its header; only the reading is deferred.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TORCH = ("pt", "torch", "pytorch")
 
 @final
 class SafetensorsFiles(FileIntegration):
-    """Binds deferred tensors to safetensors files where a library reads them."""
+    """The integration that binds deferred tensors to safetensors files when a library reads them."""
 
     name = "safetensors"
 
@@ -40,7 +40,7 @@ class _Opened:
 
     Args:
         path: The file.
-        device: The device that was asked for.
+        device: The device that the caller asked for.
     """
 
     def __init__(self, path: str | os.PathLike[str], device: torch.device) -> None:
@@ -56,7 +56,7 @@ class _Opened:
         return defers(self._device)
 
     def tensor(self, key: str) -> Tensor | None:
-        """Return a deferred tensor, or None where the library has to do it."""
+        """Return a deferred tensor, or None if the library must read the tensor itself."""
         from nucleate.checkpoint.loading import bound
         from nucleate.checkpoint.readers.safetensors_file import SafetensorsFile
         from nucleate.checkpoint.stored import DataFile
@@ -67,14 +67,14 @@ class _Opened:
             try:
                 self._tensors = SafetensorsFile.read(DataFile(self._path)).tensors
             except CheckpointError:
-                # The library may know more of the format than torch does.
+                # The library may support more of the format than torch does.
                 self._tensors = {}
         stored = self._tensors.get(key)
         return None if stored is None else bound(stored, self._device)
 
 
 class _Slice:
-    """Stands for `PySafeSlice`: the parts of a tensor are parts of a deferred one.
+    """A replacement for `PySafeSlice` that returns parts of a deferred tensor.
 
     Args:
         plain: The library's own object, which knows dtype and shape.
@@ -98,14 +98,14 @@ class _Slice:
         if tensor is None:
             return self._plain[index]
         part = tensor[index]
-        # The library's parts have memory of their own.
+        # A part from the library has its own memory.
         return part if part.numel() == tensor.numel() else part.clone(memory_format=torch.contiguous_format)
 
 
 def _install(stack: ExitStack) -> None:
     library = sys.modules["safetensors"]
     cls: Any = library.safe_open
-    # Its objects take no attributes. Each one goes through `__init__`, so a number that is used again is no danger.
+    # Objects of this class take no attributes. Each one goes through `__init__`, so the reuse of an id does no harm.
     opened: dict[int, _Opened] = {}
     stack.callback(opened.clear)
 
@@ -152,7 +152,7 @@ def _method(plain: Callable[..., Any], ours: Callable[..., Any]) -> Callable[...
 
 
 def _named(cls: Any) -> Callable[..., Any]:
-    """Return a function that opens a file as the class does, and names the file where its header is damaged."""
+    """Return a function that opens a file as the class does, and adds the file's name to an error."""
 
     def safe_open(filename: Any, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Changes to a library that last as long as some thread constructs a model, and integrations that consist of one."""
+"""Temporary patches of a library, active while any thread constructs a model, and the integrations made of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nucleate.integrations.base import Integration
 
 
 class Scoped:
-    """A change to a library for the whole process, made by the first context and undone by the last one that ends.
+    """A patch of a library for the whole process: the first context makes it, and the last one that ends undoes it.
 
-    Contexts of several threads may overlap. So what is put into the library has to ask whether its own thread defers.
+    Contexts of several threads may overlap. So the patched functions must check whether their own thread defers.
 
     Args:
-        install: Makes the change, and tells the stack how to undo it.
+        install: Makes the change, and registers its undoing on the stack.
     """
 
     def __init__(self, install: Callable[[ExitStack], None]) -> None:
@@ -30,7 +30,7 @@ class Scoped:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Have the library changed."""
+        """Return the context in which the library is patched."""
         with self._lock:
             if self._num_contexts == 0:
                 with ExitStack() as stack:
@@ -47,13 +47,13 @@ class Scoped:
 
 
 def put(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Give an object of a library another attribute until a stack is closed.
+    """Set an attribute of a module or class until a stack is closed.
 
     Args:
-        stack: Puts the attribute back, or takes it away where the object itself had none.
+        stack: Restores the attribute, or deletes it if the owner itself did not have it.
         owner: A module or a class.
         name: The attribute's name.
-        value: The attribute.
+        value: The attribute's new value.
     """
     if name in vars(owner):
         stack.callback(setattr, owner, name, vars(owner)[name])
@@ -67,12 +67,12 @@ class FileIntegration(Integration):
 
     @abstractmethod
     def scoped(self) -> Scoped:
-        """Return the change, the same one for all runtimes."""
+        """Return the patch, which is the same object for all runtimes."""
 
     def module_init_context(self) -> AbstractContextManager[object]:
         """Return the context in which the library's files are bound instead of read."""
         return self.scoped().entered()
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Return the model as it is."""
+        """Return the model unchanged."""
         return model

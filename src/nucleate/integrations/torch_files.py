@@ -1,8 +1,8 @@
 """`torch.load` inside `init_module`: the tensors of a file are deferred and bound to the file.
 
-torch itself unpickles, with `weights_only=True` and onto the meta device, where it notes the place of each storage in
-the file (torch/serialization.py, 2.13). So torch's refusals stay. Every file for which this is not enough is torch's:
-one of the format before torch 1.6, one that needs `weights_only=False`, tensors inside of objects, another device.
+torch itself unpickles, with `weights_only=True` and onto the meta device, and notes the place of each storage in the
+file (torch/serialization.py, 2.13). So torch still refuses unsafe files. torch loads all other files as usual: files of
+the format before torch 1.6, files that need `weights_only=False`, tensors inside of objects, other devices.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 
 @final
 class TorchFiles(FileIntegration):
-    """Binds deferred tensors to torch's files where `torch.load` reads them."""
+    """The integration that binds deferred tensors to torch's files when `torch.load` reads them."""
 
     name = "torch"
 
@@ -61,11 +61,11 @@ def _install(stack: ExitStack) -> None:
 
 
 class _NotBoundError(Exception):
-    """torch has to load this file as it does without us."""
+    """A signal that torch must load this file in the usual way."""
 
 
 def _load(plain: Any, path: str | os.PathLike[str], map_location: Any) -> Any:
-    """Return what `torch.load` returns, with deferred tensors."""
+    """Return the result of `torch.load`, with deferred tensors."""
     from nucleate.checkpoint.loading import defers
     from nucleate.checkpoint.stored import DataFile
 
@@ -96,7 +96,7 @@ def _load(plain: Any, path: str | os.PathLike[str], map_location: Any) -> Any:
 
 
 def _records(file: DataFile) -> tuple[dict[int, int], set[str]]:
-    """Return where storages lie in a torch file and how long they are, and the devices that they were saved from."""
+    """Return the offsets and sizes of the storages in a torch file, and the devices that they were saved from."""
     from nucleate.checkpoint.readers.torch import ZipDirectory, prefix_of
 
     if not file.size_bytes or file.read(0, min(2, file.size_bytes)) != b"PK":
@@ -122,7 +122,7 @@ def _records(file: DataFile) -> tuple[dict[int, int], set[str]]:
 
 
 class _Anything:
-    """Stands for every object of a pickle."""
+    """A placeholder for every object of a pickle."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -141,10 +141,10 @@ class _Anything:
 
 
 class _Locations(pickle.Unpickler):
-    """Goes through a pickle for the devices of its storages; it imports nothing and calls nothing that is named there.
+    """A reader of the storages' devices in a pickle. It does not import or call anything that the pickle names.
 
     Attributes:
-        found: The devices, as torch writes them.
+        found: The devices, in torch's notation.
     """
 
     def __init__(self, file: BytesIO) -> None:
@@ -160,36 +160,36 @@ class _Locations(pickle.Unpickler):
 
 
 class _Binder:
-    """Puts tensors into the place of those that torch has made on the meta device.
+    """A replacer of the tensors that torch has made on the meta device.
 
-    Those in a state dict, which is a dict of names and tensors, become deferred. Others become real, such as those of
-    an optimizer: no `setup` makes them, and the user computes with them.
+    Tensors in a state dict, which is a dict of names and tensors, become deferred. Others become real, such as those of
+    an optimizer: `setup` does not materialize them, and the user computes with them.
 
     Args:
         file: The file.
-        places: Where its storages begin, to how many bytes they have.
-        device: The device that deferred tensors stand for.
+        places: The size in bytes of each storage, by its offset.
+        device: The device of the deferred tensors.
     """
 
     def __init__(self, file: DataFile, places: dict[int, int], device: torch.device) -> None:
         self._file = file
         self._places = places
         self._device = device
-        # By their place in the file: those to defer, and what the others have become.
+        # By offset in the file: the storages to defer, and the new tensors of storages.
         self._weights: set[int] = set()
         self._storages: dict[int, Tensor] = {}
         self._checked: set[int] = set()
         self._done: dict[int, tuple[Any, Any]] = {}
 
     def check(self, value: Any, is_optimizer: bool = False) -> None:
-        """Look whether all tensors in a value can be replaced, and which of them are weights.
+        """Check that all tensors in a value can be replaced, and find out which of them are weights.
 
         Args:
-            value: What torch has loaded onto the meta device.
-            is_optimizer: Whether it belongs to an optimizer's state.
+            value: A value that torch has loaded onto the meta device.
+            is_optimizer: Whether the value belongs to an optimizer's state.
 
         Raises:
-            _NotBoundError: One of them cannot be replaced.
+            _NotBoundError: A tensor cannot be replaced.
         """
         if type(value) in _ATOMS or id(value) in self._checked:
             return
@@ -221,13 +221,13 @@ class _Binder:
         storage = tensor.untyped_storage()
         offset = getattr(storage, "_checkpoint_offset", None)
         is_marked = tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor._backward_hooks
-        # The number of bytes tells that the record is not packed.
+        # The record has at least the bytes of the storage, so it is not compressed.
         fits = offset is not None and self._places.get(offset, -1) >= storage.nbytes()
         if is_marked or tensor.__dict__ or (storage.nbytes() and not fits):
             raise _NotBoundError
 
     def replaced(self, value: Any) -> Any:
-        """Return a value with the tensors that the user gets; dicts and lists are changed in place."""
+        """Return a value with replaced tensors. Dicts and lists are changed in place."""
         if type(value) in _ATOMS or type(value) in (set, frozenset):
             return value
         if id(value) not in self._done:
@@ -256,7 +256,7 @@ class _Binder:
         return made.requires_grad_(requires_grad)
 
     def _on_storage(self, storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor on what a storage becomes, as another one of the same storage has it already."""
+        """Return a tensor on the replacement of a storage; all tensors of the same storage share one replacement."""
         from nucleate.checkpoint.loading import bound
         from nucleate.checkpoint.stored import StoredTensor
 
@@ -280,7 +280,7 @@ class _Binder:
 
 
 def _is_state_dict(value: dict[Any, Any]) -> bool:
-    """Return whether a dict gives names to tensors; numbers and strings may stand beside them."""
+    """Return whether a dict maps names to tensors; it may also contain numbers and strings."""
     return all(isinstance(key, str) for key in value) and all(
         isinstance(item, Tensor) or type(item) in _ATOMS for item in value.values()
     )

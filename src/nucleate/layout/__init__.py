@@ -1,4 +1,4 @@
-"""Layout: which rank holds which part of a tensor. Only `agreement` talks to other ranks."""
+"""The layout of tensors: the part of each tensor that a rank holds. Only `agreement` communicates with other ranks."""
 
 from nucleate.layout.holders import Dealer
 from nucleate.layout.placements import (

@@ -1,8 +1,8 @@
-"""Do the ranks hold the same? Fingerprints instead of broadcasts.
+"""The agreement of ranks on values, shown by fingerprints instead of broadcasts.
 
-Replicas that every rank made by itself are equal if the recipes were followed; a fingerprint of a sample of each
-tensor shows whether they were. Real tensors that the user brought along may differ by rank, and are then taken
-from rank 0.
+Replicas that every rank made by itself are equal if each rank followed the recipes. A fingerprint of a sample of each
+tensor shows whether they are equal. Real tensors that the user supplied may differ by rank; all ranks then take the
+values of rank 0.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from nucleate.cluster.communicator import Communicator
 from nucleate.errors import RankDisagreementError, name_list
 from nucleate.layout.placements import is_sharded
 
-#: How many elements of a tensor a fingerprint looks at. Another seed or kernel changes nearly every element.
+#: The number of elements in the sample for a fingerprint. Another seed or kernel changes nearly every element.
 SAMPLE_SIZE = 4096
-#: How many elements are widened at a time where all of them are looked at.
+#: The number of elements that are widened to int64 at a time.
 CHUNK_SIZE = 1 << 20
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def verify_replicas(model: nn.Module, communicator: Communicator) -> None:
-    """Check that every tensor that ranks hold whole is equal on all ranks. DTensors are passed over.
+    """Check that every tensor that ranks hold whole is equal on all ranks. DTensors are skipped.
 
     Args:
         model: A model without deferred tensors.
-        communicator: Of this process.
+        communicator: The communicator of this process.
 
     Raises:
-        RankDisagreementError: A parameter or buffer differs, named by FQN; on every rank.
+        RankDisagreementError: A parameter or buffer differs; the message gives its FQN. Every rank raises it.
     """
     if communicator.world_size == 1:
         return
@@ -52,13 +52,13 @@ def broadcast_real(model: nn.Module, communicator: Communicator) -> list[str]:
 
     Args:
         model: A model whose deferred tensors, if any, are on the meta device.
-        communicator: Of this process.
+        communicator: The communicator of this process.
 
     Returns:
         The FQNs that differed.
 
     Raises:
-        RankDisagreementError: A tensor has another dtype or shape on some rank; on every rank.
+        RankDisagreementError: A tensor has another dtype or shape on some rank. Every rank raises it.
     """
     if communicator.world_size == 1:
         return []
@@ -75,14 +75,14 @@ def broadcast_real(model: nn.Module, communicator: Communicator) -> list[str]:
 
 
 def differing_copies(model: nn.Module, communicator: Communicator) -> dict[str, list[int]]:
-    """Find what several ranks hold the same part of, but not with the same bits. Every element is looked at.
+    """Find parts of tensors that several ranks hold with different bits. Every element counts.
 
     Args:
         model: A model without deferred tensors.
-        communicator: Of this process.
+        communicator: The communicator of this process.
 
     Returns:
-        FQNs, and the ranks that differ from the lowest one that holds the same part; equal on every rank.
+        FQNs, each with the ranks that differ from the lowest rank that holds the same part; equal on every rank.
     """
     if communicator.world_size == 1:
         return {}
@@ -98,7 +98,7 @@ def differing_copies(model: nn.Module, communicator: Communicator) -> dict[str, 
 
 
 def _held(model: nn.Module) -> Iterable[tuple[tuple[Any, ...], Tensor]]:
-    """Yield what this rank holds: (FQN, and for a shard which part it is) and the tensor."""
+    """Yield the tensors of this rank, each with a key: the FQN, and for a shard also its boxes."""
     named: Iterable[tuple[str, Any]] = (*model.named_parameters(), *model.named_buffers())
     for name, tensor in named:
         if is_sharded(tensor):
@@ -134,7 +134,7 @@ def _differing(named: Iterable[tuple[str, Tensor]], communicator: Communicator, 
 
 
 def _fingerprint(tensor: Tensor, sample: bool) -> tuple[int, int]:
-    """Return two sums over the words of a tensor, of a sample of them or of all."""
+    """Return two sums over the words of a tensor, or over a sample of its elements."""
     plain = tensor.resolve_conj().resolve_neg()
     flat = (plain.dequantize() if plain.is_quantized else plain).contiguous().view(-1)
     if sample:

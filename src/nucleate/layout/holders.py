@@ -1,4 +1,4 @@
-"""Holders: which of the ranks that hold the same part of a tensor acts for all of them."""
+"""Owners: the choice of one rank among the holders of the same part of a tensor, which acts for all of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class Dealer:
-    """Decides which of the ranks that hold the same part writes it: the one that has least to write so far.
+    """The choice of the owner, which writes a part that several ranks hold: the holder with the least to write so far.
 
-    Every rank of such a group sees the same tensors in the same order, so all come to the same answer.
+    All holders of a part see the same tensors in the same order, so all choose the same owner.
     """
 
     def __init__(self, rank: int) -> None:

@@ -1,7 +1,7 @@
-"""Placements: which part of a tensor this rank holds, for DTensors of any placement, as boxes and as ranges.
+"""Placements: the part of a tensor that this rank holds, for DTensors of any placement, as boxes and as ranges.
 
-DTensors are told by what they offer to torch.distributed.checkpoint: asking by class would import
-torch.distributed.tensor, which takes longer than most models, also where nothing is distributed.
+A method for torch.distributed.checkpoint identifies a DTensor. A test of the class would import
+torch.distributed.tensor, also where nothing is distributed, and the import takes longer than constructing most models.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def offsets_of(shard: Any) -> tuple[int, ...] | None:
-    """Return where in the whole this rank's part of a DTensor begins, or None if the part is no box of the whole."""
+    """Return the first index of this rank's part of a DTensor, or None if the part is not a box of the whole."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if hasattr(shard._local_tensor, "__create_chunk_list__") or any(map(_is_partial, shard.placements)):
-        # It consists of several parts, or torch refuses it.
+        # The shard consists of several parts, or the function below refuses it.
         chunks = shard.__create_chunk_list__()
         if len(chunks) > 1:
             return None
         offsets = tuple(chunks[0].offsets) if chunks else (0,) * shard.dim()
     else:
-        # What `__create_chunk_list__` asks (torch/distributed/tensor/_api.py, 2.13), once it has imported
+        # `__create_chunk_list__` calls this function too (torch/distributed/tensor/_api.py, 2.13), but it first imports
         # torch.distributed.checkpoint for a class.
         _, offsets = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
     for axis, placement in enumerate(shard.placements):
-        # `_StridedShard` (torch/distributed/tensor/placement_types.py, 2.13) is one if later axes split the same
-        # dimension into as many parts; else it takes every so many-th piece.
+        # The part of a `_StridedShard` (torch/distributed/tensor/placement_types.py, 2.13) is a box if later axes split
+        # the same dim into `split_factor` parts. Else it consists of several separate parts.
         split_factor = getattr(placement, "split_factor", 1)
         later = [
             shard.device_mesh.size(other)
@@ -49,7 +49,7 @@ def offsets_of(shard: Any) -> tuple[int, ...] | None:
 
 
 def scattered(shard: Any, local: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
-    """Return the boxes of a shard that is no box of the whole, but several of them."""
+    """Return the boxes of a shard that consists of several boxes of the whole, each with its first index."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -76,7 +76,7 @@ def scattered(shard: Any, local: Tensor) -> list[tuple[tuple[int, ...], Tensor]]
 
 
 def flat_start(shard: Any) -> int | None:
-    """Return at which element of the whole this rank's part of a DTensor begins, or None if it is no one stretch."""
+    """Return the first element of this rank's part of a DTensor in the whole, or None if the part is not one range."""
     offsets = offsets_of(shard)
     if offsets is None:
         return None
@@ -89,7 +89,7 @@ def cut(shard: Any, whole: Tensor) -> Tensor:
 
     Args:
         shard: A DTensor of the shape of the whole.
-        whole: The value.
+        whole: The whole value.
     """
     offsets = offsets_of(shard)
     if offsets is None:
@@ -103,7 +103,7 @@ def cut(shard: Any, whole: Tensor) -> Tensor:
 
 
 def zeros_beside(parameter: Tensor, shape: torch.Size, dtype: torch.dtype, dims: list[int]) -> Tensor:
-    """Return zeros on the mesh of a sharded parameter, sharded as it is where both are sharded in that dim.
+    """Return zeros on the mesh of a sharded parameter, sharded like the parameter in the dims that allow it.
 
     Args:
         parameter: A sharded tensor.
@@ -130,7 +130,7 @@ def zeros_beside(parameter: Tensor, shape: torch.Size, dtype: torch.dtype, dims:
 def merged(
     shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
 ) -> tuple[list[int], list[int], list[int]]:
-    """Merge dimensions that the box covers into the one before them."""
+    """Merge each dim that the box covers into the dim before it."""
     whole, first, size = [1], [0], [1]
     for length, offset, wanted in zip(shape, offsets, sizes, strict=True):
         covers = wanted == length
@@ -144,11 +144,11 @@ def merged(
 
 
 def runs(begin: Sequence[int], shape: Sequence[int], whole: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield where a box lies in a tensor that is stored row by row, as (first element, number of elements).
+    """Yield the ranges of a box in a tensor that is stored row by row, as (first element, number of elements).
 
     Args:
-        begin: The box's first index, for each dimension.
-        shape: Its shape; not empty.
+        begin: The box's first index in each dim.
+        shape: The box's shape; not empty.
         whole: The tensor's shape.
 
     Examples:
@@ -160,7 +160,7 @@ def runs(begin: Sequence[int], shape: Sequence[int], whole: Sequence[int]) -> It
     inner = len(shape)
     while inner > 0 and shape[inner - 1] == whole[inner - 1]:
         inner -= 1
-    # Dimensions from `inner` on are whole, so the one before is one stretch for each index of those before it.
+    # The box covers the dims from `inner` on, so the dim before them is one range for each index of the dims before it.
     outer = max(0, inner - 1)
     strides = [math.prod(whole[dim + 1 :]) for dim in range(len(whole))]
     numel = math.prod(shape[outer:])
@@ -174,7 +174,7 @@ def _is_partial(placement: Any) -> bool:
 
 
 def _ranges(places: list[int]) -> list[tuple[int, int, int]]:
-    """Return runs of successive numbers as (first number, its position, length)."""
+    """Return runs of consecutive numbers as (first number, its position, length)."""
     runs: list[tuple[int, int, int]] = []
     for position, place in enumerate(places):
         if runs and place == runs[-1][0] + runs[-1][2]:

@@ -1,4 +1,4 @@
-"""Materialization: every deferred tensor of a model gets its value once, where it will live."""
+"""Materialization: every deferred tensor of a model gets its value once, in its final place."""
 
 from nucleate.materialize.execute import execute, materialize
 from nucleate.materialize.plan import Plan

@@ -1,7 +1,7 @@
-"""A block of construction for which nobody said whether it defers: it does where that pays, and ends with real tensors.
+"""A block of construction without a choice to defer or not: it defers where that pays, and ends with real tensors.
 
-After the block a script may do anything with a model, also before `setup` or without it: call it, edit it, save it.
-Whether that works must not depend on the model's size. So what was deferred is made when the block ends.
+After the block a script may call, edit or save the model, also before `setup` or without it. Whether that works must
+not depend on the model's size. So the end of the block materializes all deferred tensors.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from nucleate.errors import name_list
 from nucleate.materialize.execute import execute
 from nucleate.materialize.plan import Holder, Plan
 
-#: A constructor is recorded from the first tensor on that has so many elements. Recording and making a tensor costs 0.3
-#: to 0.4 ms more than eager torch takes, whatever its size. Models with weights of 4 million elements gain more than
-#: that with two threads, and models with weights of 1 million elements do not; see the section "When deferring pays" of
-#: docs/benchmarks.md.
+#: The recording of a constructor begins with the first tensor that has so many elements. Recording and making a tensor
+#: takes 0.3 to 0.4 ms longer than eager torch, for every size. With two threads, models with weights of 4 million
+#: elements gain more than that, and models with weights of 1 million elements do not; see the section "When deferring
+#: pays" of docs/benchmarks.md.
 ONSET_NUMEL = 2**21
 
 
 @dataclass(frozen=True, slots=True)
 class _Deferred:
-    """A deferred tensor that lives when a block ends.
+    """A deferred tensor that is alive when a block ends.
 
     Attributes:
         tensor: The tensor.
-        handle: Ties it to its record.
-        holders: The modules that hold it, or the shelf where none does.
+        handle: The link to the tensor's recording.
+        holders: The places in modules that hold the tensor, or the shelf if no module does.
     """
 
     tensor: Tensor
@@ -46,11 +46,11 @@ class _Deferred:
 
 
 class _Shelf(nn.Module):
-    """Stands for a model that holds everything. It does not hold the modules, which may have meta tensors on purpose.
+    """A stand-in for a model that holds all tensors. It omits most modules: they may have meta tensors on purpose.
 
     Args:
-        modules: The modules of a block, of which it holds those that `execute` has to know.
-        tensors: What is deferred.
+        modules: The modules of a block. The shelf holds those that `execute` has to know.
+        tensors: The deferred tensors.
     """
 
     def __init__(self, modules: Sequence[nn.Module], tensors: list[Tensor]) -> None:
@@ -63,7 +63,7 @@ class Block:
     """One block of construction.
 
     Args:
-        device: The device that the tensors stand for.
+        device: The device for which tensors are constructed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -73,10 +73,10 @@ class Block:
 
     @contextmanager
     def construction(self) -> Iterator[None]:
-        """Construct inside. After an error inside, what is deferred by then stays deferred.
+        """Enter the block. After an error inside, tensors that are deferred by then stay deferred.
 
-        A context around it that defers, or makes real tensors, has decided. Devices other than the CPU have not been
-        measured, and construct as ever.
+        An outer context that defers, or that makes real tensors, takes precedence. Construction for other devices than
+        the CPU has not been measured and stays eager.
         """
         if self._device.type != "cpu" or is_recording() or wants_real():
             yield
@@ -86,23 +86,24 @@ class Block:
             self._modules, self._tensors = record.survivors()
 
     def make(self) -> None:
-        """Make everything that the block has deferred, whether a module holds it or only a variable.
+        """Materialize all tensors that the block has deferred, also those that only a variable holds.
 
         Raises:
-            DeferredEditError: A tensor was edited where nothing recorded it.
+            DeferredEditError: A tensor was edited, and nothing recorded the edit.
         """
         if self._tensors:
             _guard_refused(self._make())
 
     def _make(self) -> list[tuple[weakref.ref[Tensor], Handle]]:
-        """Make everything, and return what torch refused to swap."""
+        """Materialize all deferred tensors, and return those that torch refused to swap."""
         shelf = _Shelf(self._modules, self._tensors)
         found = self._take(shelf)
         with torch._C.DisableTorchFunctionSubclass():
             gradients = [(each.tensor, each.tensor.grad) for each in found if each.tensor.is_leaf]
             for tensor, _ in gradients:
                 tensor.grad = None
-            # The memory of a view, and what a graph was made of, is not given back before the view, or the graph's end.
+            # A view keeps its base alive, and a graph its inputs, until the view or the graph ends. So views and
+            # results of graphs come first.
             first = [each for each in found if each.tensor._is_view() or not each.tensor.is_leaf]
         known = {id(each) for each in first}
         for part in filter(None, (first, [each for each in found if id(each) not in known])):
@@ -130,7 +131,7 @@ class Block:
 
 
 def _guard_refused(refused: Sequence[tuple[weakref.ref[Tensor], Handle]]) -> None:
-    """Guard tensors that torch refused to swap and that somebody still holds; modules hold new ones in their place."""
+    """Guard tensors that torch refused to swap and that are still alive. Modules hold new tensors in their place."""
     names = []
     for ref, handle in refused:
         tensor = ref()
@@ -141,7 +142,7 @@ def _guard_refused(refused: Sequence[tuple[weakref.ref[Tensor], Handle]]) -> Non
     if names:
         warnings.warn(
             f"init_module replaced {name_list(names)} by new parameters: a weak reference or autograd kept torch from "
-            "giving the old ones their values. Whatever else holds the old ones, such as an optimizer that was built "
-            "inside the block, cannot train the model. Build it after the block, or pass empty_init=False.",
+            "giving the old ones their values. Other objects that hold the old ones, such as an optimizer that was "
+            "built inside the block, cannot train the model. Build them after the block, or pass empty_init=False.",
             stacklevel=4,
         )

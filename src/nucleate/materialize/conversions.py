@@ -1,8 +1,8 @@
-"""Conversions of a plan: every recorded conversion is run once, for all that is wanted of what it makes.
+"""The conversions of a plan: every recorded conversion runs once, for all wanted parts of its outputs.
 
-Where ranges of the source can be made, those that matter to this rank are made, converted and forgotten, by several
-threads. Else the source is made whole first. What is wanted of an output is all of it, or a rank's shard, which is
-written straight into its place.
+Where ranges of the source can be made, several threads make, convert and forget the ranges that this rank needs. Else
+the source is made whole first. The wanted part of an output is the whole output, or a rank's shard, which is written
+directly into its final place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nucleate.deferred import Conversion, Cursors, Layout, Pieces, Record
+from nucleate.deferred import Conversion, Layout, RangeMaker, Record, StreamCursors
 from nucleate.deferred.randomness import is_contiguous
 from nucleate.deferred.replay import backward_slice, view
 from nucleate.deferred.tape import Step, TensorRef
@@ -25,17 +25,17 @@ from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.parts import Part, Range
 from nucleate.materialize.plan import Group
-from nucleate.materialize.recipe import is_moved_to, moved_to, pieces_on_host
+from nucleate.materialize.recipe import is_moved_to, maker_on_host, moved_to
 
 
 @dataclass(slots=True)
 class Wanted:
-    """A range of the elements of an output, and where it goes.
+    """A range of an output, and the memory that receives it.
 
     Attributes:
-        number: Which output.
+        number: The number of the output.
         first: The first element.
-        out: Where they go, one-dimensional.
+        out: The memory that receives the range, one-dimensional.
     """
 
     number: int
@@ -45,15 +45,15 @@ class Wanted:
 
 @dataclass(slots=True)
 class Job:
-    """One conversion that was recorded.
+    """One recorded conversion.
 
     Attributes:
-        record: The record.
-        step: The step on its tape.
-        fqn: What messages call it.
-        device: Where it is converted.
+        record: The recording.
+        step: The step of the conversion on the recording's tape.
+        fqn: The name of the converted tensor in messages.
+        device: The device that converts.
         groups: The outputs that the model holds, by number.
-        wanted: What is to be made of the outputs.
+        wanted: The ranges of outputs to make.
         whole: The storages of outputs that are made whole, by number.
     """
 
@@ -67,7 +67,7 @@ class Job:
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
-        """Lay out what is converted."""
+        """Compute the layout of the conversion."""
         self.layout = self.conversion.layout(self.source.size, self.source.dtype)
 
     @property
@@ -77,31 +77,31 @@ class Job:
 
     @property
     def conversion(self) -> Conversion:
-        """What is done to it."""
+        """The conversion that the step records."""
         return self.step.args[1]  # type: ignore[no-any-return]
 
     def block_bytes(self, dtype: torch.dtype) -> int:
-        """Return how much of a staging buffer a block takes that crosses in a dtype and may be cast there."""
+        """Return the bytes of a staging buffer for a block that is sent in a dtype and may be cast on the device."""
         source = self.source.dtype
         return self.layout.block_numel * (dtype.itemsize + (0 if dtype == source else source.itemsize))
 
     def want_whole(self, number: int) -> None:
-        """Make an output whole."""
+        """Add a whole output to the wanted ranges, and allocate its storage."""
         if number not in self.whole:
             output = self.layout.outputs[number]
             self.whole[number] = torch.UntypedStorage(output.numel * output.dtype.itemsize, device=self.device)
             self.wanted.append(Wanted(number, 0, self.flat(number)))
 
     def flat(self, number: int) -> Tensor:
-        """Return an output that is made whole, one-dimensional."""
+        """Return the one-dimensional memory of an output that is made whole."""
         output, storage = self.layout.outputs[number], self.whole[number]
         return torch.empty(0, dtype=output.dtype, device=storage.device).set_(storage, 0, (output.numel,), (1,))
 
     def want_shards(self, number: int) -> bool:
-        """Make the shards of an output that this rank holds straight in their places, if that is possible.
+        """Add this rank's shards of an output to the wanted ranges, directly in their places, if that is possible.
 
         Returns:
-            Whether it is, and there are only shards.
+            Whether it is possible and all tensors of the output are sharded.
         """
         found: list[Wanted] = []
         for target in self.groups[number].targets:
@@ -119,7 +119,7 @@ class Job:
         return True
 
     def blocks(self) -> list[tuple[int, int]]:
-        """Return the ranges of blocks that what is wanted comes from, without overlaps."""
+        """Return the ranges of blocks that the wanted ranges come from, without overlaps."""
         ranges = []
         for wanted in self.wanted:
             per_block = self.layout.outputs[wanted.number].per_block
@@ -134,18 +134,18 @@ class Job:
         return merged
 
     def places(self, first: int, last: int) -> Iterator[Tensor]:
-        """Yield what is wanted of the blocks `[first, last)`."""
+        """Yield the memory for the wanted ranges of the blocks `[first, last)`."""
         for wanted in self.wanted:
             start, stop = self.layout.outputs[wanted.number].range(first, last)
             yield wanted.out[max(0, start - wanted.first) : max(0, stop - wanted.first)]
 
     def convert(self, values: Tensor, first: int, last: int) -> None:
-        """Convert the blocks `[first, last)` into what is wanted of them.
+        """Convert the blocks `[first, last)` into the wanted ranges.
 
         Args:
             values: The values of these blocks.
             first: The first block.
-            last: The one behind the last.
+            last: The block behind the last one.
         """
         outs: list[Tensor] = []
         copies: list[tuple[Tensor, Tensor]] = []
@@ -173,9 +173,9 @@ class Job:
             place.copy_(part)
 
     def convert_whole(self, values: Tensor) -> None:
-        """Convert all that is wanted, given all values, one-dimensional."""
+        """Convert all wanted ranges from the one-dimensional values of the whole source."""
         for first, last in self.blocks():
-            # A few large calls are what an accelerator wants.
+            # An accelerator is quicker with a few large calls.
             step = self.layout.chunk_blocks if values.device.type == "cpu" else last - first
             for block in range(first, last, step):
                 stop = min(last, block + step)
@@ -185,13 +185,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Blocks(Part):
-    """Blocks of a tensor that are made, converted and forgotten.
+    """Blocks of a source tensor that are made, converted and forgotten.
 
     Attributes:
         job: The conversion.
         first: The first block.
-        last: The one behind the last.
-        numel: How many elements these blocks have.
+        last: The block behind the last one.
+        numel: The number of elements in these blocks.
     """
 
     job: Job
@@ -205,11 +205,11 @@ class Blocks(Part):
 
     @property
     def size_bytes(self) -> int:
-        return self.numel * self.pieces.dtype.itemsize
+        return self.numel * self.maker.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
-        return self.job.block_bytes(self.pieces.dtype)
+        return self.job.block_bytes(self.maker.dtype)
 
     @property
     def num_rows(self) -> int:
@@ -225,40 +225,40 @@ class Blocks(Part):
 
     def cut(self, first: int, last: int) -> Part:
         begin, end = first * self.row_numel, min(self.numel, last * self.row_numel)
-        return Blocks(self.pieces, self.start + begin, self.job, self.first + first, self.first + last, end - begin)
+        return Blocks(self.maker, self.start + begin, self.job, self.first + first, self.first + last, end - begin)
 
-    def make(self, cursors: Cursors) -> None:
+    def make(self, cursors: StreamCursors) -> None:
         layout = self.job.layout
-        buffer = torch.empty(min(self.numel, layout.chunk_blocks * layout.block_numel), dtype=self.pieces.dtype)
+        buffer = torch.empty(min(self.numel, layout.chunk_blocks * layout.block_numel), dtype=self.maker.dtype)
         for block in range(self.first, self.last, layout.chunk_blocks):
             begin = (block - self.first) * layout.block_numel
             values = buffer[: self.numel - begin]
-            self.pieces.make(self.start + begin, values, cursors)
+            self.maker.make(self.start + begin, values, cursors)
             self.job.convert(values, block, min(self.last, block + layout.chunk_blocks))
 
     def on_host(self, memory: Tensor) -> Part:
-        return Range(self.pieces, self.start, memory)
+        return Range(self.maker, self.start, memory)
 
     def send(self, staging: Staging, memory: Tensor) -> None:
-        # All blocks at once: a few large calls are what an accelerator wants.
+        # All blocks at once: an accelerator is quicker with a few large calls.
         staging.use(memory, self.job.source.dtype, lambda values: self.job.convert(values, self.first, self.last))
 
 
 class Conversions:
-    """The conversions that a plan's groups are outputs of.
+    """The conversions that make groups of a plan.
 
     Args:
         groups: The groups.
-        device: Where values are made.
+        device: The device on which values are made.
 
     Attributes:
-        rest: The groups that are no outputs of conversions.
+        rest: The groups that are not outputs of conversions.
     """
 
     def __init__(self, groups: Iterable[Group], device: torch.device) -> None:
         self._device = device
         self._jobs: dict[tuple[int, int], Job] = {}
-        # The conversion, and the number of its output, that another one converts further.
+        # For a conversion of another one's output: the other conversion and the number of the output.
         self._before: dict[tuple[int, int], tuple[Job, int]] = {}
         self._done: set[tuple[int, int]] = set()
         self.rest: list[Group] = []
@@ -275,28 +275,28 @@ class Conversions:
                     job.want_whole(number)
 
     def storages(self) -> Iterator[torch.UntypedStorage]:
-        """Yield the memory of what is made whole."""
+        """Yield the memory of outputs that are made whole."""
         for job in self._jobs.values():
             yield from job.whole.values()
 
     def parts(self) -> Iterator[Part]:
-        """Yield what can be made in ranges. What cannot is made by `finish`, afterwards."""
+        """Yield the parts that can be made in ranges. `finish` makes the others afterwards."""
         for key, job in self._jobs.items():
-            pieces = self._pieces(key, job)
-            if pieces is None:
+            maker = self._pieces(key, job)
+            if maker is None:
                 continue
             if self._device.type != "cpu":
-                bare = pieces.uncast()
-                pieces = bare if casts_there(self._device, bare.dtype, pieces.dtype) else pieces
-                if not fits(job.block_bytes(pieces.dtype)):
+                bare = maker.uncast()
+                maker = bare if casts_there(self._device, bare.dtype, maker.dtype) else maker
+                if not fits(job.block_bytes(maker.dtype)):
                     continue
             self._done.add(key)
             for first, last in job.blocks():
                 start, stop = (min(job.source.numel, block * job.layout.block_numel) for block in (first, last))
-                yield Blocks(pieces, job.source.offset + start, job, first, last, stop - start)
+                yield Blocks(maker, job.source.offset + start, job, first, last, stop - start)
 
     def finish(self) -> Iterator[tuple[Group, torch.UntypedStorage]]:
-        """Make what is left, and yield the groups that are made whole, with their storages."""
+        """Run the remaining conversions, and yield the groups that are made whole, with their storages."""
         for key in sorted(self._jobs, key=lambda key: key[1]):
             job = self._jobs[key]
             if key not in self._done:
@@ -316,23 +316,23 @@ class Conversions:
                 self._before[key] = earlier, number
         return self._jobs[key]
 
-    def _pieces(self, key: tuple[int, int], job: Job) -> Pieces | None:
-        """Return how ranges of the source are made, as it was when it was converted, or None."""
+    def _pieces(self, key: tuple[int, int], job: Job) -> RangeMaker | None:
+        """Return the maker of ranges of the source in its state before the conversion, or None."""
         if key in self._before or not is_contiguous(job.source):
             return None
-        pieces = pieces_on_host(job.record, job.source.storage, job.step.index)
-        return pieces if pieces is not None and pieces.dtype == job.source.dtype else None
+        maker = maker_on_host(job.record, job.source.storage, job.step.index)
+        return maker if maker is not None and maker.dtype == job.source.dtype else None
 
     def _values(self, key: tuple[int, int], job: Job) -> Tensor:
         if key in self._before:
             earlier, number = self._before[key]
             return view(earlier.whole[number], job.source).reshape(-1)
-        pieces = self._pieces(key, job) if self._device.type != "cpu" else None
-        if pieces is not None:
-            # Its blocks are larger than what crosses at a time.
+        maker = self._pieces(key, job) if self._device.type != "cpu" else None
+        if maker is not None:
+            # A block is larger than a staging buffer.
             values = torch.empty(job.source.numel, dtype=job.source.dtype, device=self._device)
             size = tuple(values.shape)
-            make_parts(list(parts_on(pieces, job.source.offset, size, (0,), values)), torch.get_num_threads())
+            make_parts(list(parts_on(maker, job.source.offset, size, (0,), values)), torch.get_num_threads())
             return values
         storages = [job.source.storage]
         steps = backward_slice(job.record.tape, storages, job.step.index)

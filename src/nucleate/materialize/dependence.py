@@ -1,7 +1,7 @@
-"""Which facts of a process the bits of a plan depend on: its CPU's capability, its number of threads, and so on.
+"""The dependence of a plan's bits on facts of a process: its CPU's capability, its number of threads, and so on.
 
-Read from the recorded steps. An operation that is not known is taken to depend on everything. Small tensors that are
-computed without randomness, such as tables of frequencies, are not judged but made to see.
+The recorded steps show this dependence. An unknown operation counts as dependent on every fact. Small tensors that are
+computed without randomness, such as tables of frequencies, are made in a trial instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nucleate.cluster.numerics import (
     fingerprint,
     read_facts,
 )
-from nucleate.deferred.elements import take
+from nucleate.deferred.elements import fill_from
 from nucleate.deferred.replay import backward_slice, view
 from nucleate.deferred.tape import Constant, Run, Step, TensorRef, map_leaves
 from nucleate.materialize.plan import Group, Plan
@@ -31,11 +31,11 @@ from nucleate.materialize.plan import Group, Plan
 #: torch splits an operation on more elements over threads (`at::internal::GRAIN_SIZE`, aten/src/ATen/Parallel.h), and
 #: then the ends of each part may be computed by other instructions.
 GRAIN_NUMEL = 1 << 15
-#: A recipe without randomness that touches at most so many elements is made to see what comes out.
+#: A recipe without randomness that touches at most this number of elements is made in a trial.
 TRIAL_NUMEL = 1 << 16
 
-# Names of operations, without the underscore of those in place. Copies, choices and comparisons; arithmetic that
-# IEEE 754 defines to the last bit; and draws of which torch makes numbers by such arithmetic only.
+# Names of operations, without the underscore of those in place: copies, choices and comparisons; arithmetic that
+# IEEE 754 defines to the last bit; and draws that torch turns into numbers by such arithmetic only.
 _EXACT_NAMES = """
     empty empty_strided empty_like new_empty new_empty_strided empty_permuted
     zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero fill eye scalar_tensor
@@ -50,23 +50,23 @@ _EXACT_NAMES = """
 _EXACT = frozenset(_EXACT_NAMES.split())
 _SCALED = frozenset(("add", "sub", "rsub"))
 _NORMAL = frozenset(("normal", "randn", "randn_like", "normal_functional"))
-# Element by element though not tagged so.
+# Elementwise operations that torch does not tag as such.
 _ELEMENTWISE = frozenset(("arange", "linspace", "logspace", "exponential", "cauchy", "log_normal", "geometric"))
 
 _EVERYTHING = frozenset((CAPABILITY, THREADS, LIBRARIES))
 
 
 def numerics_of(plan: Plan, device: torch.device) -> Numerics:
-    """Find what the bits of a plan depend on, and this process's part of it.
+    """Find the facts that the bits of a plan depend on, and their values in this process.
 
     Args:
-        plan: The plan, before anything of it is made.
-        device: Where values are going to be made.
+        plan: The plan, before materialization.
+        device: The device on which values are going to be made.
     """
     reader = _Reader()
     numerics = Numerics()
     with ExitStack() as stack:
-        # Without the caller's modes, as everything is made.
+        # Without the caller's modes, as in materialization.
         for record in plan.records:
             stack.enter_context(record.making())
         for group in plan.groups:
@@ -86,7 +86,7 @@ def numerics_of(plan: Plan, device: torch.device) -> Numerics:
 
 
 class _Reader:
-    """Reads the steps of recipes; what leads to a place in the random stream is read once."""
+    """A reader of the steps of recipes. It reads the steps that lead to a position in the random stream only once."""
 
     def __init__(self) -> None:
         self._runs: dict[Run, frozenset[str]] = {}
@@ -96,7 +96,7 @@ class _Reader:
         return backward_slice(group.source.record.tape, [group.source.storage])
 
     def facts(self, group: Group) -> frozenset[str]:
-        """Return what the bits of a group's storage depend on."""
+        """Return the facts that the bits of a group's storage depend on."""
         found: set[str] = set()
         for step in self.slice(group):
             found |= facts_of(step)
@@ -107,7 +107,7 @@ class _Reader:
         return frozenset(found | {BUILD} if found else found)
 
     def _facts_of_run(self, run: Run) -> frozenset[str]:
-        # How much a rejection loop draws depends on the numbers that it gets.
+        # The number of draws of a rejection loop depends on the drawn numbers.
         unknown = []
         while run not in self._runs:
             unknown.append(run)
@@ -129,11 +129,11 @@ def facts_of(step: Step) -> frozenset[str]:
         step: A recorded step.
     """
     func = step.func
-    if func is take:
+    if func is fill_from:
         return frozenset()
     if not isinstance(func, torch._ops.OpOverload):
-        # It fills by `normal_` until all is inside the bounds; before torch 2.12, by an `erfinv_` that every capability
-        # computes alike.
+        # The function fills by `normal_` until all values are inside the bounds. Before torch 2.12 it used an `erfinv_`
+        # that gives the same bits with every capability.
         return frozenset((FILLS,)) if getattr(func, "__name__", "") == "_no_grad_trunc_normal_" else _EVERYTHING
     name = func.overloadpacket.__name__
     name = name.rstrip("_") if not name.startswith("__") else name
@@ -156,7 +156,7 @@ def facts_of(step: Step) -> frozenset[str]:
 
 
 def _scales_exactly(step: Step) -> bool:
-    """Return whether a `uniform_` rounds at most once, so that it does not matter if its two operations are fused."""
+    """Return whether a `uniform_` rounds at most once, so that its bits are the same if its operations are fused."""
     # x * (to - from) + from: `uniform_real` in aten/src/ATen/core/TransformationHelper.h, torch 2.13.
     given = dict(zip(("from", "to"), step.args[1:], strict=False)) | step.kwargs
     first, last = given.get("from", 0.0), given.get("to", 1.0)
@@ -165,7 +165,7 @@ def _scales_exactly(step: Step) -> bool:
 
 def _can_be_tried(steps: list[Step]) -> bool:
     if any(step.position is not None for step in steps):
-        # Its place in the stream would have to be found first.
+        # A trial would first have to find the step's position in the stream.
         return False
     return sum(numel for step in steps for _, numel in _tensors(step)) <= TRIAL_NUMEL
 

@@ -1,8 +1,8 @@
-"""Execute a plan: each value is made once, in its final place.
+"""The execution of a plan: each value is made once, in its final place.
 
-One storage at a time is made and handed on: swapped into the tensor that stood for it, so that every reference
-to that tensor (ties, optimizers, lists) sees the value; or, where a strategy has sharded the parameter in the
-meantime, copied into the local shard and freed.
+A value is swapped into its deferred tensor, so that every reference to the tensor (ties, optimizers, lists) sees the
+value. Where a strategy has sharded the parameter in the meantime, the local shard is filled instead: directly, or by a
+copy from the whole value, which is then freed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred.elements import TensorGiven
+from nucleate.deferred.elements import TensorSource
 from nucleate.deferred.replay import view
 from nucleate.devices import concrete
 from nucleate.errors import UninitializedError, name_list
@@ -36,20 +36,20 @@ _logger = logging.getLogger(__name__)
 
 
 def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
-    """Make everything that is deferred in `model` on `device`, in place. Real tensors are left as they are.
+    """Materialize every deferred tensor of `model` on `device`, in place. Real tensors do not change.
 
-    What has no recipe gets one first by the methods of its module, such as `reset_parameters`; see `reset`.
+    Tensors without a recipe get one first, by the methods of their modules such as `reset_parameters`; see `reset`.
 
     Args:
         model: The model.
-        device: Where its values are made and stay.
+        device: The device on which values are made and stay.
 
     Returns:
         The same model.
 
     Raises:
         UninitializedError: See `reset` and `Plan.of`; the model is then unchanged.
-        DeferredUseError: The model was constructed for another kind of device, or there is no such device.
+        DeferredUseError: The model was constructed for another kind of device, or the device is absent.
     """
     device = concrete(device)
     reset(model, device).report()
@@ -61,23 +61,23 @@ def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modu
 
 
 def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: torch.device | None = None) -> None:
-    """Make what a released plan lists.
+    """Materialize the tensors of a released plan.
 
-    Between `Plan.of` and this call a strategy may have replaced parameters by DTensors on the meta device
-    (`fully_shard` does); these get the slice that this rank owns, everything else its whole value.
+    Between `Plan.of` and this call a strategy may have replaced parameters by DTensors on the meta device, as
+    `fully_shard` does. These get only this rank's shard; every other tensor gets its whole value.
 
     Args:
         plan: The plan.
-        model: The model it was made for.
-        device: Where values are made.
-        shard_device: Where shards are kept; by default on `device`.
+        model: The model of the plan.
+        device: The device on which values are made.
+        shard_device: The device that keeps shards; by default `device`.
 
     Raises:
-        UninitializedError: Something is still without a value afterwards, which is a fault of nucleate.
+        UninitializedError: A tensor still has no value afterwards, which is a fault of nucleate.
     """
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     for module in recurrent:
-        # `swap_tensors` refuses tensors that somebody holds weakly (torch/nn/modules/rnn.py).
+        # `swap_tensors` refuses tensors with weak references, which these modules keep (torch/nn/modules/rnn.py).
         module._flat_weight_refs = []
     allocated: set[int] = set()
     try:
@@ -96,8 +96,8 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
                     _send_shards(group, storage)
             del scratches
     except BaseException:
-        # What has no value is still deferred: it can be made later, and must not be used or edited meanwhile. Shards
-        # are without memory again, which a later attempt refuses, instead of with memory that nobody wrote.
+        # Tensors without a value are still deferred: they can be made later, and must not be used or edited meanwhile.
+        # Shards lose their memory, which nothing has written. A later attempt refuses shards without memory.
         take_back_shards(model, allocated)
         plan.restore()
         raise
@@ -105,40 +105,40 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
         for module in recurrent:
             module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
     for module in recurrent:
-        module.flatten_parameters()  # cuDNN wants the weights in one buffer; nothing happens elsewhere.
+        module.flatten_parameters()  # cuDNN needs the weights in one buffer; nothing happens elsewhere.
     _verify(model)
 
 
 def _make_in_parts(
     groups: Sequence[Group], device: torch.device, shard_storages: Sequence[torch.UntypedStorage]
 ) -> list[Group]:
-    """Make what can be made range by range: shards straight into their place. Return the other groups."""
+    """Make the groups whose ranges can be made alone, shards directly in their place. Return the other groups."""
     conversions = Conversions(groups, device)
     parts: list[Part] = []
     rest: list[Group] = []
     made: list[tuple[Group, torch.UntypedStorage]] = []
     for group in conversions.rest:
-        pieces = group.source.pieces(device)
-        if pieces is None:
+        maker = group.source.maker(device)
+        if maker is None:
             rest.append(group)
             continue
         shards = [(target, shard) for target in group.targets for shard in target.shards()]
         if shards and _is_sharded(group):
-            boxes = [parts_of_shard(pieces, target.ref, shard) for target, shard in shards]
+            boxes = [parts_of_shard(maker, target.ref, shard) for target, shard in shards]
             if any(box is None for box in boxes):
                 rest.append(group)
             else:
                 parts.extend(part for box in boxes if box is not None for part in box)
             continue
-        held = pieces.memory() if device.type == "cpu" else None
+        held = maker.memory() if device.type == "cpu" else None
         if held is not None:
             group.source.keep(held)
             _install_group(group, held)
             continue
         storage = torch.UntypedStorage(group.source.size_bytes, device=device)
         made.append((group, storage))
-        flat = torch.empty(0, dtype=pieces.dtype, device=device).set_(storage, 0, (pieces.numel,), (1,))
-        parts.extend(parts_on(pieces, 0, flat.shape, (0,), flat))
+        flat = torch.empty(0, dtype=maker.dtype, device=device).set_(storage, 0, (maker.numel,), (1,))
+        parts.extend(parts_on(maker, 0, flat.shape, (0,), flat))
     parts.extend(conversions.parts())
     memory = FreshMemory([*(storage for _, storage in made), *conversions.storages(), *shard_storages])
     make_parts(parts, torch.get_num_threads(), memory)
@@ -166,19 +166,19 @@ def _is_sharded(group: Group) -> bool:
 
 
 def _made_on(group: Group, device: torch.device) -> torch.device:
-    """Return where a value is made whole: of what is made on the CPU for a device, only the shards need to move."""
+    """Return where to make a value whole. A sharded value recorded for the CPU is made there; only its shards move."""
     record = group.source.record
     return record.device if is_moved_to(record, device) and _is_sharded(group) else device
 
 
 def _send_shards(group: Group, storage: torch.UntypedStorage) -> None:
-    """Copy this rank's part of a value that was made on the CPU to where shards are kept."""
-    values = [(target, TensorGiven(view(storage, target.ref))) for target in group.targets]
+    """Copy this rank's shards of a value that was made on the CPU to the device of the shards."""
+    values = [(target, TensorSource(view(storage, target.ref))) for target in group.targets]
     read_into([(shard, value) for target, value in values for shard in target.shards()])
 
 
 def _scratches(groups: Sequence[Group], device: torch.device) -> dict[torch.device, torch.UntypedStorage]:
-    """Return memory for the largest value of which only a shard is kept, so that it is taken and touched once."""
+    """Return memory for the largest value that is kept only as a shard, so that it is allocated and touched once."""
     sizes: dict[torch.device, int] = {}
     for group in groups:
         if _is_sharded(group):
@@ -188,7 +188,7 @@ def _scratches(groups: Sequence[Group], device: torch.device) -> dict[torch.devi
 
 
 def _install(target: Target, value: Tensor) -> None:
-    """Give the target's tensor its value and keep the object; where torch refuses that, replace the object."""
+    """Give the target's tensor its value and keep the object. Where torch refuses that, replace the object."""
     tensor = target.tensor
     if isinstance(tensor, nn.Parameter):
         real: Tensor = nn.Parameter(value, requires_grad=tensor.requires_grad)
@@ -200,7 +200,7 @@ def _install(target: Target, value: Tensor) -> None:
     try:
         swap(tensor, real)
     except RuntimeError:
-        # Somebody holds it weakly, or autograd does: the next best thing is to replace it wherever it is held.
+        # A weak reference or autograd holds the tensor. The next best way is to replace it in all places of the model.
         for holder in target.holders:
             _replace(holder, tensor, real)
 

@@ -1,7 +1,7 @@
-"""Handing over: from a deferred tensor, whose guard is taken off, to the value that takes its place.
+"""The handover from a deferred tensor, whose guard is removed, to the value that takes its place.
 
-In between, a strategy shards plain meta tensors. Where it fails there, a mark tells them from tensors that were built
-on the meta device by hand, which have no value to lose.
+In between, a strategy shards plain meta tensors. If the strategy fails, a mark distinguishes these tensors from tensors
+that the user built on the meta device, which have no value to lose.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _NAME = "_nucleate_released"
 
 
 def mark_released(tensor: Tensor) -> None:
-    """Mark a tensor whose guard was taken off for a strategy."""
+    """Mark a tensor whose guard was removed for a strategy."""
     tensor.__dict__[_NAME] = True
 
 
 def unmark_released(tensor: Tensor) -> None:
-    """Take the mark off."""
+    """Remove the mark."""
     tensor.__dict__.pop(_NAME, None)
 
 
@@ -30,19 +30,19 @@ def is_released(tensor: Tensor) -> bool:
 
 
 def swap(tensor: Tensor, value: Tensor, by: Callable[[Tensor, Tensor], object] = torch.utils.swap_tensors) -> None:
-    """Give a tensor the inside of another one, for everybody who refers to it, and keep its hooks.
+    """Give a tensor the content of another one, for all references to the tensor, and keep its hooks.
 
     Args:
         tensor: The tensor that others refer to.
-        value: What it becomes; afterwards it is what the tensor was.
-        by: Swaps the two.
+        value: The new content. Afterwards this object has the former content of the tensor.
+        by: The function that swaps the two.
 
     Raises:
-        RuntimeError: torch refuses to swap them. Nothing is changed then.
+        RuntimeError: torch refuses to swap them. Then nothing has changed.
     """
     hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
     by(tensor, value)
-    # Hooks belong to the autograd side of a tensor, which is swapped away.
+    # Hooks belong to the autograd data of a tensor, which the swap moves to the other object.
     if hooks[0]:
         tensor._backward_hooks = hooks[0]
     if hooks[1]:

@@ -1,7 +1,7 @@
-"""Making parts: several threads make them in host memory, and those of a device go there by staging.
+"""The making of parts: several threads make them in host memory, and staging sends those of a device there.
 
-What goes to a device is made in batches that fill one staging buffer, many small parts together. While the copies of
-one batch run, the threads make the next one.
+Parts for a device are made in batches that fill one staging buffer, many small parts together. While the copies of one
+batch run, the threads make the next batch.
 """
 
 from __future__ import annotations
@@ -14,45 +14,45 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from nucleate.deferred import Cursors
+from nucleate.deferred import StreamCursors
 from nucleate.devices import Staging
 from nucleate.devices.staging import aligned
 from nucleate.materialize.memory import FreshMemory
 from nucleate.materialize.parts import Part
 from nucleate.report.meter import Meter
 
-#: Less work than this is done by one thread.
+#: One thread alone does less work than this.
 MIN_NUMEL_PER_THREAD = 1 << 20
 
-# Threads take their next stretch of the stream when they are done with one, so that a slow one does less.
+# A thread takes its next stretch when it has finished one, so that a slow thread does less.
 _STRETCHES_PER_THREAD = 6
-# A batch is small: each stretch costs a jump to its place in the stream.
+# A batch is small, and each stretch costs a jump to its position in the stream.
 _STRETCHES_PER_THREAD_AND_BATCH = 2
 
-# So many threads read at least, however few compute: from memory, and from a disk, which wants several questions at a
-# time.
+# The smallest number of reading threads, also where fewer compute: from memory (False), and from a disk (True), which
+# needs several requests at a time.
 _READERS = {False: 2, True: 4}
-# So much is touched and then written. Shorter steps cost more in Python than the cache gives: 4 MiB took 1.03 times as
-# long for 1.1 billion bf16 parameters from memory.
+# The bytes that are touched and then written. Shorter steps cost more in Python than the cache gives: 4 MiB took 1.03
+# times as long for 1.1 billion bf16 parameters from memory.
 _STEP_BYTES = 16 << 20
 
 
 def make_parts(parts: Sequence[Part], num_threads: int, memory: FreshMemory | None = None) -> None:
-    """Make parts, in the order of the random streams and files, by several threads.
+    """Make parts by several threads, in the order of the random streams and files.
 
     Args:
-        parts: They must not overlap where they go.
-        num_threads: How many threads at most.
-        memory: Memory where they go that was not written before.
+        parts: The parts. The memory that receives them must not overlap.
+        num_threads: The largest number of threads that compute. A few more may read.
+        memory: The memory for the parts that was not written before.
     """
     lots: dict[tuple[torch.device, bool], list[Part]] = {}
-    for part in sorted(parts, key=lambda part: part.pieces.order(part.start)):
-        part.pieces.expect(part.num_rows * part.row_numel)
-        lots.setdefault((part.device, part.pieces.is_read), []).append(part)
+    for part in sorted(parts, key=lambda part: part.maker.order(part.start)):
+        part.maker.expect(part.num_rows * part.row_numel)
+        lots.setdefault((part.device, part.maker.is_read), []).append(part)
     with Meter(sum(part.size_bytes for part in parts), "making parameters") as meter:
         for (device, is_read), some in lots.items():
             total = _work_of(some)
-            is_far = is_read and any(part.pieces.is_far for part in some)
+            is_far = is_read and any(part.maker.is_far for part in some)
             most = max(num_threads, _READERS[is_far]) if is_read else num_threads
             with _Makers(max(1, min(most, total // MIN_NUMEL_PER_THREAD))) as makers:
                 if device.type == "cpu":
@@ -65,7 +65,7 @@ def make_parts(parts: Sequence[Part], num_threads: int, memory: FreshMemory | No
 def _touched_ahead(parts: Sequence[Part], memory: FreshMemory) -> AbstractContextManager[None]:
     """Return a context in which memory is touched far ahead of readers that wait for a disk.
 
-    Others touch it just before they write, while it is in a cache.
+    Other threads touch memory just before they write it, so that it is in a cache.
     """
     return memory.touched_ahead(place for part in parts for step in _steps(part) for place in step.places)
 
@@ -91,11 +91,11 @@ def _make_staged(device: torch.device, parts: Sequence[Part], makers: _Makers, m
 
 
 def _memory(part: Part, buffer: Tensor) -> Tensor:
-    return buffer[: part.numel * part.pieces.dtype.itemsize].view(part.pieces.dtype)
+    return buffer[: part.numel * part.maker.dtype.itemsize].view(part.maker.dtype)
 
 
 def _batches(parts: Sequence[Part], limit: int) -> Iterator[list[tuple[Part, int]]]:
-    """Cut parts so that they fill buffers of so many bytes, each with the place where it begins there."""
+    """Cut parts into batches that fill buffers of `limit` bytes. Each part comes with its first byte in the buffer."""
     batch: list[tuple[Part, int]] = []
     used = 0
     for part in parts:
@@ -103,9 +103,9 @@ def _batches(parts: Sequence[Part], limit: int) -> Iterator[list[tuple[Part, int
         while first < part.num_rows:
             rows = min(part.num_rows - first, (limit - used) // part.row_bytes)
             if rows < part.num_rows - first:
-                # As in `_stretches`, and the next buffer has room for a longer run of a file.
+                # Multiples of 64 as in `_stretches`. The next buffer has room for a longer range of a file.
                 whole = rows - rows % 64 if part.row_numel == 1 else rows
-                if batch and (not whole or whole * part.row_numel < part.pieces.grain):
+                if batch and (not whole or whole * part.row_numel < part.maker.grain):
                     yield batch
                     batch, used = [], 0
                     continue
@@ -119,10 +119,10 @@ def _batches(parts: Sequence[Part], limit: int) -> Iterator[list[tuple[Part, int
 
 
 class _Makers:
-    """The threads that make parts in host memory, as long as this is open.
+    """A context with the threads that make parts in host memory.
 
     Args:
-        num_threads: How many.
+        num_threads: The number of threads.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -147,19 +147,19 @@ class _Makers:
         meter: Meter | None = None,
         memory: FreshMemory | None = None,
     ) -> None:
-        """Make parts, all of them on the host.
+        """Make parts in host memory.
 
         Args:
-            parts: In the order of the streams.
-            num_stretches: Into how many stretches for each thread they are split.
-            meter: Told of what is made.
-            memory: Memory where they go that was not written before.
+            parts: The parts, in the order of the streams.
+            num_stretches: The number of stretches for each thread.
+            meter: The counter of made bytes.
+            memory: The memory for the parts that was not written before.
         """
         if self._pool is None:
             _make(parts, meter, memory)
             return
         stretches = list(_stretches(parts, _work_of(parts), self._num_threads * num_stretches))
-        # A mode of torch's holds for one thread, and an inference tensor may only be written in that mode.
+        # torch's inference mode holds for one thread, and an inference tensor may only be written in that mode.
         inference = torch.is_inference_mode_enabled()
 
         def make(stretch: Sequence[Part]) -> None:
@@ -171,7 +171,7 @@ class _Makers:
             for done in futures:
                 done.result()
         except BaseException:
-            # No thread may go on writing to memory that the caller is about to give up.
+            # No thread may continue to write memory that the caller is about to free.
             self._pool.shutdown(cancel_futures=True)
             raise
 
@@ -181,11 +181,11 @@ def _work_of(parts: Sequence[Part]) -> int:
 
 
 def _make(parts: Sequence[Part], meter: Meter | None, memory: FreshMemory | None) -> None:
-    every: dict[object, Cursors] = {}
+    every: dict[object, StreamCursors] = {}
     for part in (step for whole in parts for step in _steps(whole)) if memory else parts:
-        program = part.pieces.program
+        program = part.maker.program
         if program not in every:
-            every[program] = Cursors(program)
+            every[program] = StreamCursors(program)
         if memory:
             for place in part.places:
                 memory.touch(place)
@@ -197,10 +197,10 @@ def _make(parts: Sequence[Part], meter: Meter | None, memory: FreshMemory | None
 
 
 def _steps(part: Part) -> Iterator[Part]:
-    """Cut a part so that each piece is made while the memory that was touched for it is in a cache."""
+    """Cut a part so that each new part is made while its touched memory is in a cache."""
     rows = max(1, part.num_rows * _STEP_BYTES // max(1, part.size_bytes))
     rows += -rows % 64 if part.row_numel == 1 else 0  # as in `_stretches`
-    if rows >= part.num_rows or part.pieces.grain > 1:
+    if rows >= part.num_rows or part.maker.grain > 1:
         yield part
         return
     for first in range(0, part.num_rows, rows):
@@ -215,8 +215,8 @@ def _stretches(parts: Sequence[Part], total: int, count: int) -> Iterator[list[P
     for part in parts:
         first = 0
         while first < part.num_rows:
-            # Not so few elements that files would be read in short runs.
-            least = max(room, part.pieces.grain)
+            # At least a grain, because files must not be read in short ranges.
+            least = max(room, part.maker.grain)
             last = min(part.num_rows, first + max(1, -(-least // part.row_numel)))
             if 0 < part.num_rows - last < 1024:
                 last = part.num_rows

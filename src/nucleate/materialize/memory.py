@@ -1,7 +1,7 @@
-"""Memory on the CPU that is about to be written for the first time: touched just ahead of the writer, and quickly.
+"""Fresh memory on the CPU, which is touched quickly, just before its first write.
 
-The first touch of a page costs about as much as drawing its thousand numbers does. Here 2 MiB at a time are touched by
-one call, as one huge page or as many small ones; `PagePolicy` says which.
+The first touch of a page takes about as long as drawing the thousand numbers in the page. Here one call touches 2 MiB,
+as one huge page or as many small pages; `PagePolicy` chooses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nucleate.materialize.pages import STRETCH_BYTES, PagePolicy
 #: Smaller storages gain nothing.
 MIN_TOUCHED_BYTES = 4 << 20
 
-# The threads that touch ahead of readers: two are quicker than one, also where they have one processor between them.
+# The number of threads that touch ahead of readers. Two are quicker than one, also where they share one processor.
 _AHEAD = 2
 
 # linux/include/uapi/asm-generic/mman-common.h.
@@ -36,11 +36,11 @@ _MADV_COLLAPSE = 25  # since Linux 6.1
 class FreshMemory:
     """Storages that are allocated and not written yet.
 
-    Large allocations lie one next to the other, and a huge page may then hold the end of one and the beginning of the
-    next; but only if both are there when the first is advised (mm/vma.c: neighbours with other flags are not merged).
+    Large allocations are adjacent, and a huge page may then hold the end of one and the beginning of the next. This
+    needs both allocations before the first is advised (mm/vma.c: neighbours with other flags are not merged).
 
     Args:
-        storages: All that are about to be filled. Small ones and those of other devices are left alone.
+        storages: All storages that are about to be filled. Small ones and those of other devices are ignored.
     """
 
     def __init__(self, storages: Iterable[torch.UntypedStorage]) -> None:
@@ -49,8 +49,8 @@ class FreshMemory:
         spans = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in large}) if self._advise else []
         self._firsts = [first for first, _ in spans]
         self._lasts = [last for _, last in spans]
-        # Those that hold a storage's beginning. malloc has written its header there, so the system has backed a page of
-        # it by a small one.
+        # The stretches that hold a storage's beginning. malloc has written its header there, so the system has already
+        # backed the beginning by a small page.
         self._begun = {first // STRETCH_BYTES for first in self._firsts}
         self._touched: set[int] = set()
         self._policy = policy()
@@ -64,16 +64,16 @@ class FreshMemory:
         return bool(self._firsts)
 
     def describe(self) -> str:
-        """Return how much this process has touched in which kind of pages, and how long that took."""
+        """Return a text with the memory that this process has touched in each kind of pages, and with the times."""
         return self._policy.describe()
 
     def touch(self, place: Tensor, far_ahead: bool = False) -> None:
-        """Let the system back memory by pages now. What it holds stays as it is.
+        """Let the system back memory by pages now. The contents of the memory do not change.
 
         Args:
-            place: Contiguous memory in one of the storages; else nothing happens.
-            far_ahead: Whether it is filled later, by another thread, which is not to meet a page fault; else this
-                thread is about to fill it.
+            place: Contiguous memory in one of the storages. For other memory, nothing happens.
+            far_ahead: Whether another thread fills the memory later and must not meet a page fault; else this thread
+                is about to fill it.
         """
         if not self._firsts or not place.numel():
             return
@@ -84,13 +84,13 @@ class FreshMemory:
         last = first + place.numel() * place.element_size()
         for block in range(first // STRETCH_BYTES, -(-last // STRETCH_BYTES)):
             if block not in self._touched:
-                # Another thread may come to it at the same time, and then finds the pages there.
+                # Another thread may touch the same stretch at the same time. It then finds the pages present.
                 self._touched.add(block)
                 self._touch_block(block, number, far_ahead)
 
     @contextmanager
     def touched_ahead(self, places: Iterable[Tensor]) -> Iterator[None]:
-        """Touch memory in threads of its own while the block runs, for writers that wait for something else.
+        """Touch memory in separate threads while the block runs, for writers that wait for something else.
 
         Args:
             places: Contiguous memory, in the order in which it is going to be filled.
@@ -117,7 +117,7 @@ class FreshMemory:
                 thread.join()
 
     def _touch_block(self, block: int, number: int, far_ahead: bool) -> None:
-        """Touch a huge page, or the part of it that is in the storage."""
+        """Touch one stretch of 2 MiB, or the part of the stretch that is in the storage."""
         assert self._advise is not None
         start, end = block * STRETCH_BYTES, (block + 1) * STRETCH_BYTES
         if self._policy.is_huge != self._is_huge:
@@ -129,7 +129,7 @@ class FreshMemory:
                 if not self._advise(start, STRETCH_BYTES, _MADV_COLLAPSE):
                     self._policy.took(True, time.thread_time() - began)
                     return
-            # The other part may be another storage's.
+            # The other part may belong to another storage, which touches it later.
             self._touched.discard(block)
             first = max(start, self._firsts[number] // mmap.PAGESIZE * mmap.PAGESIZE)
             self._advise(first, min(end, self._lasts[number]) - first, _MADV_POPULATE_WRITE)
@@ -156,10 +156,10 @@ class FreshMemory:
 
 @functools.cache
 def policy() -> PagePolicy:
-    """Return the process's policy: a machine's memory is one, so a model knows what the one before it met.
+    """Return the policy of this process. All models share it, because they share the machine's memory.
 
     Raises:
-        ConfigurationError: The setting has another value.
+        ConfigurationError: The setting has a value that is not allowed.
     """
     return PagePolicy(huge_pages())
 

@@ -1,9 +1,9 @@
-"""The choice between huge pages and small ones for memory that is touched first, from how long each kind took before.
+"""The choice between huge and small pages for memory that is touched first, by the times that each kind took before.
 
-A huge page replaces 512 faults by one, and costs a tenth where the machine has the memory. A virtual machine that gave
-its idle memory back to the host has to ask for it again: there a huge page of 2 MiB can cost ten times as much as the
-small pages, which come first from fragments that the system still holds. A machine has both kinds of memory at once,
-and nothing tells which comes next. So each stretch of memory is timed.
+A huge page replaces 512 faults by one, and takes a tenth of the time where the machine has the memory. A virtual
+machine that gave its idle memory back to the host has to request it again. There a huge page of 2 MiB can take ten
+times as long as the small pages, which come first from fragments that the system still holds. A machine has both kinds
+of memory at once, and nothing shows which kind comes next. So each stretch of memory is timed.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 
-#: How many bytes are touched and timed at a time: one huge page.
+#: The number of bytes that are touched and timed at a time: one huge page.
 STRETCH_BYTES = 2 << 20
 
-# The kind that seems slower is tried again when what that lost the last time is this part of the time spent since.
+# The kind that seems slower is tried again when the time lost by its last trial is this share of the time spent since.
 _TRIAL_SHARE = 0.01
-# A kind costs what the middle one of its last stretches took: the host of a virtual machine may be busy for a moment.
+# The cost of a kind is the median time of so many last stretches: the host of a virtual machine may be busy for a
+# moment.
 _LAST_STRETCHES = 3
-# So many stretches are a trial at first. Later one is, so that what it loses stays small and the next one comes soon.
+# The first trial takes so many stretches. Later ones take one, so that they lose little and the next one comes soon.
 _FIRST_STRETCHES = 2
-# Of so many huge pages one is touched ahead and timed, while they are quick; the writer's own faults make the others as
-# quickly, and its first bytes then find them in the processor's cache.
+# One of so many huge pages is touched ahead and timed, while huge pages are quick. The writer's own faults make the
+# others as quickly, and the processor's cache then holds them for the writer's first bytes.
 _TIMED_HUGE = 4
-# The other kind has to be quicker by so much, or small differences would change the choice again and again.
+# The other kind has to take less than this share of the time, or small differences would change the choice again and
+# again.
 _QUICKER = 0.8
-# The system cannot clear 2 MiB in less, so the pages were there already.
+# The system cannot clear 2 MiB in less time, so the pages were present already.
 _PRESENT_S = 30e-6
 
 
@@ -37,8 +39,8 @@ class _Kind:
     Attributes:
         lately: Seconds for each of the last stretches.
         total_s: Seconds for all stretches.
-        stretches: How many there were.
-        left: How many were left to their writers besides.
+        stretches: The number of these stretches.
+        left: The number of other stretches, which were left to their writers.
     """
 
     lately: deque[float] = field(default_factory=lambda: deque(maxlen=_LAST_STRETCHES))
@@ -48,28 +50,29 @@ class _Kind:
 
     @property
     def is_known(self) -> bool:
-        """Whether there were enough stretches to tell."""
+        """Whether there were enough stretches to know the cost."""
         return len(self.lately) >= _FIRST_STRETCHES
 
     @property
     def cost_s(self) -> float:
-        """Seconds for a stretch; of two, the quicker one counts."""
+        """Seconds for a stretch. Of two stretches, the quicker one counts."""
         return sorted(self.lately)[(len(self.lately) - 1) // 2]
 
 
 class PagePolicy:
-    """Chooses the kind of pages for each stretch of 2 MiB, and learns from how long it took. Any thread may ask.
+    """The choice of the kind of pages for each stretch of 2 MiB, by the times of earlier stretches. It is thread-safe.
 
     Args:
-        fixed: True for huge pages always, False for small pages always, None to choose by the times.
+        fixed: True to always use huge pages, False to always use small pages, None to choose by the times.
     """
 
     def __init__(self, fixed: bool | None = None) -> None:
         self._fixed = fixed
         self._kinds = {True: _Kind(), False: _Kind()}
         self._is_huge = fixed is not False
-        # Seconds spent since the other kind was tried, what that lost, how many of its stretches are still to be asked
-        # for and how many are asked for in all, and the times of those that were taken.
+        # The seconds spent since the last trial of the other kind, and the seconds that this trial lost. Of the current
+        # trial: the stretches that are still to be requested, all its stretches, and the times of those that were
+        # touched.
         self._since_s = 0.0
         self._lost_s = 0.0
         self._to_ask = self._num_asked = self._untimed = 0
@@ -82,20 +85,20 @@ class PagePolicy:
         return self._is_huge
 
     def choose(self, may_leave: bool = True) -> bool | None:
-        """Return whether the next stretch is to be a huge page; `took` is to be called with the result.
+        """Return whether to use a huge page for the next stretch. The caller then calls `took` with the time.
 
         Args:
-            may_leave: Whether the writer comes right behind, so that the stretch may be left to it.
+            may_leave: Whether the writer follows at once, so that the stretch may be left to the writer.
 
         Returns:
-            True or False; or None where the stretch is not touched ahead, and its writer takes a huge page.
+            True or False; None if the stretch is not touched ahead and the writer gets a huge page.
         """
         with self._lock:
             if self._to_ask:
                 self._to_ask -= 1
                 return not self._is_huge
             kind = self._kinds[True]
-            # A slow one may be the first of many.
+            # A slow huge page may be the first of many.
             is_quick = kind.is_known and kind.lately[-1] <= kind.cost_s / _QUICKER
             if may_leave and is_quick and self._is_huge and self._fixed is None:
                 self._untimed = (self._untimed + 1) % _TIMED_HUGE
@@ -105,11 +108,11 @@ class PagePolicy:
             return self._is_huge
 
     def took(self, huge: bool, seconds: float) -> None:
-        """Learn how long a stretch took.
+        """Learn from the time of a stretch.
 
         Args:
-            huge: Whether it was touched as a huge page.
-            seconds: Of the thread that touched it, without the time in which it was not running.
+            huge: Whether the stretch was touched as a huge page.
+            seconds: The time of the thread that touched it, without the time in which the thread was not running.
         """
         if seconds < _PRESENT_S:
             return
@@ -129,7 +132,7 @@ class PagePolicy:
             self._choose_again()
 
     def describe(self) -> str:
-        """Return how much was touched in which kind of pages, and how long 2 MiB took."""
+        """Return a text with the memory that was touched in each kind of pages, and with the time of 2 MiB."""
         said = [
             f"{(kind.stretches + kind.left) * STRETCH_BYTES / 2**30:.2f} GiB in {'huge' if huge else 'small'} pages "
             f"({kind.total_s / kind.stretches * 1e3:.2f} ms for 2 MiB)"

@@ -1,6 +1,6 @@
-"""The plan: which deferred tensors a model holds and where the value of each comes from. Pure data, printable.
+"""The plan of a materialization: the deferred tensors of a model and the origin of each value, as printable data.
 
-Planning checks everything that can be checked before memory is taken; `execute.py` then only makes values.
+Planning checks everything that can be checked before memory is allocated; `execute.py` then only makes values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Holder:
         module: The module.
         kind: `"parameter"`, `"buffer"` or `"attribute"`.
         name: The attribute's name.
-        fqn: The name from the model's root.
+        fqn: The tensor's FQN.
     """
 
     module: nn.Module
@@ -44,13 +44,13 @@ class Holder:
 
 @dataclass(slots=True)
 class Target:
-    """One deferred tensor: one object, held in one place or tied over several.
+    """One deferred tensor: one object, which the model holds in one place, or in several tied places.
 
     Attributes:
         tensor: The tensor.
-        ref: Its storage on the tape and its geometry there.
-        cls: The class it has when it is not guarded.
-        holders: Where the model holds it.
+        ref: The tensor's storage on the tape and its geometry there.
+        cls: The tensor's class without a guard.
+        holders: The places that hold the tensor.
     """
 
     tensor: Tensor
@@ -65,12 +65,12 @@ class Target:
 
     @property
     def size_bytes(self) -> int:
-        """How large its value is, in bytes."""
+        """The size of its value in bytes."""
         return self.ref.numel * self.ref.dtype.itemsize
 
     def shards(self) -> list[Any]:
         """Return the distinct DTensors that a strategy has put in its place."""
-        # Not `get`: the registry of a scripted module has none.
+        # Not `get`: the registry of a scripted module does not have it.
         registries = [(h.module._parameters, h.name) for h in self.holders if h.kind == "parameter"]
         current = [registry[name] for registry, name in registries if name in registry]
         return list({id(parameter): parameter for parameter in current if is_sharded(parameter)}.values())
@@ -78,11 +78,11 @@ class Target:
 
 @dataclass(slots=True)
 class Group:
-    """The tensors of a model that share one storage, and what makes it.
+    """The tensors of a model that share one storage, and the recipe of the storage.
 
     Attributes:
-        source: Makes the storage.
-        targets: The tensors on it.
+        source: The recipe of the storage.
+        targets: The tensors on the storage.
     """
 
     source: Recipe
@@ -91,7 +91,7 @@ class Group:
 
 @dataclass(slots=True)
 class Plan:
-    """What is deferred in a model, in the order it is made.
+    """The deferred tensors of a model, in the order of their materialization.
 
     Attributes:
         groups: The storages to make.
@@ -101,10 +101,10 @@ class Plan:
 
     @classmethod
     def of(cls, model: nn.Module) -> Plan:
-        """Find everything deferred in `model`. Parameters that `load_state_dict(assign=True)` untied are tied again.
+        """Find all deferred tensors of `model`. Parameters that `load_state_dict(assign=True)` untied are tied again.
 
         Raises:
-            UsageError: It was called inside the context that constructs the model.
+            UsageError: The call is inside the context that constructs the model.
             DeferredEditError: A deferred tensor was edited through an alias since its constructor ended, or a tensor or
                 a file that it takes its values from was changed.
             UninitializedError: A parameter or buffer is on the meta device without a recipe, or its recipe never
@@ -112,7 +112,7 @@ class Plan:
         """
         refuse_recording()
         retie(model)
-        # Guarded tensors pretend to be on their device; the plan looks behind that.
+        # Guarded tensors report the device for which they were constructed. The plan needs the real one.
         with torch._C.DisableTorchFunctionSubclass():
             plan = cls._find(_held(model))
         plan._refuse_changed()
@@ -121,10 +121,10 @@ class Plan:
 
     @classmethod
     def of_tensors(cls, held: Iterable[tuple[Holder, Tensor]]) -> Plan:
-        """Find what is deferred among tensors. Memory in which the constructor wrote nothing is made as it is.
+        """Find the deferred ones among tensors. Memory that the constructor did not write stays unwritten.
 
         Args:
-            held: The tensors, and where they are held.
+            held: The tensors, each with the place that holds it.
 
         Raises:
             DeferredEditError: See `of`.
@@ -135,23 +135,23 @@ class Plan:
         return plan
 
     def check_device(self, device: torch.device) -> None:
-        """Make sure that everything can be made for a device. Nothing has been changed where it cannot.
+        """Make sure that all values can be made for a device. This method changes nothing.
 
         Args:
-            device: Where values are wanted.
+            device: The device that needs the values.
 
         Raises:
-            DeferredUseError: The device is not there, or recipes were recorded for another kind of device.
+            DeferredUseError: The device is absent, or recipes were recorded for another kind of device.
         """
         if self.groups and not is_present(device):
             raise DeferredUseError(
-                f"the model is wanted on {str(device)!r}, which this process does not have. Set it up where there is "
-                "one, or construct it for the device that is here."
+                f"the model is wanted on {str(device)!r}, which this process does not have. Set the model up where "
+                "the device is present, or construct it for a device of this process."
             )
         others = [
             (target.fqn, group.source.record.device.type)
             for group in self.groups
-            if group.source.record.device.type not in ("cpu", device.type) and group.source.pieces(device) is None
+            if group.source.record.device.type not in ("cpu", device.type) and group.source.maker(device) is None
             for target in group.targets
         ]
         if others:
@@ -208,29 +208,29 @@ class Plan:
 
     @property
     def size_bytes(self) -> int:
-        """How much memory all values take together when nothing is sharded."""
+        """The number of bytes that all values take together without sharding."""
         return sum(group.source.size_bytes for group in self.groups)
 
     @property
     def records(self) -> list[Record]:
-        """A record for each tape that it draws on."""
+        """One recording for each tape of the plan."""
         return list({id(group.source.record.tape): group.source.record for group in self.groups}.values())
 
     def origins(self) -> dict[str, str]:
-        """Return where the value of each tensor comes from, by its first name.
+        """Return the origin of each tensor's value, by the tensor's first name.
 
-        Either `"constructor"`, or `"checkpoint"`, or the call that `nucleate.materialize.reset` made for it.
+        The origin is `"constructor"`, `"checkpoint"`, or the call that `nucleate.materialize.reset` made for it.
         """
         return {target.fqn: group.source.origin for group in self.groups for target in group.targets}
 
     def release(self) -> None:
-        """Take the guards off, so that the tensors are plain meta tensors that a strategy can shard."""
+        """Remove the guards, so that the tensors are plain meta tensors that a strategy can shard."""
         for target in self.targets:
             release(target.tensor)
             mark_released(target.tensor)
 
     def restore(self) -> None:
-        """Put the guards back on what has got no value, after an error."""
+        """Guard the tensors without a value again, after an error."""
         for group in self.groups:
             for target in group.targets:
                 unmark_released(target.tensor)
@@ -238,7 +238,7 @@ class Plan:
                     guard(target.tensor, group.source.record, target.fqn)
 
     def digest(self) -> str:
-        """Return a fingerprint that is equal on ranks that deferred the same model, whatever else they deferred."""
+        """Return a fingerprint that is equal on ranks that deferred the same model, also with other models besides."""
         by_tape: dict[int, list[Target]] = {}
         tapes = {id(target): group.source.record.tape for group in self.groups for target in group.targets}
         for target in sorted(self.targets, key=lambda target: target.fqn):
@@ -279,7 +279,7 @@ class Plan:
         if unwritten:
             raise UninitializedError(
                 f"nothing initializes {name_list(unwritten)}: the constructor made them with `torch.empty` or the like "
-                "and never wrote (all of) them, so they would hold whatever the memory held before. Initialize them "
+                "and never wrote (all of) them, so they would hold the former contents of the memory. Initialize them "
                 "in the constructor, or let `nucleate.materialize.reset` call their modules' `reset_parameters`."
             )
 
@@ -295,7 +295,7 @@ class Plan:
 
 
 def _held(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
-    """Yield the tensors of a model and where they are held."""
+    """Yield the tensors of a model, each with the place that holds it."""
     barren = set[int]()
     for prefix, module in model.named_modules():
         for kind, name, tensor in held_tensors(module, barren):

@@ -1,4 +1,4 @@
-"""Fill tensors that have memory already, whole or sharded, with what is given: loading into a model that is set up."""
+"""The reading of element sources into real tensors, whole or sharded, to load into a model that is set up."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nucleate.deferred import Cursors, Given, Pieces
-from nucleate.deferred.elements import take
+from nucleate.deferred import ElementSource, RangeMaker, StreamCursors
+from nucleate.deferred.elements import fill_from
 from nucleate.deferred.replay import boxes
 from nucleate.layout import is_sharded, offsets_of
 from nucleate.materialize.device_parts import parts_on
@@ -19,27 +19,27 @@ from nucleate.materialize.parts import Part, parts_of
 from nucleate.materialize.shards import fill
 
 
-class GivenBox(Given):
-    """A box of what is given.
+class GivenBox(ElementSource):
+    """A box of an element source.
 
     Args:
-        given: The whole.
-        offsets: The box's first index in each dimension.
+        given: The whole element source.
+        offsets: The box's first index in each dim.
         shape: The box's shape.
     """
 
-    def __init__(self, given: Given, offsets: Sequence[int], shape: Sequence[int]) -> None:
+    def __init__(self, given: ElementSource, offsets: Sequence[int], shape: Sequence[int]) -> None:
         self.dtype = given.dtype
         self.shape = tuple(shape)
         self._given = given
         self._offsets = tuple(offsets)
 
     def read(self, start: int, out: Tensor) -> None:
-        pieces, cursors, done = Pieces.of(self._given, self.dtype), Cursors(None), 0
+        maker, cursors, done = RangeMaker.of(self._given, self.dtype), StreamCursors(None), 0
         for begin, lengths in boxes(self.shape, start, start + out.numel()):
             part = out[done : done + math.prod(lengths)].view(lengths)
             offsets = tuple(map(sum, zip(self._offsets, begin, strict=True)))
-            for piece in parts_of(pieces, 0, self._given.shape, offsets, part):
+            for piece in parts_of(maker, 0, self._given.shape, offsets, part):
                 piece.make(cursors)
             done += part.numel()
 
@@ -54,20 +54,20 @@ class GivenBox(Given):
 
 
 @torch.no_grad()
-def read_into(pairs: Sequence[tuple[Tensor, Given]]) -> None:
-    """Read what is given into real tensors; of a DTensor only this rank's part, straight into its place.
+def read_into(pairs: Sequence[tuple[Tensor, ElementSource]]) -> None:
+    """Read element sources into real tensors. For a DTensor, read only this rank's part, directly into its place.
 
     Args:
-        pairs: Tensors and what goes into each, cast to its dtype; the shapes of the wholes are equal.
+        pairs: Tensors, each with an element source of the same whole shape. Values are cast to the tensor's dtype.
     """
     parts: list[Part] = []
-    rest: list[tuple[Tensor, Given]] = []
+    rest: list[tuple[Tensor, ElementSource]] = []
     for tensor, given in pairs:
         local = _local(tensor)
         offsets = offsets_of(tensor) if is_sharded(tensor) else (0,) * tensor.dim()
         plain = local.is_contiguous() and not (local.is_conj() or local.is_neg())
         if offsets is not None and (plain or local.device.type != "cpu"):
-            parts.extend(parts_on(Pieces.of(given, local.dtype), 0, given.shape, offsets, local))
+            parts.extend(parts_on(RangeMaker.of(given, local.dtype), 0, given.shape, offsets, local))
         else:
             rest.append((tensor, given))
     make_parts(parts, torch.get_num_threads())
@@ -75,18 +75,18 @@ def read_into(pairs: Sequence[tuple[Tensor, Given]]) -> None:
         _take(tensor, given)
 
 
-def _take(tensor: Tensor, given: Given) -> None:
+def _take(tensor: Tensor, given: ElementSource) -> None:
     local = _local(tensor)
     if not is_sharded(tensor):
-        take(local, given)
+        fill_from(local, given)
         return
     offsets = offsets_of(tensor)
     if offsets is not None:
-        take(local, GivenBox(given, offsets, local.shape))
+        fill_from(local, GivenBox(given, offsets, local.shape))
     else:
-        # No box of the whole: rare enough to make the whole and cut it.
+        # Not a box of the whole. This is rare, so the whole is made and cut.
         whole = torch.empty(tuple(given.shape), dtype=tensor.dtype, device=local.device)
-        take(whole, given)
+        fill_from(whole, given)
         fill(tensor, whole)
 
 

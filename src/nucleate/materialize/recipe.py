@@ -1,4 +1,4 @@
-"""Recipes: how the content of one storage is made, from the record of its construction."""
+"""Recipes: each one makes the content of one storage from the recording of its construction."""
 
 from __future__ import annotations
 
@@ -6,55 +6,55 @@ from dataclasses import dataclass
 
 import torch
 
-from nucleate.deferred import Given, Pieces, Record
-from nucleate.deferred.elements import take
+from nucleate.deferred import ElementSource, RangeMaker, Record
+from nucleate.deferred.elements import fill_from
 from nucleate.deferred.replay import backward_slice
 from nucleate.deferred.tape import Step
 from nucleate.devices import move
 
 
 def is_moved_to(record: Record, device: torch.device) -> bool:
-    """Return whether what was recorded is made on the CPU and then moved to a device."""
+    """Return whether recorded values are made on the CPU and then moved to a device."""
     return record.device.type == "cpu" != device.type
 
 
 def moved_to(
     device: torch.device, made: torch.UntypedStorage, scratch: torch.UntypedStorage | None = None
 ) -> torch.UntypedStorage:
-    """Return a storage on a device with the content of one on the CPU; it may be `scratch` instead of new memory."""
+    """Copy a storage on the CPU to a device, into `scratch` or else into new memory, and return the copy."""
     storage = scratch if scratch is not None else torch.UntypedStorage(made.nbytes(), device=device)
     move(made, storage)
     return storage
 
 
-def pieces_on_host(record: Record, storage: int, end: int | None = None) -> Pieces | None:
-    """Return how ranges of a storage are made on the CPU, or None if it can only be made whole.
+def maker_on_host(record: Record, storage: int, end: int | None = None) -> RangeMaker | None:
+    """Return the maker of a storage's ranges on the CPU, or None if the storage can only be made whole.
 
-    The CPU does not draw or compute what was recorded for another device: the bits would be others.
+    The CPU does not draw or compute values that were recorded for another device, because the bits would differ.
 
     Args:
-        record: The record.
-        storage: The storage's number on the record's tape.
-        end: As it was before the step with this index; by default, as it is at the end.
+        record: The recording.
+        storage: The storage's number on the recording's tape.
+        end: The index of a step: make the content before this step. By default, make the content at the end.
     """
-    pieces = record.pieces(storage, end)
-    return pieces if pieces is not None and (record.device.type == "cpu" or pieces.is_on_host) else None
+    maker = record.maker(storage, end)
+    return maker if maker is not None and (record.device.type == "cpu" or maker.is_on_host) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A storage made by replaying how the constructor made it.
+    """The recipe of one storage: a replay of the operations by which the constructor made it.
 
     Attributes:
-        record: The record of the construction.
-        storage: The storage's number on the record's tape.
+        record: The recording of the construction.
+        storage: The storage's number on the recording's tape.
     """
 
     record: Record
     storage: int
 
     def make(self, device: torch.device, scratch: torch.UntypedStorage | None = None) -> torch.UntypedStorage:
-        """Replay the storage's recipe: on `device`, or on the CPU if it was recorded for that, and move the result."""
+        """Replay the recipe on `device`, or on the CPU if it was recorded for the CPU, and move the result."""
         if not is_moved_to(self.record, device):
             return self.record.make(self.storage, device, scratch)
         tape = self.record.tape
@@ -65,40 +65,40 @@ class Recipe:
                 tape.keep_made(self.storage, made)
         return made
 
-    def pieces(self, device: torch.device) -> Pieces | None:
-        """Return how ranges are made on the CPU, which moves them to `device`; None where they cannot be."""
-        return pieces_on_host(self.record, self.storage)
+    def maker(self, device: torch.device) -> RangeMaker | None:
+        """Return the maker of ranges on the CPU, for `device`, or None if the storage can only be made whole."""
+        return maker_on_host(self.record, self.storage)
 
-    def given(self) -> Given | None:
-        """Return what the storage is given from a file, if that is all its recipe does."""
-        pieces = self.record.pieces(self.storage)
-        return None if pieces is None else pieces.given()
+    def given(self) -> ElementSource | None:
+        """Return the element source that the storage is read from, if the recipe does nothing else."""
+        maker = self.record.maker(self.storage)
+        return None if maker is None else maker.given()
 
     def conversion(self) -> Step | None:
-        """Return the recorded conversion that the storage is an output of, if it is one and was not made before."""
+        """Return the recorded conversion that makes the storage, if one does and the storage was not made before."""
         return self.record.converted(self.storage) if self.record.tape.made(self.storage) is None else None
 
     def keep(self, storage: torch.UntypedStorage) -> None:
-        """Let tensors that share the storage and are made later share this memory."""
+        """Keep the memory for tensors that share the storage and are made later."""
         self.record.tape.keep_made(self.storage, storage)
 
     @property
     def size_bytes(self) -> int:
-        """How large the storage is."""
+        """The size of the storage in bytes."""
         return self.record.tape.size_bytes(self.storage)
 
     @property
     def origin(self) -> str:
-        """Say who makes the content: the constructor, a checkpoint, or a method that was called for it."""
+        """The origin of the content: the constructor, a checkpoint, or a method that was called for it."""
         tape = self.record.tape
         steps = backward_slice(tape, [self.storage])
-        if any(step.func is take for step in steps):
+        if any(step.func is fill_from for step in steps):
             return "checkpoint"
-        # A cast by the precision has made another storage of it.
+        # A cast by the precision makes another storage, so the storages before the cast count as well.
         touched = {storage for step in reversed(steps) for storage in (*step.creates, *step.writes)}
         return next((tape.writer_names[s] for s in sorted(touched) if s in tape.writer_names), "constructor")
 
     @property
     def order(self) -> int:
-        """The last step that wrote it: random steps then follow one another as in the constructor."""
+        """The last step that wrote the storage. In this order, random steps have the order of the constructor."""
         return self.record.tape.writers(self.storage)[-1]

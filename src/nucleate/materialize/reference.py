@@ -1,7 +1,7 @@
-"""The reference: values made a second time, by the slow way that construction itself goes.
+"""The reference: values made a second time, in the slow way of construction itself.
 
-Each storage is replayed whole, by one thread after the other operation, and where the random stream stands is found
-by drawing all the numbers before it: no jump, no slices, no shards. `verification.py` compares with it.
+One thread replays each storage whole, one operation after the other. It finds a position in the random stream by
+drawing all numbers before the position, without jumps, slices or shards. `verification.py` compares with these values.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nucleate.deferred.randomness import Cursors, RandomProgram, Workspace, draw, moved
-from nucleate.deferred.replay import Pieces, Replayer, pieces_of
+from nucleate.deferred.randomness import RandomProgram, StreamCursors, Workspace, draw, moved
+from nucleate.deferred.replay import RangeMaker, Replayer, maker_of
 from nucleate.deferred.tape import Position, Run, Step
 from nucleate.devices.generators import Generator
 from nucleate.materialize.parts import parts_of
 from nucleate.materialize.recipe import Recipe
 
-# States that are kept for each run, so that going back a little does not mean to draw it all again.
+# The number of states that are kept for each run, so that a short way back does not draw all numbers again.
 _NUM_KEPT = 64
 
 
 class DrawnProgram(RandomProgram):
-    """A random program that finds its states on the CPU by drawing, and what follows a rejection loop by running it.
+    """A random program that finds states on the CPU by drawing, and those after a rejection loop by running the loop.
 
     Args:
-        program: The program of a recording, of which only the states at the start of each seeded run are taken.
+        program: The program of a recording. Only its states at the start of each seeded run are used.
         execute: See `RandomProgram`.
     """
 
@@ -46,7 +46,7 @@ class DrawnProgram(RandomProgram):
         if offset == position.offset:
             return state
         if position.run.device != "cpu":
-            # The state of a device whose distances are known is a counter: there are no numbers to draw on the way.
+            # The state of a device with known distances is a counter, so no numbers have to be drawn.
             return moved(position.run.device, state, position.offset - offset, Workspace())
         generator = torch.Generator()
         generator.set_state(state)
@@ -54,7 +54,7 @@ class DrawnProgram(RandomProgram):
         state = generator.get_state()
         insort(known, (position.offset, state), key=_offset)
         if len(known) > _NUM_KEPT:
-            # The first one is where everything begins.
+            # The first state stays, because every search can begin there.
             del known[1::2]
         return state
 
@@ -62,7 +62,7 @@ class DrawnProgram(RandomProgram):
         return position.offset, self.state_at(position)
 
     def _begun(self, run: Run) -> list[tuple[int, Tensor]]:
-        """Return the states that are known of a run, after having found the one at its start."""
+        """Return the known states of a run, after finding the state at its start."""
         unknown = [run]
         while unknown[-1] not in self._drawn and (behind := unknown[-1].behind) is not None:
             unknown.append(behind[0].run)
@@ -78,8 +78,8 @@ class DrawnProgram(RandomProgram):
         return self._drawn[run]
 
 
-class DrawnCursors(Cursors):
-    """Cursors that get to each place by drawing from the start of its run."""
+class DrawnCursors(StreamCursors):
+    """Cursors that reach each position by drawing from the start of its run."""
 
     def __init__(self, program: DrawnProgram) -> None:
         super().__init__(program)
@@ -91,47 +91,47 @@ class DrawnCursors(Cursors):
         return generator
 
     def remember(self) -> None:
-        """Nothing is to be found sooner the next time."""
+        """Do nothing: these cursors have no positions for later use."""
 
 
 class Reference:
-    """Makes values of recipes once more, independently of how `execute` makes them."""
+    """A maker of the values of recipes, independent of the way in which `execute` makes them."""
 
     def __init__(self) -> None:
         self._replayers: dict[int, Replayer] = {}
 
     def make(self, recipe: Recipe, device: torch.device) -> torch.UntypedStorage:
-        """Return a whole storage: on the CPU, but for what a device draws or computes, which is made there again.
+        """Return a whole storage, made on the CPU. Values that a device draws or computes are made on the device again.
 
         Args:
-            recipe: What makes it.
+            recipe: The recipe of the storage.
             device: The device.
         """
         replayer = self._replayer(recipe)
         if replayer.device.type == "cpu":
             return replayer.storage(recipe.storage, replayer.device)
-        found = self.pieces(recipe)
+        found = self.maker(recipe)
         if found is None:
             return replayer.storage(recipe.storage, device)
-        pieces, cursors = found
+        maker, cursors = found
         storage = torch.UntypedStorage(recipe.size_bytes, device="cpu")
-        flat = torch.empty(0, dtype=pieces.dtype, device="cpu").set_(storage, 0, (pieces.numel,), (1,))
-        for part in parts_of(pieces, 0, flat.shape, (0,), flat):
+        flat = torch.empty(0, dtype=maker.dtype, device="cpu").set_(storage, 0, (maker.numel,), (1,))
+        for part in parts_of(maker, 0, flat.shape, (0,), flat):
             part.make(cursors)
         return storage
 
-    def pieces(self, recipe: Recipe) -> tuple[Pieces, Cursors] | None:
-        """Return how ranges of a storage on the CPU are made, in drawn places of the stream, or None.
+    def maker(self, recipe: Recipe) -> tuple[RangeMaker, StreamCursors] | None:
+        """Return the maker of a storage's ranges on the CPU, with cursors that draw to reach positions, or None.
 
         Args:
-            recipe: What makes it.
+            recipe: The recipe of the storage.
         """
         replayer = self._replayer(recipe)
-        pieces = pieces_of(replayer.tape, replayer.random, recipe.storage)
+        maker = maker_of(replayer.tape, replayer.random, recipe.storage)
         assert isinstance(replayer.random, DrawnProgram)
-        if pieces is None or (replayer.device.type != "cpu" and not pieces.is_moved):
-            return None  # A device draws and computes in its own way, and whole.
-        return pieces, DrawnCursors(replayer.random)
+        if maker is None or (replayer.device.type != "cpu" and not maker.is_moved):
+            return None  # A device draws and computes in its own way, and only whole storages.
+        return maker, DrawnCursors(replayer.random)
 
     def _replayer(self, recipe: Recipe) -> Replayer:
         record = recipe.record

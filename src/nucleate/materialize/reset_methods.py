@@ -1,8 +1,8 @@
-"""The methods by which modules give their tensors values after construction, and which of them a model needs.
+"""The methods by which modules give their tensors values after construction, and the choice of those for a model.
 
-Two conventions are known. A method without arguments fills what its module holds: `reset_parameters` of torch.nn, which
-Fabric calls as well, and `init_weights` and their like. A method that takes a module, `_init_weights(module)`, fills
-that module by the rules of the model around it, as in transformers, timm and nanoGPT.
+There are two conventions. A method without arguments fills the tensors of its module: `reset_parameters` of torch.nn,
+which Fabric calls as well, and `init_weights` and similar ones. A method that takes a module, `_init_weights(module)`,
+fills that module by the rules of the model around it, as in transformers, timm and nanoGPT.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import nn
 
 #: Methods without arguments; the first that a module has counts.
 OWN_NAMES = ("reset_parameters", "init_weights", "_init_weights", "_reset_parameters")
-#: Methods that take a module; the first that a module has counts. The first is the one that is called for any module.
+#: Methods that take a module; the first that a module has counts. Only the first name is called for any module.
 POLICY_NAMES = ("_init_weights", "init_weights")
 
-# What the parameter for the module is called where it has no annotation.
+# Names of a parameter for the module. With another name, the parameter needs an annotation.
 _MODULE_NAMES = frozenset(("module", "m", "mod", "layer", "submodule"))
 
 
@@ -30,10 +30,10 @@ class ResetCall:
 
     Attributes:
         method: The bound method.
-        name: The class of its module and its name.
-        receiver: The FQN of its module.
-        args: The module that it takes, or nothing.
-        argument: The FQN of that module.
+        name: The class of the method's module and the name of the method.
+        receiver: The FQN of the method's module.
+        args: The module that the method takes, or nothing.
+        argument: The FQN of the module in `args`.
     """
 
     method: Callable[..., Any]
@@ -48,18 +48,18 @@ class ResetCall:
 
 
 def reset_calls(model: nn.Module, owners: Iterable[nn.Module]) -> list[tuple[nn.Module, list[ResetCall]]]:
-    """Return the calls that fill what some modules hold, in the order in which `Module.apply` visits modules.
+    """Return the calls that fill the tensors of some modules, in the order in which `Module.apply` visits modules.
 
     A module's own method comes first. The nearest method around it that takes a module comes next. `_init_weights` is
-    called for the modules around as well, as by `Module.apply`: it may look into them for their children. A module that
-    has neither is left to the nearest module around it with a method without arguments.
+    called for the modules around as well, as by `Module.apply`, because it may fill tensors of their children. If a
+    module has neither method, the nearest module around it with a method without arguments fills its tensors.
 
     Args:
         model: The model.
         owners: The modules that hold a tensor without a value.
 
     Returns:
-        Modules, and the calls that are made when their turn comes.
+        Modules in the order of the visits, each with the calls that its visit makes.
     """
     holding = {id(module) for module in owners}
     names = {id(module): name for name, module in model.named_modules()}
@@ -79,7 +79,7 @@ def reset_calls(model: nn.Module, owners: Iterable[nn.Module]) -> list[tuple[nn.
             outer = next((outer for outer in chain if _own(outer, names) is not None), None)
             call = None if outer is None else _own(outer, names)
             if outer is not None and call is not None and call not in calls[id(outer)]:
-                # Its turn comes later: children come first.
+                # The visit of this module comes later: children come first.
                 calls[id(outer)].insert(0, call)
     return [(module, calls[id(module)]) for module in order if calls[id(module)]]
 
@@ -107,7 +107,7 @@ def _policy(owner: nn.Module, module: nn.Module, wanted: Iterable[str], names: d
 def _method(module: nn.Module, name: str) -> Callable[..., Any] | None:
     try:
         method = getattr(module, name, None)
-    except Exception:  # A property or a `__getattr__` of the user's.
+    except Exception:  # From a property or a `__getattr__` of the user.
         return None
     # A scripted method does not run under torch's modes.
     if not callable(method) or isinstance(method, nn.Module) or isinstance(module, torch.jit.ScriptModule):
@@ -116,7 +116,7 @@ def _method(module: nn.Module, name: str) -> Callable[..., Any] | None:
 
 
 def _takes(method: Callable[..., Any]) -> list[inspect.Parameter] | None:
-    """Return the parameters without a default, or None if the method does not tell or wants keywords."""
+    """Return the parameters without a default, or None if the signature is unknown or requires keywords."""
     try:
         parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):

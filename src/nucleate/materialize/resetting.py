@@ -1,8 +1,8 @@
-"""Resetting: tensors that the constructor left without a value get one by the methods that their modules have for it.
+"""Resetting: tensors that the constructor left without a value get one by methods of their modules.
 
 The calls are recorded like a constructor, so that each tensor has a recipe afterwards, and the values are made with all
-others: shard by shard, with the same bits under every strategy. Which calls are made is decided in `reset_methods.py`,
-and which tensors need them in `vacancies.py`. A model that needs none is left alone.
+others: shard by shard, with the same bits under every strategy. `reset_methods.py` chooses the calls. `vacancies.py`
+finds the tensors without a value. A model without such tensors is left alone.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from nucleate.materialize.vacancies import Vacancy, adopt_vacancies, vacancies
 
 _logger = logging.getLogger(__name__)
 
-# How many modules a message explains.
+# The number of modules that a message explains.
 _NUM_EXPLAINED = 5
 _METHODS = f"`{OWN_NAMES[0]}` or the like"
 
 
 @dataclass(frozen=True, slots=True)
 class Resets:
-    """Which tensors were given values by which methods.
+    """The methods that initialized tensors, and their tensors.
 
     Attributes:
-        by_method: The method, such as `Linear.reset_parameters`, to the FQNs of the tensors that it was the last one
-            to write.
-        lost: FQNs of tensors that were written on the meta device more often than the methods write them, as by
-            `load_state_dict`. A meta tensor has no memory, so these writes had no effect.
+        by_method: The method, such as `Linear.reset_parameters`, to the FQNs of the tensors that this method wrote
+            last.
+        lost: FQNs of tensors that were written on the meta device more often than the methods write them, for example
+            by `load_state_dict`. A meta tensor has no memory, so these writes had no effect.
     """
 
     by_method: dict[str, list[str]] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Resets:
         return f"{count} {noun} had no value from the constructor or a checkpoint. {listed}"
 
     def report(self) -> None:
-        """Log what was done, and warn of writes that had no effect."""
+        """Log the methods and their tensors, and warn of writes that had no effect."""
         if self:
             _logger.info("%s.", self)
         if self.lost:
@@ -67,22 +67,23 @@ class Resets:
 
 
 def reset(model: nn.Module, device: torch.device) -> Resets:
-    """Give recipes to the tensors of a model that have none, by recorded calls of its modules' own methods.
+    """Give recipes to the tensors of a model that have no value, by recorded calls of its modules' own methods.
 
-    Each module that holds such a tensor is asked once, children before parents: by its `reset_parameters` (else
+    Each module that holds such a tensor is reset once, children before parents: by its `reset_parameters` (else
     `init_weights`, `_init_weights` or `_reset_parameters`), and then by the nearest `_init_weights(module)` around it.
-    Whatever has a value already keeps it. The random generators stand afterwards where the same calls leave them.
+    A tensor that has a value already keeps it. Afterwards the random generators have the states that the same calls
+    leave.
 
     Args:
         model: The model.
-        device: The device that tensors which were made on the meta device by hand stand for.
+        device: Tensors that the caller made on the meta device stand for tensors on this device.
 
     Returns:
-        What was done.
+        The methods and the tensors that they initialized.
 
     Raises:
-        UninitializedError: A tensor has no value afterwards, or a method failed. Meta tensors that were made by hand
-            are then what they were.
+        UninitializedError: A tensor has no value afterwards, or a method failed. Tensors that the caller made on the
+            meta device are then unchanged.
         UsageError: The model is being constructed.
     """
     found = adopt_vacancies(model, device)
@@ -107,14 +108,14 @@ def reset(model: nn.Module, device: torch.device) -> Resets:
         storage = None if handle is None else handle.record.tape.number(tensor)
         if handle is not None and storage is not None:
             handle.record.tape.writer_names[storage] = name
-            # One writer is the step that stands for the memory.
+            # One writer is the step that creates the storage.
             if num_writes[place] > len(handle.record.tape.writers(storage)) - 1:
                 resets.lost.append(found[place].fqn)
     return resets
 
 
 def _make(model: nn.Module, found: list[Vacancy], calls: list[tuple[nn.Module, list[ResetCall]]]) -> dict[int, str]:
-    """Make the calls, and return which method was the last one to write the tensor of each vacancy."""
+    """Make the calls, and return for each vacancy the method that wrote its tensor last."""
     by_storage: dict[int, str] = {}
     with resumed(model):
         made_by = record_of(found[0].tensor)
@@ -130,7 +131,7 @@ def _make(model: nn.Module, found: list[Vacancy], calls: list[tuple[nn.Module, l
                     except Exception as error:
                         held = name_list(v.fqn for v in found if any(m is module for m, _, _ in v.owners))
                         raise UninitializedError(
-                            f"{call} failed, which was called to initialize {held or 'what it contains'}: "
+                            f"{call} failed, so it could not initialize {held or 'what it contains'}: "
                             f"{type(error).__name__}: {error}"
                         ) from error
                     for step in record.tape.steps[num_steps:]:
@@ -140,14 +141,14 @@ def _make(model: nn.Module, found: list[Vacancy], calls: list[tuple[nn.Module, l
 
 
 def _now(vacancy: Vacancy) -> Tensor:
-    """Return the tensor that is in the place of a vacancy now; a method may have made a new one."""
+    """Return the tensor that is now in the place of a vacancy. A method may have made a new tensor there."""
     module, _, name = vacancy.owners[0]
     tensor = module._parameters.get(name, module._buffers.get(name))
     return vacancy.tensor if tensor is None else tensor
 
 
 def _explanation(model: nn.Module, left: list[Vacancy], calls: list[tuple[nn.Module, list[ResetCall]]]) -> str:
-    """Say which tensors have no value, what was tried, and what to add."""
+    """Return a message that lists the tensors without a value, the calls that were made, and the code to add."""
     names = {id(module): name for name, module in model.named_modules()}
     called = {id(module): list(map(str, of_module)) for module, of_module in calls}
     by_owner: dict[int, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Shards: the memory of the part of a DTensor that this rank holds, and its filling."""
+"""Shards: functions that allocate, fill and free the part of a DTensor that this rank holds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred import Pieces
+from nucleate.deferred import RangeMaker
 from nucleate.deferred.randomness import is_contiguous
 from nucleate.deferred.tape import TensorRef
 from nucleate.layout import cut, is_sharded, offsets_of
@@ -21,33 +21,33 @@ def fill(shard: Any, whole: Tensor) -> None:
     shard.to_local().copy_(cut(shard, whole))
 
 
-def parts_of_shard(pieces: Pieces, ref: TensorRef, shard: Any) -> list[Part] | None:
-    """Return what makes this rank's part straight into its place, or None where that cannot be.
+def parts_of_shard(maker: RangeMaker, ref: TensorRef, shard: Any) -> list[Part] | None:
+    """Return parts that make this rank's shard directly in its place, or None if that is not possible.
 
     Args:
-        pieces: Makes the storage of the whole.
-        ref: The whole on that storage.
+        maker: The range maker of the storage of the whole tensor.
+        ref: The whole tensor on this storage.
         shard: The DTensor.
     """
     local, offsets = shard.to_local().detach(), offsets_of(shard)
-    same_dtype = local.dtype == pieces.dtype == ref.dtype
+    same_dtype = local.dtype == maker.dtype == ref.dtype
     if offsets is None or not same_dtype or not is_contiguous(ref):
         return None
     if not local.is_contiguous() and local.device.type == "cpu":
         return None
-    return list(parts_on(pieces, ref.offset, ref.size, offsets, local))
+    return list(parts_on(maker, ref.offset, ref.size, offsets, local))
 
 
 def allocate_shards(model: nn.Module, device: torch.device, addresses: set[int]) -> list[torch.UntypedStorage]:
-    """Give every DTensor on the meta device memory, with nothing in it.
+    """Allocate memory for every DTensor on the meta device, without a value.
 
     Args:
         model: The model.
-        device: Where.
-        addresses: Filled with the addresses of that memory.
+        device: The device of the memory.
+        addresses: The addresses of the new memory are added to this set.
 
     Returns:
-        That memory.
+        The storages of the new memory.
     """
     storages: list[torch.UntypedStorage] = []
 
@@ -60,7 +60,7 @@ def allocate_shards(model: nn.Module, device: torch.device, addresses: set[int])
         return new  # type: ignore[no-any-return]
 
     if any(is_sharded(parameter) and parameter.is_meta for parameter in model.parameters()):
-        # Through `_apply`, so that FSDP takes notice of its new local tensors.
+        # Through `_apply`, so that FSDP notices its new local tensors.
         model._apply(allocated)
     return storages
 

@@ -1,7 +1,7 @@
-"""Vacancies: the tensors of a model that nothing gives a value, found before anything is made.
+"""Vacancies: the tensors of a model that nothing gives a value, found before materialization.
 
-There are two kinds. The constructor left a deferred tensor empty (`torch.empty`), or a module was built on the meta
-device by hand. `resetting.py` fills both; this file only finds them.
+There are two kinds: deferred tensors that the constructor left empty (`torch.empty`), and tensors of modules that the
+user built on the meta device. `resetting.py` fills both; this module only finds them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from nucleate.materialize.handover import is_released
 
 @dataclass(slots=True)
 class Vacancy:
-    """A tensor without a value: one object, held in one place or tied over several.
+    """A tensor without a value: one object, which the model holds in one place, or in several tied places.
 
     Attributes:
         tensor: The tensor.
-        is_foreign: Whether it is on the meta device and belongs to no record.
-        owners: The modules that hold it, with the tensor's FQN there and the name that the module has for it.
+        is_foreign: Whether the tensor is on the meta device and does not belong to a recording.
+        owners: The modules that hold the tensor, each with the tensor's FQN and its name in the module.
     """
 
     tensor: Tensor
@@ -40,7 +40,7 @@ class Vacancy:
 
 
 def vacancies(model: nn.Module) -> list[Vacancy]:
-    """Return the tensors of a model that nothing gives a value. Nothing is changed.
+    """Return the tensors of a model that nothing gives a value. The model does not change.
 
     Raises:
         UsageError: The model is being constructed.
@@ -66,14 +66,14 @@ def vacancies(model: nn.Module) -> list[Vacancy]:
 
 
 def adopt_vacancies(model: nn.Module, device: torch.device) -> list[Vacancy]:
-    """Let the meta tensors of a model that belong to no record be deferred ones, with nothing in them.
+    """Turn the meta tensors of a model that do not belong to a recording into empty deferred tensors.
 
     Args:
         model: The model.
-        device: The device that they stand for, if no other tensor of the model stands for one.
+        device: The device of these tensors, if no other deferred tensor of the model has one.
 
     Returns:
-        The vacancies, of which none is foreign any more.
+        The vacancies. `is_foreign` marks those that were turned into deferred tensors.
     """
     found = vacancies(model)
     foreign = [vacancy for vacancy in found if vacancy.is_foreign]
@@ -105,16 +105,16 @@ def is_vacant(tensor: Tensor) -> bool:
 
 
 def _look(kind: str, tensor: Tensor) -> tuple[bool, bool]:
-    """Return whether a tensor has no value, and whether it belongs to no record."""
+    """Return whether a tensor has no value, and whether it does not belong to a recording."""
     if handle_of(tensor) is not None:
         return is_vacant(tensor), False
-    # A plain attribute on the meta device may be there for its shape.
+    # A plain attribute on the meta device may exist only for its shape.
     foreign = kind != "attribute" and not is_released(tensor) and is_adoptable(tensor)
     return foreign, foreign
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
-    """Return the device that the deferred tensors of a model stand for, if it has any."""
+    """Return the device for which the deferred tensors of a model were constructed, or None without such tensors."""
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             handle = handle_of(tensor)

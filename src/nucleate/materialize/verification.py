@@ -1,8 +1,8 @@
-"""Verification: what `setup` installed is compared with values made a second time by an independent way.
+"""Verification: the values that `setup` installed are compared with values made a second time in an independent way.
 
-It takes the plan after the precision has added its casts and before the strategy lays the model out, and looks at
-the model's registries afterwards, so it holds for every strategy: whole tensors and DTensors are compared as they
-are, each rank with the part that it owns. How values are made again is `reference.py`'s business.
+It takes the plan after the precision has added its casts and before the strategy lays the model out. Afterwards it
+reads the model's registries, so it works for every strategy: each rank compares the whole tensors and the shards that
+it holds. `reference.py` makes the second values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nucleate.cluster.communicator import Communicator
-from nucleate.deferred import Cursors, Pieces, held_tensors
+from nucleate.deferred import RangeMaker, StreamCursors, held_tensors
 from nucleate.deferred.randomness import is_contiguous
 from nucleate.deferred.replay import backward_slice, view
 from nucleate.deferred.tape import TensorRef
@@ -28,24 +28,24 @@ from nucleate.materialize.parts import parts_of
 from nucleate.materialize.plan import Group, Plan, Target
 from nucleate.materialize.reference import Reference
 
-#: A sample remakes at most so many elements, intermediate results included.
+#: A sample makes at most so many elements again, intermediate results included.
 SAMPLE_NUMEL = 1 << 24
-#: Of a tensor too large for that, windows of about so many elements are made where a rank's part begins, in the middle
-#: of it and where it ends.
+#: For a larger tensor, windows of about so many elements are made at the beginning, in the middle and at the end of a
+#: rank's part.
 WINDOW_NUMEL = 1 << 16
-#: Of so many such tensors, the last one among them.
+#: Windows are made for at most so many larger tensors, always for the last one.
 NUM_WINDOWED = 64
-#: Bytes that are compared at a time.
+#: The number of bytes that are compared at a time.
 CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A tensor that is not what its recipe makes.
+    """A tensor that differs from its recipe.
 
     Attributes:
-        fqn: Its name.
-        text: What is wrong.
+        fqn: The tensor's FQN.
+        text: A description of the difference.
     """
 
     fqn: str
@@ -53,15 +53,15 @@ class Mismatch:
 
 
 class Verification:
-    """Keeps the recipes of a model while a strategy sets it up, and then checks what came of them.
+    """The recipes of a model, kept while a strategy sets the model up, and the check of its values afterwards.
 
     Args:
         model: The model, with its precision applied and still deferred.
-        everything: Check every tensor. Else a sample: of each kind of recipe (the operations it consists of, its
-            dtype, tied or not) the smallest, the largest and the last, then others spread over the model, as long as
-            all take at most `SAMPLE_NUMEL` elements; and windows of those that are larger, but not of what can only be
-            made whole.
-        device: Where the strategy makes values.
+        everything: Whether to check every tensor; else a sample. For each kind of recipe (its operations, its dtype,
+            tied or not) the sample has the smallest, the largest and the last tensor. Others follow, spread over the
+            model, as long as all take at most `SAMPLE_NUMEL` elements. Larger tensors are checked in windows, except
+            those that can only be made whole.
+        device: The device on which the strategy makes values.
     """
 
     def __init__(self, model: nn.Module, everything: bool, device: torch.device) -> None:
@@ -72,21 +72,21 @@ class Verification:
         self._places = {id(target.tensor): _places(target) for target in self._plan.targets}
 
     def run(self, communicator: Communicator) -> None:
-        """Compare what the model holds now with its recipes, and what several ranks hold with one another.
+        """Compare the model's values with its recipes, and the values that several ranks hold with one another.
 
         Args:
-            communicator: Of this process.
+            communicator: The communicator of this process.
 
         Raises:
-            VerificationError: Something differs, named by FQN, index, values and rank.
-            RankFailedError: Something differs on another rank.
+            VerificationError: A value differs. The message gives the FQN, the index, the values and the rank.
+            RankFailedError: A value differs on another rank.
         """
         chosen = [(group, True) for group in self._plan.groups] if self._everything else _sample(self._plan)
         with communicator.all_or_none("verification"), self._plainly():
             _refuse(self._compare(chosen), communicator)
         differing = differing_copies(self._model, communicator)
         with communicator.all_or_none("verification"), self._plainly():
-            # The recipe tells which of the copies is wrong, and where.
+            # The recipe shows which of the copies is wrong, and where.
             concerned = [g for g in self._plan.groups if any(h.fqn in differing for t in g.targets for h in t.holders)]
             _refuse(self._compare([(group, True) for group in concerned]), communicator)
             if differing:
@@ -97,18 +97,19 @@ class Verification:
                 )
 
     def _compare(self, chosen: Iterable[tuple[Group, bool]]) -> Iterator[Mismatch]:
-        """Compare what is held of some groups, in the order given: of each the whole, or windows."""
+        """Compare the tensors of some groups with their recipes, in the given order: each whole, or in windows."""
         reference = Reference()
         modules = dict(self._model.named_modules())
         for group, is_whole in chosen:
             held = [(fqn, actual, target) for target in group.targets for fqn, actual in self._held(target, modules)]
             recorded_for = group.source.record.device
-            found = None if is_whole else reference.pieces(group.source)
+            found = None if is_whole else reference.maker(group.source)
             if found is not None:
                 for fqn, actual, target in held:
                     yield from self._compare_windows(fqn, actual, target.ref, *found)
             elif is_whole or recorded_for.type != "cpu":
-                # What is only moved is compared on the CPU: the device's copy of the reference would go the same way.
+                # Values that only move to a device are compared on the CPU: a copy of the reference to the device would
+                # go the same way.
                 storage = reference.make(group.source, self._device)
                 for fqn, actual, target in held:
                     text = _difference(actual, view(storage, target.ref), storage.device)
@@ -116,20 +117,20 @@ class Verification:
                         yield Mismatch(fqn, text)
 
     def _compare_windows(
-        self, fqn: str, actual: Tensor, ref: TensorRef, pieces: Pieces, cursors: Cursors
+        self, fqn: str, actual: Tensor, ref: TensorRef, maker: RangeMaker, cursors: StreamCursors
     ) -> Iterator[Mismatch]:
         if actual.shape != ref.size or actual.dtype != ref.dtype:
             yield Mismatch(fqn, _other_layout(actual, ref.dtype, ref.size))
             return
         offsets = offsets_of(actual) if is_sharded(actual) else (0,) * actual.dim()
-        if offsets is None or not is_contiguous(ref) or ref.dtype != pieces.dtype:
+        if offsets is None or not is_contiguous(ref) or ref.dtype != maker.dtype:
             return
         local = (cast(Any, actual).to_local() if is_sharded(actual) else actual).detach()
         for row, rows in _windows(local.shape):
             begin = (offsets[0] + row, *offsets[1:])
             part = local.narrow(0, row, rows).cpu()
             expected = torch.empty(part.shape, dtype=ref.dtype, device="cpu")
-            for piece in parts_of(pieces, ref.offset, ref.size, begin, expected):
+            for piece in parts_of(maker, ref.offset, ref.size, begin, expected):
                 piece.make(cursors)
             text = _first_difference(part, expected, begin)
             if text:
@@ -137,21 +138,21 @@ class Verification:
 
     @contextmanager
     def _plainly(self) -> Iterator[None]:
-        """Compute without the caller's modes, as values were made."""
+        """Compute without the caller's modes, as in materialization."""
         with ExitStack() as stack:
             for record in self._plan.records:
                 stack.enter_context(record.making())
             yield
 
     def _held(self, target: Target, modules: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor that is in a target's places now, once, with its FQN."""
+        """Yield each tensor that the target's places hold now, once, with its FQN."""
         seen: set[int] = set()
         for place in self._places[id(target.tensor)]:
             tensor = place.look(modules)
             if tensor is None:
                 raise VerificationError(
-                    f"{place.fqn} is no longer there after `setup`: the strategy has removed or renamed it, so nothing "
-                    "can be said of its value. Use verify=False with this strategy."
+                    f"{place.fqn} is no longer there after `setup`: the strategy has removed or renamed it, so its "
+                    "value cannot be verified. Use verify=False with this strategy."
                 )
             if id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -160,14 +161,14 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a model holds a tensor, in words that stay true when a strategy replaces the tensor or the module.
+    """A place where a model holds a tensor, by names that stay valid when a strategy replaces the tensor or the module.
 
     Attributes:
-        fqn: The tensor's name.
+        fqn: The tensor's FQN.
         module: The module's name.
         kind: See `Holder`.
         name: The attribute's name.
-        number: Which of the tensors under that name, where it is a collection.
+        number: The tensor's number under that name, where the attribute is a collection.
     """
 
     fqn: str
@@ -177,7 +178,7 @@ class _Place:
     number: int
 
     def look(self, modules: dict[str, nn.Module]) -> Tensor | None:
-        """Return the tensor that is there now."""
+        """Return the tensor that this place holds now, or None."""
         if self.module not in modules:
             return None
         held = [t for kind, name, t in held_tensors(modules[self.module]) if (kind, name) == (self.kind, self.name)]
@@ -185,7 +186,7 @@ class _Place:
 
 
 def _places(target: Target) -> list[_Place]:
-    """Return the places of a target; attributes only where it has no other, as a strategy need not follow them."""
+    """Return the places of a target. Attributes count only without other places: a strategy need not replace them."""
     registered = [holder for holder in target.holders if holder.kind != "attribute"]
     places = []
     for holder in registered or target.holders:
@@ -197,7 +198,7 @@ def _places(target: Target) -> list[_Place]:
 
 
 def _sample(plan: Plan) -> list[tuple[Group, bool]]:
-    """Return the groups to look at, in order, and of each whether to make it whole; equal on every rank."""
+    """Return the groups to check, in order, each with whether to make it whole. All ranks get the same result."""
     kinds: dict[object, list[tuple[int, int]]] = {}
     large: list[int] = []
     for number, group in enumerate(plan.groups):
@@ -222,7 +223,7 @@ def _sample(plan: Plan) -> list[tuple[Group, bool]]:
     choose(min(members) for members in kinds.values())
     choose(max(members, key=_number) for members in kinds.values())
     choose(max(members) for members in kinds.values())
-    # Every 16th, then what lies between.
+    # Every 16th group first, then the groups between.
     rest = sorted((member for members in kinds.values() for member in members), key=_number)
     for start in range(16):
         choose(rest[start::16])
@@ -241,20 +242,20 @@ def _refuse(mismatches: Iterable[Mismatch], communicator: Communicator) -> None:
     names = list(dict.fromkeys(mismatch.fqn for mismatch in found))
     others = f" {name_list(names[1:])} differ as well." if len(names) > 1 else ""
     raise VerificationError(
-        f"{found[0].fqn} on rank {communicator.rank} is not what its recipe makes: {found[0].text}.{others} Either "
+        f"{found[0].fqn} on rank {communicator.rank} differs from its recipe: {found[0].text}.{others} Either "
         "something writes to parameters while they are set up, or nucleate, torch or the machine has made a mistake: "
         "please report it."
     )
 
 
 def _difference(actual: Tensor, expected: Tensor, device: torch.device) -> str:
-    """Say where what a rank holds of a tensor differs from the whole value, or return nothing."""
+    """Describe the first difference between a rank's tensor and the whole value, or return an empty text."""
     if actual.dtype != expected.dtype or actual.shape != expected.shape:
         return _other_layout(actual, expected.dtype, expected.shape)
     if not is_sharded(actual):
         return _first_difference(actual.detach().to(device), expected, (0,) * actual.dim())
     local = cast(Any, actual).to_local().detach().to(device)
-    # Of what is no box of the whole, the place in this rank's part has to do.
+    # If the part is not a box of the whole, the index is the one in this rank's part.
     return _first_difference(local, cut(actual, expected), offsets_of(actual) or (0,) * actual.dim())
 
 
@@ -272,7 +273,7 @@ def _other_layout(actual: Tensor, dtype: torch.dtype, shape: Iterable[int]) -> s
 
 
 def _first_difference(actual: Tensor, expected: Tensor, offsets: tuple[int, ...]) -> str:
-    """Say which element differs first, in the whole tensor's indices, or return nothing if no bit does."""
+    """Describe the first element that differs, by its index in the whole tensor, or return an empty text."""
     first, second = (t.resolve_conj().resolve_neg().contiguous().view(-1) for t in (actual, expected))
     step = max(1, CHUNK_BYTES // max(1, actual.element_size()))
     for start in range(0, first.numel(), step):

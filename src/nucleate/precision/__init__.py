@@ -1,4 +1,4 @@
-"""How numbers are kept and computed. A new one implements `Precision` and registers under `nucleate.precision`."""
+"""Precisions: dtypes of parameters and computation. A new one implements `Precision`, under `nucleate.precision`."""
 
 from nucleate.precision.base import Precision
 from nucleate.precision.fixed_dtype import FixedDtype

@@ -1,4 +1,4 @@
-"""What a precision is: the dtype parameters are made in, and what surrounds forward, backward and step."""
+"""The base class of precisions: the dtype of new parameters, and hooks around forward, backward and step."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nucleate.deferred import Given
+from nucleate.deferred import ElementSource
 from nucleate.plugin import Plugin
 
 
 class Precision(Plugin):
-    """How numbers are kept and computed.
+    """A plugin that decides how numbers are kept and computed.
 
-    Required: the contract's two methods and `dtype`. The rest defaults to doing nothing.
+    Required: the contract's two methods and `dtype`. By default, all other methods do nothing.
 
-    `setup(model)` is plain torch code that also works while the model is deferred: it runs under the
-    model's own recorder, so `parameter.data = parameter.data.to(dtype)` on a deferred parameter adds a
-    cast to its recipe.
+    `setup(model)` is plain torch code that also works while the model is deferred: it runs under the model's own
+    recording, so `parameter.data = parameter.data.to(dtype)` on a deferred parameter adds a cast to its recipe.
     """
 
     kind: ClassVar[str] = "precision"
-    #: Whether `runtime.backward` must be used because the loss is scaled; `loss.backward()` is then refused.
+    #: Whether the user must call `runtime.backward` because the loss is scaled; `loss.backward()` is then refused.
     scales_gradients: bool = False
 
     @property
@@ -42,28 +41,28 @@ class Precision(Plugin):
     def setup(self, model: nn.Module) -> nn.Module:
         """Bring the parameters of `model` to this precision, in place."""
 
-    def before_load(self, model: nn.Module, stored: Mapping[str, Given]) -> None:
-        """Bring a model into the form of what is about to be loaded into it, before `setup`. Does nothing by default.
+    def before_load(self, model: nn.Module, stored: Mapping[str, ElementSource]) -> None:
+        """Change a model to the form of the checkpoint that is loaded before `setup`. Does nothing by default.
 
-        Called before the two are compared, with the model's deferred tensors being recorded as in `setup`, so that a
-        checkpoint of quantized layers meets quantized layers.
+        The call comes before the checkpoint is compared with the model, so that a checkpoint of quantized layers meets
+        quantized layers. Changes to the model's deferred tensors are recorded, as in `setup`.
 
         Args:
             model: The model.
-            stored: What the checkpoint holds for it: the names that the model may ask for, to the elements.
+            stored: The checkpoint's element sources for the model, by the names that the model may ask for.
 
         Raises:
             CheckpointError: The checkpoint cannot be loaded with this precision.
         """
 
     def quantization_config(self, model: nn.Module) -> dict[str, Any] | None:
-        """Return what a Hugging Face configuration calls `quantization_config`, for a model that is set up.
+        """Return the `quantization_config` of a Hugging Face configuration, for a model that is set up.
 
         Args:
             model: The model.
 
         Returns:
-            None, as here, for a precision that does not quantize.
+            The content of `quantization_config`; None, the default, for a precision that does not quantize.
         """
         return None
 
@@ -80,19 +79,19 @@ class Precision(Plugin):
         return data
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss that backward runs on."""
+        """Return the loss for backward."""
         return loss
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Bring the gradients of `optimizer` to their true size, once before each step; needed to clip them."""
+        """Bring the gradients of `optimizer` to their true size, once before each step; clipping needs this."""
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        """Step `optimizer`, or skip the step where gradients overflowed."""
+        """Step `optimizer`, or skip the step if gradients overflowed."""
         return optimizer.step(closure) if closure is not None else optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, such as the gradient scale."""
+        """Return the state that a resumed run needs, such as the gradient scale."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a state that `state_dict` returned."""

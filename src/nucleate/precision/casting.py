@@ -1,7 +1,7 @@
-"""Changes the dtype of what a precision may touch: parameters in place, inputs and outputs by copy.
+"""Casts for precisions: parameters in place, inputs and outputs by copy.
 
-Only the four floating point dtypes that models compute in are cast. Integers, complex numbers and float8,
-which goes with a scale of its own, stay as they are.
+Only the four floating point dtypes that models compute in are cast. Integers, complex numbers, and float8, which has
+separate scales, stay as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ATOMS = (type(None), bool, int, float, str)
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Let factories make floating point tensors of `dtype`; restores what was, also after an error."""
+    """Let factories make floating point tensors of `dtype`; restore the earlier default, also after an error."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -35,12 +35,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast floating point parameters to `dtype` in place; they stay the same objects, and keep their sharing.
+    """Cast floating point parameters to `dtype` in place; they stay the same objects, and still share memory.
 
-    Buffers are kept: rounding a table such as RoPE's `inv_freq` loses what no later cast brings back. The
+    Buffers keep their dtype: rounding a table such as RoPE's `inv_freq` loses bits that no later cast restores. The
     exception is the running statistics of a normalization with weights, whose kernels refuse to mix dtypes
     ("expected scalar type BFloat16 but found Float", torch 2.13 on CPU). Parameters that a `FixedDtype` module names
-    are kept, too.
+    keep their dtype too.
 
     Args:
         model: The module to cast, real or deferred.
@@ -65,7 +65,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             for parameter in parameters:
                 _set(parameter, parameter.data.to(dtype))
             continue
-        # Views of one storage: cast the storage once, and look at it as before.
+        # Views of one storage: cast the storage once, and make the same views again.
         data = parameters[0].data
         whole = data.as_strided((data.untyped_storage().nbytes() // data.element_size(),), (1,), 0).to(dtype)
         for parameter in parameters:
@@ -80,18 +80,18 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def convert(data: Any, dtype: torch.dtype) -> Any:
-    """Cast the floating point tensors in a collection; what holds none to cast comes back as the same object.
+    """Cast the floating point tensors in a collection; a collection without tensors to cast is returned itself.
 
-    A module may keep a list or dict that it was given and write into it, such as a cache, so collections are
-    only made anew where a tensor in them had to be cast.
+    A module may keep a list or dict, such as a cache, and write into it later. So a collection is only copied if a
+    tensor in it must be cast.
 
     Args:
-        data: A tensor, or dicts, lists, tuples and dataclasses of them, nested at will. Anything else is kept.
-        dtype: What to cast to.
+        data: A tensor, or nested dicts, lists, tuples and dataclasses of tensors. Anything else is kept.
+        dtype: The target dtype.
     """
     if isinstance(data, Tensor):
         return data.to(dtype) if data.dtype is not dtype and data.dtype in FLOATING else data
-    # What nearly every call passes is answered before the questions that take long.
+    # Check the most frequent cases first, because the other checks are slow.
     if type(data) in _ATOMS or (type(data) in (dict, list, tuple) and not data):
         return data
     if type(data) not in (dict, list, tuple) and dataclasses.is_dataclass(data) and not isinstance(data, type):

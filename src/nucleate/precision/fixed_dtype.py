@@ -1,4 +1,4 @@
-"""Modules with parameters that no precision casts, because their dtype is part of what they mean."""
+"""A mark for modules with parameters that no precision may cast, because their dtype is part of their meaning."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import ClassVar
 
 
 class FixedDtype:
-    """A base beside `torch.nn.Module` for a module with parameters in a format of their own.
+    """A second base class, beside `torch.nn.Module`, for a module whose parameters have a special format.
 
-    A quantized layer's scales are floating point numbers, and casting them would change every weight.
+    For example, a quantized layer's scales are floating point numbers, and casting them would change every weight.
     """
 
-    #: The names of these parameters.
+    #: The names of the parameters that are not cast.
     fixed_dtype: ClassVar[tuple[str, ...]] = ()

@@ -17,15 +17,15 @@ _NAMES = {"32-true": torch.float32, "64-true": torch.float64}
 
 @final
 class FullPrecision(Precision):
-    """Keep and compute everything in float32 or float64.
+    """A precision that keeps and computes everything in float32 or float64.
 
-    Inputs of forward are cast to the dtype, outputs stay in it.
+    Inputs of forward are cast to the dtype; outputs keep it.
 
     Args:
         dtype: `torch.float32` or `torch.float64`.
 
     Raises:
-        ConfigurationError: `dtype` is another one.
+        ConfigurationError: `dtype` is another dtype.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -57,7 +57,7 @@ class FullPrecision(Precision):
         return cast_parameters(model, self._dtype)
 
     def forward_context(self) -> AbstractContextManager[object]:
-        """Return the context that surrounds forward: new tensors are double too where the model is."""
+        """Return the context that surrounds forward; in a float64 model, new tensors are float64 too."""
         return default_dtype(self._dtype) if self._dtype == torch.float64 else nullcontext()
 
     def convert_input(self, data: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Parameters and computation in a half dtype: `bf16-true` and `16-true`; buffers keep the dtype they were made in."""
+"""Parameters and computation in a half dtype: `bf16-true` and `16-true`. Buffers keep their original dtype."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _NAMES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 @final
 class HalfPrecision(Precision):
-    """Keep and compute everything in bfloat16 or float16, without scaling.
+    """A precision that keeps and computes everything in bfloat16 or float16, without scaling.
 
-    Inputs of forward are cast to the dtype, outputs back to the default dtype, so that the loss is computed
-    in full. Forward itself runs under the default dtype that the caller has: a position or frequency table
-    made there is not rounded. A tensor that forward makes to meet a parameter says `dtype=x.dtype`.
+    Inputs of forward are cast to the dtype, and outputs back to the default dtype, so that the loss is computed in full
+    precision. Forward itself runs under the caller's default dtype: a position or frequency table made there is not
+    rounded. If forward makes a tensor to combine it with a parameter, it must pass `dtype=x.dtype`.
 
     Args:
         dtype: `torch.bfloat16` or `torch.float16`.
 
     Raises:
-        ConfigurationError: `dtype` is another one.
+        ConfigurationError: `dtype` is another dtype.
     """
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -53,7 +53,7 @@ class HalfPrecision(Precision):
         return self._dtype
 
     def check(self, composition: Composition) -> None:
-        """Refuse bfloat16 on a device that does not have it."""
+        """Refuse bfloat16 on a device that does not support it."""
         refuse_missing_bfloat16(self, self._dtype, composition.device)
 
     def module_init_context(self) -> AbstractContextManager[object]:
@@ -61,7 +61,7 @@ class HalfPrecision(Precision):
         return default_dtype(self._dtype)
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Cast the floating point parameters of `model`, in place; buffers are kept."""
+        """Cast the floating point parameters of `model`, in place; buffers keep their dtype."""
         return cast_parameters(model, self._dtype)
 
     def convert_input(self, data: Any) -> Any:
@@ -74,7 +74,7 @@ class HalfPrecision(Precision):
 
 
 def refuse_missing_bfloat16(precision: Precision, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ConfigurationError where `dtype` is bfloat16 and the device lacks it."""
+    """Raise ConfigurationError if `dtype` is bfloat16 and the device does not support it."""
     if dtype != torch.bfloat16:
         return
     hooks = hooks_of(device)

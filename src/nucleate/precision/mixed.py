@@ -1,4 +1,4 @@
-"""Parameters in float32, computation by autocast: `bf16-mixed` and `16-mixed`, the latter with a gradient scaler."""
+"""Parameters in float32, computation under autocast: `bf16-mixed`, and `16-mixed` with a gradient scaler."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _NAMES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 @final
 class MixedPrecision(Precision):
-    """Keep parameters in float32 and let autocast compute in a half dtype.
+    """A precision that keeps parameters in float32 and lets autocast compute in a half dtype.
 
-    float16 has little range, so its loss is scaled up before backward and its gradients down before the
-    step; a step whose gradients overflowed is skipped and the scale lowered. The scale changes only when the
-    next backward begins: optimizers that step after the same backward all see the scale it was run with.
+    float16 has a small range. So its loss is scaled up before backward, and its gradients are scaled down before the
+    step. If gradients overflowed, the step is skipped and the scale is lowered. The scale changes only when the next
+    backward begins: all optimizers that step after the same backward use that backward's scale.
 
     Args:
         dtype: `torch.bfloat16` or `torch.float16`.
-        device_type: The kind of device that autocast is for; None follows the device of the runtime.
-        scaler: The gradient scaler, for other settings than torch's. float16 has one by default.
+        device_type: The kind of device for autocast; None follows the device of the runtime.
+        scaler: A gradient scaler with other settings than torch's defaults. float16 has a scaler by default.
 
     Raises:
-        ConfigurationError: `dtype` is another one, or bfloat16 is given a scaler.
+        ConfigurationError: `dtype` is another dtype, or bfloat16 is combined with a scaler.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class MixedPrecision(Precision):
         self._followed = "cpu"
         self._scaler = scaler
         self.scales_gradients = dtype == torch.float16
-        # Counts the backward passes; for an optimizer whose gradients are unscaled, after which one.
+        # The number of backward passes so far; and for each optimizer with unscaled gradients, that number at the
+        # time of the unscaling.
         self._backwards = 0
         self._unscaled: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._stepped = False
@@ -72,18 +73,18 @@ class MixedPrecision(Precision):
 
     @property
     def device_type(self) -> str:
-        """What autocast is for."""
+        """The kind of device for autocast."""
         return self._device_type or self._followed
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """The gradient scaler of float16, made when it is first needed; None for bfloat16."""
+        """The gradient scaler of float16, which is made at the first use; None for bfloat16."""
         if self._scaler is None and self.scales_gradients:
             self._scaler = torch.amp.GradScaler(self.device_type)
         return self._scaler
 
     def check(self, composition: Composition) -> None:
-        """Learn the device; refuse one that autocast cannot serve or that is not the one asked for."""
+        """Store the device; refuse a device without autocast, or another device than the requested one."""
         device = composition.device
         if self._device_type not in (None, device.type):
             raise ConfigurationError(
@@ -104,7 +105,7 @@ class MixedPrecision(Precision):
         return cast_parameters(model, torch.float32)
 
     def forward_context(self) -> AbstractContextManager[object]:
-        """Return autocast to the half dtype."""
+        """Return the context of autocast to the half dtype."""
         return torch.autocast(self.device_type, dtype=self.compute_dtype)
 
     def convert_input(self, data: Any) -> Any:
@@ -116,7 +117,7 @@ class MixedPrecision(Precision):
         return convert(data, torch.get_default_dtype())
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss times the scale, after the scale has learned from the steps since the last backward."""
+        """Update the scale from the steps since the last backward, and return the loss times the scale."""
         if self.scaler is None:
             return loss
         if self._stepped and not self._unscaled:
@@ -126,10 +127,10 @@ class MixedPrecision(Precision):
         return self.scaler.scale(loss)
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Divide the gradients of `optimizer` by the scale, unless that was done since the last backward.
+        """Divide the gradients of `optimizer` by the scale, unless this was done since the last backward.
 
         Raises:
-            UsageError: No scaled backward has run, or one has run since the gradients were unscaled.
+            UsageError: No scaled backward has run, or another backward has run since the gradients were unscaled.
         """
         if self.scaler is None:
             return
@@ -138,22 +139,22 @@ class MixedPrecision(Precision):
                 raise UsageError(
                     "the gradients of this optimizer were unscaled, as clip_gradients does, and then another backward "
                     "ran, so they mix two scales. Call optimizer.step() after clip_gradients and before the next "
-                    "backward; it skips by itself where gradients overflowed."
+                    "backward. The step skips itself if gradients overflowed."
                 )
             return
         if self._backwards == 0:
             raise UsageError(
                 f"precision {self.name!r} scales gradients, but no loss went through runtime.backward(loss) yet. Call "
-                "it instead of loss.backward()."
+                "runtime.backward(loss) instead of loss.backward()."
             )
         self.scaler.unscale_(optimizer)
         self._unscaled[optimizer] = self._backwards
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        """Step `optimizer` on true gradients, or skip the step where they overflowed.
+        """Step `optimizer` on the unscaled gradients, or skip the step if they overflowed.
 
-        The decision to skip is the same on every rank: equal gradients overflow alike, and for shards torch
-        reduces the finding over the mesh (`found_inf_reduce_handler`, torch/distributed/tensor/_dispatch.py, 2.13).
+        The decision to skip is the same on every rank: equal gradients overflow alike, and for shards torch reduces the
+        decision over the mesh (`found_inf_reduce_handler`, torch/distributed/tensor/_dispatch.py, 2.13).
 
         Raises:
             UsageError: There is a closure, which would run backward inside the step.
@@ -167,7 +168,7 @@ class MixedPrecision(Precision):
             )
         if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
             return optimizer.step()
-        # Fused optimizers could unscale inside their kernel; one way for all is one way to be right.
+        # Fused optimizers could unscale inside their kernel, but one way for all optimizers is simpler to get right.
         self.unscale(optimizer)
         result = self.scaler.step(optimizer)
         del self._unscaled[optimizer]
@@ -189,7 +190,7 @@ class MixedPrecision(Precision):
             self.scaler.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out which gradients are unscaled: gradients do not travel with a pickle."""
+        """Leave out the record of unscaled gradients, because a pickle does not contain gradients."""
         scaler = None if self._scaler is None else self._scaler.state_dict()
         return {**self.__dict__, "_scaler": None, "_unscaled": None, "_stepped": False, "_scaler_state": scaler}
 

@@ -1,4 +1,4 @@
-"""What a run shows of itself: its progress, its memory, its loss curve. Nothing here affects training."""
+"""Reports of a run: its progress, its memory, and its loss curve. Nothing here affects training."""
 
 from nucleate.report.memory import anonymous_bytes, format_bytes, peak_rss_bytes
 from nucleate.report.plot import save_loss_curve

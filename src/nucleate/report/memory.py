@@ -1,6 +1,6 @@
-"""How much host memory this process uses, as the kernel counts it.
+"""Host memory of this process, as the kernel counts it.
 
-Device memory is the accelerator's business (`Accelerator.peak_memory_bytes`).
+The accelerator counts device memory (`Accelerator.peak_memory_bytes`).
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_rss_bytes() -> int | None:
-    """Return the most memory that this process has had resident, in bytes.
+    """Return the largest resident memory that this process has had, in bytes.
 
-    It counts pages of mapped files too, and what this process shares with others.
+    It counts pages of mapped files too, and memory that this process shares with others.
 
     Returns:
-        Bytes, or None on a system that does not tell (Windows).
+        Bytes, or None on a system that does not report them (Windows).
     """
-    # Not `ru_maxrss` where there is a choice: Linux hands it down through fork and exec, so that a small
-    # process started by a large one reports the large one's peak. VmHWM starts afresh with the program.
+    # VmHWM is better than `ru_maxrss`. Linux passes `ru_maxrss` on through fork and exec, so a small process that a
+    # large one started reports the large one's peak. VmHWM starts afresh with the program.
     peak = _from_status("VmHWM")
     if peak is not None:
         return peak
@@ -33,12 +33,12 @@ def peak_rss_bytes() -> int | None:
 
 
 def anonymous_bytes() -> int | None:
-    """Return the memory that is this process's own and backed by no file, in bytes, as it is now.
+    """Return the present memory of this process that is its own and has no file behind it, in bytes.
 
-    This is what tensors take, without the libraries and mapped checkpoints that `peak_rss_bytes` counts.
+    This is the memory of tensors, without the libraries and mapped checkpoints that `peak_rss_bytes` counts.
 
     Returns:
-        Bytes, or None on a system that does not tell (other than Linux).
+        Bytes, or None on a system that does not report them (other than Linux).
     """
     return _from_status("RssAnon")
 

@@ -1,7 +1,7 @@
-"""How many bytes of a model are there already, shown while that takes longer than a second.
+"""Meter of the bytes that are done, shown if the work takes longer than a second.
 
-Off by default, so that a library call prints nothing: `Runtime` turns it on on rank 0. Drawn by tqdm (extra
-`progress`); without it there is nothing to see.
+Meters are off by default, so that a library call prints nothing. `Runtime` turns them on on rank 0. tqdm (extra
+`progress`) draws them; without tqdm nothing is shown.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
-#: What takes less is not worth a line.
+#: Shorter work is not worth a line.
 DELAY_S = 1.0
 
 _shown: ContextVar[bool] = ContextVar("shown", default=False)
@@ -23,7 +23,7 @@ _shown: ContextVar[bool] = ContextVar("shown", default=False)
 
 @contextmanager
 def metered(enabled: bool) -> Iterator[None]:
-    """Show meters that are opened inside, or do not."""
+    """Show or hide the meters that are opened inside the block."""
     token = _shown.set(enabled)
     try:
         yield
@@ -32,11 +32,11 @@ def metered(enabled: bool) -> Iterator[None]:
 
 
 class Meter:
-    """Counts bytes, from any thread.
+    """A counter of bytes that any thread can add to.
 
     Args:
-        total_bytes: How many there will be.
-        description: What stands before the bar.
+        total_bytes: The number of bytes at the end.
+        description: The text before the bar.
     """
 
     def __init__(self, total_bytes: int, description: str) -> None:
@@ -49,7 +49,7 @@ class Meter:
         self._lock = threading.Lock()
 
     def add(self, size_bytes: int) -> None:
-        """Count bytes that are there now."""
+        """Count bytes as done."""
         if not self._enabled:
             return
         with self._lock:
@@ -81,6 +81,6 @@ class Meter:
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )
-        # The rate is that since the beginning, not since the bar is there.
+        # The rate counts from the beginning, not from the first drawing of the bar.
         self._bar.start_t -= time.monotonic() - self._begin
         self._bar.update(self._done_bytes)

@@ -1,4 +1,4 @@
-"""A loss curve as a picture, drawn by matplotlib (extra `plot`) without a display and without global state."""
+"""Loss curve as a picture. matplotlib (extra `plot`) draws it without a display and without global state."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ def save_loss_curve(
     title: str = "",
     unit: str = "",
 ) -> Path:
-    """Draw the loss of each step, its running mean, and validation losses where there are some.
+    """Draw the loss of each step, its running mean, and validation losses, if there are any.
 
     Args:
-        path: The picture to write; its suffix chooses the format (`.png`, `.svg`, `.pdf`). Missing folders
-            are made.
+        path: The picture to write. Its suffix chooses the format (`.png`, `.svg`, `.pdf`). Missing folders are made.
         losses: The training loss of every step, the first step first.
-        validation: Number of steps done to validation loss.
-        title: What stands above the curve.
-        unit: What the loss is counted in, such as `"nats per byte"`.
+        validation: The number of steps done to the validation loss.
+        title: The text above the curve.
+        unit: The unit of the loss, such as `"nats per byte"`.
 
     Returns:
         The path that was written.
@@ -85,10 +84,10 @@ def save_loss_curve(
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean of the `window` values around each position, of fewer at the ends."""
+    """Return the mean of the `window` values around each position, or of fewer values at the ends."""
     means = []
     for middle in range(len(values)):
-        # Centred: a mean of past steps would run behind the curve where it is steep.
+        # The window is centred: a mean of past steps would lag behind a steep curve.
         around = values[max(0, middle - window // 2) : middle + window // 2 + 1]
         means.append(sum(around) / len(around))
     return means

@@ -1,7 +1,7 @@
-"""A progress bar around a loop, drawn by tqdm (extra `progress`).
+"""Progress bar around a loop, drawn by tqdm (extra `progress`).
 
-This file decides how often a bar is drawn and where (stderr, one line on a terminal, rarely in a log file);
-which rank shows one is the caller's choice, through `enabled`.
+This file decides how often and where a bar is drawn: on stderr, in one line of a terminal, and rarely in a log file.
+The caller chooses the rank that shows a bar, with `enabled`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from nucleate.errors import MissingDependencyError
 
 T = TypeVar("T")
 
-#: Seconds between two drawings: often on a terminal, rarely where each one adds a line to a log.
+#: Seconds between two drawings: few on a terminal, many in a log, where each drawing adds a line.
 _TERMINAL_INTERVAL_S = 0.1
 _LOG_INTERVAL_S = 10.0
 
 
 class Progress(Generic[T]):
-    """An iterable that shows how far its loop has come. Made by `progress`."""
+    """An iterable that shows the progress of its loop. Made by `progress`."""
 
     def __init__(self, iterable: Iterable[T], bar: Any | None) -> None:
         self._iterable = iterable
@@ -35,7 +35,7 @@ class Progress(Generic[T]):
             for item in self._iterable:
                 yield item
                 self._bar.update()
-        finally:  # also when the loop breaks or raises: what is printed next starts on its own line
+        finally:  # also when the loop breaks or raises: the next output then starts on its own line
             self._bar.close()
 
     def show(self, **values: object) -> None:
@@ -48,7 +48,7 @@ class Progress(Generic[T]):
             self._bar.set_postfix(values, refresh=False)
 
     def print(self, text: str) -> None:
-        """Print a line to stderr above the bar, without tearing it. Does nothing where no bar is shown."""
+        """Print a line to stderr above the bar, which stays intact. Do nothing without a bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
 
@@ -69,14 +69,14 @@ def progress(
         [0, 1, 4]
 
     Args:
-        iterable: What the loop runs over.
-        total: How many items there are in all, those before `initial` included; by default `initial` plus
-            the length of `iterable`, where it has one.
-        initial: How many items were done before, by the run that this one resumes.
-        description: What stands before the bar.
-        unit: What one item is called.
-        enabled: Whether there is a bar at all. Pass `runtime.is_global_zero`: one bar, not one per rank.
-            Without a bar, tqdm is not needed.
+        iterable: The items of the loop.
+        total: The number of all items, including the first `initial` ones. The default is `initial` plus the length of
+            `iterable`, if it has a length.
+        initial: The number of items that an earlier run has done, which this run resumes.
+        description: The text before the bar.
+        unit: The name of one item.
+        enabled: Whether there is a bar at all. Pass `runtime.is_global_zero`: one bar, not one per rank. Without a bar,
+            tqdm is not needed.
 
     Raises:
         MissingDependencyError: tqdm is not installed.

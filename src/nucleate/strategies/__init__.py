@@ -1,4 +1,4 @@
-"""How a model is laid out over processes. A new one implements `Strategy` and registers under `nucleate.strategies`."""
+"""Strategies: layouts of a model over ranks. A new one implements `Strategy`, under `nucleate.strategies`."""
 
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.ddp import DDPStrategy

@@ -1,4 +1,4 @@
-"""What a strategy is: how one model is laid out over processes, and what that means for backward and clipping."""
+"""The base class of strategies: the layout of a model over ranks, and its effect on backward."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from nucleate.plugin import Plugin
 
 
 class Strategy(Plugin):
-    """How a model is laid out over the processes.
+    """A plugin that decides how a model is laid out over the ranks.
 
-    Required: the contract's two methods. `setup(model)` receives the model with its accelerator and
-    precision already applied, deferred or real, and returns the module whose forward is to be called, with
-    every tensor made (`nucleate.materialize`). The rest has a working default.
+    Required: the contract's two methods. `setup(model)` receives the model, deferred or real, after accelerator and
+    precision have been applied. It returns the module whose forward the user calls, with all tensors materialized
+    (`nucleate.materialize`). Everything else has a working default.
 
     Attributes:
         device: This process's device, set by `connect`.
-        environment: Which process this is, of how many, set by `connect`.
-        timeout: How long a collective waits for the other ranks before it fails.
+        environment: The rank of this process and the world size, set by `connect`.
+        timeout: The time that a collective waits for the other ranks before it fails.
     """
 
     kind: ClassVar[str] = "strategy"
-    #: Whether it spans processes, and so needs a process group.
+    #: Whether the strategy spans several processes, and so needs a process group.
     distributed: ClassVar[bool] = False
-    #: Whether a model of `init_module()` without `empty_init` stays deferred until `setup`: yes where no rank should
-    #: hold all of a model.
+    #: Whether a model of `init_module()` without `empty_init` stays deferred until `setup`: True if no rank should hold
+    #: the whole model.
     shards: ClassVar[bool] = False
 
     device: torch.device = torch.device("cpu")
@@ -39,7 +39,7 @@ class Strategy(Plugin):
     timeout: timedelta = timedelta(minutes=10)
 
     def connect(self, device: torch.device, environment: Environment) -> None:
-        """Learn the device and the place of this process; the process group is up when this is called."""
+        """Store the device and the rank of this process. The process group has started before this call."""
         self.device = device
         self.environment = environment
 
@@ -49,38 +49,38 @@ class Strategy(Plugin):
 
     @abstractmethod
     def setup(self, model: nn.Module) -> nn.Module:
-        """Lay the model out, make everything that is deferred, and return the module to call."""
+        """Lay the model out, materialize its deferred tensors, and return the module to call."""
 
     @property
     def data_parallel_size(self) -> int:
-        """Over how many ranks the data is split."""
+        """The number of ranks that split the data."""
         return self.environment.world_size if self.distributed else 1
 
     @property
     def data_parallel_rank(self) -> int:
-        """Which part of the data this rank gets."""
+        """The number of this rank's part of the data."""
         return self.environment.global_rank if self.distributed else 0
 
     def backward(self, loss: Tensor) -> None:
-        """Compute gradients."""
+        """Compute the gradients of `loss`."""
         loss.backward()
 
     def no_backward_sync(self, module: nn.Module) -> AbstractContextManager[object]:
         """Return a context in which backward accumulates gradients without exchanging them.
 
         Args:
-            module: What `setup` returned.
+            module: The module that `setup` returned.
         """
         return nullcontext()
 
     def mark_forward_method(self, module: nn.Module, name: str) -> None:
-        """Make the method `name` do what this strategy does around forward.
+        """Make the method `name` go through this strategy as forward does.
 
         Args:
-            module: What `setup` returned.
-            name: A method of the user's model.
+            module: The module that `setup` returned.
+            name: The name of a method of the user's model.
         """
 
     def guards_methods(self, module: nn.Module) -> bool:
-        """Return whether a method that calls forward by itself would go around this strategy."""
+        """Return whether a method that calls forward itself would bypass this strategy."""
         return False

@@ -1,4 +1,4 @@
-"""Gradient clipping that is right for any mix of plain and sharded gradients."""
+"""Gradient clipping for any mix of plain and sharded gradients."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from nucleate.errors import ConfigurationError, NonFiniteGradientError
 def clip_by_norm(
     parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = True
 ) -> Tensor:
-    """Scale all gradients so that their norm together is at most `max_norm`.
+    """Scale all gradients so that their total norm is at most `max_norm`.
 
-    Same numbers as `torch.nn.utils.clip_grad_norm_`, which fails on gradients of several meshes: each group of one
-    mesh and placement is reduced by itself, and the totals are combined.
+    The result equals that of `torch.nn.utils.clip_grad_norm_`, which fails on gradients of several meshes. Here the
+    norm of each group of one mesh and placement is computed separately, and then the norms are combined.
 
     Args:
         parameters: The parameters whose gradients are clipped.
-        max_norm: The largest norm allowed.
-        norm_type: The order of the norm, may be `inf`.
+        max_norm: The largest allowed norm.
+        norm_type: The order of the norm; it may be `inf`.
         error_if_nonfinite: Refuse a norm that is NaN or infinite, before any gradient is changed.
 
     Returns:
@@ -46,7 +46,7 @@ def clip_by_norm(
     if error_if_nonfinite and not bool(total.isfinite()):
         raise NonFiniteGradientError(
             f"the total norm of order {norm_type} of the gradients is {total.item()}, so they cannot be clipped. Find "
-            "where the loss becomes NaN or infinite, or pass error_if_nonfinite=False to go on with these gradients."
+            "where the loss becomes NaN or infinite, or pass error_if_nonfinite=False to continue with these gradients."
         )
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for gradient in gradients:
@@ -61,7 +61,7 @@ def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
 
     Args:
         parameters: The parameters whose gradients are clipped.
-        clip_value: The largest absolute value allowed.
+        clip_value: The largest allowed absolute value.
 
     Raises:
         ConfigurationError: `clip_value` is negative or NaN.

@@ -1,4 +1,4 @@
-"""Replicas: every process holds the whole model and exchanges gradients (torch's DistributedDataParallel)."""
+"""Replicas: every rank holds the whole model and exchanges gradients (torch's DistributedDataParallel)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nucleate.strategies.base import Strategy
 
 
 class DDPStrategy(Strategy):
-    """Trains replicas with `torch.nn.parallel.DistributedDataParallel`.
+    """A strategy that trains replicas with `torch.nn.parallel.DistributedDataParallel`.
 
-    Each rank makes its replica from the recipes, so no broadcast is needed: that all replicas are equal is
-    verified instead. Real tensors that differ between ranks are taken from rank 0.
+    Each rank makes its replica from the recipes, so no broadcast is needed. Instead, `setup` verifies that all replicas
+    are equal. If real tensors differ between ranks, all ranks take those of rank 0.
 
     Args:
-        find_unused_parameters: Look for parameters that a backward did not reach, after each forward.
+        find_unused_parameters: Search for parameters that a backward will not reach, after each forward.
         static_graph: Promise that every iteration uses the same parameters.
-        gradient_as_bucket_view: Let gradients live in the buckets that are exchanged, which saves one copy of them.
-        bucket_cap_mb: How large a bucket is, in MiB; by default torch's choice.
+        gradient_as_bucket_view: Keep gradients in the buckets that are exchanged, which saves one copy of them.
+        bucket_cap_mb: The size of a bucket in MiB; torch chooses by default.
         sync_buffers: Broadcast rank 0's buffers before each forward.
-        timeout: How long a collective waits for the other ranks before it fails.
+        timeout: The time that a collective waits for the other ranks before it fails.
     """
 
     name = "ddp"
@@ -51,13 +51,13 @@ class DDPStrategy(Strategy):
         self.timeout = timeout
 
     def module_init_context(self) -> AbstractContextManager[object]:
-        """Nothing is special about construction."""
+        """Return a context without effect: construction needs nothing special."""
         return nullcontext()
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Make what is deferred, check that replicas are equal, and wrap the model in DDP.
+        """Materialize the deferred tensors, check that replicas are equal, and wrap the model in DDP.
 
-        A model without a parameter to train is returned as it is, because DDP refuses it.
+        A model without trained parameters is returned unwrapped, because DDP refuses it.
 
         Raises:
             RankDisagreementError: Replicas made from the same recipes differ.
@@ -66,7 +66,7 @@ class DDPStrategy(Strategy):
         plan = Plan.of(model)
         plan.release()
         broadcast_real(model, communicator)
-        # A file that cannot be read on one rank must not leave the others waiting in what follows.
+        # If one rank cannot read a file, the other ranks must not wait for it below.
         with communicator.all_or_none("making parameters"):
             execute(plan, model, self.device)
         verify_replicas(model, communicator)
@@ -95,5 +95,5 @@ class DDPStrategy(Strategy):
         return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
     def guards_methods(self, module: nn.Module) -> bool:
-        """DDP prepares the exchange of gradients in its own forward; going around it loses them."""
+        """Return True for a DDP module: its own forward prepares the exchange, so bypassing it loses gradients."""
         return isinstance(module, DistributedDataParallel)

@@ -1,8 +1,8 @@
-"""Shards: every process holds a part of each parameter and gathers a unit at a time (torch's FSDP2).
+"""Shards: every rank holds a part of each parameter and gathers one unit at a time (torch's FSDP2).
 
-Parameters are sharded while they are still deferred; each rank then makes its part. What may be configured are
-policies, passed as keywords; what FSDP2 cannot shard is refused by name before anything is changed. Only parameters
-without a dimension, such as a temperature, are no error: every rank keeps them, and their gradients are averaged here.
+Parameters are sharded while they are still deferred; each rank then materializes its shards. Policies are passed as
+keywords. Parameters that FSDP2 cannot shard are refused by name before any change. Parameters without a dimension, such
+as a temperature, are allowed: every rank keeps them, and this strategy averages their gradients.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ if TYPE_CHECKING:
 
 
 class FSDPStrategy(Strategy):
-    """Shards parameters, gradients and optimizer state with `torch.distributed.fsdp.fully_shard`.
+    """A strategy that shards parameters, gradients and optimizer state by `torch.distributed.fsdp.fully_shard`.
 
     Args:
-        wrap: What becomes a unit of its own: `"auto"` finds repeated blocks; or classes of modules; or a function of
+        wrap: The modules that become units: `"auto"` finds repeated blocks; or classes of modules; or a function of
             a module's name and the module. Tied parameters always stay in one unit.
-        mixed_precision: FSDP's own policy for compute and reduce dtypes. Independent of `Runtime(precision=...)`,
-            whose `*-mixed` use autocast under every strategy. `output_dtype` applies to the root only.
+        mixed_precision: FSDP's own policy for compute and reduce dtypes. It is independent of
+            `Runtime(precision=...)`, whose `*-mixed` use autocast under every strategy. `output_dtype` applies only to
+            the root.
         cpu_offload: Keep shards in host memory while they are not used.
         reshard_after_forward: Free gathered parameters after forward (saves memory) or keep them for backward (saves
-            communication); None lets FSDP choose, an integer reshards to a smaller group.
+            communication). None lets FSDP choose; an integer reshards to a smaller group.
         num_replicas: HSDP: keep this many replicas, each sharded over `world_size / num_replicas` ranks.
-        timeout: How long a collective waits for the other ranks before it fails.
+        timeout: The time that a collective waits for the other ranks before it fails.
     """
 
     name = "fsdp"
@@ -74,14 +75,14 @@ class FSDPStrategy(Strategy):
         self.num_replicas = num_replicas
         self.timeout = timeout
         self._mesh: DeviceMesh | None = None
-        # Models whose gradients are accumulated without being exchanged.
+        # Models whose gradients are accumulated without exchange.
         self._accumulating: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def check(self, composition: Composition) -> None:
         """Refuse a number of replicas that does not divide the number of processes.
 
         Raises:
-            ConfigurationError: It does not.
+            ConfigurationError: `num_replicas` does not divide the number of processes.
         """
         world_size = composition.environment.world_size
         if world_size % self.num_replicas:
@@ -92,7 +93,7 @@ class FSDPStrategy(Strategy):
 
     @property
     def mesh(self) -> DeviceMesh:
-        """The device mesh: axis `shard`, behind axis `replicate` if there are replicas."""
+        """The device mesh, with the axis `shard`; with replicas, the axis `replicate` comes first."""
         if self._mesh is None:
             from torch.distributed.device_mesh import init_device_mesh
 
@@ -105,14 +106,14 @@ class FSDPStrategy(Strategy):
         return self._mesh
 
     def module_init_context(self) -> AbstractContextManager[object]:
-        """Nothing is special about construction: what makes it cheap is that it is deferred."""
+        """Return a context without effect: construction is already cheap because it is deferred."""
         return nullcontext()
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Shard the model and make this rank's part of every parameter.
+        """Shard the model, and materialize this rank's part of every parameter.
 
         Raises:
-            ConfigurationError: A parameter cannot be sharded; nothing has been changed then.
+            ConfigurationError: A parameter cannot be sharded. Nothing has been changed.
             UninitializedError: See `nucleate.materialize.Plan.of`.
         """
         import torch
@@ -120,12 +121,12 @@ class FSDPStrategy(Strategy):
 
         plan = Plan.of(model)
         units = find_units(model, self.wrap)
-        # What is asked here a meta tensor answers as well, and without the guard's detour.
+        # The checks need only metadata, so they read the underlying meta tensors without the cost of the guards.
         with torch._C.DisableTorchFunctionSubclass():
             _refuse_unshardable(model, units, plan)
         communicator = Communicator(self.environment, self.device)
         plan.release()
-        # Each rank cuts its shard from its own copy of a real parameter, so the copies have to be one model's.
+        # Each rank cuts its shard from its own copy of a real parameter, so all copies must be equal.
         broadcast_real(model, communicator)
         hooks = {name: p._post_accumulate_grad_hooks for name, p in model.named_parameters(remove_duplicate=False)}
         attributes = {name: _attributes(p) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -135,7 +136,7 @@ class FSDPStrategy(Strategy):
         for _, unit in units:
             fully_shard(unit, **self._arguments(root=False), ignored_params=scalars)
         fully_shard(model, **self._arguments(root=True), ignored_params=scalars)
-        # A file that cannot be read on one rank must not leave the others waiting in what follows.
+        # If one rank cannot read a file, the other ranks must not wait for it below.
         with communicator.all_or_none("making parameters"):
             execute(plan, model, self.device, torch.device("cpu") if self.cpu_offload else self.device)
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -150,7 +151,7 @@ class FSDPStrategy(Strategy):
 
     @contextmanager
     def no_backward_sync(self, module: nn.Module) -> Iterator[None]:
-        """Accumulate gradients, which are kept whole on every rank meanwhile."""
+        """Accumulate gradients; meanwhile every rank keeps them whole."""
         module.set_requires_gradient_sync(False)  # type: ignore[operator]
         self._accumulating.add(module)
         try:
@@ -160,17 +161,17 @@ class FSDPStrategy(Strategy):
             module.set_requires_gradient_sync(True)  # type: ignore[operator]
 
     def mark_forward_method(self, module: nn.Module, name: str) -> None:
-        """Gather the root's parameters around the method, too."""
+        """Gather the root's parameters around the method too."""
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         register_fsdp_forward_method(module, name)
 
     def _average_gradient(self, parameter: nn.Parameter, model: weakref.ref[nn.Module]) -> None:
-        """Have the gradient of a parameter that every rank keeps averaged over all of them, as those of shards are."""
+        """Average the gradient of a parameter that every rank keeps whole, as FSDP averages gradients of shards."""
         import torch.distributed as dist
 
         def average(parameter: torch.Tensor) -> None:
-            # What was exchanged before is equal on all ranks, so that the average of the sum is right as well.
+            # A gradient from an earlier exchange is equal on all ranks, so the average of the sum is right too.
             if model() not in self._accumulating and parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad.div_(self.environment.world_size)
@@ -178,7 +179,7 @@ class FSDPStrategy(Strategy):
         if parameter.requires_grad:
             handle = parameter.register_post_accumulate_grad_hook(average)
             hooks = parameter._post_accumulate_grad_hooks
-            # Before the user's own, which see what an optimizer would.
+            # Before the user's own hooks, which must see the same gradient as the optimizer.
             hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
 
     def _arguments(self, root: bool) -> dict[str, Any]:
@@ -188,7 +189,7 @@ class FSDPStrategy(Strategy):
 
         arguments: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": self.reshard_after_forward}
         if self.mixed_precision is not None:
-            # On a block it would hand a dtype to the next block that this one does not expect.
+            # On a block, `output_dtype` would give the next block a dtype that it does not expect.
             policy = self.mixed_precision
             arguments["mp_policy"] = policy if root else replace(policy, output_dtype=None)
         if self.cpu_offload:
@@ -197,7 +198,7 @@ class FSDPStrategy(Strategy):
 
 
 def _attributes(parameter: nn.Parameter) -> dict[str, Any]:
-    """Return what users hang on a parameter; FSDP makes a new object without it."""
+    """Return the attributes that users set on a parameter; FSDP makes a new object without them."""
     return {key: value for key, value in vars(parameter).items() if not key.startswith("_nucleate")}
 
 
@@ -213,13 +214,14 @@ def _refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]], pl
     if hooked:
         raise ConfigurationError(
             f"{name_list(hooked)} have hooks on their gradient (`register_hook`), which FSDP never calls. Use "
-            "`register_post_accumulate_grad_hook`, which it does call, or strategy='ddp'."
+            "`register_post_accumulate_grad_hook`, which FSDP calls, or strategy='ddp'."
         )
     owner = {id(p): name for name, unit in [("", model), *reversed(units)] for p in unit.parameters()}
     dtypes: dict[str, dict[torch.dtype, str]] = {}
     for name, parameter in parameters.items():
-        # What is not trained may have any: gradients are what must be alike (`FSDPParamGroup._init_mp_dtypes` in
-        # torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, 2.13). Each is gathered as bytes.
+        # Frozen parameters may have any dtype: only gradients must have the same dtype
+        # (`FSDPParamGroup._init_mp_dtypes` in torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, 2.13). Each
+        # parameter is gathered as bytes.
         if parameter.requires_grad and parameter.dim() > 0:
             dtypes.setdefault(owner[id(parameter)], {}).setdefault(parameter.dtype, name)
     for unit_name, found in dtypes.items():
@@ -227,8 +229,8 @@ def _refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]], pl
             listed = ", ".join(f"{name} is {dtype}" for dtype, name in found.items())
             raise ConfigurationError(
                 "the trained parameters of one FSDP unit must have one dtype, but in "
-                f"{unit_name or 'the root'} {listed}. Cast them alike, freeze those of one dtype, or name a module "
-                "that holds only one dtype in `wrap`."
+                f"{unit_name or 'the root'} {listed}. Cast them to one dtype, freeze those of one dtype, or name a "
+                "module that holds only one dtype in `wrap`."
             )
     for group in plan.groups:
         views = [t for t in group.targets if any(holder.kind == "parameter" for holder in t.holders)]
@@ -236,6 +238,6 @@ def _refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]], pl
         for (start, size, first), (following, _, second) in pairwise(spans):
             if start + size > following:
                 raise ConfigurationError(
-                    f"{first} and {second} are different parameters that share memory, which shards cannot. Tie them "
-                    "by assigning the same parameter, or use strategy='ddp'."
+                    f"{first} and {second} are different parameters that share memory, which shards cannot do. Tie "
+                    "them by assigning the same parameter, or use strategy='ddp'."
                 )

@@ -1,4 +1,4 @@
-"""One process, one device: the model as it is."""
+"""The strategy for one process and one device, which leaves the model as it is."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class SingleDeviceStrategy(Strategy):
-    """Runs the model on the device of this one process."""
+    """A strategy that runs the model on the device of the only process."""
 
     name = "single_device"
 
     def check(self, composition: Composition) -> None:
-        """Refuse to run in several processes, which would each train a model of their own.
+        """Refuse to run in several processes, because each would train its own model.
 
         Raises:
             ConfigurationError: There is more than one process.
@@ -34,11 +34,11 @@ class SingleDeviceStrategy(Strategy):
             )
 
     def module_init_context(self) -> AbstractContextManager[object]:
-        """Nothing is special about construction."""
+        """Return an empty context: construction needs nothing special."""
         return nullcontext()
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Make what is deferred, on the device."""
+        """Materialize the deferred tensors on the device."""
         plan = Plan.of(model)
         plan.check_device(self.device)
         plan.release()

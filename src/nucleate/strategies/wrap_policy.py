@@ -1,8 +1,8 @@
-"""Which modules become units of their own: gathered for their forward, freed after it.
+"""Wrap policies: the choice of modules that become units, which are gathered for their forward and freed after it.
 
-A policy is a set of classes, a predicate, or `"auto"`, which takes what was declared (`declare_units`) and finds
-repeated blocks elsewhere by itself. Whatever the policy says, tied parameters stay together: a module that shares a
-parameter with the rest of the model is left to its parent's unit, since a parameter can belong to one unit only.
+A policy is a set of classes, a predicate, or `"auto"`. `"auto"` takes the declared modules (`declare_units`), and finds
+repeated blocks elsewhere by itself. Under every policy, tied parameters stay together: a module that shares a parameter
+with the rest of the model belongs to its parent's unit, because a parameter can belong to only one unit.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from nucleate.errors import ConfigurationError, name_list
 
 WrapPolicy = Literal["auto"] | Iterable[type[nn.Module]] | Callable[[str, nn.Module], bool]
 
-# Containers without a forward of their own: nothing would ever gather them.
+# Containers without a forward of their own, so FSDP would never gather them.
 _WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-# On the module itself, so that copies of a model have it as well.
+# An attribute of the module itself, so that copies of a model have it too.
 _DECLARED = "_nucleate_unit"
 
 
 def declare_units(modules: Iterable[nn.Module]) -> None:
-    """Say of modules that each is a good unit by itself: `wrap="auto"` takes them.
+    """Declare modules as units, for `wrap="auto"`.
 
     Args:
-        modules: Modules whose forward is called from outside. Those without parameters are passed over.
+        modules: Modules whose forward is called from outside. Modules without parameters are skipped.
     """
     for module in modules:
         if any(True for _ in module.parameters()):
@@ -36,14 +36,14 @@ def declare_units(modules: Iterable[nn.Module]) -> None:
 
 
 def find_units(model: nn.Module, policy: WrapPolicy) -> list[tuple[str, nn.Module]]:
-    """Return the modules to shard on their own, innermost first, without the root.
+    """Return the modules that become units, innermost first, without the root.
 
     Args:
         model: The model.
-        policy: See above; a predicate is called with the module's name and the module.
+        policy: The policy; a predicate is called with the module's name and the module.
 
     Raises:
-        ConfigurationError: A class in the policy occurs nowhere in the model.
+        ConfigurationError: The policy contains something other than a module class, or a class that the model lacks.
     """
     if policy == "auto":
         chosen = list(_declared_or_repeated(model))
@@ -54,8 +54,8 @@ def find_units(model: nn.Module, policy: WrapPolicy) -> list[tuple[str, nn.Modul
         wrong = [item for item in classes if not (isinstance(item, type) and issubclass(item, nn.Module))]
         if wrong:
             raise ConfigurationError(
-                f"wrap={policy!r} holds {wrong[0]!r}, which is no module class. Give 'auto', classes of modules, or a "
-                "function of a module's name and the module."
+                f"wrap={policy!r} holds {wrong[0]!r}, which is not a module class. Give 'auto', classes of modules, or "
+                "a function of a module's name and the module."
             )
         chosen = [(name, module) for name, module in model.named_modules() if isinstance(module, classes)]
         absent = [cls.__name__ for cls in classes if not any(isinstance(m, cls) for m in model.modules())]
@@ -76,18 +76,18 @@ def find_units(model: nn.Module, policy: WrapPolicy) -> list[tuple[str, nn.Modul
 
 
 def _declared_or_repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return what was declared, and the repeated blocks that have nothing to do with it, outermost first."""
+    """Return the declared modules, and the repeated blocks that neither contain nor are in one, outermost first."""
     declared = {name for name, module in model.named_modules() if _DECLARED in module.__dict__}
     repeated = {name for name, _ in _repeated_blocks(model, declared)}
     return [(name, module) for name, module in model.named_modules() if name in declared or name in repeated]
 
 
 def _repeated_blocks(model: nn.Module, declared: set[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost blocks that a list or sequence repeats: siblings of one class, with parameters.
+    """Yield the outermost blocks that a container repeats: siblings of one class, with parameters.
 
     Args:
         model: The model.
-        declared: Names of units; what is inside of one or has one inside is no block.
+        declared: Names of declared units. A module inside of a unit, or around one, is not a block.
     """
     found = list(declared)
     around = {".".join(parts[:end]) for parts in (name.split(".") for name in declared) for end in range(len(parts))}
@@ -111,6 +111,6 @@ def _repeated_blocks(model: nn.Module, declared: set[str]) -> Iterator[tuple[str
 
 
 def _shares_parameters(unit: nn.Module, holders: Mapping[int, set[int]]) -> bool:
-    """Return whether a module outside of `unit` holds one of its parameters, given who holds which."""
+    """Return whether a module outside of `unit` holds one of its parameters; `holders` has the modules by parameter."""
     inside = {id(module) for module in unit.modules()}
     return any(not holders[id(parameter)] <= inside for parameter in unit.parameters())

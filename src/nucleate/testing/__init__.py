@@ -1,6 +1,6 @@
-"""What a plugin's own tests start from: a conformance suite per kind, tiny models, a peak-memory assertion.
+"""Test tools for plugins: a suite for each kind of plugin, tiny models, and an assertion on peak memory.
 
-A plugin's test class inherits the suite of its kind and says how the plugin is built; pytest collects the rest:
+A plugin's test class inherits the suite of its kind and builds the plugin; pytest collects the suite's tests:
 
 ```python
 class TestMyStrategy(StrategySuite):
@@ -8,8 +8,8 @@ class TestMyStrategy(StrategySuite):
         return MyStrategy()
 ```
 
-The suites also run under torchrun, one pytest per rank, which is how a strategy that spans processes is tested.
-Needs pytest: `pip install nucleate[testing]`.
+The suites also run under torchrun, one pytest per rank. This is the way to test a strategy that spans processes.
+The package needs pytest: `pip install nucleate[testing]`.
 """
 
 from nucleate.errors import MissingDependencyError
@@ -21,7 +21,7 @@ except ImportError as error:
         "nucleate.testing needs pytest, which is not installed. Install it with `pip install nucleate[testing]`."
     ) from error
 
-# Before the suites are imported: their plain asserts then say what the values were, as in a test file.
+# Before the suites are imported: their plain asserts then show the values, as in a test file.
 pytest.register_assert_rewrite(
     "nucleate.testing.accelerator",
     "nucleate.testing.integration",

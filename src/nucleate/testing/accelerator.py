@@ -1,4 +1,4 @@
-"""What every accelerator must do, as tests that a plugin's test class inherits."""
+"""The accelerator suite: tests for every accelerator, which a plugin's test class inherits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nucleate.testing.models import MODELS, TinyModel, TinyTransformer
 
 
 class AcceleratorSuite(ABC):
-    """Inherit it, name the class `Test...`, and implement `make_accelerator`.
+    """The suite of accelerators. Inherit it, name the class `Test...`, and implement `make_accelerator`.
 
-    On a machine without such a device all but the tests about its absence are skipped.
+    On a machine without such a device, only the tests about its absence run.
     """
 
     @abstractmethod
@@ -52,7 +52,7 @@ class AcceleratorSuite(ABC):
 
     def test_its_backend_can_be_used(self, accelerator: Accelerator, device: torch.device) -> None:
         if torch.distributed.is_available():
-            # Either one name for all devices, or a list such as "cpu:gloo,xpu:xccl".
+            # The backend is one name for all devices, or a list such as "cpu:gloo,xpu:xccl".
             for part in accelerator.backend.split(","):
                 assert torch.distributed.is_backend_available(part.rpartition(":")[2])
 
@@ -97,7 +97,7 @@ class AcceleratorSuite(ABC):
     def test_its_random_state_can_be_restored(self, accelerator: Accelerator, device: torch.device) -> None:
         state = accelerator.random_state()
         if state is None:
-            assert device.type == "cpu", "a device with a generator of its own must give its state"
+            assert device.type == "cpu", "a device with its own generator must return the generator's state"
             return
         first = torch.rand(5, device=device)
         accelerator.set_random_state(state)

@@ -1,4 +1,4 @@
-"""What every integration must do, as tests that a plugin's test class inherits."""
+"""The integration suite: tests for every integration, which a plugin's test class inherits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from nucleate.testing.models import MODELS, TinyModel
 
 
 class IntegrationSuite(ABC):
-    """Inherit it, name the class `Test...`, and implement `make_integration` and `construct`.
+    """The suite of integrations. Inherit it, name the class `Test...`; implement `make_integration` and `construct`.
 
-    A library that loads weights implements `store` and `load` as well; its models must then come out of `load` bound to
-    what they are read from.
+    If the library loads weights, implement `store` and `load` too. `load` must then return models whose tensors are
+    bound to the stored files.
 
     Attributes:
-        loads: Whether it does.
+        loads: Whether the library loads weights.
     """
 
     loads: bool = False
@@ -36,14 +36,14 @@ class IntegrationSuite(ABC):
 
     @abstractmethod
     def construct(self) -> nn.Module:
-        """Construct a small model the library's way, with random weights."""
+        """Construct a small model with random weights, by the library's functions."""
 
     def store(self, model: nn.Module, folder: Path) -> None:
-        """Write a model the library's way."""
+        """Write a model by the library's functions."""
         raise NotImplementedError
 
     def load(self, folder: Path) -> nn.Module:
-        """Load what `store` wrote, the library's way."""
+        """Load the model that `store` wrote, by the library's functions."""
         raise NotImplementedError
 
     @pytest.fixture
@@ -63,7 +63,7 @@ class IntegrationSuite(ABC):
 
     @pytest.mark.parametrize("raises", [False, True])
     def test_the_library_is_as_it_was_when_its_context_ends(self, integration: Integration, raises: bool) -> None:
-        self.construct()  # What the library imports or keeps at the first time is no patch.
+        self.construct()  # Imports and caches of the library at the first construction are not patches.
         before = _bindings(integration.name)
         with pytest.raises(ZeroDivisionError) if raises else nullcontext(), integration.module_init_context():
             self.construct()
@@ -126,7 +126,7 @@ class IntegrationSuite(ABC):
 
 
 def _bindings(library: str) -> dict[str, object]:
-    """Return what the names in the modules and classes of a library stand for."""
+    """Return the callables in the modules and classes of a library, by their names."""
     found: dict[str, object] = {}
     for name, module in list(sys.modules.items()):
         if name != library and not name.startswith(f"{library}."):

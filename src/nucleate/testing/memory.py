@@ -1,8 +1,8 @@
-"""How much memory a piece of code takes at its peak, measured in a process of its own.
+"""Peak memory of a piece of code, measured in a separate process.
 
-Only anonymous memory is counted (the kernel's `RssAnon`): what tensors take, without libraries and mapped files.
-The kernel keeps no high-water mark of it, so another process reads it all the time; a peak of less than about a
-millisecond can be missed.
+Only anonymous memory is counted (the kernel's `RssAnon`): the memory of tensors, without libraries and mapped files.
+The kernel does not keep a peak of this number, so another process reads it continuously. This can miss a peak that is
+shorter than about a millisecond.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from nucleate.errors import UsageError
 from nucleate.report import format_bytes
 
-# After the set-up it writes to the file descriptor `ready`, and waits until its memory has been read.
+# After the set-up, the child writes to the file descriptor `ready` and waits until its memory has been read.
 _CHILD = """
 import os, sys
 namespace = {{"__name__": "__main__"}}
@@ -31,11 +31,11 @@ exec(compile({statement!r}, "<statement>", "exec"), namespace)
 
 @dataclass(frozen=True, slots=True)
 class PeakMemory:
-    """What a statement took.
+    """The memory that a statement used.
 
     Attributes:
-        before_bytes: Anonymous memory after the set-up.
-        peak_bytes: The most anonymous memory while the statement ran.
+        before_bytes: The anonymous memory after the set-up.
+        peak_bytes: The peak of anonymous memory while the statement ran.
     """
 
     before_bytes: int
@@ -43,12 +43,12 @@ class PeakMemory:
 
     @property
     def added_bytes(self) -> int:
-        """What the statement added at its peak."""
+        """The memory that the statement added at its peak."""
         return self.peak_bytes - self.before_bytes
 
 
 def peak_memory(statement: str, setup: str = "", timeout_s: float = 300) -> PeakMemory:
-    """Run Python code in a fresh process and measure its peak of anonymous memory. Linux only.
+    """Run Python code in a new process and measure its peak of anonymous memory. This works only on Linux.
 
     Examples:
         >>> peak = peak_memory("b = bytearray(64 * 2**20)")
@@ -57,18 +57,18 @@ def peak_memory(statement: str, setup: str = "", timeout_s: float = 300) -> Peak
 
     Args:
         statement: The code to measure.
-        setup: Code that runs before, such as imports, and is not measured. It shares the statement's names.
-        timeout_s: Seconds after which the process is killed.
+        setup: Code that runs before the statement and is not measured, such as imports. The statement sees its names.
+        timeout_s: The number of seconds after which the process is killed.
 
     Raises:
-        UsageError: The system does not tell (it is not Linux).
-        AssertionError: The code failed; the message carries its output.
+        UsageError: The system does not report the memory of processes (it is not Linux).
+        AssertionError: The code failed or did not end in time; the message contains its output.
     """
     if not Path("/proc/self/status").exists():
         raise UsageError(f"peak_memory reads /proc, which {sys.platform} does not have. Measure on Linux.")
     ready, write = os.pipe()
     program = _CHILD.format(setup=setup, statement=statement, ready=write)
-    # Output goes to a file: a pipe that nobody empties would stop a process that prints much.
+    # Output goes to a file: a full pipe that nobody reads would stop the process.
     with tempfile.TemporaryFile("w+") as output, os.fdopen(ready, "rb") as signal:
         process = subprocess.Popen(
             [sys.executable, "-c", program],
@@ -106,27 +106,30 @@ def _watch(process: subprocess.Popen[str], timeout_s: float, peak: int) -> int:
 
 
 def assert_peak_memory_below(limit_bytes: int, statement: str, setup: str = "", timeout_s: float = 300) -> PeakMemory:
-    """Fail where `statement` adds `limit_bytes` or more to the anonymous memory of a fresh process.
+    """Fail if `statement` adds `limit_bytes` or more to the anonymous memory of a new process.
 
     Args:
-        limit_bytes: The limit for what the statement adds at its peak.
+        limit_bytes: The limit of the memory that the statement adds at its peak.
         statement: The code to measure.
-        setup: Code that runs before and is not measured.
-        timeout_s: Seconds after which the process is killed.
+        setup: Code that runs before the statement and is not measured.
+        timeout_s: The number of seconds after which the process is killed.
+
+    Returns:
+        The measured memory.
 
     Raises:
-        AssertionError: It adds more, or fails.
+        AssertionError: The statement adds `limit_bytes` or more, or fails.
     """
     peak = peak_memory(statement, setup, timeout_s)
     assert peak.added_bytes < limit_bytes, (
-        f"at its peak it added {format_bytes(peak.added_bytes)} to {format_bytes(peak.before_bytes)}; "
+        f"at its peak, the statement added {format_bytes(peak.added_bytes)} to {format_bytes(peak.before_bytes)}; "
         f"the limit is {format_bytes(limit_bytes)}."
     )
     return peak
 
 
 def _anonymous_bytes(pid: int) -> int:
-    """Return the anonymous memory of another process; 0 where it has just ended."""
+    """Return the anonymous memory of another process, or 0 if the process has just ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

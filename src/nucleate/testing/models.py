@@ -1,6 +1,6 @@
-"""Tiny models that hold, among them, what a plugin most easily breaks: ties, odd sizes, buffers, custom inits.
+"""Tiny models with the features that plugins break most easily: ties, odd sizes, buffers, custom inits.
 
-Each runs a forward in milliseconds, is deterministic in its input, and knows an input of its own.
+Each model runs a forward in milliseconds, is deterministic for a given input, and makes its own sample input.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 
 class TinyModel(nn.Module, ABC):
-    """A model that knows what to feed it."""
+    """A tiny model that makes its own sample input."""
 
-    #: Whether each sample's output depends on that sample only; batch statistics break that.
+    #: Whether each sample's output depends only on that sample; False for models with batch statistics.
     per_sample: bool = True
 
     @abstractmethod
     def sample(self, batch_size: int = 4, seed: int = 0) -> Tensor:
-        """Return an input of `batch_size` samples; the same `seed` gives the same input, and no global RNG is used."""
+        """Return an input of `batch_size` samples. The `seed` alone decides the input; no global generator is used."""
 
     @staticmethod
     def loss(output: Tensor) -> Tensor:
-        """Return a scalar to run backward on: the mean of squares, so that equal batches split into equal means."""
+        """Return a scalar for backward: the mean of squares, which is also the mean over equal parts of a batch."""
         return output.float().square().mean()
 
 
 class TinyTransformer(TinyModel):
-    """Two blocks, embedding and head tied, a rotary table as non-persistent buffer, a custom init at the end."""
+    """A model with two blocks, tied embedding and head, a rotary table as non-persistent buffer, and a custom init."""
 
     def __init__(self, vocabulary: int = 37, width: int = 16, depth: int = 2) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class TinyTransformer(TinyModel):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embedding.weight
-        # Explicitly float32: what is computed here must not be rounded to the precision of the parameters.
+        # Explicitly float32: this table must not be rounded to the precision of the parameters.
         table = 1.0 / 10_000 ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
         self.register_buffer("inv_freq", table, persistent=False)
         self.inv_freq: Tensor
@@ -77,7 +77,7 @@ class _Block(nn.Module):
 
 
 class TinyConvNet(TinyModel):
-    """Convolution and batch norm: running statistics, an integer buffer, a frozen layer."""
+    """A model with convolutions and batch norm: running statistics, an integer buffer, a frozen layer."""
 
     per_sample = False
 
@@ -100,7 +100,7 @@ class TinyConvNet(TinyModel):
 
 
 class TinyRecurrent(TinyModel):
-    """An LSTM, which holds its own weights a second time and weakly."""
+    """A model with an LSTM, which also holds its own weights by weak references."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class TinyRecurrent(TinyModel):
 
 
 class TinyOdd(TinyModel):
-    """Raw parameters, sizes that no number of ranks divides, and the initializers that are hardest to repeat."""
+    """A model with raw parameters, sizes that no number of ranks divides, and initializers that are hard to repeat."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class TinyOdd(TinyModel):
         self.outer = nn.Linear(13, 7, bias=False)
         nn.init.trunc_normal_(self.inner.weight, std=0.2)
         with torch.no_grad():
-            # Made in float32: torch has no QR for half dtypes.
+            # In float32, because torch has no QR for half dtypes.
             self.outer.weight.copy_(nn.init.orthogonal_(torch.empty(7, 13, dtype=torch.float32)))
             self.inner.bias[:5].zero_()
         self.register_buffer("offsets", torch.linspace(-1, 1, 11, dtype=torch.float32))
@@ -146,5 +146,5 @@ class TinyOdd(TinyModel):
         return torch.randn(batch_size, 11, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
-#: Every tiny model, as the suites run them.
+#: All tiny models that the suites run.
 MODELS: tuple[type[TinyModel], ...] = (TinyTransformer, TinyConvNet, TinyRecurrent, TinyOdd)

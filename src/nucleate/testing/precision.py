@@ -1,4 +1,4 @@
-"""What every precision must do, as tests that a plugin's test class inherits."""
+"""The precision suite: tests for every precision, which a plugin's test class inherits."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ each_model = pytest.mark.parametrize("model_class", MODELS, ids=lambda cls: cls.
 
 
 class PrecisionSuite(ABC):
-    """Inherit it, name the class `Test...`, and implement `make_precision`.
+    """The suite of precisions. Inherit it, name the class `Test...`, and implement `make_precision`.
 
     Attributes:
-        accelerator: What the tests run on.
-        updates: How much 20 steps of SGD must lower the loss of a tiny model, as a factor. A precision that cannot
-            train, such as one for inference, sets None.
+        accelerator: The accelerator of the tests.
+        updates: After 20 steps of SGD, the loss of a tiny model must be less than this factor times the first loss.
+            None for a precision that cannot train, such as one for inference.
         cannot_run: Tiny models whose forward torch cannot run in this precision on this accelerator.
-        quantizes: Whether it replaces layers by quantized ones (`nucleate.precision.FixedDtype`), whose weights are
-            frozen.
+        quantizes: Whether the precision replaces layers by quantized ones (`nucleate.precision.FixedDtype`), whose
+            weights are frozen.
     """
 
     accelerator: str | Accelerator = "cpu"
@@ -49,7 +49,7 @@ class PrecisionSuite(ABC):
 
     @pytest.fixture
     def device(self) -> torch.device:
-        """The device the tests run on."""
+        """The device that the tests run on."""
         return self.make_runtime().device
 
     def make_runtime(self) -> Runtime:
@@ -59,7 +59,7 @@ class PrecisionSuite(ABC):
         )
 
     def set_up(self, model: TinyModel, lr: float = 0.1) -> tuple[Runtime, Any, Any]:
-        """Return a new runtime, the model set up by it, and an optimizer of what trains of it."""
+        """Return a new runtime, the model after its setup, and an optimizer of the trained parameters."""
         runtime = self.make_runtime()
         if self.quantizes:
             wrapped = runtime.setup(model)
@@ -128,7 +128,7 @@ class PrecisionSuite(ABC):
     def test_setup_keeps_the_values_of_buffers(self, precision: Precision, model_class: type[TinyModel]) -> None:
         model = model_class()
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        # The kernels of batch norm want its statistics in the dtype of its weight.
+        # The kernels of batch norm need the running statistics in the dtype of the weight.
         statistics = {
             f"{prefix}.{name}"
             for prefix, module in model.named_modules()
@@ -137,7 +137,7 @@ class PrecisionSuite(ABC):
         }
         precision.setup(model)
         for name, buffer in model.named_buffers():
-            # A quantized layer may have some of its own.
+            # A quantized layer may have additional buffers.
             if name not in before and self.quantizes:
                 continue
             if name not in statistics:
@@ -188,7 +188,7 @@ class PrecisionSuite(ABC):
             wrapped = runtime.setup(model)
             models.append((wrapped, torch.rand(3)))
         (real, real_next), (made, made_next) = models
-        assert torch.equal(real_next, made_next), "the random stream ends elsewhere"
+        assert torch.equal(real_next, made_next), "the random stream ends at another position"
         expected = dict((*real.named_parameters(), *real.named_buffers()))
         actual = dict((*made.named_parameters(), *made.named_buffers()))
         assert list(actual) == list(expected)
@@ -225,7 +225,7 @@ class PrecisionSuite(ABC):
         runtime, model, optimizer = self.set_up(model)
         runtime.backward(model.loss(model(model.sample().to(device))))
         if self.quantizes:
-            assert not runtime.precision.scales_gradients, "what it compares with would have to be unscaled"
+            assert not runtime.precision.scales_gradients, "the gradients to compare with would have to be unscaled"
             gradients = [p.grad.float().clone() for p in model.parameters() if p.grad is not None]
         else:
             reference = TinyOdd().to(device)

@@ -1,4 +1,4 @@
-"""What every reader must do, as tests that a plugin's test class inherits."""
+"""The reader suite: tests for every reader, which a plugin's test class inherits."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ ALL_DTYPES = (
     torch.uint8,
     torch.bool,
 )
-#: What a reader may take for one small checkpoint; a file without end, or a pipe, must not hold it up.
+#: The seconds that a reader may take for one small checkpoint: an endless file, or a pipe, must not block it.
 SECONDS = 10.0
 
 
 class ReaderSuite(ABC):
-    """Inherit it, name the class `Test...`, and implement `make_reader` and `write`.
+    """The suite of readers. Inherit it, name the class `Test...`, and implement `make_reader` and `write`.
 
     Attributes:
-        dtypes: Those that the format can hold.
-        suffix: What the name of a checkpoint ends with; empty for folders.
-        num_damages: How many files are damaged at random, of each kind of damage.
+        dtypes: The dtypes that the format can hold.
+        suffix: The end of a checkpoint's name; empty for folders.
+        num_damages: The number of files that are damaged at random.
     """
 
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
@@ -56,11 +56,11 @@ class ReaderSuite(ABC):
 
     @abstractmethod
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write a checkpoint with these tensors, by whatever writes the format.
+        """Write a checkpoint with these tensors, by any program that writes the format.
 
         Args:
-            path: Does not exist yet.
-            tensors: On the CPU, contiguous, none share memory.
+            path: The path of the checkpoint, which does not exist yet.
+            tensors: Contiguous tensors on the CPU that do not share memory.
         """
 
     @pytest.fixture
@@ -70,11 +70,11 @@ class ReaderSuite(ABC):
 
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
-        """Where the checkpoint of a test goes."""
+        """The path of a test's checkpoint."""
         return tmp_path / f"checkpoint{self.suffix}"
 
     def sample(self) -> dict[str, Tensor]:
-        """Return tensors on the CPU of every dtype with any bits, among them empty ones and a scalar."""
+        """Return tensors of every dtype on the CPU, with random bits, and an empty tensor and a scalar."""
         generator = torch.Generator().manual_seed(0)
         tensors = {}
         for dtype in self.dtypes:
@@ -104,7 +104,7 @@ class ReaderSuite(ABC):
         (tmp_path / "folder").mkdir()
         assert not reader.claims(tmp_path / "folder")
 
-    # --- what is read
+    # --- reading
 
     def test_every_tensor_has_its_dtype_shape_and_bits(self, reader: Reader, path: Path) -> None:
         tensors = self.sample()
@@ -199,7 +199,7 @@ class ReaderSuite(ABC):
         return {key: _bits(_whole(stored)) for key, stored in contents.tensors.items()}
 
     def _must_refuse_or_equal(self, reader: Reader, path: Path, expected: dict[str, bytes] | None, what: str) -> None:
-        """Read everything; a damage may be harmless, but then what is read must be what was written."""
+        """Read everything. A damage may be harmless, but then all tensors must equal the written ones."""
         found: list[dict[str, bytes] | BaseException] = []
 
         def read() -> None:
@@ -253,7 +253,7 @@ def _inside(copy: Path, path: Path, file: Path) -> Path:
 
 
 def _lengths(size_bytes: int) -> list[int]:
-    """Return where to cut a file: everywhere at its ends, here and there between."""
+    """Return the lengths to cut a file to: all lengths near 0 and near its size, and some between."""
     ends = {*range(min(size_bytes, 64)), *range(max(0, size_bytes - 64), size_bytes)}
     return sorted(ends | set(range(0, size_bytes, max(1, size_bytes // 64))))
 

@@ -1,4 +1,4 @@
-"""What every strategy must do, as tests that a plugin's test class inherits."""
+"""The strategy suite: tests for every strategy, which a plugin's test class inherits."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ SEED = 1234
 
 
 class StrategySuite(ABC):
-    """Inherit it, name the class `Test...`, and implement `make_strategy`.
+    """The suite of strategies. Inherit it, name the class `Test...`, and implement `make_strategy`.
 
-    Plain pytest runs it in one process. A strategy for several is tested by the same class under torchrun:
+    Plain pytest runs the suite in one process. For several processes, run the same class under torchrun:
 
         torchrun --nproc-per-node 2 -m pytest -x tests/test_my_strategy.py
 
     Attributes:
-        accelerator: What the tests run on.
-        rtol: How far losses and gradient norms may be from those of a plain loop on the whole batch.
-        skipped_models: Tiny models that this strategy cannot take, by its nature.
+        accelerator: The accelerator of the tests.
+        rtol: The allowed relative difference of losses and gradient norms from those of a plain loop on the whole
+            batch.
+        skipped_models: Tiny models that this strategy cannot support.
     """
 
     accelerator: str | Accelerator = "cpu"
@@ -50,7 +51,7 @@ class StrategySuite(ABC):
 
     @pytest.fixture
     def runtime(self) -> Runtime:
-        """A runtime with a new strategy, launched."""
+        """A launched runtime with a new strategy."""
         runtime = self.make_runtime()
         runtime.launch()
         return runtime
@@ -59,7 +60,7 @@ class StrategySuite(ABC):
     def _skip_models(self, request: pytest.FixtureRequest) -> None:
         callspec = getattr(request.node, "callspec", None)
         if callspec is not None and callspec.params.get("model_class") in self.skipped_models:
-            pytest.skip("this strategy does not take this model")
+            pytest.skip("this strategy does not support this model")
 
     # --- the contract
 
@@ -78,7 +79,7 @@ class StrategySuite(ABC):
             raise ZeroDivisionError
         assert (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()) == before
 
-    # --- exactness: every rank is seeded differently, and still gets what eager makes with rank 0's seed
+    # --- exactness: every rank has another seed, and still gets the values of an eager model with rank 0's seed
 
     @each_model
     @pytest.mark.parametrize("empty_init", [True, False, None])
@@ -91,7 +92,7 @@ class StrategySuite(ABC):
             model: nn.Module = model_class()
         model = runtime.setup(model)
         actual_next = torch.rand(3)
-        assert torch.equal(actual_next, expected_next), "the random stream ends elsewhere than eager's"
+        assert torch.equal(actual_next, expected_next), "the random stream ends at another position than the eager one"
         values = _named_tensors(model)
         assert list(values) == list(expected)
         for name, value in expected.items():
@@ -206,7 +207,7 @@ class StrategySuite(ABC):
     def test_a_resumed_run_goes_on_exactly(
         self, runtime: Runtime, model_class: type[TinyModel], tmp_path: Path
     ) -> None:
-        # Every rank of a test has a temporary folder of its own; a checkpoint has one.
+        # Every rank of a test has its own temporary folder, but the ranks write one checkpoint in one folder.
         folder = Path(runtime.broadcast(str(tmp_path))) / "checkpoint"
         model, optimizer = self._trainable(runtime, model_class, torch.optim.AdamW)
         for seed in range(2):
@@ -222,7 +223,7 @@ class StrategySuite(ABC):
         assert state["step"] == 2
         assert [self._step(fresh, resumed, optimizer, seed) for seed in range(2, 5)] == expected
 
-    # --- what the tests are made of
+    # --- helpers of the tests
 
     def _model(self, runtime: Runtime, model_class: type[TinyModel], seed: int = SEED) -> Any:
         torch.manual_seed(seed)
@@ -238,7 +239,7 @@ class StrategySuite(ABC):
         joint: bool = True,
         seed: int = SEED,
     ) -> tuple[Any, Any]:
-        """Return a model and its optimizer; jointly set up, the optimizer was built on deferred parameters."""
+        """Return a model and its optimizer. With `joint`, the optimizer is built on deferred parameters."""
         if not joint:
             model = self._model(runtime, model_class, seed)
             optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=0.01)
@@ -292,7 +293,7 @@ class StrategySuite(ABC):
         return model.sample(4 * runtime.strategy.data_parallel_size, seed).to(runtime.device)
 
     def _batch(self, runtime: Runtime, model: TinyModel, seed: int) -> Tensor:
-        """Return this rank's part; the whole on every rank where samples are not independent of each other."""
+        """Return this rank's part of the batch, or the whole batch if samples depend on each other."""
         whole = self._whole_batch(runtime, model, seed)
         if not model.per_sample:
             return whole
@@ -305,7 +306,7 @@ def _factories_on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that may be sharded; every rank calls it."""
+    """Return the whole tensor of a tensor that may be sharded. Every rank must call it."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     assert isinstance(full, Tensor)
     return full.detach()
@@ -317,7 +318,7 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _ties(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter object."""
+    """Return the list of names of each parameter object."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)

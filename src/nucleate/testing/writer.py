@@ -1,4 +1,4 @@
-"""What every writer must do, as tests that a plugin's test class inherits."""
+"""The suite of writers: tests that the test class of every writer inherits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nucleate.checkpoint.disk.folder import CheckpointFolder
 from nucleate.checkpoint.disk.single_file import CheckpointFile
-from nucleate.checkpoint.disk.target import Target
+from nucleate.checkpoint.disk.target import CheckpointTarget
 from nucleate.checkpoint.loader import load
 from nucleate.checkpoint.readers import Reader
 from nucleate.checkpoint.save_job import SaveJob
@@ -29,9 +29,9 @@ from nucleate.testing.reader import ALL_DTYPES
 
 
 class WriterSuite(ABC):
-    """Inherit it, name the class `Test...`, and implement `make_writer`.
+    """The tests of one writer: inherit this class as `Test...`, and implement `make_writer`.
 
-    Implement `make_reader` as well if the reader of the format is not installed.
+    If the reader of the format is not installed, also implement `make_reader`.
 
     Attributes:
         dtypes: The dtypes that the format can hold.
@@ -49,23 +49,23 @@ class WriterSuite(ABC):
         """Return a new writer with the options to test."""
 
     def make_reader(self) -> Reader | None:
-        """Return a reader of the format, or None where an installed one claims what was written."""
+        """Return a reader of the format, or None if an installed reader claims the written files."""
         return None
 
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
-        """Where the checkpoint of a test goes."""
+        """Return the path of a test's checkpoint."""
         return tmp_path / f"checkpoint{self.suffix}"
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
         """Save a state as `Runtime.save` does."""
         writer = self.make_writer()
-        target: Target = CheckpointFile.at(path)
+        target: CheckpointTarget = CheckpointFile.at(path)
         if not self.suffix:
             target = CheckpointFolder(CheckpointFolder.at(path).path, takes_along=writer.keeps_others)
         snapshot = Snapshot()
         for entry in entries_of(state):
-            snapshot.take(entry)
+            snapshot.add(entry)
         snapshot.close(0)
         writer.check(snapshot)
         job = SaveJob(snapshot, writer, target, None, SaveGroup(0, 1, None))
@@ -73,12 +73,12 @@ class WriterSuite(ABC):
         job.run()
 
     def load(self, path: Path, state: dict[str, Any]) -> Mapping[str, Any]:
-        """Load a state as `Runtime.load` does; return what the checkpoint holds besides."""
+        """Load a state as `Runtime.load` does, and return the remainder of the checkpoint."""
         communicator = Communicator(Environment.detect(), torch.device("cpu"))
         return load(path, state, communicator, reader=self.make_reader(), remainder=True)
 
     def sample(self) -> dict[str, Tensor]:
-        """Return tensors of every dtype with any bits, and of any layout."""
+        """Return tensors of every dtype with random bits, and of several layouts."""
         generator = torch.Generator().manual_seed(0)
         tensors = {}
         for dtype in self.dtypes:

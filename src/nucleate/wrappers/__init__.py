@@ -1,4 +1,4 @@
-"""What `runtime.setup` returns: the user's own objects, with the plugins around forward, step and iteration."""
+"""The wrappers that `runtime.setup` returns: the user's objects, with plugins around forward, step and iteration."""
 
 from nucleate.wrappers.dataloader import DataLoaderWrapper
 from nucleate.wrappers.module import ModuleWrapper

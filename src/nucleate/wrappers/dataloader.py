@@ -1,7 +1,7 @@
 """A data loader that gives each rank its share, on its device, and can be resumed in the middle of an epoch.
 
-This file decides how a loader is taken apart and put together again. Which samples a rank takes is the
-sampler's business, and what seeds are made of is that of `nucleate.seed`.
+This file decides how a loader is split into its parts and built again. The sampler decides which samples a rank takes,
+and `nucleate.seed` derives the seeds.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def prepare(
 
     Args:
         loader: The user's loader.
-        num_replicas: Over how many ranks the data is split.
-        rank: Which part this rank gets.
-        device: Where batches are put; None leaves them.
-        seed: Where the order of samples and the workers' seeds come from; the same on every rank.
+        num_replicas: The number of ranks that split the data.
+        rank: The number of this rank's part.
+        device: The device that batches are moved to; None leaves them.
+        seed: The seed for the order of samples and for the workers' seeds; the same on every rank.
         seed_workers: Give workers seeds that differ by rank, worker and epoch.
-        use_distributed_sampler: Split the data. A dataset that is iterated over, and a loader that has a
-            `DistributedSampler` already, are never split.
+        use_distributed_sampler: Split the data. An iterable dataset, and a loader that already has a
+            `DistributedSampler`, are never split.
 
     Raises:
-        ConfigurationError: There is no such rank among the replicas.
+        ConfigurationError: `rank` is not from 0 to `num_replicas - 1`.
         UsageError: `loader` is not a DataLoader, or is set up already.
     """
     if not 0 <= rank < num_replicas:
@@ -59,14 +59,14 @@ def prepare(
     if use_distributed_sampler:
         share = partial(_share, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=drop_last)
     else:
-        # Not split, but still drawn from the seed alone; ranks differ, as they would with a plain loader.
+        # Not split, but the order still follows from the seed alone; ranks differ, as with a plain loader.
         share = partial(_share, num_replicas=1, rank=0, seed=derive_seed(seed, rank), drop_last=drop_last)
     own = copy.copy(loader)
-    # DataLoader refuses to set these once it is built; the copy is nobody else's.
+    # DataLoader refuses to set these attributes after construction. Nobody else has the copy, so this is safe.
     options = own.__dict__
     options["_iterator"] = None
     if loader.generator is None:
-        # Otherwise each iteration would take a number from the global generator.
+        # Otherwise each iteration would draw a number from the global generator.
         options["generator"] = torch.Generator()
     if not isinstance(loader.dataset, IterableDataset):
         options.update(_samplers(loader, share))
@@ -75,17 +75,17 @@ def prepare(
 
 @final
 class DataLoaderWrapper:
-    """Stands before a loader: iterates epoch after epoch, and knows how far it came.
+    """A wrapper of a loader that iterates epoch after epoch, and remembers its position.
 
-    Anything else, such as `dataset` or `batch_size`, is looked up on the loader.
+    All other attributes, such as `dataset` or `batch_size`, are looked up on the loader.
 
     Args:
         loader: The loader of this rank, as `prepare` makes it.
-        device: Where batches are put; None leaves them.
+        device: The device that batches are moved to; None leaves them.
         seed: The seed that the ranks have in common.
-        rank: This process among those that share the data.
-        seed_workers: Whether workers get seeds made of `seed`.
-        reseeds: Whether the loader's generator is the wrapper's to seed for each epoch.
+        rank: The number of this rank among those that share the data.
+        seed_workers: Whether workers get seeds derived from `seed`.
+        reseeds: Whether the wrapper seeds the loader's generator for each epoch.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class DataLoaderWrapper:
         self._reseeds = reseeds
         self._seed_workers = seed_workers
         self._user_worker_init = loader.worker_init_fn
-        # Where the next iteration begins, and where the current one is: (epoch, batches).
+        # The start of the next iteration, and the position of the current one: (epoch, batches).
         self._next = (0, 0)
         self._position = (0, 0)
 
@@ -123,27 +123,27 @@ class DataLoaderWrapper:
         self._position = (epoch + 1, 0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the next iteration at the start of `epoch`. It counts up by itself otherwise."""
+        """Begin the next iteration at the start of `epoch`. Without this call, the epoch counts up by itself."""
         self._next = self._position = (epoch, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, how many of its batches were delivered, and the seed of their order."""
+        """Return the epoch, the number of its delivered batches, and the seed of their order."""
         epoch, batches = self._position
         return {"epoch": epoch, "batches": batches, "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on where `state_dict` was called.
+        """Let the next iteration continue at the position of the `state_dict` call.
 
-        Samples of batches already delivered are not loaded again, except from a dataset that can only be
-        iterated over. The order of samples is exact; random numbers that workers draw start anew.
+        Samples of delivered batches are not loaded again, except from an iterable dataset. The order of samples is
+        exact. The workers' random numbers start from the beginning.
 
         Raises:
-            UsageError: The state is of a loader with another seed.
+            UsageError: The state belongs to a loader with another seed.
         """
         if state["seed"] != self._seed:
             raise UsageError(
                 f"this loader's order follows from seed {self._seed}, but the state is of a loader with seed "
-                f"{state['seed']}: going on would give some samples twice and others never. Call "
+                f"{state['seed']}: to continue would give some samples twice and others never. Call "
                 f"seed_everything({state['seed']}) before setup_dataloaders."
             )
         self._next = self._position = (int(state["epoch"]), int(state["batches"]))
@@ -186,11 +186,11 @@ class DataLoaderWrapper:
 
 
 def move(data: Any, device: torch.device) -> Any:
-    """Put every tensor of a collection on `device`; from pinned host memory without waiting for the copy.
+    """Move every tensor of a collection to `device`; for pinned host memory, do not wait for the copy.
 
     Args:
-        data: A tensor, or dicts, lists, tuples and dataclasses of them. Anything else is kept.
-        device: Where to.
+        data: A tensor, or dicts, lists, tuples and dataclasses of tensors. Anything else is kept.
+        device: The target device.
     """
     from lightning_utilities.core.apply_func import apply_to_collection
 
@@ -201,32 +201,32 @@ def move(data: Any, device: torch.device) -> Any:
 
 
 def _is_pinned(data: Tensor | PackedSequence) -> bool:
-    """Return whether a copy of it may go on while the program does. From other memory that is not safe on MPS."""
+    """Return whether `data` is in pinned memory. From other memory, a copy without waiting is not safe on MPS."""
     parts = (data.data, data.sorted_indices, data.unsorted_indices) if isinstance(data, PackedSequence) else (data,)
     try:
         return all(part is None or part.is_pinned() for part in parts)
-    except RuntimeError:  # Not every layout and subclass can say so.
+    except RuntimeError:  # Some layouts and subclasses do not support `is_pinned`.
         return False
 
 
 def _share(source: Iterable[Any], **options: Any) -> Iterable[Any]:
-    # A sampler that splits already would be split twice.
+    # A DistributedSampler already splits the data; a second split would be wrong.
     return source if isinstance(source, DistributedSampler) else ShareSampler(source, **options)
 
 
 def _samplers(loader: DataLoader[Any], share: Callable[[Iterable[Any]], Iterable[Any]]) -> dict[str, Any]:
-    """Return what takes the place of the loader's samplers."""
+    """Return the replacements of the loader's samplers, by attribute name."""
     batches = loader.batch_sampler
     if batches is None:
         return {"sampler": share(loader.sampler)}
     if type(batches) is BatchSampler:
-        # Share the samples and batch them again, so that every rank has batches of the loader's size.
+        # Share the samples and batch them again, so that every rank gets batches of the loader's size.
         sampler = share(batches.sampler)
         batch_sampler = BatchSampler(cast(Any, sampler), batches.batch_size, batches.drop_last)
         return {"sampler": sampler if loader.batch_size is not None else loader.sampler, "batch_sampler": batch_sampler}
     if isinstance(getattr(batches, "sampler", None), DistributedSampler):
         return {}
-    # How a sampler of the user's own makes its batches is not known, so the batches are shared as they are.
+    # A user's own batch sampler makes its batches in an unknown way, so the batches are shared unchanged.
     return {"batch_sampler": share(batches)}
 
 

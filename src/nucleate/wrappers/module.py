@@ -1,7 +1,7 @@
-"""A model whose forward goes through precision and strategy, and which in all else is the user's model.
+"""A wrapped model whose forward goes through precision and strategy; everything else is the user's model.
 
-This file decides what counts as forward, what a call that would go around the strategy is told, and where
-names are looked up. What happens in forward is up to the two plugins.
+This file decides which methods count as forward, which calls are refused because they would bypass the strategy, and
+where names are looked up. The two plugins do the work around forward.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from nucleate.errors import UsageError, name_list
 from nucleate.precision.base import Precision
 from nucleate.strategies.base import Strategy
 
-# How many `backward_allowed` contexts are open. A plain number and not a context variable: on accelerators the hooks
+# The number of open `backward_allowed` contexts. A plain number and not a context variable: on accelerators the hooks
 # run in autograd's own threads, which do not see the caller's context.
 _backward_allowed = 0
 
 
 @contextmanager
 def backward_allowed() -> Iterator[None]:
-    """Surround a backward pass whose loss was scaled; outside, backward through a scaling wrapper is refused."""
+    """Surround a backward pass of a scaled loss. Outside of this context, backward through a scaling wrapper fails."""
     global _backward_allowed
     _backward_allowed += 1
     try:
@@ -42,14 +42,14 @@ def backward_allowed() -> Iterator[None]:
 
 @final
 class ModuleWrapper(nn.Module):
-    """Stands before the user's model: the same attributes, keys and methods, another forward.
+    """A wrapper of the user's model, with the same attributes, keys and methods, but another forward.
 
     Args:
-        forward_module: What the strategy's setup returned; its forward is called.
+        forward_module: The module that the strategy's `setup` returned; its forward is called.
         original: The user's model, which may be the same object.
         precision: Converts inputs and outputs, and surrounds forward.
-        strategy: Says which methods must go through it.
-        device: Which device is the current one during forward; None leaves that alone.
+        strategy: Decides which methods must go through it.
+        device: The device that is made current during forward; None does not change the current device.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class ModuleWrapper(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        # In `__dict__`, not in `_modules`: keys must not get a prefix. The registries are the model's very own,
-        # so that whatever walks over modules without asking for methods sees the same tree.
+        # In `__dict__`, not in `_modules`: keys must not get a prefix. The registries are the model's own objects, so
+        # that code which walks over modules without calling methods sees the same tree.
         self.__dict__.update(
             _forward_module=forward_module,
             _precision=precision,
@@ -86,7 +86,7 @@ class ModuleWrapper(nn.Module):
 
     @property
     def forward_module(self) -> nn.Module:
-        """What the strategy's setup returned."""
+        """The module that the strategy's `setup` returned."""
         forward_module: nn.Module = self.__dict__["_forward_module"]
         return forward_module
 
@@ -95,13 +95,13 @@ class ModuleWrapper(nn.Module):
         return self._run(self.forward_module, args, kwargs)
 
     def mark_forward_method(self, method: str | MethodType) -> None:
-        """Let a method of the model go through precision and strategy as forward does.
+        """Let a method of the model go through precision and strategy, as forward does.
 
         Args:
-            method: Its name, or the method itself.
+            method: The method's name, or the method itself.
 
         Raises:
-            UsageError: It is forward itself, or the model has no such method.
+            UsageError: The method is forward itself, or the model does not have the method.
         """
         name = method if isinstance(method, str) else method.__name__
         if name == "forward":
@@ -114,10 +114,10 @@ class ModuleWrapper(nn.Module):
     def mark_inference_method(self, name: str) -> None:
         """Let a method that needs no gradients go through the precision, and through a strategy that gathers.
 
-        Unlike a forward method it does not enter a strategy that exchanges gradients, so that one rank may call it.
+        Unlike a forward method, it does not enter a strategy that exchanges gradients, so a single rank may call it.
 
         Args:
-            name: A method of the model.
+            name: The name of a method of the model.
         """
         self._strategy.mark_forward_method(self.forward_module, name)
         self._inference_methods.add(name)
@@ -142,7 +142,7 @@ class ModuleWrapper(nn.Module):
         return output
 
     def _run_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a marked method. A strategy that wraps the model is entered by its forward, like any other."""
+        """Run a marked method. If a strategy wraps the model, run the method inside the strategy's forward."""
         original = self.module
         if self.forward_module is original:
             return self._run(getattr(original, name), args, kwargs)
@@ -155,7 +155,7 @@ class ModuleWrapper(nn.Module):
                 original.__dict__["forward"] = own_forward
 
         def redirected(*args: Any, **kwargs: Any) -> Any:
-            restore()  # First of all: the method may call the real forward.
+            restore()  # First, because the method may call the real forward.
             return getattr(original, name)(*args, **kwargs)
 
         original.__dict__["forward"] = redirected
@@ -165,19 +165,19 @@ class ModuleWrapper(nn.Module):
             restore()
 
     def _run_guarded(self, method: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an unmarked method; should it call forward of the model or a part of it, refuse before that runs."""
+        """Run an unmarked method. If it calls forward of the model or of a part, refuse before that forward runs."""
         name = f"{type(self.module).__name__}.{method.__name__}"
         guarded: set[nn.Module] = set()
 
         def refuse(module: nn.Module, _: Any) -> None:
-            # Without gradients there is nothing to exchange; inside the wrapper's forward the strategy is there.
+            # Without gradients there is nothing to exchange; inside the wrapper's forward the strategy is active.
             if not torch.is_grad_enabled() or self._forward_depth > 0:
                 return
             if not guarded:
                 guarded.update(self.module.modules())
             if module in guarded:
                 raise UsageError(
-                    f"{name}() calls forward by itself, which goes around the strategy {self._strategy.name!r}: its "
+                    f"{name}() calls forward by itself, which bypasses the strategy {self._strategy.name!r}: its "
                     f"gradients would not be exchanged. Call model.mark_forward_method({method.__name__!r}) after "
                     "setup, or call the method under torch.no_grad()."
                 )
@@ -195,7 +195,7 @@ class ModuleWrapper(nn.Module):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        if "_original" in self.__dict__:  # nn.Module.__init__ sets it before there is a model.
+        if "_original" in self.__dict__:  # nn.Module.__init__ sets `training` before the wrapper has a model.
             self.module.training = mode
 
     def __getattr__(self, name: str) -> Any:
@@ -231,7 +231,7 @@ class ModuleWrapper(nn.Module):
         return sorted({*super().__dir__(), *dir(self.module)})  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleWrapper:
-        """Copy the model; the copy works with the same precision and strategy, as an average of weights should."""
+        """Copy the model, but keep the same precision and strategy, as an average of weights needs it."""
         clone = object.__new__(ModuleWrapper)
         memo[id(self)] = clone
         for plugin in (self._precision, self._strategy):
@@ -244,7 +244,7 @@ class ModuleWrapper(nn.Module):
 
 
 def _refuse_plain_backward(tensor: Tensor) -> None:
-    # A leaf, such as a parameter that forward hands out, would keep the hook for good.
+    # A leaf, such as a parameter that forward returns, would keep the hook forever.
     if tensor.requires_grad and not tensor.is_leaf:
         tensor.register_hook(_check_backward)
 
@@ -266,29 +266,30 @@ def _delegate(name: str) -> Callable[..., Any]:
     return method
 
 
-# The model may have its own version of any of these, and as the first module of a tree it is itself to be named.
+# The model may have its own version of any of these methods. `modules` and the like must also yield the model itself
+# as the root, not the wrapper.
 for _name in (
-    # A parent loads its parts by `_load_from_state_dict`, and saves them by `state_dict`.
+    # A parent loads its children by `_load_from_state_dict`, and saves them by `state_dict`.
     *("state_dict", "load_state_dict", "_load_from_state_dict"),
     *("parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules"),
     *("children", "named_children", "get_parameter", "get_buffer", "get_submodule", "set_submodule"),
     *("register_parameter", "register_buffer", "register_module", "add_module"),
     *("train", "eval", "requires_grad_", "zero_grad", "apply", "share_memory"),
-    # All of them that a package brings later for a kind of device call `_apply`.
+    # Moves that another package adds later for a kind of device all call `_apply`.
     *("to", "to_empty", "type", *module_moves(), "float", "double", "half", "bfloat16", "_apply"),
 ):
     setattr(ModuleWrapper, _name, _delegate(_name))
 
 
 def refuse_set_up(model: nn.Module, models: Container[nn.Module]) -> None:
-    """Refuse what is no model, and a model that was set up, or has a part that was.
+    """Refuse an object that is not a module, and a model that was set up or has a part that was set up.
 
     Args:
-        model: What `setup` was given.
+        model: The argument of `setup`.
         models: The original models that were set up.
 
     Raises:
-        UsageError: It is no module, or was set up before.
+        UsageError: The object is not a module, or it or a part was set up before.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"setup takes a torch.nn.Module first, then optimizers; got {type(model).__name__}.")
@@ -297,7 +298,7 @@ def refuse_set_up(model: nn.Module, models: Container[nn.Module]) -> None:
             f"this {type(getattr(model, 'module', model)).__name__} has been set up already. Use the model that "
             "`setup` returned."
         )
-    # A wrapper in the tree shows as the model that it wraps.
+    # A wrapper in the tree appears as the model that it wraps.
     inside = [name for name, module in model.named_modules() if module in models]
     if inside:
         raise UsageError(f"{name_list(inside)} of this model has been set up already. Set up the whole model once.")

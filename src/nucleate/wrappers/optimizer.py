@@ -1,4 +1,4 @@
-"""An optimizer whose step goes through the precision; all it knows and holds is the optimizer's own."""
+"""A wrapped optimizer whose step goes through the precision; its groups and state are the user's optimizer's."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from nucleate.precision.base import Precision
 
 @final
 class OptimizerWrapper(Optimizer):
-    """Stands before the user's optimizer; a learning rate scheduler takes it as one.
+    """A wrapper of the user's optimizer; a learning rate scheduler accepts it as an optimizer.
 
     Args:
         optimizer: The user's optimizer.
-        precision: Steps it, or skips a step whose gradients overflowed.
+        precision: Steps the optimizer, or skips a step whose gradients overflowed.
     """
 
-    # The base's __init__ is not called: it would make parameter groups, state and hooks beside the real ones.
+    # The base's __init__ is not called: it would make a second set of parameter groups, state and hooks.
     def __init__(self, optimizer: Optimizer, precision: Precision) -> None:
         self.optimizer = optimizer
         self.precision = precision
@@ -55,13 +55,13 @@ class OptimizerWrapper(Optimizer):
         self.optimizer.defaults = defaults
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the optimizer as the precision does it.
+        """Step the optimizer through the precision.
 
         Args:
-            closure: Computes the loss anew and returns it; for optimizers that want one.
+            closure: Computes the loss again and returns it, for optimizers that need a closure.
 
         Returns:
-            What the optimizer's step returned, or None for a step that was skipped.
+            The result of the optimizer's step, or None if the step was skipped.
         """
         return self.precision.step(self.optimizer, closure)
 
@@ -70,7 +70,7 @@ class OptimizerWrapper(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Give the optimizer more parameters."""
+        """Add parameters to the optimizer."""
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,13 +82,13 @@ class OptimizerWrapper(Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def __getattr__(self, name: str) -> Any:
-        # While unpickling there is no optimizer yet, and asking for it would come here again.
+        # While unpickling there is no optimizer yet, and the lookup would call this method without end.
         if name == "optimizer":
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out `step` as a scheduler patched it, as torch's optimizers do: that cannot be pickled."""
+        """Leave out a `step` that a scheduler patched, as torch's optimizers do: it cannot be pickled."""
         return {"optimizer": self.optimizer, "precision": self.precision}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,20 +99,21 @@ class OptimizerWrapper(Optimizer):
 
 
 def check_optimizer(optimizer: Optimizer, names: Mapping[int, str], model: nn.Module, shards: bool) -> None:
-    """Refuse an optimizer that cannot be set up with a model, before anything is changed.
+    """Refuse an optimizer that cannot be set up with a model, before any change.
 
     Args:
-        optimizer: What the user gave.
+        optimizer: The user's optimizer.
         names: The FQN of each parameter of the model, by the parameter's id.
-        model: The model that it is set up with.
+        model: The model that is set up with the optimizer.
         shards: Whether the strategy replaces the parameters.
 
     Raises:
-        UsageError: It is no optimizer, is set up already, or has state for other tensors than it will train.
-        ConfigurationError: It has parameters of another model.
+        UsageError: The object is not an optimizer, is set up already, or has state for other tensors than it will
+            train.
+        ConfigurationError: The optimizer has parameters of another model.
     """
     if isinstance(optimizer, OptimizerWrapper):
-        raise UsageError("this optimizer has been set up already; use what was returned then.")
+        raise UsageError("this optimizer has been set up already. Use the optimizer that the first setup returned.")
     if not isinstance(optimizer, Optimizer):
         raise UsageError(f"setup takes optimizers after the model; got {type(optimizer).__name__}.")
     strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
@@ -121,27 +122,27 @@ def check_optimizer(optimizer: Optimizer, names: Mapping[int, str], model: nn.Mo
         described = name_list(named or (str(tuple(p.shape)) for p in strangers))
         raise ConfigurationError(
             f"{type(optimizer).__name__} has {len(strangers)} parameters that {type(model).__name__} does not have: "
-            f"{described}. Build it on the parameters of the model that it is set up with."
+            f"{described}. Build the optimizer on the parameters of the model that you set up with it."
         )
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
     if state and (shards or any(tensor.is_meta or handle_of(tensor) for tensor in state)):
         raise UsageError(
-            f"{type(optimizer).__name__} already has state, which was made for parameters that are not the ones it "
-            "will train. Build it after setup, from the parameters of the model that `setup` returned, then call "
+            f"{type(optimizer).__name__} already has state, which was made for other parameters than it will train. "
+            "Build it after setup, from the parameters of the model that `setup` returned, then call "
             "`runtime.setup_optimizers(optimizer)`."
         )
 
 
 def repoint(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Let an optimizer train the parameters that now have the names that its own had.
+    """Replace the optimizer's parameters by the current parameters of the same names.
 
     Args:
         optimizer: The user's optimizer.
-        names: The FQN of each parameter that it has, by the parameter's id.
-        parameters: The parameters by FQN, as the strategy left them.
+        names: The FQN of each parameter of the optimizer, by the parameter's id.
+        parameters: The parameters by FQN, after the strategy's `setup`.
 
     Raises:
-        ConfigurationError: The precision has quantized one, and what is left of it does not train.
+        ConfigurationError: The precision has quantized a parameter, so that it no longer trains.
     """
     frozen = [
         names[id(parameter)]
@@ -152,7 +153,7 @@ def repoint(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[
     if frozen:
         raise ConfigurationError(
             f"{type(optimizer).__name__} has {name_list(frozen)}, which the precision has quantized and which cannot "
-            "train. Set the model up alone, build the optimizer on those of its parameters that require gradients, and "
+            "train. Set the model up alone, build the optimizer on the model's parameters that require gradients, and "
             "call `runtime.setup_optimizers(optimizer)`."
         )
     for group in optimizer.param_groups:

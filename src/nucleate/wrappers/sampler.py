@@ -1,7 +1,7 @@
-"""Which samples a rank takes, in an order that follows from seed and epoch alone.
+"""Samplers that choose a rank's samples, in an order that follows from seed and epoch alone.
 
-The order is drawn whole, the same on every rank, and rank `r` of `W` takes every `W`-th sample from the
-`r`-th on. So the batches of one step, together, are those of a single process with `W` times the batch size.
+Every rank draws the same whole order, and rank `r` of `W` takes every `W`-th sample from the `r`-th on. So the batches
+of one step together equal the batch of a single process with `W` times the batch size.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 @final
 class ShareSampler(Sampler[Any]):
-    """One rank's share of what another sampler draws.
+    """One rank's share of the samples of another sampler.
 
-    The other sampler draws with the global generators seeded by seed and epoch, which get back their state
-    afterwards: a sampler of the user's own is reproducible too, and takes nothing from the training's
-    random numbers. A generator given to one of torch's samplers is not used. A sampler without a length is
-    shared as it goes, and must draw alike on every rank.
+    While the other sampler draws, the global generators are seeded by seed and epoch; afterwards they get back their
+    state. So a user's own sampler is reproducible too, and does not change the random numbers of the training. A
+    generator of torch's samplers is not used. A sampler without a length is shared while it draws, and must draw the
+    same samples on every rank.
 
     Args:
-        source: Draws indices, or whole batches of them.
-        num_replicas: How many ranks share.
-        rank: Which share this is.
-        seed: Where the order comes from, the same for all who share.
-        drop_last: Leave out the last samples where they do not go round; otherwise the first are given again.
+        source: Draws indices, or whole batches of indices.
+        num_replicas: The number of ranks that share.
+        rank: The number of this rank's share.
+        seed: The seed of the order, the same for all ranks that share.
+        drop_last: Leave out the last samples if they are too few for all ranks; otherwise repeat the first samples.
     """
 
     def __init__(self, source: Iterable[Any], num_replicas: int, rank: int, seed: int, drop_last: bool) -> None:
@@ -44,13 +44,13 @@ class ShareSampler(Sampler[Any]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration; the other sampler is told if it wants to know."""
+        """Choose the order of the next iteration; call `set_epoch` of the other sampler too, if it has that method."""
         self.epoch = epoch
         if callable(set_epoch := getattr(self.source, "set_epoch", None)):
             set_epoch(epoch)
 
     def __len__(self) -> int:
-        """Return how many samples each rank gets."""
+        """Return the number of samples of each rank."""
         return self._total(len(cast(Sized, self.source))) // self.num_replicas
 
     def __iter__(self) -> Iterator[Any]:
@@ -79,11 +79,11 @@ class ShareSampler(Sampler[Any]):
 
 @final
 class SkipSampler(Sampler[Any]):
-    """What another sampler draws, without the first `skip` of it: to resume without loading what was seen.
+    """The samples of another sampler without the first `skip`, to resume without loading delivered samples.
 
     Args:
         source: Draws indices or batches.
-        skip: How many to leave out.
+        skip: The number of indices or batches to leave out.
     """
 
     def __init__(self, source: Iterable[Any], skip: int) -> None:
@@ -94,12 +94,12 @@ class SkipSampler(Sampler[Any]):
         return islice(iter(self.source), self.skip, None)
 
     def __len__(self) -> int:
-        """Return how many are left."""
+        """Return the number of indices or batches that are left."""
         return max(0, len(cast(Sized, self.source)) - self.skip)
 
 
 def _without_generator(source: Iterable[Any]) -> Iterable[Any]:
-    """Return a random sampler of torch's without its own generator, so that the seeded one decides."""
+    """Return a random sampler of torch without its own generator, so that the seeded generator decides."""
     if type(source) in _RANDOM and getattr(source, "generator", None) is not None:
         source = copy.copy(source)
         vars(source)["generator"] = None

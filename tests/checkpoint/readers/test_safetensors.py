@@ -71,17 +71,17 @@ E8, F16 = (1 << 64) - 1, 1 << 63
     [
         (b"[]", "is a? ?\\[\\] instead of an object"),
         (b"17", "17 instead of an object"),
-        (b"", "no JSON"),
-        (b'{"a":', "no JSON"),
-        (b"\xff\xfe", "no JSON"),
+        (b"", "not valid JSON"),
+        (b'{"a":', "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"a":' * 100_000, "nested too deep"),
-        (b"9" * 10_000, "no JSON"),
-        (b'{"a": {"dtype":"U8","shape":[8],"data_offsets":[0,8]}, "a": 1}', "'a' stands in it twice"),
+        (b"9" * 10_000, "not valid JSON"),
+        (b'{"a": {"dtype":"U8","shape":[8],"data_offsets":[0,8]}, "a": 1}', "it holds 'a' twice"),
         (b'{"\\ud800": 1}', "surrogates not allowed"),
         ({"a": 1}, "a has no dtype, shape and data_offsets"),
         ({"a": {"dtype": "U8", "shape": [8]}}, "a has no dtype, shape and data_offsets"),
-        ({"a": entry(0, 8, dtype="U9")}, "a in .* has the dtype 'U9'.*Known are F64,"),
+        ({"a": entry(0, 8, dtype="U9")}, "a in .* has the dtype 'U9'.*The known dtypes are F64,"),
         ({"a": entry(0, 8, dtype=None)}, "has the dtype None"),
         ({"a": entry(0, 8, dtype=["U8"])}, "has the dtype \\['U8'\\]"),
         ({"a": entry(0, 8, [-8])}, "a has the shape \\[-8\\]"),
@@ -102,10 +102,10 @@ E8, F16 = (1 << 64) - 1, 1 << 63
         ({"a": entry(0, 9)}, "a lies at bytes 0 to 9 of the data of .*, which has 8"),
         ({"a": entry(F16 - 9, F16 - 1)}, "a lies at bytes"),
         ({"a": entry(0, 6), "b": entry(4, 8)}, "b, at bytes 4 to 8, overlaps with a"),
-        ({"a": entry(0, 3), "b": entry(4, 8)}, "b, at bytes 4 to 8, leaves 1 bytes after a"),
-        ({"a": entry(1, 8)}, "a, at bytes 1 to 8, leaves 1 bytes after the header"),
-        ({"a": entry(0, 7)}, "1 bytes follow a, which belong to no tensor"),
-        ({}, "8 bytes follow the header"),
+        ({"a": entry(0, 3), "b": entry(4, 8)}, "b, at bytes 4 to 8, leaves a gap of 1 bytes after a"),
+        ({"a": entry(1, 8)}, "a, at bytes 1 to 8, leaves a gap of 1 bytes after the header"),
+        ({"a": entry(0, 7)}, "1 bytes after a belong to no tensor"),
+        ({}, "8 bytes after the header"),
         ({"__metadata__": {"a": 1}, "a": entry(0, 8)}, "`__metadata__`"),
         ({"__metadata__": [], "a": entry(0, 8)}, "`__metadata__`"),
     ],
@@ -128,7 +128,7 @@ def test_a_header_longer_than_the_limit_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "a.safetensors", "wb") as file:
         file.write((100_000_001).to_bytes(8, "little"))
         file.truncate(200_000_000)
-    with pytest.raises(CheckpointError, match="announces a header of 100000001, at most 100000000"):
+    with pytest.raises(CheckpointError, match="announces a header of 100000001 bytes; the limit is 100000000"):
         open_checkpoint(tmp_path / "a.safetensors")
 
 
@@ -205,13 +205,13 @@ def test_shards_may_be_links_as_in_the_cache_of_hugging_face(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": "1.safetensors", "b": "3.safetensors"}, r"1 are not there: 3\.safetensors \(b is in 3"),
-        ({"a": "a\0b", "b": "1.safetensors"}, "not there"),
+        ({"a": "1.safetensors", "b": "3.safetensors"}, r"1 are missing: 3\.safetensors \(b is in 3"),
+        ({"a": "a\0b", "b": "1.safetensors"}, "missing"),
         ({"a": "2.safetensors", "b": "2.safetensors", "c": "2.safetensors"}, r"a is in 2.*, but none of its files"),
         ({"b": "1.safetensors", "a": "2.safetensors"}, r"b is in 1\.safetensors, but it is in 2\.safetensors"),
         ({"a": "1.safetensors", "b": "2.safetensors"}, r"omits 1 tensors that its files hold: c in 2\.safetensors"),
-        ({"a": "1.safetensors", "b": "2.safetensors", "c": 5}, "gives no file for 'c', but 5"),
-        ({"a": "1.safetensors", "b": "2.safetensors", "c": None}, "gives no file for 'c', but None"),
+        ({"a": "1.safetensors", "b": "2.safetensors", "c": 5}, "gives no file name for 'c', but 5"),
+        ({"a": "1.safetensors", "b": "2.safetensors", "c": None}, "gives no file name for 'c', but None"),
         ([], "no `weight_map`"),
         (None, "no `weight_map`"),
     ],

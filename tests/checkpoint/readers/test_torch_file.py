@@ -165,8 +165,8 @@ def refused_states() -> dict[str, tuple[Any, str]]:
         "subclass": ({"f": torch.ones(2).as_subclass(Fancy)}, r"f in .* is a .*Fancy, whose numbers only that class"),
         "storage": ({"s": torch.ones(2).untyped_storage()}, r"s in .* is a bare storage"),
         "module": ({"m": nn.Linear(1, 1)}, r"m in .* is a torch\.nn\.modules\.linear\.Linear"),
-        "list": ([torch.ones(1)], "holds a list; a checkpoint is a dict"),
-        "tensor": (torch.ones(1), "holds one tensor; a checkpoint is a dict"),
+        "list": ([torch.ones(1)], "holds a list. A checkpoint must be a dict"),
+        "tensor": (torch.ones(1), "holds one tensor. A checkpoint must be a dict"),
         "twins": ({"a.b": torch.ones(1), "a": {"b": torch.ones(2)}}, "holds two tensors called a.b"),
         "expanded": ({"e": torch.ones(1).expand(1 << 40)}, r"e in .* has the shape \(1099511627776,\).*expanded"),
     }
@@ -215,7 +215,7 @@ def test_something_else_of_that_name_is_refused(tmp_path: Path, content: bytes) 
 def test_an_archive_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
         file.writestr("x/text", b"")
-    with pytest.raises(CheckpointError, match="no file of `torch.save`"):
+    with pytest.raises(CheckpointError, match="not a file of `torch.save`"):
         open_checkpoint(tmp_path / "a.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -54,7 +54,7 @@ def test_a_glob_finds_the_names_that_it_makes(parts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("pattern", "new", "message"),
     [
-        ("a.*", "b.*.*", r"'b\.\*\.\*' cannot be made of 'a\.\*': it has more stars"),
+        ("a.*", "b.*.*", r"'b\.\*\.\*' cannot be made from 'a\.\*': it has more stars"),
         ("a.{i}", "b.{j}", r"it has \{j\}"),
         (re.compile("a(b)"), r"\2", r"has the group 2"),
         (re.compile("a(?P<x>b)"), r"\g<y>", r"has the group y"),

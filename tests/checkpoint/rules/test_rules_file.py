@@ -83,7 +83,7 @@ def test_every_rule_can_be_written_in_a_file(tmp_path: Path) -> None:
         ("[[rule]]\nrename = 'a'\nto = 'b'\n[[rule]]\nrename = 'a'\ndrop = 'b'", "rule 2 in "),
         ("[[rule]]\nrename = 'a'\nto = 'b'\ndim = 1", "has dim; rename takes optional, to."),
         ("[[rule]]\nrename = 'a'", "None is not a new name"),
-        ("[[rule]]\nstack = 'a.*'", "stack needs `to`, the name of what it makes."),
+        ("[[rule]]\nstack = 'a.*'", "stack needs `to`, the name of its result."),
         ("[[rule]]\nrename = 're:('\nto = 'b'", "is not a regular expression"),
         ("[[rule]]\npermute_heads = 'a'", "num_heads"),
     ],

@@ -191,14 +191,14 @@ def a_file_that_only_some_ranks_have_is_an_error_on_all(path: Path) -> None:
 
 def ranks_that_bind_other_files_are_told_so(path: Path) -> None:
     from nucleate.checkpoint import open_checkpoint
-    from nucleate.deferred import give
+    from nucleate.deferred import bind
 
     runtime = Runtime(accelerator=accelerator(), strategy="fsdp")
     with runtime.init_module(empty_init=True):
         model = Model()
     if runtime.global_rank == 1:
         tensors = open_checkpoint(path / "model.safetensors").tensors
-        give(model.scale, tensors["scale"])
+        bind(model.scale, tensors["scale"])
     with pytest.raises(RankDisagreementError):
         runtime.setup(model)
 

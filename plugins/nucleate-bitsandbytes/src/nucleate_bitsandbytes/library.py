@@ -1,4 +1,4 @@
-"""bitsandbytes itself: imported when its kernels are first needed, and without a warning that helps nobody."""
+"""The import of bitsandbytes: it happens when a kernel is first needed, and suppresses one useless warning."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from nucleate.errors import MissingDependencyError
 
 @cache
 def bitsandbytes() -> ModuleType:
-    """Import and return bitsandbytes, which takes a second or two, the first time.
+    """Return bitsandbytes; the first call imports it, which takes a second or two.
 
-    On CPUs with AVX512-BF16 it logs a warning if a package of kernels, which it does not depend on, is not installed.
-    That one message is dropped, that once; other messages, and the logger, stay as they are.
+    On CPUs with AVX512-BF16, bitsandbytes logs a warning if a package of kernels is not installed. bitsandbytes does
+    not depend on that package. This function drops that one message during the import. Other messages, and the logger,
+    stay as they are.
     """
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.addFilter(_is_worth_it)
@@ -23,7 +24,7 @@ def bitsandbytes() -> ModuleType:
         return import_module("bitsandbytes")
     except ImportError as error:
         raise MissingDependencyError(
-            f"nucleate-bitsandbytes computes with the package bitsandbytes, which cannot be imported here: {error}. "
+            f"nucleate-bitsandbytes needs the package bitsandbytes, which cannot be imported here: {error}. "
             "Install it: pip install bitsandbytes."
         ) from error
     finally:

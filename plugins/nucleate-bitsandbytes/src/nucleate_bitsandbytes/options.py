@@ -1,4 +1,4 @@
-"""The options of the precision, for those who replace layers."""
+"""Quantization options: the arguments of `BitsandbytesPrecision`, for the functions that replace layers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How layers are quantized.
+    """The options of a precision; see `BitsandbytesPrecision`.
 
     Attributes:
-        name: What messages call the precision.
-        mode: See `BitsandbytesPrecision`, likewise the others.
-        dtype: What products are computed in.
-        skip: Names of modules that are left alone.
-        blocksize: How many weights share a scale.
-        threshold: From which magnitude on columns are not quantized.
+        name: The precision's name in messages.
+        mode: The mode, such as `"nf4"`.
+        dtype: The dtype that products are computed in.
+        skip: Names of modules that are not quantized.
+        blocksize: The number of weights that share a scale.
+        threshold: Columns with a magnitude of at least this are not quantized.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The precision: linear layers are quantized while their weights arrive, everything else is kept in a compute dtype."""
+"""The bitsandbytes precision: it quantizes linear layers, and keeps all other parameters in a compute dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Self, final
 import torch
 from torch import nn
 
-from nucleate.deferred import Given
+from nucleate.deferred import ElementSource
 from nucleate.errors import ConfigurationError
 from nucleate.precision import FullPrecision, HalfPrecision, Precision
 from nucleate_bitsandbytes.options import Options
@@ -19,27 +19,27 @@ MODES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training")
 
 @final
 class BitsandbytesPrecision(Precision):
-    """Quantizes linear layers with the formats of bitsandbytes.
+    """A precision that quantizes linear layers with the formats of bitsandbytes.
 
-    Layers are replaced in `setup`, while the model is deferred: each weight is quantized as it is read or made, a few
-    rows at a time, and is never whole in full precision. The weights are frozen, but for `"int8-training"`; parameters
-    that you add (LoRA) train.
+    `setup` replaces the layers while the model is deferred. Each weight is quantized while it is read or made, a few
+    rows at a time, so it never exists whole in full precision. The weights are frozen, except in mode
+    `"int8-training"`. Parameters that you add (LoRA) train.
 
     Args:
         mode: `"nf4"` or `"fp4"`: 4 bits for each weight and a scale for each 64 (QLoRA, arXiv:2305.14314); with
             `"-dq"` the scales are quantized too. `"int8"`: 8 bits and a scale for each row (LLM.int8(),
-            arXiv:2208.07339). `"int8-training"`: weights stay in `compute_dtype` and train, the product is computed in
-            8 bits.
-        compute_dtype: What weights are quantized from, what products are computed in and what all other parameters
-            are: bfloat16, float16 or float32.
-        skip: Names of modules that are left alone, see `nucleate_bitsandbytes.selection.linears_of`. By default
-            `"lm_head"`. Layers tied to others are always left alone.
-        blocksize: How many weights share a scale in the 4-bit modes.
-        threshold: In the 8-bit modes, columns of the input with a larger value than this are computed in full; 0 for
-            none.
+            arXiv:2208.07339). `"int8-training"`: weights stay in `compute_dtype` and train; only the product is
+            computed in 8 bits.
+        compute_dtype: bfloat16, float16 or float32. Weights are quantized from this dtype, products are computed in
+            it, and all other parameters have it.
+        skip: Names of modules that are not quantized, see `nucleate_bitsandbytes.selection.linears_of`. By default
+            `"lm_head"`, and the head of a transformers model. Layers tied to others are never quantized.
+        blocksize: The number of weights that share a scale in the 4-bit modes.
+        threshold: In the 8-bit modes, input columns with a magnitude of at least this are computed in full; 0 turns
+            this off.
 
     Raises:
-        ConfigurationError: An argument is not one of these.
+        ConfigurationError: An argument has a value that is not allowed.
     """
 
     def __init__(
@@ -63,24 +63,24 @@ class BitsandbytesPrecision(Precision):
             raise ConfigurationError(f"blocksize={blocksize!r} must be a power of two from 64 to 4096.")
         if not isinstance(threshold, (int, float)) or not threshold >= 0:
             raise ConfigurationError(
-                f"threshold={threshold!r} must be a number that is not negative; 0 puts every column in 8 bits."
+                f"threshold={threshold!r} must be a number of at least 0; 0 computes every column in 8 bits."
             )
         self.name = f"bnb-{mode}"
         self.mode = mode
         self.skip = None if skip is None else tuple(skip)
         self.blocksize = blocksize
         self.threshold = threshold
-        # Everything but the linear layers is its business.
+        # This precision handles everything except the linear layers.
         full = compute_dtype == torch.float32
         self._base: Precision = FullPrecision(compute_dtype) if full else HalfPrecision(compute_dtype)
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """Build `"bnb-nf4"` and its like."""
+        """Build the precision from a name such as `"bnb-nf4"`."""
         return cls(name.removeprefix("bnb-"))
 
     def __repr__(self) -> str:
-        # Ranks compare it: shards of weights that are quantized in two ways would be neither.
+        # Ranks compare this text: shards that two ranks quantize in two ways do not form one weight.
         return (
             f"BitsandbytesPrecision({self.mode!r}, compute_dtype={self.dtype}, skip={self.skip}, "
             f"blocksize={self.blocksize}, threshold={self.threshold})"
@@ -99,20 +99,20 @@ class BitsandbytesPrecision(Precision):
         """Cast the parameters of `model` and replace its linear layers by quantized ones, in place.
 
         Raises:
-            ConfigurationError: `skip` names no module of the model.
-            ConversionError: A real weight has values that are not finite. Of a deferred one, that is found when it is
-                made.
+            ConfigurationError: A name in `skip` does not match any module of the model.
+            ConversionError: A real weight has values that are not finite. For a deferred weight, this error comes when
+                the weight is materialized.
         """
         from nucleate_bitsandbytes.replacement import quantize
 
         self._base.setup(model)
         return quantize(model, self._options())
 
-    def before_load(self, model: nn.Module, stored: Mapping[str, Given]) -> None:
+    def before_load(self, model: nn.Module, stored: Mapping[str, ElementSource]) -> None:
         """Replace the linear layers for which a checkpoint holds quantized weights.
 
         Raises:
-            CheckpointError: They are quantized in another way.
+            CheckpointError: The checkpoint's quantized weights do not fit this precision.
         """
         from nucleate_bitsandbytes.replacement import prepare
 
@@ -122,7 +122,7 @@ class BitsandbytesPrecision(Precision):
         return Options(self.name, self.mode, self.dtype, self.skip, self.blocksize, self.threshold)
 
     def quantization_config(self, model: nn.Module) -> dict[str, Any] | None:
-        """Return what transformers' `BitsAndBytesConfig` says of this; None where floats are stored."""
+        """Return the content of a `BitsAndBytesConfig` of transformers; None for a mode that stores floats."""
         if self.mode == "int8-training":
             return None
         config: dict[str, Any] = {
@@ -130,7 +130,7 @@ class BitsandbytesPrecision(Precision):
             "load_in_8bit": self.mode == "int8",
             "load_in_4bit": self.mode != "int8",
             "llm_int8_threshold": self.threshold,
-            # Without a list it would look for the head by itself.
+            # Without a list, transformers would search for the head itself.
             "llm_int8_skip_modules": [fqn for fqn, module in model.named_modules() if type(module) is nn.Linear],
         }
         if self.mode != "int8":

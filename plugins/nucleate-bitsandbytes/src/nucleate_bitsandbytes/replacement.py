@@ -1,4 +1,4 @@
-"""Puts quantized layers where linear layers were, in a deferred model or a real one."""
+"""Replacement of linear layers by quantized ones, in a deferred model or a real one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred import Given, convert
+from nucleate.deferred import ElementSource, convert
 from nucleate.errors import CheckpointError, ConfigurationError, ConversionError, name_list
 from nucleate_bitsandbytes.layers import FourBitWeight, Linear4bit, Linear8bit, Linear8bitTraining
 from nucleate_bitsandbytes.layers.lazy import description
@@ -19,12 +19,12 @@ from nucleate_bitsandbytes.quantizers import DoubleQuant, FourBit, Int8Rows
 from nucleate_bitsandbytes.quantizers.four_bit import QuantType
 from nucleate_bitsandbytes.selection import linears_of
 
-# What a checkpoint holds beside the codes of a quantized weight, and nothing else holds.
+# Keys that a checkpoint has only for quantized weights, beside the codes.
 _MARKS = re.compile(r"(?P<fqn>.*)\.(weight\.quant_state\.bitsandbytes__(?P<quant_type>\w+)|SCB)")
 
-# Set in a module for which a quantized checkpoint has said which layers are quantized.
+# Set in a module if a quantized checkpoint has decided which of its layers are quantized.
 _SETTLED = "_nucleate_bitsandbytes_settled"
-#: Fewer weights than this, two megabytes in half precision, nobody quantizes to save memory.
+#: Nobody quantizes fewer weights than this (two megabytes in half precision) to save memory.
 _WORTH_A_WARNING = 1 << 20
 
 
@@ -33,14 +33,14 @@ def quantize(model: nn.Module, options: Options) -> nn.Module:
 
     Args:
         model: The model.
-        options: Say how, and which are left alone.
+        options: The format, and the modules to skip.
 
     Raises:
         ConfigurationError: See `linears_of`.
         ConversionError: A real weight cannot be quantized.
     """
     layers = {}
-    # What a quantized checkpoint has in full was left alone on purpose by whoever made it.
+    # The maker of a quantized checkpoint left the other layers in full precision on purpose.
     settled = {id(part) for module in model.modules() if _SETTLED in vars(module) for part in module.modules()}
     _warn_of_rest(model, options)
     for fqn, linear in linears_of(model, options.skip):
@@ -53,18 +53,18 @@ def quantize(model: nn.Module, options: Options) -> nn.Module:
     return _replace(model, layers)
 
 
-def prepare(model: nn.Module, options: Options, stored: Mapping[str, Given]) -> None:
-    """Replace the linear layers for which a checkpoint holds quantized weights, in the format that it has them in.
+def prepare(model: nn.Module, options: Options, stored: Mapping[str, ElementSource]) -> None:
+    """Replace the linear layers for which a checkpoint holds quantized weights, in the checkpoint's format.
 
-    The others of the model stay as they are: the checkpoint has them in full.
+    The model's other layers stay as they are: the checkpoint has them in full precision.
 
     Args:
         model: The model.
-        options: Say which layers are left alone.
-        stored: What the checkpoint holds, by the model's names.
+        options: The modules to skip, and the expected format.
+        stored: The checkpoint's element sources, by the model's names.
 
     Raises:
-        CheckpointError: It holds quantized weights for layers that are left alone, or in another format.
+        CheckpointError: The checkpoint holds quantized weights for skipped layers, or in another format.
     """
     found = {match["fqn"]: match["quant_type"] for name in stored if (match := _MARKS.fullmatch(name))}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -76,8 +76,8 @@ def prepare(model: nn.Module, options: Options, stored: Mapping[str, Given]) -> 
     if alone:
         skip = "a head" if options.skip is None else f"named by skip={list(options.skip)!r}"
         raise CheckpointError(
-            f"{name_list(alone)} of the checkpoint are quantized, but precision {options.name!r} leaves these layers "
-            f"alone: they are {skip}, tied, or kept in full by the model. Give a `skip` without them."
+            f"{name_list(alone)} of the checkpoint are quantized, but precision {options.name!r} does not quantize "
+            f"these layers: they are {skip}, tied, or kept in full by the model. Give a `skip` without them."
         )
     family = options.mode.removesuffix("-dq")
     other = {fqn: quant_type or "int8" for fqn, quant_type in plain.items() if (quant_type or "int8") != family}
@@ -91,7 +91,7 @@ def prepare(model: nn.Module, options: Options, stored: Mapping[str, Given]) -> 
     for fqn, quant_type in plain.items():
         mine = {name.removeprefix(f"{fqn}."): given for name, given in stored.items() if name.startswith(f"{fqn}.")}
         try:
-            # One that stands in several places has several names.
+            # A module that stands in several places has several names.
             linear = cast(nn.Linear, modules[fqn])
             if linear not in layers:
                 layers[linear] = _layer(linear, options, description(mine) if quant_type else None)
@@ -102,7 +102,7 @@ def prepare(model: nn.Module, options: Options, stored: Mapping[str, Given]) -> 
 
 
 def _warn_of_rest(model: nn.Module, options: Options) -> None:
-    """Warn where most of a model is in layers of other classes: nobody asks for four bits to get sixteen."""
+    """Warn if most weights of a model are in layers of other classes, which stay unquantized."""
     others: dict[str, int] = {}
     num_others = num_linear = 0
     for fqn, module in model.named_modules():
@@ -116,14 +116,14 @@ def _warn_of_rest(model: nn.Module, options: Options) -> None:
     if num_others > max(num_linear, _WORTH_A_WARNING):
         largest = sorted(others, key=lambda name: -others[name])
         warnings.warn(
-            f"precision {options.name!r} quantizes torch.nn.Linear only, which has {num_linear} weights of this "
+            f"precision {options.name!r} quantizes only torch.nn.Linear, which has {num_linear} weights of this "
             f"{type(model).__name__}; {num_others} others stay in {options.dtype}: {name_list(largest, 3)}.",
             stacklevel=2,
         )
 
 
 def _layer(linear: nn.Linear, options: Options, described: Mapping[str, object] | None = None) -> nn.Module:
-    """Return the layer that takes a linear layer's place; described: the 4-bit format, if it is not the precision's."""
+    """Return the quantized layer for a linear layer; `described` is the 4-bit format, if not the precision's own."""
     shape, dtype = (linear.in_features, linear.out_features), options.dtype
     layer: nn.Module
     if options.mode == "int8-training":
@@ -155,7 +155,7 @@ def _layer(linear: nn.Linear, options: Options, described: Mapping[str, object] 
         )
         layer = Linear4bit(*shape, weight, linear.bias, compute_dtype=options.dtype)
     for name, value in vars(linear).items():
-        # Hooks, and what users hang on a module.
+        # Hooks, and attributes that users set on a module.
         if name not in vars(layer) or name.endswith("_hooks") or name == "training":
             vars(layer)[name] = value
     return layer
@@ -169,13 +169,14 @@ def _replace(model: nn.Module, layers: Mapping[nn.Linear, nn.Module]) -> nn.Modu
             assert isinstance(child, nn.Linear)
             parent._modules[name] = layers[child]
         if names and isinstance(parent, nn.TransformerEncoderLayer):
-            # Its fast path multiplies with the weights itself (torch/nn/modules/transformer.py, 2.13), and asks this.
+            # The fast path of this class multiplies with the weights directly (torch/nn/modules/transformer.py, 2.13).
+            # 0 in this attribute turns the fast path off.
             parent.activation_relu_or_gelu = 0
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(
             isinstance(part, nn.TransformerEncoderLayer) and part.activation_relu_or_gelu == 0
             for part in encoder.layers
         ):
-            # It packs what it hands to that path without the padding, and decided so when it was made.
+            # The encoder packs the input of that path without the padding. Its constructor made this decision.
             encoder.use_nested_tensor = False
     return layers[model] if isinstance(model, nn.Linear) and model in layers else model

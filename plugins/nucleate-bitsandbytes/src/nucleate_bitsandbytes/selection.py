@@ -1,4 +1,4 @@
-"""Which linear layers of a model are quantized: all plain ones but those that are named, tied or used otherwise."""
+"""Selection of the linear layers to quantize: all plain ones except those that are named, tied or used otherwise."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from torch import nn
 
 from nucleate.errors import ConfigurationError
 
-#: What is left in full precision unless the user says otherwise, as transformers does: the head that makes logits.
+#: The head that makes logits stays in full precision by default, as in transformers.
 DEFAULT_SKIP = ("lm_head",)
 
 
 def linears_of(model: nn.Module, skip: Sequence[str] | None = None) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the layers to quantize, by name: `torch.nn.Linear` itself, no class derived from it.
+    """Yield the layers to quantize, by name: only `torch.nn.Linear` itself, not its subclasses.
 
-    Left alone are layers that `skip` names; layers whose weight another module holds as well, such as a head tied to
-    an embedding; those without an element; and what a Hugging Face model keeps in float32 (`_keep_in_fp32_modules`),
-    whose forward looks at the dtype of these weights.
+    These layers are not quantized: layers that `skip` names; layers whose weight another module holds too, such as a
+    head tied to an embedding; layers without elements; and layers that a Hugging Face model keeps in float32
+    (`_keep_in_fp32_modules`), because its forward reads the dtype of these weights.
 
     Args:
         model: The model.
-        skip: Names, each of which stands for every module whose dotted name has it as a run of its parts: `"lm_head"`,
-            `"layers.0"`, `"mlp.down_proj"`. None for `DEFAULT_SKIP` and what transformers takes for a head.
+        skip: Names such as `"lm_head"`, `"layers.0"`, `"mlp.down_proj"`. A name matches each module whose dotted name
+            contains these parts one after another. None skips `DEFAULT_SKIP` and the modules that transformers treats
+            as a head.
 
     Raises:
-        ConfigurationError: A name in `skip` is that of no module.
+        ConfigurationError: A name in `skip` does not match any module.
     """
     chosen = DEFAULT_SKIP if skip is None else tuple(skip)
     modules = dict(model.named_modules(remove_duplicate=False))
     unknown = [name for name in skip or () if not any(is_named(fqn, (name,)) for fqn in modules)]
     if unknown:
         raise ConfigurationError(
-            f"skip names {unknown[0]!r}, but {type(model).__name__} has no module of that name, nor a part of a name. "
-            "Give names as `model.named_modules()` has them, or runs of their parts."
+            f"skip names {unknown[0]!r}, but {type(model).__name__} has no module with that name or part of a name. "
+            "Give names from `model.named_modules()`, or consecutive parts of such names."
         )
     holders: dict[int, set[tuple[int, str]]] = {}
     for module in model.modules():
@@ -43,7 +44,7 @@ def linears_of(model: nn.Module, skip: Sequence[str] | None = None) -> Iterator[
     kept = tuple(_kept_in_full(model))
     seen = {id(head) for head in _heads(model)} if skip is None else set[int]()
     for fqn, module in modules.items():
-        # A class derived from it may use its weight in ways of its own, as the output projection of attention does.
+        # A subclass may use its weight in its own way, as the output projection of attention does.
         if type(module) is not nn.Linear or id(module) in seen:
             continue
         seen.add(id(module))
@@ -53,7 +54,7 @@ def linears_of(model: nn.Module, skip: Sequence[str] | None = None) -> Iterator[
 
 
 def is_named(fqn: str, names: Sequence[str]) -> bool:
-    """Return whether a dotted name has one of `names` as a run of its parts.
+    """Return whether a dotted name contains the parts of one of `names`, one after another.
 
     >>> is_named("model.layers.0.mlp", ("layers.0",)), is_named("model.layers.01.mlp", ("layers.0",))
     (True, False)
@@ -62,8 +63,8 @@ def is_named(fqn: str, names: Sequence[str]) -> bool:
 
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield what transformers leaves alone of its models: the output embeddings, and a last layer without a bias."""
-    # `get_keys_to_not_convert` (transformers/quantizers/base.py, 5.23); no model of another library has the method.
+    """Yield the modules that transformers does not quantize: the output embeddings, and a last layer without a bias."""
+    # As `get_keys_to_not_convert` (transformers/quantizers/base.py, 5.23). Only models of transformers have the method.
     find = getattr(model, "get_output_embeddings", None)
     if not callable(find):
         return
@@ -78,5 +79,5 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
 def _kept_in_full(model: nn.Module) -> Iterator[str]:
     for module in model.modules():
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            # Hugging Face's convention; no model of another library has the names.
+            # Hugging Face's convention; only models of its libraries have these names.
             yield from getattr(module, attribute, None) or ()

@@ -127,7 +127,7 @@ BAD = [
     ({"weight__quant_map": torch.zeros(16)}, "quant_map holds other values"),
     ({"weight__nested_absmax": torch.zeros(1)}, "lack nested_quant_map"),
     ({"weight": torch.zeros(6000, 1, dtype=torch.uint8)}, r"weight is torch.uint8 \(6000, 1\)"),
-    ({"json": {"shape": [64, 192]}}, r"quantized from the shape \(64, 192\) and is \(96, 128\) here"),
+    ({"json": {"shape": [64, 192]}}, r"quantized from the shape \(64, 192\), but the layer has \(96, 128\)"),
     ({"json": {"quant_type": "fp4"}}, "says that quant_type is 'fp4'"),
     ({"json": {"blocksize": 63}}, "blocksize is 63"),
     ({"json": {"dtype": "int8"}}, "quantized from torch.int8"),

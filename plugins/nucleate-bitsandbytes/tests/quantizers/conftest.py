@@ -24,13 +24,13 @@ def bnb():
 def convert() -> Convert:
     """Convert a tensor in pieces of so many blocks, or at once."""
 
-    def convert(conversion: Conversion, tensor: Tensor, pieces: Sequence[int] = ()) -> list[Tensor]:
+    def convert(conversion: Conversion, tensor: Tensor, maker: Sequence[int] = ()) -> list[Tensor]:
         layout = conversion.layout(tuple(tensor.shape), tensor.dtype)
         # Filled with something, so that what nobody writes is seen.
         outs = [torch.full(out.shape, 77, dtype=out.dtype) for out in layout.outputs]
         flat = tensor.reshape(-1)
         num_blocks = -(-flat.numel() // layout.block_numel)
-        first, sizes = 0, list(pieces)
+        first, sizes = 0, list(maker)
         while first < num_blocks:
             last = min(num_blocks, first + (sizes.pop(0) if sizes else num_blocks))
             parts = [

@@ -42,7 +42,7 @@ def test_scales_whose_mean_overflows_are_refused(convert) -> None:
 
 @pytest.mark.parametrize(("shape", "dtype"), [((4,), torch.float16), ((2, 2), torch.float32), ((0,), torch.float32)])
 def test_only_a_vector_of_float32_is_taken(shape, dtype) -> None:
-    with pytest.raises(ConversionError, match=r"scales are a vector of float32 with elements"):
+    with pytest.raises(ConversionError, match=r"scales must be a non-empty vector of float32"):
         DoubleQuant().layout(shape, dtype)
 
 

@@ -21,8 +21,8 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 def check(bnb, convert, assert_same_bits):
     """Compare with what bitsandbytes makes of the whole tensor."""
 
-    def check(tensor: Tensor, quant_type: str, blocksize: int = 64, pieces=()) -> None:
-        codes, scales = convert(FourBit(quant_type, blocksize), tensor, pieces)
+    def check(tensor: Tensor, quant_type: str, blocksize: int = 64, maker=()) -> None:
+        codes, scales = convert(FourBit(quant_type, blocksize), tensor, maker)
         theirs, state = bnb.functional.quantize_4bit(tensor, blocksize=blocksize, quant_type=quant_type)
         assert_same_bits(scales, state.absmax)
         assert_same_bits(codes, theirs)
@@ -52,7 +52,7 @@ def test_a_weight_in_many_chunks_has_the_bits_of_bitsandbytes(check, quant_type,
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_every_blocksize_has_the_bits_of_bitsandbytes(check, quant_type, blocksize) -> None:
     for dtype in DTYPES:
-        check(torch.randn(4096 * 9 + 17).to(dtype), quant_type, blocksize, pieces=(1, 2))
+        check(torch.randn(4096 * 9 + 17).to(dtype), quant_type, blocksize, maker=(1, 2))
 
 
 @settings(deadline=None, max_examples=300)
@@ -61,13 +61,13 @@ def test_every_blocksize_has_the_bits_of_bitsandbytes(check, quant_type, blocksi
     numel=st.integers(1, 3000),
     dtype=st.sampled_from(DTYPES),
     conversion=st.builds(FourBit, st.sampled_from(QUANT_TYPES), st.sampled_from((32, 64, 256))),
-    pieces=st.lists(st.integers(1, 20), max_size=8),
+    maker=st.lists(st.integers(1, 20), max_size=8),
     spread=st.sampled_from((None, 0, 3, 8)),
     zeros=st.sampled_from((0.0, 0.5, 1.0)),
 )
-@example(seed=0, numel=1, dtype=torch.float32, conversion=FourBit("fp4"), pieces=[], spread=None, zeros=1.0)
+@example(seed=0, numel=1, dtype=torch.float32, conversion=FourBit("fp4"), maker=[], spread=None, zeros=1.0)
 def test_any_values_in_any_pieces_have_the_bits_of_bitsandbytes(
-    check, seed, numel, dtype, conversion, pieces, spread, zeros
+    check, seed, numel, dtype, conversion, maker, spread, zeros
 ) -> None:
     values = of_bits(seed, numel, dtype)
     if spread is not None:
@@ -75,7 +75,7 @@ def test_any_values_in_any_pieces_have_the_bits_of_bitsandbytes(
         generator = torch.Generator().manual_seed(seed)
         values = (torch.randint(-24, 25, (numel,), generator=generator) / 24).to(dtype) * 2.0 ** -(seed % 4 * spread)
     values = torch.where(torch.rand(numel, generator=torch.Generator().manual_seed(seed)) < zeros, -0.0, values)
-    check(values.to(dtype), conversion.quant_type, conversion.blocksize, pieces)
+    check(values.to(dtype), conversion.quant_type, conversion.blocksize, maker)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -197,7 +197,7 @@ def test_a_dtype_that_bitsandbytes_does_not_take_is_refused(dtype) -> None:
 
 
 def test_unknown_options_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"quant_type='nf5' is unknown: 'nf4' or 'fp4'"):
+    with pytest.raises(ConfigurationError, match=r"quant_type='nf5' is unknown. Give 'nf4' or 'fp4'"):
         FourBit("nf5")
     with pytest.raises(ConfigurationError, match=r"blocksize=100 is none of 32, 64, "):
         FourBit("nf4", blocksize=100)

@@ -16,8 +16,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check(bnb, convert, assert_same_bits):
     """Compare with what bitsandbytes makes of the whole weight."""
 
-    def check(weight: Tensor, pieces=()) -> None:
-        codes, scales = convert(Int8Rows(), weight, pieces)
+    def check(weight: Tensor, maker=()) -> None:
+        codes, scales = convert(Int8Rows(), weight, maker)
         theirs = bnb.nn.Int8Params(weight.clone(), requires_grad=False).to("cpu")
         assert_same_bits(scales, theirs.SCB)
         assert_same_bits(codes, theirs.CB)
@@ -38,11 +38,11 @@ def test_a_weight_has_the_bits_of_bitsandbytes(check, dtype, scale, shape, way) 
     shape=st.tuples(st.integers(1, 40), st.integers(1, 200)),
     dtype=st.sampled_from(DTYPES),
     exponents=st.sampled_from(((-30, 15), (-20, -5), (-26, -14), (-3, 0))),
-    pieces=st.lists(st.integers(1, 20), max_size=8),
+    maker=st.lists(st.integers(1, 20), max_size=8),
     zeros=st.sampled_from((0.0, 0.9, 1.0)),
 )
 def test_any_values_in_any_pieces_have_the_bits_of_bitsandbytes(
-    check, seed, shape, dtype, exponents, pieces, zeros
+    check, seed, shape, dtype, exponents, maker, zeros
 ) -> None:
     # Each row has its own magnitude, down to where float16 has only zeros, and so has each value.
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +51,7 @@ def test_any_values_in_any_pieces_have_the_bits_of_bitsandbytes(
     values = torch.randint(-12, 1, shape, generator=generator)
     weight = torch.empty(shape).uniform_(-2, 2, generator=generator) * torch.exp2((rows + values).float())
     weight = torch.where(torch.rand(shape, generator=generator) < zeros, -0.0, weight)
-    check(weight.to(dtype), pieces)
+    check(weight.to(dtype), maker)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

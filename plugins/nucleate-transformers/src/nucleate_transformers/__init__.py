@@ -1,7 +1,8 @@
-"""Models of Hugging Face transformers under every strategy of nucleate, as they are.
+"""Support for unchanged models of Hugging Face transformers, under every strategy of nucleate.
 
-Installed, it needs no call: `from_config` and `from_pretrained` inside `runtime.init_module()` do the right thing once
-`transformers` has been imported. `save_pretrained` writes a model that is set up as a folder for `from_pretrained`.
+The plugin works without any call once it is installed and `transformers` has been imported: `from_config` and
+`from_pretrained` inside `runtime.init_module()` then make deferred models. `save_pretrained` writes a model that is set
+up as a folder for `from_pretrained`.
 """
 
 from nucleate_transformers.folder import save_pretrained

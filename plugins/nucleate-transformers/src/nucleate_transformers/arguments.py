@@ -1,4 +1,4 @@
-"""Arguments of `from_pretrained` that say what a `Runtime` says already, refused by name."""
+"""Refused arguments of `from_pretrained`: those that a `Runtime` already decides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nucleate.errors import ConfigurationError
 _PLACES = "The runtime places the model: leave it out, and choose Runtime(accelerator=..., strategy=...)."
 _QUANTIZES = (
     "The runtime quantizes: leave it out, and choose Runtime(precision='bnb-nf4') or another mode of "
-    "nucleate-bitsandbytes, which quantizes each weight as it is read."
+    "nucleate-bitsandbytes, which quantizes each weight while reading it."
 )
 _REFUSED = {
     **dict.fromkeys(("device_map", "max_memory", "offload_folder", "offload_buffers"), _PLACES),
@@ -24,7 +24,7 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse keywords of `from_pretrained` that contradict a runtime.
 
     Raises:
-        ConfigurationError: One of them is there, and neither None nor False.
+        ConfigurationError: One of these keywords has a value other than None or False.
     """
     for name, advice in _REFUSED.items():
         value = arguments.get(name)
@@ -33,12 +33,12 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def refuse_distributed(folder: Any) -> None:
-    """Refuse a folder in which every rank wrote files of its own, which transformers reads into a model at once.
+    """Refuse a folder with separate files of each rank, which transformers would read into the model immediately.
 
     Raises:
         ConfigurationError: Always.
     """
     raise ConfigurationError(
-        f"{folder} was saved by each rank for itself (shard-*-model-*.safetensors), which cannot be bound to deferred "
-        "weights. Load it outside of init_module, and save it again by save_pretrained in one process."
+        f"{folder} has separate files of each rank (shard-*-model-*.safetensors), which cannot be bound to deferred "
+        "weights. Load it outside of init_module, and save it again with save_pretrained in one process."
     )

@@ -1,4 +1,4 @@
-"""Deferred tensors in the place of those in checkpoint files: each is bound to its bytes, of which none are read."""
+"""Deferred tensors that stand for the tensors in checkpoint files: each is bound to its bytes without reading them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nucleate.checkpoint import open_checkpoint
-from nucleate.deferred import give
+from nucleate.deferred import bind
 from nucleate.errors import CheckpointKeyError, name_list
 
 
@@ -17,15 +17,15 @@ class Binding:
     """The tensors of some checkpoint files.
 
     Args:
-        files: Paths of safetensors or torch files; of a key in several, the last counts.
-        metadata: What an index says of the files, or None without one.
-        device: The device that the tensors stand for.
+        files: Paths of safetensors or torch files. If several files have a key, the last one counts.
+        metadata: The content of an index of the files, or None without an index.
+        device: The device of the deferred tensors.
 
     Attributes:
-        stored: The tensors by key.
+        stored: The element sources by key.
 
     Raises:
-        CheckpointNotFoundError: A file is not there.
+        CheckpointNotFoundError: A file does not exist.
         CheckpointError: A file is damaged.
         CheckpointKeyError: The index names tensors that its files do not have.
     """
@@ -45,7 +45,7 @@ class Binding:
             )
 
     def tensors(self, besides: Collection[str] = ()) -> dict[str, Tensor]:
-        """Return a deferred tensor for each key; keys that stand for the same bytes share one.
+        """Return a deferred tensor for each key. Keys for the same bytes share one tensor.
 
         Args:
             besides: Keys to leave out.
@@ -57,5 +57,5 @@ class Binding:
             if place not in made:
                 made[place] = torch.empty(stored.shape, dtype=stored.dtype, device=self._device)
                 if stored.numel:
-                    give(made[place], stored)
+                    bind(made[place], stored)
         return {key: made[(stored.dtype, stored.shape, stored.chunks)] for key, stored in wanted.items()}

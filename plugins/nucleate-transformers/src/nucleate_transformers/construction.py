@@ -1,10 +1,10 @@
-"""What is patched in transformers while a model is constructed, and how it is put back.
+"""Patches of transformers while a model is constructed, and their removal.
 
-`PreTrainedModel.from_pretrained` and `_from_config` get the dtype of the runtime where none is given, and refuse what
-the runtime decides. Between reading files and converting what they hold, transformers 5.23 has one seam:
-`_load_pretrained_model` opens the files and calls `convert_and_load_state_dict_in_model` with their tensors. Here it
-gets deferred ones (`binding.py`); renaming, merging, casting, tying and initializing are transformers' own from there
-on, and all of it is recorded.
+`PreTrainedModel.from_pretrained` and `_from_config` get the dtype of the runtime if the caller gives none, and refuse
+arguments that the runtime decides. transformers 5.23 has one place between reading files and converting their tensors:
+`_load_pretrained_model` opens the files and calls `convert_and_load_state_dict_in_model` with their tensors. Here that
+function gets deferred tensors (`binding.py`). From there on, transformers itself renames, merges, casts, ties and
+initializes them, and all these operations are recorded.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from nucleate_transformers.quantized import mark_loaded, quantization_of, refuse
 
 @contextmanager
 def construction(communicator: Communicator, device: torch.device, precision: Precision) -> Iterator[None]:
-    """Have transformers construct models as a runtime wants them; nested contexts are one.
+    """Let transformers construct models for a runtime. A nested context changes nothing.
 
     Args:
         communicator: The ranks that construct the model together.
-        device: The device that deferred tensors stand for.
-        precision: Has layers for checkpoints that are quantized, or has not.
+        device: The device of the deferred tensors.
+        precision: The precision, which may have layers for quantized checkpoints.
     """
     if getattr(PreTrainedModel.from_pretrained, "__func__", None) in _ours:
         yield
         return
     with ExitStack() as stack:
         together = _Together(communicator)
-        # Each has a copy of the function (`auto_class_update`), and reads the configuration before the model's class.
+        # Each auto class has a copy of the function (`auto_class_update`), and reads the configuration before the model
+        # class does.
         for auto in (_BaseAutoModelClass, *_BaseAutoModelClass.__subclasses__()):
             if "from_pretrained" in vars(auto):
                 _patch(stack, auto, "from_pretrained", functools.partial(_from_auto, together))
@@ -54,18 +55,19 @@ def construction(communicator: Communicator, device: torch.device, precision: Pr
         yield
 
 
-#: Those of our functions that stand in a class, to notice a context inside of another.
+#: Our functions that replace methods of a class; they show that a context is nested in another.
 _ours: set[Any] = set()
 
 
 def _patch(stack: ExitStack, owner: Any, name: str, ours: Callable[..., Any]) -> None:
-    """Put a function in the place of another, as the same kind of method, until the stack is closed.
+    """Replace a function by another, as the same kind of method, until the stack is closed.
 
     Args:
-        stack: Puts it back.
+        stack: Restores the original function.
         owner: A class or module.
-        name: What the function is called there.
-        ours: Gets the other function first, then, as a method of a class, the class, then what the caller gives.
+        name: The function's name in the owner.
+        ours: The new function. Its arguments are the original function, then the class (for a class method), then the
+            caller's arguments.
     """
     original = vars(owner)[name]
     stack.callback(setattr, owner, name, original)
@@ -84,7 +86,7 @@ def _patch(stack: ExitStack, owner: Any, name: str, ours: Callable[..., Any]) ->
 
 
 class _Together:
-    """Surrounds what ranks load: a rank that cannot find or read a file must not leave the others to construct alone.
+    """A guard for loading on several ranks: if one rank cannot find or read a file, all ranks stop.
 
     Args:
         communicator: The ranks.
@@ -96,7 +98,7 @@ class _Together:
 
     @contextmanager
     def loading(self, cls: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-        """Surround a call of `from_pretrained`. In one inside of another, ranks that failed before would be missing."""
+        """Surround a call of `from_pretrained`. Inner calls do nothing: ranks that failed before would be missing."""
         if self._inside:
             yield
             return
@@ -118,7 +120,7 @@ def _from_auto(together: _Together, plain: Callable[..., Any], cls: Any, *args: 
 def _from_pretrained(together: _Together, plain: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_arguments(kwargs)
     if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-        # The precision's: its context has made it the default.
+        # The precision's dtype: its context has made it the default.
         kwargs["dtype"] = torch.get_default_dtype()
     with together.loading(cls, args, kwargs):
         return plain(cls, *args, **kwargs)
@@ -145,7 +147,7 @@ def _load(
     taken: dict[str, set[str]] = {}
     if state_dict is None:
         assert checkpoint_files is not None
-        # Not at the top of the file: who constructs from a configuration reads no checkpoint.
+        # Not at the top of the file: a model that is constructed from a configuration does not read a checkpoint.
         from nucleate_transformers.binding import Binding
 
         binding = Binding(checkpoint_files, load_config.sharded_metadata, device)
@@ -173,7 +175,7 @@ def _quantizer(
 ) -> Any:
     if _defers(device) and quantization_of(config) is not None:
         refuse_unknown(config, precision)
-        # The precision's layers take the place of those that a quantizer of transformers would put in.
+        # The precision's layers replace the layers of transformers' quantizer.
         return None, config, device_map
     return plain(config, quantization_config, device_map, *args, **kwargs)
 
@@ -186,14 +188,14 @@ def _distributed_folder(device: torch.device, plain: Callable[..., Any], *args: 
 
 
 def _device_map(device: torch.device, plain: Callable[..., Any], device_map: Any) -> Any:
-    # What is deferred stands for a tensor on the runtime's device already, and needs no accelerate to get there.
+    # Deferred tensors are already on the runtime's device, so accelerate does not have to move them.
     if not _defers(device):
         return plain(device_map)
     return None if device.type == "cpu" else {"": device}
 
 
 def _are_equal(plain: Callable[..., Any], source: torch.Tensor, target: torch.Tensor) -> bool:
-    """Compare two tensors of which a configuration says that they are one; the same bytes need not be read."""
+    """Compare two tensors that the configuration ties. Tensors of the same bytes are equal without reading them."""
     with torch._C.DisableTorchFunction():
         same = source.is_meta and target.is_meta and _place(source) == _place(target)
     return same or bool(plain(source, target))
@@ -205,12 +207,12 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _defers(device: torch.device) -> bool:
-    """Return whether what is made now for a device is deferred."""
+    """Return whether new tensors on a device are deferred now."""
     return is_recording() and record_of(torch.empty(1, device=device)) is not None
 
 
 class _Inline:
-    """Stands for a pool: there is nothing to wait for, and ranks must record in the same order."""
+    """A replacement for a thread pool that runs each function at once, so that all ranks record in the same order."""
 
     def __init__(self, max_workers: int | None = None) -> None:
         pass

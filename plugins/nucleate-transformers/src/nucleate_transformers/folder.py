@@ -1,4 +1,4 @@
-"""A model that is set up, written as a folder that `from_pretrained` reads."""
+"""Folders for `from_pretrained`, written from a model that is set up."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 def save_pretrained(
     runtime: Runtime, path: str | os.PathLike[str], model: nn.Module, *, max_shard_size: int | str = "5GB"
 ) -> None:
-    """Write weights, configuration and generation configuration; every rank calls it, and each writes its part.
+    """Write weights, configuration and generation configuration. Every rank must call it, and writes its own part.
 
-    The weights keep the names and shapes that they have in the model; `from_pretrained` knows these as well as those
-    that the model was loaded from.
+    The weights keep the names and shapes that they have in the model. `from_pretrained` reads these as well as the
+    names and shapes of the original checkpoint.
 
     Args:
-        runtime: What the model was set up with.
-        path: A folder, which is made or replaced.
-        model: What `runtime.setup` returned.
-        max_shard_size: How large its files may be.
+        runtime: The runtime that set the model up.
+        path: The folder, which is created or replaced.
+        model: The model that `runtime.setup` returned.
+        max_shard_size: The largest size of a file.
 
     Raises:
-        UsageError: It is no model of transformers.
+        UsageError: The model is not a model of transformers.
     """
     inner: Any = getattr(model, "module", model)
     if not isinstance(inner, PreTrainedModel):
@@ -51,19 +51,20 @@ def save_pretrained(
 
 
 def save_unsharded(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Stand for the method `save_pretrained` of a model that is sharded, of which transformers would save a part.
+    """Replace the method `save_pretrained` of a sharded model, which would save only this rank's part.
 
     Args:
         model: The model.
-        save_directory: As the method takes it.
-        kwargs: Likewise; with a `state_dict`, which the caller has gathered, the method does its work.
+        save_directory: The method's argument.
+        kwargs: The method's keyword arguments. With a `state_dict`, which the caller has gathered, the original method
+            runs.
 
     Raises:
         UsageError: There is no `state_dict`.
     """
     if kwargs.get("state_dict") is None:
         raise UsageError(
-            f"each rank has a part of this {type(model).__name__} only, which its method save_pretrained would write. "
-            "Call nucleate_transformers.save_pretrained(runtime, path, model) on every rank."
+            f"each rank has only a part of this {type(model).__name__}, and its method save_pretrained would write "
+            "only that part. Call nucleate_transformers.save_pretrained(runtime, path, model) on every rank."
         )
     type(model).save_pretrained(model, save_directory, **kwargs)

@@ -1,4 +1,4 @@
-"""The integration: what transformers is told while a model is constructed, and what it tells about its models."""
+"""The integration of transformers: construction, loading, units and inference methods of its models."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from nucleate_transformers.folder import save_unsharded
 
 @final
 class TransformersIntegration(Integration):
-    """Lets transformers construct, load and run models the way a `Runtime` wants them."""
+    """The integration that lets transformers construct, load and run models for a `Runtime`."""
 
     name = "transformers"
 
     def __init__(self) -> None:
         self._shards = False
-        # Until a runtime shows its own: one that has no layers for quantized checkpoints.
+        # Until `check` gives the runtime's precision, a precision without layers for quantized checkpoints.
         self._precision: Precision = FullPrecision()
 
     def check(self, composition: Composition) -> None:
-        """Learn whether the strategy shards, and which precision has layers for quantized checkpoints."""
+        """Store the precision, and whether the strategy shards."""
         assert isinstance(composition.strategy, Strategy)
         assert isinstance(composition.precision, Precision)
         self._precision = composition.precision
@@ -42,18 +42,18 @@ class TransformersIntegration(Integration):
         return construction(Communicator(self.environment, self.device), self.device, self._precision)
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Declare the blocks that transformers would not split, and have ranks that gather generate equally long."""
+        """Declare the blocks that transformers does not split as units; let sharded ranks generate equally long."""
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
                 names = set(part._no_split_modules or ())
                 declare_units(module for module in part.modules() if type(module).__name__ in names)
                 if self._shards:
-                    # What transformers itself sets where FSDP2 shards (transformers/distributed/fsdp.py, 5.23):
-                    # `generate` then goes on with empty steps until every rank has come to an end.
+                    # transformers itself sets this if FSDP2 shards (transformers/distributed/fsdp.py, 5.23).
+                    # `generate` then continues with empty steps until every rank has finished.
                     part.__dict__["_is_fsdp_managed_module"] = True
                     part.__dict__["save_pretrained"] = partial(save_unsharded, part)
         return model
 
     def inference_methods(self, model: nn.Module) -> Iterable[str]:
-        """Return `generate` for a model that can."""
+        """Return `generate` for a model that can generate."""
         return ("generate",) if isinstance(model, PreTrainedModel) and model.can_generate() else ()

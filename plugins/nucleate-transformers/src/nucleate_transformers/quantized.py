@@ -1,7 +1,7 @@
-"""Checkpoints whose weights are quantized: the precision gives the model their layers, which take them as they are.
+"""Quantized checkpoints: the precision gives the model quantized layers, which take the stored weights unchanged.
 
-transformers' own loader knows parameters by the modules that its quantizers put in. Here the keys of quantized layers
-are kept from it: what they stand for is said by the layers (`nucleate.checkpoint.StoredForm`), and bound to the files.
+transformers' own loader expects the modules of its own quantizers. So it does not get the keys of quantized layers
+here. The layers return element sources for these keys (`nucleate.checkpoint.StoredForm`), which are bound to the files.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from transformers import PreTrainedModel
 
 from nucleate import Precision
 from nucleate.checkpoint.loading import StoredForm
-from nucleate.deferred import Given, give
+from nucleate.deferred import ElementSource, bind
 from nucleate.errors import CheckpointError, CheckpointKeyError, ConfigurationError, name_list
 
 
 def quantization_of(config: Any) -> Any:
-    """Return what a configuration says of how its checkpoint is quantized, or None."""
+    """Return the quantization settings of a checkpoint's configuration, or None."""
     found = getattr(config, "quantization_config", None)
     return found or getattr(config.get_text_config(decoder=True), "quantization_config", None)
 
 
 def refuse_unknown(config: Any, precision: Precision) -> None:
-    """Refuse a quantized checkpoint for which the precision has no layers: as plain weights it would be garbage.
+    """Refuse a quantized checkpoint if the precision has no layers for it: its bytes are not plain weights.
 
     Raises:
-        ConfigurationError: It is one.
+        ConfigurationError: The precision has no layers for the quantized checkpoint.
     """
     found = quantization_of(config)
     if found is None or type(precision).before_load is not Precision.before_load:
@@ -38,27 +38,27 @@ def refuse_unknown(config: Any, precision: Precision) -> None:
     raise ConfigurationError(
         f"this checkpoint is quantized ({str(getattr(method, 'value', method))!r} in the configuration), and precision "
         f"{precision.name!r} has no layers for it. Use the precision that it was quantized with, such as 'bnb-nf4' of "
-        "nucleate-bitsandbytes; or load the checkpoint that it was made from."
+        "nucleate-bitsandbytes, or load the unquantized checkpoint."
     )
 
 
 def take_quantized(
-    model: PreTrainedModel, stored: Mapping[str, Given], precision: Precision, device: torch.device
+    model: PreTrainedModel, stored: Mapping[str, ElementSource], precision: Precision, device: torch.device
 ) -> dict[str, set[str]]:
-    """Give a model quantized layers where a checkpoint has quantized weights, and bind these.
+    """Give a model quantized layers for the quantized weights of a checkpoint, and bind these weights.
 
     Args:
         model: The model, which transformers has constructed on the meta device.
-        stored: The checkpoint's tensors by key.
-        precision: Makes the layers.
-        device: The device that deferred tensors stand for.
+        stored: The checkpoint's element sources by key.
+        precision: The precision, which makes the layers.
+        device: The device of the deferred tensors.
 
     Returns:
-        For each of these layers, by name, the keys of the checkpoint that are its own.
+        The checkpoint's keys of each quantized layer, by the layer's name.
 
     Raises:
-        CheckpointError: A layer cannot take what is stored for it, or none takes what is quantized.
-        CheckpointKeyError: A part of a layer is not stored.
+        CheckpointError: A layer cannot take its stored weights, or the precision finds no quantized layer.
+        CheckpointKeyError: The checkpoint lacks a part of a layer, or has more than the layer takes.
     """
     modules = dict(model.named_modules())
     keys = {_name_here(key, model, modules): key for key in stored}
@@ -69,14 +69,14 @@ def take_quantized(
             continue
         mine = {name.removeprefix(f"{fqn}."): key for name, key in keys.items() if name.startswith(f"{fqn}.")}
         try:
-            found = module.take_stored({name: stored[key] for name, key in mine.items()})
+            found = module.bind_stored({name: stored[key] for name, key in mine.items()})
         except CheckpointError as error:
             raise CheckpointError(f"{fqn}: {error}") from error
         strange = [mine[name] for name in mine if name not in found.used]
         if found.missing or strange:
             raise CheckpointKeyError(
-                f"{fqn} is quantized: the checkpoint lacks {name_list(found.missing) or 'nothing'} of it and has "
-                f"{name_list(strange) or 'nothing'} besides."
+                f"{fqn} is quantized: for this layer, the checkpoint lacks {name_list(found.missing) or 'nothing'} and "
+                f"has {name_list(strange) or 'nothing'} in addition."
             )
         assert isinstance(module, nn.Module)
         for name, given in found.given.items():
@@ -85,7 +85,7 @@ def take_quantized(
     if not taken:
         raise CheckpointError(
             f"the configuration says that the checkpoint is quantized, but precision {precision.name!r} finds no "
-            "quantized layer in it."
+            "quantized layer there."
         )
     return taken
 
@@ -95,8 +95,8 @@ def mark_loaded(model: PreTrainedModel, taken: Mapping[str, set[str]], missing: 
 
     Args:
         model: The model.
-        taken: From `take_quantized`.
-        missing: Names that transformers takes for missing; those of these layers are taken out.
+        taken: The result of `take_quantized`.
+        missing: Names that transformers reports as missing; the names of the quantized layers are removed.
     """
     for fqn in taken:
         module = model.get_submodule(fqn)
@@ -106,22 +106,22 @@ def mark_loaded(model: PreTrainedModel, taken: Mapping[str, set[str]], missing: 
         missing.difference_update([name for name in missing if name.startswith(f"{fqn}.")])
 
 
-def _bind(module: nn.Module, name: str, given: Given, device: torch.device) -> None:
-    """Put a deferred tensor, bound to what is given, where a module has one without a recipe."""
+def _bind(module: nn.Module, name: str, given: ElementSource, device: torch.device) -> None:
+    """Replace a module's tensor that has no recipe by a deferred tensor, bound to an element source."""
     old = getattr(module, name)
     tensor = torch.empty(old.shape, dtype=old.dtype, device=device)
-    give(tensor, given)
+    bind(tensor, given)
     if isinstance(old, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
     setattr(module, name, tensor)
 
 
 def _name_here(key: str, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> str:
-    """Return a key as the model calls it: a checkpoint may be of its base, or of what it is the base of."""
+    """Return the model's name for a key: the checkpoint may be of the base model, or of a model around this one."""
     prefix = f"{model.base_model_prefix}."
     for name in (key, key.removeprefix(prefix), f"{prefix}{key}"):
         parts = name.split(".")
-        # The layer is a module; what is behind it may be one name or several (`weight.absmax`).
+        # The layer is a module; after its name come one or more parts (`weight.absmax`).
         if any(".".join(parts[:length]) in modules for length in range(len(parts) - 1, max(0, len(parts) - 4), -1)):
             return name
     return key

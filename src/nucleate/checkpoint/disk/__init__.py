@@ -1,4 +1,4 @@
-"""Names on disk: a checkpoint becomes whole or stays absent there, and old ones go."""
+"""Names on disk: a checkpoint becomes whole or stays absent, and old checkpoints are deleted."""
 
 from nucleate.checkpoint.disk.series import resolve
 

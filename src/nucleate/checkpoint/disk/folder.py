@@ -1,18 +1,18 @@
-"""A checkpoint's folder on disk: whole or absent, whatever moment a save is killed at.
+"""Checkpoint folders on disk: each is whole or absent, at whatever moment a save is killed.
 
-This file decides the names, the order of renames and what may be overwritten. What the files hold is decided
-in `writers`.
+This file decides the names, the order of renames, and which files a save may overwrite. `writers` decide the contents
+of the files.
 
 [Note: Whole or absent]
-A save writes into a fresh sibling, the draft. When everything is on disk, the old checkpoint steps aside to
-`.NAME.previous`, the draft takes its name, and the old one is deleted. So at every moment either NAME is a
-whole checkpoint, or NAME is absent and `.NAME.previous` is one, or there was none before. Readers look at both
-and change nothing; the next save tidies up.
+A save writes into a new folder beside the checkpoint, the draft. When everything is on disk, the old checkpoint is
+renamed to `.NAME.previous`, the draft gets the name NAME, and the old checkpoint is deleted. So at every moment, NAME
+is a whole checkpoint, or NAME is absent and `.NAME.previous` is a whole checkpoint, or there was no checkpoint before.
+Readers look at both names and change nothing. The next save tidies up.
 
 [Note: Files of somebody else]
-A folder of safetensors is Hugging Face's as well: `config.json`, tokenizers and the like lie beside the weights, before
-or after they are saved. A save of that format takes such files along, by a link where the system can. Anything else
-that nucleate did not write is in the way, and refused.
+Hugging Face's libraries also use safetensors folders: `config.json`, tokenizers and the like lie beside the weights,
+before or after these are saved. A save in that format keeps such files, by a link if the system can make one. The save
+refuses to replace anything else that nucleate did not write.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from typing import Any
 
 import torch
 
-from nucleate.checkpoint.disk.target import Target, delete, discard, sync
+from nucleate.checkpoint.disk.target import CheckpointTarget, delete, discard, sync
 from nucleate.errors import CheckpointError, CheckpointNotFoundError, name_list
 
 __all__ = ["MARKER", "METADATA", "CheckpointFolder", "discard", "is_checkpoint", "write_marker"]
 
-#: Says that a folder is ours; written before the draft takes its name.
+#: The file that marks a folder as nucleate's. It is written before the draft gets the checkpoint's name.
 MARKER = "nucleate.json"
-#: DCP's own index, written last by it.
+#: DCP's own index, which DCP writes last.
 METADATA = ".metadata"
 
 FORMAT_VERSION = 1
 
-# What saves write, by what a whole checkpoint has beside the marker.
+# The names of the files that saves write, by format. A whole checkpoint also has a file of weights or an index.
 _SAFETENSORS = re.compile(
     r"nucleate\.json|nucleate\.values\.safetensors|model\.safetensors(\.index\.json)?|"
     r"model-\d{5,}-of-\d{5,}\.safetensors"
@@ -51,25 +51,25 @@ _DCP = re.compile(r"nucleate\.json|\.metadata|.*\.distcp")
 
 
 @dataclass(frozen=True)
-class CheckpointFolder(Target):
-    """Where one checkpoint is, or will be.
+class CheckpointFolder(CheckpointTarget):
+    """The folder of one checkpoint, which need not exist yet.
 
     Attributes:
-        takes_along: Whether files of somebody else are taken along; see [Note: Files of somebody else].
+        takes_along: Whether a save keeps files that nucleate did not write; see [Note: Files of somebody else].
     """
 
     takes_along: bool = False
 
     @property
     def previous(self) -> Path:
-        """Where the old checkpoint waits while a new one takes its name."""
+        """The path of the old checkpoint while a new one gets its name."""
         return self.path.with_name(f".{self.path.name}.previous")
 
     def locate(self) -> Path:
         """Return the folder that holds the last whole checkpoint.
 
         Raises:
-            CheckpointNotFoundError: There is none.
+            CheckpointNotFoundError: There is no whole checkpoint.
         """
         for candidate in (self.path, self.previous):
             if is_checkpoint(candidate):
@@ -80,8 +80,8 @@ class CheckpointFolder(Target):
             )
         what = "a folder without" if self.path.is_dir() else "a file; a checkpoint is a folder with"
         raise CheckpointNotFoundError(
-            f"there is no checkpoint at {self.path}: it is {what} {MARKER} and {METADATA}. Give the path that was "
-            "given to `save`."
+            f"there is no checkpoint at {self.path}: it is {what} {MARKER} and {METADATA}. Pass the path that "
+            "you passed to `save`."
         )
 
     def draft(self) -> Path:
@@ -129,7 +129,7 @@ class CheckpointFolder(Target):
             raise self.failure(error) from error
 
     def _recover(self) -> None:
-        """Finish what a save was killed in: put the old folder back, or delete it where the new one is there."""
+        """Finish a killed save: rename the old folder back, or delete it if the new checkpoint is there."""
         if not self.previous.is_dir():
             return
         if is_checkpoint(self.path):
@@ -138,15 +138,15 @@ class CheckpointFolder(Target):
             os.rename(self.previous, self.path)
         else:
             raise CheckpointError(
-                f"a save to {self.path} was killed, and its last whole checkpoint is {self.previous}; but meanwhile "
-                f"somebody made {self.path} anew. Move one of the two elsewhere."
+                f"a save to {self.path} was killed, and its last whole checkpoint is {self.previous}; but then "
+                f"somebody created {self.path} again. Move one of the two elsewhere."
             )
 
     def _foreign(self) -> list[str]:
-        """Return the files to take along.
+        """Return the names of the files that nucleate did not write and that a save keeps.
 
         Raises:
-            CheckpointError: What is at the path would be lost.
+            CheckpointError: The save would delete files that nucleate did not write.
         """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(
@@ -158,7 +158,7 @@ class CheckpointFolder(Target):
         ours = _pattern(self.path)
         foreign = [name for name in names if ours is None or not ours.fullmatch(name)]
         if self.takes_along:
-            # What looks like ours and is not: replaced by what is written now, or read together with it.
+            # A foreign file with a name of ours would be replaced by the new files, or be read together with them.
             stuck = [name for name in foreign if _SAFETENSORS.fullmatch(name) or not (self.path / name).is_file()]
         else:
             stuck = foreign
@@ -167,15 +167,15 @@ class CheckpointFolder(Target):
         if ours is None:
             raise CheckpointError(
                 f"{self.path} is not a nucleate checkpoint and will not be overwritten: it holds {name_list(stuck)} "
-                f"and no {MARKER}. Give a path of its own, such as {self.path / 'checkpoint'}."
+                f"and no {MARKER}. Give the path of a new folder, such as {self.path / 'checkpoint'}."
             )
         raise CheckpointError(
             f"the checkpoint at {self.path} will not be overwritten: somebody put {name_list(stuck)} into it, "
-            "which would be lost. Move that elsewhere, or save to another path."
+            "which would be lost. Move it elsewhere, or save to another path."
         )
 
     def _delete(self, folder: Path) -> None:
-        # Under a draft's name first, so that a kill halfway leaves no damaged checkpoint, only a leftover.
+        # The folder first gets a draft's name, so that a kill halfway leaves only a leftover, not a damaged checkpoint.
         doomed = self.fresh()
         os.rename(folder, doomed)
         delete(doomed)
@@ -187,10 +187,10 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def owned(folder: Path) -> list[str]:
-    """Return the names in a folder that `save` wrote, also if some of them are gone, in the order to delete them.
+    """Return the names of the files that `save` wrote into a folder, in the order to delete them.
 
-    First what makes it a checkpoint, so that it is none once the first is gone; last the marker, which says what the
-    folder was.
+    The folder may be incomplete. The index or the weights come first: without them the folder is not a checkpoint any
+    more. The marker comes last, because it identifies the folder.
     """
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
@@ -202,13 +202,13 @@ def owned(folder: Path) -> list[str]:
 
 
 def write_marker(folder: Path, format: str, world_size: int, names: Sequence[str] | None = None) -> None:
-    """Write the file that says what the folder is, and put it on disk.
+    """Write the marker, which identifies the folder, to disk.
 
     Args:
-        folder: A draft with all else in it.
-        format: What it is written in.
-        world_size: By how many ranks.
-        names: The names of its files, where the format does not tell them.
+        folder: A draft that is otherwise complete.
+        format: The name of the folder's format.
+        world_size: The number of ranks that wrote the folder.
+        names: The names of the folder's files, if the format does not determine them.
     """
     marker: dict[str, Any] = {
         "format": "nucleate checkpoint",
@@ -227,13 +227,13 @@ def write_marker(folder: Path, format: str, world_size: int, names: Sequence[str
 
 
 def check_version(version: Any, path: Path) -> None:
-    """Make sure that this nucleate reads a version of the format.
+    """Check that this nucleate reads a version of the format.
 
     Raises:
-        CheckpointError: It does not.
+        CheckpointError: This nucleate does not read the version, or it is not a version.
     """
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"the checkpoint at {path} is damaged: it says that its version is {str(version)[:100]}.")
+        raise CheckpointError(f"the checkpoint at {path} is damaged: its version is {str(version)[:100]}.")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"the checkpoint at {path} has format version {version}, but this nucleate reads versions up to "
@@ -242,7 +242,7 @@ def check_version(version: Any, path: Path) -> None:
 
 
 def neighbours(path: Path) -> str:
-    """Return a sentence with the checkpoints next to a path where there is none."""
+    """Return a sentence that lists the checkpoints next to a path without a checkpoint."""
     parent = path.parent
     if not parent.is_dir():
         return f" There is no folder {parent} either."
@@ -251,7 +251,7 @@ def neighbours(path: Path) -> str:
 
 
 def _pattern(folder: Path) -> re.Pattern[str] | None:
-    """Return what the names of a whole checkpoint's files look like; None where the folder is none of ours."""
+    """Return a pattern of the file names of a whole checkpoint, or None if the folder is not a checkpoint of `save`."""
     if not (folder / MARKER).is_file():
         return None
     if (folder / METADATA).is_file():
@@ -265,7 +265,7 @@ def _pattern(folder: Path) -> re.Pattern[str] | None:
 
 
 def _listed(marker: Any) -> re.Pattern[str] | None:
-    """Return a pattern of the names that a marker lists, or None where it lists none."""
+    """Return a pattern of the names that a marker lists, or None if it does not list names."""
     names = marker.get("names") if isinstance(marker, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None

@@ -1,4 +1,4 @@
-"""Who saves to a place: one at a time, told by a lock that the system lets go of when its process ends."""
+"""Lock on a place: one process saves there at a time. The system releases the lock when its process ends."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nucleate.errors import CheckpointError
 class SaveLock:
     """A lock on a name in a folder, held through a hidden file `.NAME.lock` beside it.
 
-    The file of a process that was killed stays, but nothing holds it: the next one takes it over and deletes it.
+    The file of a killed process stays, but the lock is free. The next process takes the file over and deletes it.
 
     Args:
-        path: What is locked; its folder must be there.
-        wait: Wait for whoever has the lock, instead of refusing.
+        path: The place to lock; its folder must exist.
+        wait: Wait until the lock is free, instead of raising an error.
 
     Raises:
         CheckpointError: Another process saves there.
@@ -37,17 +37,17 @@ class SaveLock:
                 raise
             if self._is_current():
                 break
-            # Whoever had it has deleted the file meanwhile: what is locked has no name any more.
+            # The former holder has deleted the file meanwhile: the locked file has no name any more.
             os.close(self._descriptor)
         with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def release(self) -> None:
-        """Let go of it."""
+        """Release the lock, and delete its file."""
         with contextlib.suppress(OSError):
             os.unlink(self._path)
-        # Said in so many words: a process that was forked meanwhile has the file open as well.
+        # Unlock explicitly: a process that was forked meanwhile has the file open as well.
         with contextlib.suppress(OSError):
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         os.close(self._descriptor)
@@ -57,7 +57,7 @@ class SaveLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                return  # Some network file systems know no locks.
+                return  # Some network file systems have no locks.
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             with contextlib.suppress(OSError, UnicodeDecodeError):

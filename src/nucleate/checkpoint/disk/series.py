@@ -1,10 +1,11 @@
 """A series of checkpoints in one folder: the pointer to the newest, and the deletion of the oldest.
 
 [Note: Series]
-Checkpoints that are saved with `keep_last` are listed in the file `latest` beside them, in JSON, oldest first, each
-with a mark that tells it from anything that has its name later. The file is replaced in one step. A new one is listed
-when it is whole; only then what is too old is deleted, and only then taken off the list, so that a kill at any moment
-leaves nothing that the next save does not find. What is not listed, or has another mark, is never deleted.
+The file `latest` lists the checkpoints beside it that were saved with `keep_last`, in JSON, oldest first. Each has a
+mark, which distinguishes it from any later checkpoint of the same name. The file is replaced in one step. A save first
+lists its whole checkpoint, then deletes the checkpoints that are too old, and last removes them from the list. So after
+a kill at any moment, the next save finds every leftover. A save never deletes a checkpoint that is not listed or has
+another mark.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from nucleate.errors import CheckpointError, CheckpointNotFoundError, Configurat
 POINTER = "latest"
 _FORMAT = "nucleate latest"
 _VERSION = 1
-# A pointer is small; a large file of that name is something else.
+# A pointer is small: a larger file of that name is not a pointer.
 _MAX_POINTER_BYTES = 16 << 20
 
 
 def check_keep_last(keep_last: object) -> int | None:
-    """Return how many checkpoints to keep; None for all.
+    """Return the number of checkpoints to keep; None keeps all.
 
     Raises:
-        ConfigurationError: It is neither a number of at least 1 nor `"all"`.
+        ConfigurationError: `keep_last` is neither an integer of at least 1 nor `"all"`.
     """
     if keep_last == "all":
         return None
@@ -43,11 +44,11 @@ def check_keep_last(keep_last: object) -> int | None:
 
 @dataclass(frozen=True)
 class Series:
-    """The checkpoints that are listed in one pointer; see [Note: Series].
+    """The checkpoints that one pointer lists; see [Note: Series].
 
     Attributes:
-        pointer: The file.
-        keep_last: How many to keep; None for all.
+        pointer: The file that lists them.
+        keep_last: The number of checkpoints to keep; None keeps all.
     """
 
     pointer: Path
@@ -64,8 +65,8 @@ class Series:
         pointer = path.with_name(POINTER)
         if path == pointer:
             raise ConfigurationError(
-                f"with keep_last, {pointer} leads to the newest checkpoint, so none can have that name. Save to a path "
-                f"such as {path.with_name('step-100')}."
+                f"with keep_last, {pointer} leads to the newest checkpoint, so no checkpoint can have that name. Save "
+                f"to a path such as {path.with_name('step-100')}."
             )
         if os.path.lexists(pointer) and _read(pointer) is None:
             raise CheckpointError(
@@ -74,13 +75,13 @@ class Series:
         return cls(pointer, keep_last)
 
     def add(self, path: Path) -> None:
-        """List a new checkpoint as the newest, and delete what is too old.
+        """List a new checkpoint as the newest, and delete those that are too old.
 
         Args:
             path: A whole checkpoint beside the pointer.
 
         Raises:
-            CheckpointError: The list cannot be written, or something cannot be deleted. The new checkpoint is whole.
+            CheckpointError: The list cannot be written, or a checkpoint cannot be deleted. The new checkpoint is whole.
         """
         try:
             lock = SaveLock(self.pointer, wait=True)
@@ -90,7 +91,7 @@ class Series:
             self._add(path)
         except OSError as error:
             raise CheckpointError(
-                f"the checkpoint {path} is saved, but the series that {self.pointer} lists is not in order: {error}"
+                f"the checkpoint {path} is saved, but the series in {self.pointer} could not be updated: {error}"
             ) from error
         finally:
             lock.release()
@@ -109,11 +110,11 @@ class Series:
         self._write(marks)
 
     def _drop(self, path: Path, mark: str) -> bool:
-        """Delete one checkpoint if it is the one that is listed; return whether it can go off the list."""
+        """Delete one checkpoint if it has the listed mark, and return whether to remove it from the list."""
         try:
             lock = SaveLock(path)
         except CheckpointError:
-            return False  # It is being saved anew; whoever does that lists it.
+            return False  # Another save replaces this checkpoint, and lists it.
         try:
             found = _mark(path)
             if found is not None and found != mark:
@@ -124,7 +125,7 @@ class Series:
                 return True
             doomed = folder.fresh()
             if path.is_dir() and set(owned(path)) != {item.name for item in path.iterdir()}:
-                # Somebody's files are in it and stay.
+                # The folder also holds files that nucleate did not write: they stay.
                 for name in owned(path):
                     delete(path / name)
                 return True
@@ -153,11 +154,11 @@ class Series:
 def resolve(path: str | os.PathLike[str]) -> Path:
     """Return the file or folder to read for a path that a user gave.
 
-    A pointer (`runs/latest`) stands for the newest checkpoint that it lists and that is whole. A folder whose save was
-    killed between two renames is found under its other name; see [Note: Whole or absent]. Nothing is changed.
+    A pointer (`runs/latest`) stands for the newest whole checkpoint that it lists. If a save was killed between two
+    renames, the folder is found under its other name; see [Note: Whole or absent]. Nothing is changed.
 
     Raises:
-        CheckpointNotFoundError: There is nothing at that path, or nothing that a pointer lists is left.
+        CheckpointNotFoundError: There is nothing at that path, or all checkpoints that a pointer lists are gone.
     """
     absolute = Path(path).resolve()
     if absolute.is_file():
@@ -169,7 +170,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
                 if candidate.is_file() or is_checkpoint(candidate):
                     return candidate
         raise CheckpointNotFoundError(
-            f"{absolute} lists {name_list(marks) or 'nothing'}, and none of that is there as a whole checkpoint."
+            f"{absolute} lists {name_list(marks) or 'nothing'}, but none of these is there as a whole checkpoint."
             f"{neighbours(absolute)}"
         )
     for candidate in _candidates(absolute):
@@ -187,7 +188,7 @@ def _candidates(path: Path) -> Iterator[Path]:
 
 
 def _mark(path: Path) -> str | None:
-    """Return what tells a checkpoint from another of the same name; None where there is none."""
+    """Return the mark that distinguishes a checkpoint from others of the same name; None without a checkpoint."""
     try:
         status = os.stat(path / MARKER if path.is_dir() else path)
         if path.is_dir():
@@ -200,7 +201,7 @@ def _mark(path: Path) -> str | None:
 
 
 def _read(pointer: Path) -> dict[str, str] | None:
-    """Return what a pointer lists, name to mark, oldest first; None where it is no pointer."""
+    """Return a pointer's list, name to mark, oldest first; None if the file is not a pointer."""
     try:
         if not pointer.is_file() or pointer.stat().st_size > _MAX_POINTER_BYTES:
             return None
@@ -213,5 +214,5 @@ def _read(pointer: Path) -> dict[str, str] | None:
         listed = {str(item["name"]): str(item["mark"]) for item in text["checkpoints"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    # Names beside the pointer and nothing else: a list must not lead out of its folder.
+    # Only names beside the pointer: a list must not lead out of its folder.
     return {name: mark for name, mark in listed.items() if name and Path(name).name == name and name != ".."}

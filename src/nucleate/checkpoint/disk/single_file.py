@@ -1,4 +1,4 @@
-"""A checkpoint that is one file: whole or absent, since the system renames in one step."""
+"""Checkpoint of one file: whole or absent, because the system renames in one step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nucleate.checkpoint.disk.target import Target, sync
+from nucleate.checkpoint.disk.target import CheckpointTarget, sync
 from nucleate.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class CheckpointFile(Target):
-    """Where a checkpoint of one file is, or will be. Another file of that name is replaced."""
+class CheckpointFile(CheckpointTarget):
+    """The place of a checkpoint of one file. A save replaces another file of that name."""
 
     def draft(self) -> Path:
         self._refuse_others()
@@ -33,7 +33,7 @@ class CheckpointFile(Target):
 
     def _refuse_others(self) -> None:
         if self.path.exists() and not self.path.is_file():
-            what = "a folder" if self.path.is_dir() else "no regular file"
+            what = "a folder" if self.path.is_dir() else "not a regular file"
             raise CheckpointError(
                 f"{self.path} is {what}, and its ending stands for a checkpoint of one file. Give another path."
             )

@@ -1,6 +1,6 @@
-"""Calls of the system that Python lacks, or has for objects with a buffer only: without NumPy, a tensor has none.
+"""System calls that Python lacks, or has only for objects with a buffer. Without NumPy, a tensor has no buffer.
 
-They run without the interpreter's lock, as all calls through ctypes.
+They run without the interpreter's lock, as all calls through ctypes do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def system_call(name: str) -> Callable[[int, int, int, int], int]:
     """Return `pread` or `pwrite`, called with a descriptor, an address, a number of bytes and an offset.
 
     Args:
-        name: Which of the two.
+        name: `"pread"` or `"pwrite"`.
     """
     library = ctypes.CDLL(None, use_errno=True)
     function = getattr(library, f"{name}64", None) or getattr(library, name)
@@ -31,9 +31,9 @@ def function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
     """Return a function of the C library.
 
     Args:
-        name: Its name.
-        result: The ctypes type that it returns.
-        arguments: Those that it takes.
+        name: The function's name.
+        result: The ctypes type of its result.
+        arguments: The ctypes types of its arguments.
     """
     found = getattr(ctypes.CDLL(None, use_errno=True), name)
     found.argtypes = arguments

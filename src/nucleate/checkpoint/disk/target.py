@@ -1,4 +1,4 @@
-"""A name on disk that a save gives to what it has written; files and folders alike."""
+"""Targets on disk: the name that a save gives to its finished draft, for files and for folders."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import TypeVar
 
 from nucleate.errors import CheckpointError
 
-T = TypeVar("T", bound="Target")
+T = TypeVar("T", bound="CheckpointTarget")
 
 
 @dataclass(frozen=True)
-class Target(ABC):
-    """Where one checkpoint is, or will be.
+class CheckpointTarget(ABC):
+    """The place of one checkpoint, which need not exist yet.
 
     Attributes:
-        path: Its place; absolute, without symbolic links.
+        path: The path; absolute, without symbolic links.
     """
 
     path: Path
 
     @classmethod
     def at(cls: type[T], path: str | os.PathLike[str]) -> T:
-        """Return the target at `path`, where there need not be anything.
+        """Return the target at `path`, which need not exist.
 
         Raises:
             CheckpointError: `path` is the root of the file system.
@@ -42,12 +42,12 @@ class Target(ABC):
 
     @abstractmethod
     def draft(self) -> Path:
-        """Tidy up after a killed save, and return the place to write the next checkpoint to.
+        """Tidy up after a killed save, and return the draft's path for the next checkpoint.
 
         The caller holds the lock on the name (`SaveLock`).
 
         Raises:
-            CheckpointError: Something is in the way that is not a checkpoint, or it cannot be written there.
+            CheckpointError: Something other than a checkpoint is in the way, or the place cannot be written.
         """
 
     def finish(self, draft: Path, format: str, world_size: int) -> None:
@@ -67,17 +67,17 @@ class Target(ABC):
         """Give a finished draft the checkpoint's name.
 
         Args:
-            draft: What `draft` returned, with every file in it already on disk.
+            draft: The result of `draft`, with all its data already on disk.
 
         Raises:
-            CheckpointError: Something that is not a checkpoint got in the way meanwhile, or the disk failed.
+            CheckpointError: Something other than a checkpoint got in the way meanwhile, or the disk failed.
         """
 
     def make_parent(self) -> None:
-        """Make the folder that it is to be in.
+        """Make the folder for the checkpoint.
 
         Raises:
-            CheckpointError: That cannot be.
+            CheckpointError: The folder cannot be made.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,16 +85,16 @@ class Target(ABC):
             raise self.failure(error) from error
 
     def failure(self, error: OSError) -> CheckpointError:
-        """Return the error to raise where the system refused something."""
+        """Return the error to raise after an error of the system."""
         return CheckpointError(f"a checkpoint cannot be written to {self.path}: {error}")
 
     def sweep(self) -> None:
-        """Delete what killed saves left."""
+        """Delete the drafts of killed saves."""
         for leftover in self.path.parent.glob(f".{_escape(self.path.name)}.draft-*"):
             delete(leftover)
 
     def fresh(self) -> Path:
-        """Return a hidden name beside it that nothing has."""
+        """Return an unused hidden name beside the path."""
         return self.path.with_name(f".{self.path.name}.draft-{uuid.uuid4().hex[:8]}")
 
 
@@ -107,7 +107,7 @@ def delete(path: Path) -> None:
 
 
 def discard(draft: Path) -> None:
-    """Delete a draft that will not become a checkpoint; what cannot be deleted is left to the next save."""
+    """Delete a draft that will not become a checkpoint. The next save deletes the rest if this fails."""
     try:
         delete(draft)
     except OSError:
@@ -115,12 +115,12 @@ def discard(draft: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Put the names in `folder` on disk."""
+    """Write the names in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems know no such thing for folders; they keep their own order.
+        # Some network file systems cannot do this for folders; they keep their own order.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

@@ -1,7 +1,7 @@
-"""Loading: what goes where is planned for the whole state, and then read."""
+"""Loading: a plan says for the whole state where each tensor goes; then the tensors are read."""
 
 from nucleate.checkpoint.loading.binding import bound, defers
 from nucleate.checkpoint.loading.report import Finding, LoadReport
-from nucleate.checkpoint.loading.stored_form import StoredForm, Taken
+from nucleate.checkpoint.loading.stored_form import StoredForm, StoredSources
 
-__all__ = ["Finding", "LoadReport", "StoredForm", "Taken", "bound", "defers"]
+__all__ = ["Finding", "LoadReport", "StoredForm", "StoredSources", "bound", "defers"]

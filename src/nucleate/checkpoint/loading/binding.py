@@ -1,7 +1,8 @@
-"""Deferred tensors that are bound to the bytes of a file: a load that happens inside a construction reads nothing.
+"""Deferred tensors that are bound to the bytes of a file: a load inside a construction reads nothing.
 
-A library that loads a checkpoint while its model is constructed gets these tensors instead of real ones. Its renaming,
-casting, splitting and copying is then recorded like the rest of the constructor, and `setup` reads the bytes.
+A library that loads a checkpoint while it constructs its model gets these tensors instead of real ones. The recording
+then holds the library's renaming, casting, splitting and copying like the rest of the constructor. `setup` reads the
+bytes.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.deferred import give, is_recording, record_of
+from nucleate.deferred import bind, is_recording, record_of
 
 
 def defers(device: torch.device) -> bool:
-    """Return whether a tensor that this thread makes now for a device is deferred."""
+    """Return whether a tensor that this thread now makes for a device is deferred."""
     if not is_recording():
         return False
     try:
@@ -25,7 +26,7 @@ def defers(device: torch.device) -> bool:
 
 
 def bound(stored: StoredTensor, device: torch.device) -> Tensor:
-    """Return a new deferred tensor whose content is a stored tensor.
+    """Return a new deferred tensor that is bound to a stored tensor.
 
     Args:
         stored: The elements and their place in a file.
@@ -33,5 +34,5 @@ def bound(stored: StoredTensor, device: torch.device) -> Tensor:
     """
     tensor = torch.empty(stored.shape, dtype=stored.dtype, device=device)
     if stored.numel:
-        give(tensor, stored)
+        bind(tensor, stored)
     return tensor

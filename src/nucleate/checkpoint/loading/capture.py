@@ -1,4 +1,4 @@
-"""A mode that notes what a module copies into its tensors while it loads, and changes none of them."""
+"""A mode that notes the copies of a module into its tensors while it loads, and leaves these tensors unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nucleate.deferred.tape import is_written
 from nucleate.errors import CheckpointError
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-# They write each element and look at none.
+# These functions write every element and read none.
 _CONSTANTS = {Tensor.zero_, Tensor.fill_}
 
 
@@ -25,14 +25,14 @@ class UnplannedWriteError(CheckpointError):
 
 
 class Capture(TorchFunctionMode):
-    """Notes what is copied into a module's tensors instead of copying it.
+    """A mode that notes copies into a module's tensors instead of making them.
 
     Args:
         root: The module that loads.
 
     Attributes:
         module: The module whose own code runs.
-        prefix: What its names begin with.
+        prefix: The beginning of that module's names in the root.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -48,14 +48,14 @@ class Capture(TorchFunctionMode):
         for name, tensor in self._tensors.items():
             self._names.setdefault(id(tensor), []).append(name)
             self._by_memory.setdefault(_memory(tensor), []).append(name)
-        # Kept, so that no other tensor gets their memory meanwhile.
+        # These keep the memory, so that no other tensor gets it meanwhile.
         self._storages = [tensor.detach() for tensor in self._tensors.values() if not is_lazy(tensor)]
         self._taken: dict[str, tuple[Tensor, Any]] = {}
-        # Tensors that are written part by part.
+        # The values of tensors that are written part by part.
         self._parts: dict[str, Tensor] = {}
 
     def taken(self) -> dict[str, tuple[Tensor, Any]]:
-        """Return what was copied since the last call, by the name inside the root.
+        """Return the tensors written since the last call and their new values, by the name inside the root.
 
         Raises:
             UnplannedWriteError: A part of a tensor was written, and the rest was not.
@@ -63,7 +63,7 @@ class Capture(TorchFunctionMode):
         for name, made in self._parts.items():
             record = record_of(made)
             if record is None or not is_written(record.tape, record.tape.ref(made)):
-                raise self._error(name, "writing a part of it")
+                raise self._error(name, "writing only a part")
         taken, self._taken, self._parts = self._taken, {}, {}
         return taken
 
@@ -74,7 +74,7 @@ class Capture(TorchFunctionMode):
         target = args[0] if args else None
         if isinstance(target, Tensor) and (is_edit(func) or func == _SET_DATA):
             names = self._names.get(id(target)) or self._by_memory.get(_memory(target))
-            # A lazy parameter gets its shape that way.
+            # A lazy parameter gets its shape by such an assignment.
             if names is not None and not (func == _SET_DATA and is_lazy(target)):
                 return self._write(func, target, names, args, kwargs)
         return func(*args, **kwargs)
@@ -103,13 +103,13 @@ class Capture(TorchFunctionMode):
     def _error(self, name: str, what: str) -> UnplannedWriteError:
         return UnplannedWriteError(
             f"{type(self.module).__name__} ({self.prefix.removesuffix('.') or 'the model'}) writes {name} by {what} "
-            "while it loads, which depends on the values that the tensor has now. `load_raw` and `load` plan what they "
-            "read, and cannot run that. Set the model up, and give what `runtime.load(path)` returns to "
+            "while it loads, so the result depends on the tensor's present values. `load_raw` and `load` plan their "
+            "reads, and cannot run such code. Set the model up, and pass the result of `runtime.load(path)` to "
             "`model.load_state_dict`."
         )
 
     def _value(self, func: Any, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """Return what the target holds afterwards, if that does not depend on what it holds now."""
+        """Return the target's value after the write, or None if it depends on the present value."""
         if func in _CONSTANTS:
             made: Tensor = func(torch.empty(target.shape, dtype=target.dtype, device="cpu"), *args[1:], **kwargs)
             return made
@@ -126,9 +126,9 @@ class Capture(TorchFunctionMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    """Return what is equal for tensors that share memory."""
+    """Return a number that is equal for tensors that share memory."""
     with torch._C.DisableTorchFunction():
         try:
             return int(tensor.untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError, ValueError):
-            return id(tensor)  # a subclass without memory of its own, or a lazy tensor
+            return id(tensor)  # a subclass without memory, or a lazy tensor

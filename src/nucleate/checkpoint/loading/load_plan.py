@@ -1,7 +1,7 @@
-"""What a load will do, worked out before it does anything: which tensors to fill, and everything that does not fit.
+"""The plan of a load, made before anything changes: the tensors to fill, and everything that does not fit.
 
-This file decides what fits: shapes must be equal, floating point dtypes may differ (the value is cast). What each
-kind of entry wants is for the loader.
+This file decides which tensors fit: shapes must be equal, and floating point dtypes may differ (the value is cast). The
+loader decides what each kind of entry needs.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import DataFile
 from nucleate.checkpoint.stored.mapped import Mapper
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.deferred import Given, give, handle_of, record_of
+from nucleate.deferred import ElementSource, bind, handle_of, record_of
 from nucleate.deferred.guards import refuse_stale
 from nucleate.errors import CheckpointError, CheckpointKeyError, ConversionError, ShapeMismatchError, name_list
 from nucleate.materialize.reading import read_into
 
 
-class _Named(Given):
-    """What a module made of what is stored for it, which says whose it is where it cannot be made.
+class _Named(ElementSource):
+    """An element source that a module made from its stored tensors. Its conversion errors name the module.
 
     Args:
-        given: The elements.
-        name: The module's.
+        given: The element source.
+        name: The module's name.
     """
 
-    def __init__(self, given: Given, name: str) -> None:
+    def __init__(self, given: ElementSource, name: str) -> None:
         self.dtype, self.shape, self._given, self._name = given.dtype, given.shape, given, name
 
     def read(self, start: int, out: Tensor) -> None:
@@ -52,20 +52,20 @@ class _Named(Given):
         return self._given.describe()
 
 
-class Plan:
-    """A load, before a byte is changed.
+class LoadPlan:
+    """The plan of one load. `execute` makes the first change.
 
     Args:
-        contents: What the checkpoint holds.
-        maps: Let deferred tensors that the file already holds as they are to be lie in the file's own pages.
+        contents: The contents of the checkpoint.
+        maps: Map deferred tensors to the file's own pages, if the file holds them in their final form.
 
     Attributes:
-        contents: What the checkpoint holds.
-        tensors: The checkpoint's tensors by key, and those that modules compute of them.
-        report: What is found on the way.
-        finish: What to call when the tensors are filled, with what it is called in messages.
-        leftover: Where the things are that `report.unexpected` names.
-        unfit: What is in both and is of another kind, as sentences; refused in any case.
+        contents: The contents of the checkpoint.
+        tensors: The checkpoint's tensors by key, and the tensors that modules compute from them.
+        report: The report of the load, filled while the plan is made.
+        finish: Functions to call when the tensors are filled, each after its name for messages.
+        leftover: The places of the items that `report.unexpected` names.
+        unfit: Items that are of another kind in the checkpoint than here, as sentences. They are always refused.
     """
 
     def __init__(self, contents: Contents, maps: bool = False) -> None:
@@ -77,16 +77,16 @@ class Plan:
         self.unfit: list[str] = []
         self._wrong_shapes = False
         self._mapper = Mapper() if maps else None
-        self._deferred: list[tuple[Tensor, Given]] = []
-        self._real: list[tuple[Tensor, Given]] = []
+        self._deferred: list[tuple[Tensor, ElementSource]] = []
+        self._real: list[tuple[Tensor, ElementSource]] = []
 
     def fill(self, name: str, stored: StoredTensor, target: Tensor) -> None:
         """Read a tensor into `target`, or note that it does not fit.
 
         Args:
-            name: What messages call the target.
-            stored: Where it comes from.
-            target: A tensor with memory, which is written in place, or a deferred one.
+            name: The target's name for messages.
+            stored: The stored tensor to read.
+            target: A tensor with memory, which is written in place, or a deferred tensor.
         """
         if stored.shape != tuple(target.shape):
             self._wrong_shapes = True
@@ -101,14 +101,14 @@ class Plan:
             return
         self.report.mismatched.append(Finding(name, stored.size_bytes, detail))
 
-    def take(self, name: str, given: Given, target: Tensor, module: str) -> None:
-        """Fill `target` with what a module made of what is stored for it; see `StoredForm`.
+    def add(self, name: str, given: ElementSource, target: Tensor, module: str) -> None:
+        """Fill `target` from an element source that a module made from its stored tensors; see `StoredForm`.
 
         Args:
-            name: What messages call the target.
-            given: The elements, of the target's shape.
-            target: A tensor with memory, or a deferred one.
-            module: What messages call the module.
+            name: The target's name for messages.
+            given: The element source, with the target's shape.
+            target: A tensor with memory, or a deferred tensor.
+            module: The module's name for messages.
         """
         self.report.loaded.append(Finding(name, math.prod(given.shape) * given.dtype.itemsize))
         self._read(_Named(given, module), target)
@@ -117,9 +117,9 @@ class Plan:
         """Return a new tensor on the CPU that is filled when the plan is executed, or note that it does not fit.
 
         Args:
-            name: What messages call it.
-            stored: Where it comes from.
-            like: What it takes the place of and must have the shape of, if that matters.
+            name: The tensor's name for messages.
+            stored: The stored tensor to read.
+            like: The tensor that the new one replaces. The shapes must be equal. None accepts any shape.
         """
         if like is not None and stored.shape != tuple(like.shape):
             self._wrong_shapes = True
@@ -132,22 +132,22 @@ class Plan:
         return tensor
 
     def miss(self, name: str, tensor: Tensor | None = None) -> None:
-        """Note that the checkpoint lacks something."""
+        """Note that the checkpoint does not hold `name`."""
         size_bytes = 0 if tensor is None else tensor.numel() * tensor.element_size()
         self.report.missing.append(Finding(name, size_bytes))
 
     def tie(self, name: str, first: str, stored: StoredTensor) -> None:
-        """Note that a name stands for what is loaded under another one."""
+        """Note that a name is tied to the tensor that is loaded under the name `first`."""
         self.report.tied.append(Finding(name, stored.size_bytes, f"= {first}"))
 
     def tree(self, path: KeyPath, target: Callable[[KeyPath, torch.Size, torch.dtype], Tensor] | None = None) -> Any:
-        """Return what was saved at `path`, with tensors that are filled when the plan is executed.
+        """Return the entry that was saved at `path`. Executing the plan fills its tensors.
 
         Args:
-            path: A place at which something was saved.
-            target: Returns a tensor to fill for a place, a shape and a dtype; without it they are new, on the CPU.
+            path: A place that the checkpoint holds.
+            target: Returns a tensor to fill for a place, a shape and a dtype. None makes new tensors on the CPU.
         """
-        # By where they lie: several names may stand for the same bytes, thousands in a file made for that.
+        # The keys are places in files: several names may stand for the same bytes, thousands in a file made for that.
         new: dict[Any, Tensor] = {}
 
         def tensor_at(place: KeyPath) -> Tensor | None:
@@ -168,7 +168,7 @@ class Plan:
         return join(self.contents.at(path), path, tensor_at)
 
     def check(self, strict: bool) -> None:
-        """Raise if the checkpoint and what it is loaded into do not fit together.
+        """Raise an error if the checkpoint does not fit the state.
 
         Args:
             strict: Refuse keys that are missing, unexpected or of another shape or dtype.
@@ -176,7 +176,7 @@ class Plan:
         Raises:
             CheckpointKeyError: Keys are missing or unexpected.
             ShapeMismatchError: Tensors have other shapes.
-            CheckpointError: Something else is not what it was, or a file was cut short since its header was read.
+            CheckpointError: Something else does not fit, or a file was cut short after its header was read.
         """
         report = self.report
         wrong = [f"{one.key} is {one.detail}" for one in report.mismatched]
@@ -193,9 +193,9 @@ class Plan:
             return
         advice = "Nothing was changed."
         if not self.unfit:
-            advice += " Pass strict=False to load only what is in both and fits."
+            advice += " Pass strict=False to load only the tensors that are in both and fit."
         if not self.contents.is_complete and report.missing and not report.loaded:
-            advice += " It is not one that `save` wrote; `load_raw` loads the weights of others into a model."
+            advice += " `save` did not write this checkpoint; `load_raw` loads the weights of others into a model."
         message = "\n".join([f"the checkpoint at {self.contents.path} does not fit:", *lines, advice])
         if strict and (report.missing or report.unexpected):
             raise CheckpointKeyError(message)
@@ -204,34 +204,34 @@ class Plan:
         raise CheckpointError(message)
 
     def _check_deferred(self) -> None:
-        """Raise if a deferred tensor was edited where nothing recorded it, before any tensor has changed."""
+        """Raise an error if a deferred tensor has an edit that was not recorded, before any tensor changes."""
         for tensor, _ in self._deferred:
             handle = handle_of(tensor)
             if handle is not None:
                 refuse_stale(tensor, handle)
 
     def _check_files(self) -> None:
-        """Raise if a file was cut short since its header was read, before any tensor has changed."""
+        """Raise an error if a file was cut short after its header was read, before any tensor changes."""
         files = (file for _, given in self._real if isinstance(given, StoredTensor) for file in given.files)
         for file in {id(file): file for file in files}.values():
             if isinstance(file, DataFile):
                 file.check_length()
 
     def execute(self) -> None:
-        """Bind deferred tensors to the files, and read into all others.
+        """Bind deferred tensors to the files, and read the values of all other tensors.
 
         Raises:
-            CheckpointError: A file has changed since its headers were read, or the disk fails.
+            CheckpointError: A file has changed after its headers were read, or the disk fails.
         """
         read_into(self._real)
         for tensor, _ in self._real:
             if not tensor.is_inference():
-                # Reading went around autograd, which has to see a write: what it saved of the old value is stale.
+                # Reading bypassed autograd. Autograd must see the write, because old values that it saved are stale.
                 torch.autograd.graph.increment_version(tensor)
         for tensor, given in self._deferred:
-            give(tensor, given)
+            bind(tensor, given)
 
-    def _read(self, given: Given, target: Tensor) -> None:
+    def _read(self, given: ElementSource, target: Tensor) -> None:
         if record_of(target) is None:
             self._real.append((target, given))
             return
@@ -240,7 +240,7 @@ class Plan:
 
     @property
     def summary(self) -> str:
-        """What was not loaded, as a sentence; empty where all was."""
+        """The tensors that were not loaded, as a sentence; empty if all were loaded."""
         report = self.report
         parts = [
             f"{what}: {name_list(map(str, found))}"

@@ -1,4 +1,4 @@
-"""A module's part of a load: its tensors by name, and what its own code makes of what is stored."""
+"""A module's part of a load: its tensors by name, and the tensors that its own code makes from the stored ones."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from nucleate.checkpoint.loading.load_plan import Plan
+from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.own_ways import Outcome, Replaced, has_own_ways, run_own_ways, run_post_hooks
 from nucleate.checkpoint.loading.stored_form import StoredForm
 from nucleate.checkpoint.state.entries import ParameterNames
 from nucleate.checkpoint.state.tree import KeyPath, check_loadable, key_of
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.deferred import Given, record_of
+from nucleate.deferred import ElementSource, record_of
 from nucleate.errors import CheckpointError, ConversionError
 from nucleate.layout import is_sharded
 
-#: Brings a module into the form of what is stored for it, given by the module's own names.
-Prepare = Callable[[nn.Module, Mapping[str, Given]], None]
+#: Brings a module into the form of its stored tensors, which are given by the module's own names.
+Prepare = Callable[[nn.Module, Mapping[str, ElementSource]], None]
 
 
 def plan_module(
-    plan: Plan,
+    plan: LoadPlan,
     module: nn.Module,
     state_dict: Mapping[str, Any],
     path: KeyPath,
@@ -38,27 +38,28 @@ def plan_module(
 ) -> dict[str, str]:
     """Add the reading of a module to a plan: straight into its parameters and buffers.
 
-    What a state dict holds besides, such as `get_extra_state()`, is read whole and handed back at the end.
+    The plan reads the rest of the state dict, such as `get_extra_state()`, whole, and hands it to the module at the
+    end.
 
     Args:
-        plan: Receives what to read and what does not fit.
+        plan: Receives the reads and the misfits.
         module: The module.
-        state_dict: Its own, `keep_vars=True`.
-        path: Where the module stands in the state, for messages.
+        state_dict: The module's own state dict, `keep_vars=True`.
+        path: The module's place in the state, for messages.
         stored: Names for the module to keys of the checkpoint.
-        place: Where in the checkpoint its values that are no tensors stand, if that is known.
-        names: The names of its tensors, of which tied ones have several.
-        ties: What was read under another name before.
+        place: The place of the module's values in the checkpoint, if it is known.
+        names: The names of the module's tensors. A tied tensor has several.
+        ties: The tensors that the plan already reads, by name.
 
     Returns:
-        The names that the module's own code made of `stored`.
+        `stored` with the names that the module's own code made.
 
     Raises:
-        CheckpointError: The module refuses what is stored, or its own code cannot be planned.
+        CheckpointError: The module refuses the stored tensors, or its own code cannot be planned.
     """
     versions = _versions(plan, module, place)
     whole_state = state_dict
-    # Not what wraps it: hooks are called with the module that they were registered on.
+    # The module itself, not its wrapper: torch calls hooks with the module that they were registered on.
     module = next(iter(module.modules()))
     is_deferred = any(record_of(value) is not None for value in (*module.parameters(), *module.buffers()))
     forms = {name: part for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, StoredForm)}
@@ -94,11 +95,11 @@ def plan_module(
             (one, plan.whole(one.stored.key, one.stored, None)) for one in (outcome.replaced if outcome else ())
         ]
         missing = outcome.missing if outcome is not None else ()
-        # Also with nothing to do: on ranks where the module is real there is something to do, in step with this one.
+        # Also with nothing to do: ranks where the module is real have something to do, and all must keep in step.
         plan.finish.append((key_of(path), partial(_finish, module, handed, replaced, missing)))
     else:
-        # Its tensors are filled already, and copying each to itself is nothing; but forms compute of them.
-        # With the versions that it has now, as what it is filled with has the names of now.
+        # The module's tensors are filled already, and copying each to itself does nothing; but forms compute from them.
+        # The versions are the present ones, because `filled` has the present names.
         filled: Any = OrderedDict({**whole_state, **handed})
         filled._metadata = getattr(whole_state, "_metadata", None)
         plan.finish.append((key_of(path), partial(_load_filled, module, filled, forms)))
@@ -106,7 +107,7 @@ def plan_module(
 
 
 def _plan_form(
-    plan: Plan,
+    plan: LoadPlan,
     part: StoredForm,
     stored: Mapping[str, str],
     path: KeyPath,
@@ -115,17 +116,17 @@ def _plan_form(
     ties: Ties,
     absent: list[tuple[KeyPath, Tensor | None]],
 ) -> dict[str, str]:
-    """Add the reading of a module that says itself how it is filled, and return the names that it leaves.
+    """Add the reading of a `StoredForm`, and return the names that it does not use.
 
     Args:
-        plan: Receives what to read and what does not fit.
-        part: The module.
+        plan: Receives the reads and the misfits.
+        part: The module that chooses its stored tensors itself.
         stored: Names for the whole module to keys of the checkpoint.
-        path: Where the whole module stands in the state.
-        prefixes: What the names of `part` begin with: several where it stands in several places.
+        path: The whole module's place in the state.
+        prefixes: The beginnings of the names of `part`: several if it stands in several places.
         names: The names of the whole module's tensors.
-        ties: What was read under another name before.
-        absent: Receives what is not stored, unless it is tied to something that is.
+        ties: The tensors that the plan already reads, by name.
+        absent: Receives the places of tensors that are not stored. A tie may still give such a tensor its value.
     """
     tensors = plan.tensors
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in stored)), prefixes[0])
@@ -133,7 +134,7 @@ def _plan_form(
     assert isinstance(part, nn.Module)
     where = key_of((*path, *filter(None, (prefix.removesuffix("."),)))) or type(part).__name__
     try:
-        taken = part.take_stored(mine)
+        taken = part.bind_stored(mine)
     except (CheckpointError, ConversionError) as error:
         plan.unfit.append(f"{where}: {error}")
         return {name: key for name, key in stored.items() if not name.startswith(tuple(prefixes))}
@@ -142,10 +143,10 @@ def _plan_form(
         check_loadable(target, key_of(place))
         assert given.shape == tuple(target.shape)
         if given is mine.get(name):
-            # As it is: it may be tied to a tensor of another module.
+            # The stored tensor itself: `target` may be tied to a tensor of another module.
             ties.add(plan, place, names.first(place), mine[name], target)
         else:
-            plan.take(key_of(place), given, target, where)
+            plan.add(key_of(place), given, target, where)
     for name in taken.missing:
         absent.append(((*path, f"{prefix}{name}"), None))
     left, used = dict(stored), taken.used & mine.keys()
@@ -163,22 +164,22 @@ def _plan_form(
 
 def _load_filled(module: nn.Module, filled: Any, forms: Mapping[str, StoredForm]) -> None:
     for name, part in forms.items():
-        # What it computes of its tensors has changed with them.
+        # The values that the form computes from its tensors have changed with them.
         assert isinstance(part, nn.Module)
         part.state_dict(destination=filled, prefix=f"{name}." if name else "", keep_vars=True)
     module.load_state_dict(filled)
 
 
-def _versions(plan: Plan, module: nn.Module, place: KeyPath | None) -> Mapping[str, int]:
-    """Return the versions of a module and those inside, as they were saved."""
+def _versions(plan: LoadPlan, module: nn.Module, place: KeyPath | None) -> Mapping[str, int]:
+    """Return the saved versions of a module and its submodules."""
     if plan.contents.is_complete:
-        # `save` keeps none, and takes what the modules of its time said.
+        # Such contents have no versions: the present ones stand for those at the time of the save.
         return {name: part._version for name, part in module.named_modules()}
     return plan.contents.versions.get(place, {}) if place is not None else {}
 
 
 def _optional(module: nn.Module, versions: Mapping[str, int]) -> set[str]:
-    """Return the keys that old checkpoints lack, and torch does not miss: the counters of batch norms."""
+    """Return the keys that torch does not miss in old checkpoints: the counters of batch norms."""
     # `_NormBase._load_from_state_dict` (torch/nn/modules/batchnorm.py, 2.13).
     return {
         f"{name}.num_batches_tracked" if name else "num_batches_tracked"
@@ -188,7 +189,7 @@ def _optional(module: nn.Module, versions: Mapping[str, int]) -> set[str]:
 
 
 def _own(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a state dict that lie in the module's memory; others are copies, or made for it."""
+    """Return the tensors of a state dict that lie in the module's memory. The others are copies or new tensors."""
     inside = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())}
     return {fqn: t for fqn, t in state_dict.items() if isinstance(t, Tensor) and _memory(t) in inside}
 
@@ -199,7 +200,7 @@ def _memory(tensor: Any) -> int:
         try:
             return int(local.untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError):
-            return id(tensor)  # a subclass without memory of its own
+            return id(tensor)  # a subclass without memory
 
 
 def _is_extra(fqn: str) -> bool:
@@ -207,12 +208,16 @@ def _is_extra(fqn: str) -> bool:
 
 
 def _in_own_way(
-    plan: Plan, module: nn.Module, state_dict: Mapping[str, Any], stored: Mapping[str, str], versions: Mapping[str, int]
+    plan: LoadPlan,
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    stored: Mapping[str, str],
+    versions: Mapping[str, int],
 ) -> tuple[dict[str, str], Outcome]:
-    """Run a module's own code on what is stored.
+    """Run a module's own code on the stored tensors.
 
     Returns:
-        Names for the module to keys of the plan's tensors; and what the code does.
+        Names for the module to keys of the plan's tensors; and the effect of the code.
     """
     keys = {id(plan.tensors[key]): key for key in stored.values()}
     given = {name: plan.tensors[key] for name, key in stored.items()}
@@ -242,14 +247,14 @@ def _finish(
 
 
 def _has_copies(module: nn.Module, state_dict: Mapping[str, Any], forms: Iterable[str]) -> bool:
-    """Return whether a state dict holds copies, so that only the module knows where what is loaded goes."""
+    """Return whether a state dict holds copies. Only the module knows then where the loaded tensors go."""
     own, inside_forms = _own(module, state_dict), tuple(f"{name}." if name else "" for name in forms)
     others = (fqn for fqn, value in state_dict.items() if isinstance(value, Tensor) and fqn not in own)
     return any(not _is_extra(fqn) and not fqn.startswith(inside_forms) for fqn in others)
 
 
 def _plan_tensors(
-    plan: Plan,
+    plan: LoadPlan,
     stored: Mapping[str, str],
     own: Mapping[str, Tensor],
     path: KeyPath,
@@ -270,30 +275,30 @@ def _plan_tensors(
         if first is None:
             plan.miss(key_of(place), tensor)
         else:
-            # A tied tensor is there if it is there under one of its names.
+            # A checkpoint has a tied tensor if it has it under one of its names.
             plan.tie(key_of(place), *first)
 
 
 class Ties:
-    """Which tensors are read already, under which name: a tied one is read once.
+    """The tensors that a plan already reads, by name: a load reads a tied tensor once.
 
     Args:
-        compares: Whether this rank compares what a checkpoint holds twice; one rank is enough.
+        compares: Whether this rank compares tensors that a checkpoint holds twice; one rank is enough.
     """
 
     def __init__(self, compares: bool) -> None:
         self._read: dict[str, tuple[str, StoredTensor]] = {}
         self._compares = compares
 
-    def add(self, plan: Plan, place: KeyPath, shared: str, stored: StoredTensor, tensor: Tensor) -> None:
-        """Read a tensor, or make sure that it was read with the same values under another name.
+    def add(self, plan: LoadPlan, place: KeyPath, shared: str, stored: StoredTensor, tensor: Tensor) -> None:
+        """Read a tensor, or make sure that another name of the tensor is read with the same values.
 
         Args:
-            plan: Receives it.
-            place: Where the tensor stands.
-            shared: A name that all tensors tied to it share.
-            stored: Where it is in the checkpoint.
-            tensor: The tensor.
+            plan: Receives the read or the misfit.
+            place: The tensor's place in the state.
+            shared: The name that all tensors of the tie share.
+            stored: The tensor in the checkpoint.
+            tensor: The tensor of the model.
         """
         name, first = key_of(place), self._read.get(shared)
         if first is None:
@@ -302,14 +307,14 @@ class Ties:
         else:
             self.same(plan, place, shared, stored)
 
-    def same(self, plan: Plan, place: KeyPath, shared: str, stored: StoredTensor) -> None:
-        """Make sure that what was read under another name has the values of a stored tensor.
+    def same(self, plan: LoadPlan, place: KeyPath, shared: str, stored: StoredTensor) -> None:
+        """Make sure that the tensor that is read under another name has the values of a stored tensor.
 
         Args:
-            plan: Receives what does not fit.
-            place: Where the tensor stands.
-            shared: The name that it was read under.
-            stored: Where it is in the checkpoint.
+            plan: Receives the tie or the misfit.
+            place: The place of the tensor in the state.
+            shared: The name that all tensors of the tie share.
+            stored: The tensor in the checkpoint.
         """
         name, first = key_of(place), self._read[shared]
         if stored.is_same(first[1]) or not self._compares or has_same_values(stored, first[1]):
@@ -320,16 +325,16 @@ class Ties:
             )
 
     def took(self, name: str, stored: StoredTensor) -> None:
-        """Note that a module has taken what is stored under a name."""
+        """Note that a module has taken the tensor that is stored under a name."""
         self._read.setdefault(name, (name, stored))
 
     def loaded(self, shared: str) -> tuple[str, StoredTensor] | None:
-        """Return under which name a tensor is read, and from where."""
+        """Return the name that a tensor is read under and its stored tensor, or None."""
         return self._read.get(shared)
 
 
 def has_same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Return whether two stored tensors hold the same bytes, read a part at a time."""
+    """Return whether two stored tensors hold the same bytes. They are read a part at a time."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     step = 1 << 20

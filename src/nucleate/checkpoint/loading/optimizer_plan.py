@@ -1,6 +1,6 @@
-"""The plan of an optimizer's load: names become numbers again, and a state that was never there gets its tensors.
+"""The plan of an optimizer's load: names become numbers again, and an optimizer that never stepped gets new tensors.
 
-It never takes a step to find out what the state of an optimizer that never stepped looks like.
+The plan takes no step of the optimizer to find out the form of these tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nucleate.checkpoint.loading.load_plan import Plan
+from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.report import Finding
 from nucleate.checkpoint.state.entries import Entry, ParameterNames
 from nucleate.checkpoint.state.optimizer_names import check_named
@@ -22,16 +22,16 @@ from nucleate.errors import UsageError
 from nucleate.layout import is_sharded, zeros_beside
 
 
-def plan_optimizer(plan: Plan, entry: Entry, names: ParameterNames) -> None:
+def plan_optimizer(plan: LoadPlan, entry: Entry, names: ParameterNames) -> None:
     """Add the reading of an optimizer's state to `plan`.
 
     Args:
-        plan: Receives what to read, what does not fit, and what to call at the end.
+        plan: Receives the reads, the misfits, and a function to call at the end.
         entry: An optimizer, whose state is in the checkpoint.
-        names: The keys of the parameters of the modules that are loaded with it.
+        names: The keys of the parameters of the modules that are loaded with the optimizer.
 
     Raises:
-        UsageError: Parameters of the optimizer are in none of these modules.
+        UsageError: Some parameters of the optimizer are not in these modules, or they are deferred.
     """
     optimizer: Optimizer = entry.value
     check_named(entry, names)
@@ -52,7 +52,7 @@ def plan_optimizer(plan: Plan, entry: Entry, names: ParameterNames) -> None:
         for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
     ):
         plan.unfit.append(
-            f"{entry.key} goes by the order of its parameters in the checkpoint, but has another number of them here"
+            f"{entry.key} knows its parameters by their order in the checkpoint, but has another number of them here"
         )
         return
     for place in range(len(optimizer.param_groups)):
@@ -76,23 +76,24 @@ def _refuse_deferred(entry: Entry) -> None:
     parameters = [p for group in entry.value.param_groups for p in group["params"]]
     if any(record_of(parameter) is not None for parameter in parameters):
         raise UsageError(
-            f"{entry.key} has deferred parameters, of which it is not known yet how they are laid out. Load the model "
-            "now and the optimizer after `setup`, or both after `setup`."
+            f"{entry.key} has deferred parameters, whose layout is not known yet. Load the model now and the optimizer "
+            "after `setup`, or both after `setup`."
         )
 
 
 class _Numbered:
-    """A saved state on its way back to torch's form, with numbers for the parameters as the optimizer has them now.
+    """A saved state in torch's form: numbers for the parameters, in the order that the optimizer has now.
 
     Attributes:
         groups: The parameter groups so far.
         state: The state so far, by number.
         restored: Each parameter that has a saved state, with its name and that state.
-        by_order: Whether the saved state goes by torch's numbers, as those of others do: then by their order.
-        saved_keys: The names of all parameters that were saved to what the saved state calls them.
+        by_order: Whether the saved state has torch's numbers, as other libraries save it. Parameters then match by
+            order.
+        saved_keys: The name of each saved parameter to its key in the saved state.
     """
 
-    def __init__(self, plan: Plan, entry: Entry, names: ParameterNames, saved: dict[str, Any]) -> None:
+    def __init__(self, plan: LoadPlan, entry: Entry, names: ParameterNames, saved: dict[str, Any]) -> None:
         self.groups: list[dict[str, Any]] = []
         self.state: dict[Any, Any] = {}
         self.restored: list[tuple[Tensor, str, dict[str, Any]]] = []
@@ -107,7 +108,7 @@ class _Numbered:
         self._number = 0
 
     def add_group(self, place: int) -> None:
-        """Add the group at `place`: its options as they were saved, its parameters as they are now."""
+        """Add the group at `place`, with its saved options and its present parameters."""
         group = self._entry.value.param_groups[place]
         options = dict(self._saved["param_groups"][place])
         called = {key: name for name, key in self.saved_keys.items()}
@@ -121,7 +122,7 @@ class _Numbered:
             if self.saved_keys[name] in self._saved["state"]:
                 self._plan.leftover.append((*self._entry.path, "state", self.saved_keys[name]))
         for option in options:
-            # Tensors, such as a learning rate that a compiled step reads, stay on the device that they are on now.
+            # A tensor, such as a learning rate that a compiled step reads, stays on its present device.
             device = group[option].device if isinstance(group.get(option), Tensor) else torch.device("cpu")
             options[option] = self._plan.tree(
                 (*self._entry.path, "param_groups", place, option), partial(_zeros_on, device)
@@ -150,8 +151,8 @@ def _zeros_on(device: torch.device, place: KeyPath, shape: torch.Size, dtype: to
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _fields(plan: Plan, path: KeyPath, parameter: Tensor, current: dict[str, Any]) -> Any:
-    """Return the saved state of one parameter, read into what the optimizer has, or into new tensors."""
+def _fields(plan: LoadPlan, path: KeyPath, parameter: Tensor, current: dict[str, Any]) -> Any:
+    """Return the saved state of one parameter, to be read into the optimizer's own tensors or into new ones."""
 
     def target(place: KeyPath, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         field = place[len(path) :]
@@ -163,19 +164,19 @@ def _fields(plan: Plan, path: KeyPath, parameter: Tensor, current: dict[str, Any
     return plan.tree(path, target)
 
 
-def _new(plan: Plan, place: KeyPath, name: str, parameter: Tensor) -> Tensor:
-    """Return a tensor to read the state at `place` into, laid out as a step of the optimizer would have done it.
+def _new(plan: LoadPlan, place: KeyPath, name: str, parameter: Tensor) -> Tensor:
+    """Return a tensor to read the state at `place` into, with the layout that a step of the optimizer would give it.
 
     Args:
-        plan: Whose contents tell what was saved.
-        place: Where the state of the parameter stands.
-        name: The key of the parameter when it was saved.
+        plan: The plan, which knows the checkpoint's contents.
+        place: The place of the tensor in the saved state.
+        name: The key that the parameter had when it was saved.
         parameter: The parameter now.
     """
     contents = plan.contents
     key = contents.keys[place]
     shape, dtype = torch.Size(contents.tensors[key].shape), contents.tensors[key].dtype
-    # torch, too, knows the step count by its name: it stays on the CPU and in its own dtype
+    # The step count stays on the CPU and in its own dtype. torch, too, finds it by its name
     # (torch/optim/optimizer.py, `_process_value_according_to_param_policy`, 2.13).
     counts_steps = place[-1] == "step"
     was_whole = name in contents.sharded and key not in contents.sharded
@@ -189,7 +190,7 @@ def _new(plan: Plan, place: KeyPath, name: str, parameter: Tensor) -> Tensor:
 
 
 def _keep_dtypes(fields: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """Put back what `load_state_dict` cast to the dtype of its parameter: fp32 moments of bf16 weights are meant."""
+    """Give fields back their saved dtypes: `load_state_dict` casts fp32 moments of bf16 weights to bf16."""
     for field, tensor in loaded.items():
         now = fields.get(field)
         if isinstance(tensor, Tensor) and isinstance(now, Tensor) and now.dtype != tensor.dtype:

@@ -1,8 +1,8 @@
 """Modules that load in their own way: hooks, and classes with a `_load_from_state_dict` of their own.
 
-Such code renames, splits, joins and permutes what older versions wrote. It is run here on deferred tensors that stand
-for those in the checkpoint. So it computes nothing and copies nothing: what it would copy into a parameter is found,
-and the load's plan reads it as it reads any tensor, each rank its own part.
+Such code renames, splits, joins and permutes the tensors that older versions wrote. It runs here on deferred tensors
+that stand for those in the checkpoint, so it computes and copies nothing. `run_own_ways` finds each tensor that the
+code would copy into a parameter. The load's plan reads this tensor like any other, each rank its own part.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.nn.parameter import is_lazy
 
 from nucleate.checkpoint.loading.capture import Capture, UnplannedWriteError
 from nucleate.checkpoint.loading.stored_form import StoredForm
-from nucleate.checkpoint.stored.computed import ComputedTensor
+from nucleate.checkpoint.stored.computed_tensor import ComputedTensor
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.deferred import ComputedGiven, TensorGiven, deferred, give, record_of, resumed
+from nucleate.deferred import ComputedSource, TensorSource, bind, deferred, record_of, resumed
 from nucleate.errors import CheckpointError, name_list
 
-# What torch's own code says of another shape.
+# The beginning of torch's message about another shape.
 _MISMATCH = "size mismatch for "
 
 
@@ -37,7 +37,7 @@ class Replaced:
         module: The module.
         name: The attribute's name.
         stored: Its elements.
-        like: The tensor as the code has made it, without elements.
+        like: The tensor that the code has made, without elements.
         is_buffer: Whether it is a buffer of the module.
     """
 
@@ -48,7 +48,7 @@ class Replaced:
     is_buffer: bool
 
     def put(self, value: Tensor) -> None:
-        """Give the module a real tensor for it."""
+        """Put a real tensor into the module."""
         if isinstance(self.like, nn.Parameter):
             value = nn.Parameter(value, self.like.requires_grad)
         if self.is_buffer:
@@ -60,14 +60,14 @@ class Replaced:
 
 @dataclass
 class Outcome:
-    """The effect of a module's own code on what is stored for it.
+    """The effect of a module's own code on the module's stored tensors.
 
     Attributes:
-        tensors: What is copied into each tensor of the module, by its name; and what is left over, by the name that
-            the code has given to it.
-        targets: The tensors of the module that something is copied into, by name.
+        tensors: The stored tensor that the code copies into each tensor of the module, by the module's name; and the
+            tensors that are left over, by the name that the code gave them.
+        targets: The tensors of the module that the code copies into, by name.
         replaced: Tensors of another shape, or of a new name, that the code puts into the module.
-        missing: The names that the code says are missing.
+        missing: The names that the code reports as missing.
     """
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Outcome:
 
 
 def has_own_ways(module: nn.Module) -> bool:
-    """Return whether a module, or one inside, does more than copying when it loads a state dict."""
+    """Return whether a module or one of its submodules does more than copying when it loads a state dict."""
     return any(
         part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks or _overrides(part)
         for part in module.modules()
@@ -86,7 +86,7 @@ def has_own_ways(module: nn.Module) -> bool:
 
 def _overrides(part: nn.Module) -> bool:
     method = type(part)._load_from_state_dict
-    # That of batch norms fills in a counter that old checkpoints lack.
+    # The method of batch norms only fills in a counter that old checkpoints lack.
     ours = method is nn.Module._load_from_state_dict or method.__module__ == "torch.nn.modules.batchnorm"
     return not ours and not isinstance(part, StoredForm)
 
@@ -98,17 +98,17 @@ def run_own_ways(
     versions: Mapping[str, int],
     path: str,
 ) -> Outcome:
-    """Run what a module does when it loads, and return what it would copy, without copying anything.
+    """Run a module's own code for loads, and return the copies that it would make. Nothing is copied.
 
     Args:
         module: The module, deferred or real.
-        state_dict: Its own, `keep_vars=True`.
-        stored: What is stored, by the names that a state dict would have.
-        versions: The versions of the modules inside, by name, as they were saved.
+        state_dict: The module's own state dict, `keep_vars=True`.
+        stored: The stored tensors, by the names that a state dict would have.
+        versions: The saved versions of the module and its submodules, by name.
         path: The checkpoint, for messages.
 
     Raises:
-        CheckpointError: The module refuses what is stored, or writes its tensors in a way that cannot be planned.
+        CheckpointError: The module refuses the stored tensors, or writes its tensors in a way that cannot be planned.
     """
     outcome, errors = Outcome(), list[str]()
     outside = {id(value): name for name, value in state_dict.items()}
@@ -122,7 +122,7 @@ def run_own_ways(
             if place not in made:
                 made[place] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                 if tensor.numel:
-                    give(made[place], tensor)
+                    bind(made[place], tensor)
             local[name] = made[place]
         with _restored(module) as changes, Capture(module) as capture:
             sources = _load(module, local, "", versions, outcome, errors, capture)
@@ -145,13 +145,13 @@ def run_own_ways(
 
 
 class _Changes:
-    """The tensors that modules hold, as they were before their own code ran, and what it has put there.
+    """The tensors that modules held before their own code ran, and the tensors that the code put there.
 
     Args:
         root: The module.
 
     Attributes:
-        new: Modules, names and tensors of another shape, or of a new name; and whether they are buffers.
+        new: The tensors of another shape or of a new name: module, name, tensor, and whether it is a buffer.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -169,18 +169,18 @@ class _Changes:
         ]
 
     def find(self, sources: dict[str, tuple[Tensor | None, Any]], outcome: Outcome) -> None:
-        """Add what took the place of a tensor to what is copied into it.
+        """Treat a tensor that took the place of another one as a copy into that one.
 
         Args:
-            sources: What is copied into each tensor, by its name.
-            outcome: Knows what is missing.
+            sources: The tensor of each name, and the value that is copied into it. Receives more of them.
+            outcome: Its `missing` loses the names that the code has set.
         """
         for prefix, module, parameters, buffers, modules, attributes in self._before:
             if modules != module._modules:
                 raise UnplannedWriteError(
                     f"{type(module).__name__} ({prefix or 'the model'}) makes or replaces modules while it loads. "
-                    "`load_raw` and `load` plan what they read, and cannot run that. Set the model up, and give what "
-                    "`runtime.load(path)` returns to `model.load_state_dict`."
+                    "`load_raw` and `load` plan their reads, and cannot run such code. Set the model up, and pass the "
+                    "result of `runtime.load(path)` to `model.load_state_dict`."
                 )
             here = f"{prefix}." if prefix else ""
             now = {**module._parameters, **module._buffers, **_attributes(module)}
@@ -197,7 +197,7 @@ class _Changes:
                     self.new.append((module, name, tensor, name in module._buffers))
 
     def undo(self) -> None:
-        """Give each module back what it held."""
+        """Give each module its former tensors and submodules back."""
         for _, module, parameters, buffers, modules, attributes in self._before:
             registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
             for registry, held in zip(registries, (parameters, buffers, modules), strict=True):
@@ -223,7 +223,7 @@ def _restored(module: nn.Module) -> Iterator[_Changes]:
 
 
 def run_post_hooks(module: nn.Module, missing: Iterable[str]) -> None:
-    """Call the hooks that come after loading, in torch's order; on a deferred module what they do is recorded.
+    """Call the hooks that come after loading, in torch's order. On a deferred module, their operations are recorded.
 
     Args:
         module: The module.
@@ -251,13 +251,14 @@ def _load(
     errors: list[str],
     capture: Capture,
 ) -> dict[str, tuple[Tensor | None, Any]]:
-    """Do as `nn.Module.load_state_dict` does for one module and those inside (torch/nn/modules/module.py, 2.13).
+    """Do the work of `nn.Module.load_state_dict` for a module and its submodules (torch/nn/modules/module.py, 2.13).
 
     Returns:
-        What is copied into each tensor, by its name inside the module, with the tensor; and what is left over.
+        Each tensor and the value that is copied into it, by its name inside the root; and the values left over, without
+        a tensor.
     """
     if isinstance(module, StoredForm):
-        # It says by itself what it makes of what is stored.
+        # The form chooses from the stored tensors by itself.
         return {name: (None, value) for name, value in local.items()}
     name = prefix.removesuffix(".")
     metadata = {"version": versions[name]} if name in versions else {}
@@ -287,8 +288,8 @@ def _stored_of(name: str, value: Any, originals: Mapping[int, StoredTensor]) -> 
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{name} is loaded from a {type(value).__name__}, which is not a tensor.")
     if record_of(value) is None:
-        return ComputedTensor.of(name, TensorGiven(value.detach().cpu()))
-    computed = ComputedGiven(value)
-    # As it is in the file: it may be mapped, or tied to another name.
+        return ComputedTensor.of(name, TensorSource(value.detach().cpu()))
+    computed = ComputedSource(value)
+    # The tensor of the file itself: it may be mapped, or tied to another name.
     original = originals.get(id(computed.given()))
     return ComputedTensor.of(name, computed) if original is None else original

@@ -1,4 +1,4 @@
-"""What a load did, or would have done: the same for every format and strategy."""
+"""The report of a load, done or only planned: the same for every format and strategy."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nucleate.report.memory import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One key and what there is to say of it.
+    """A key in a report, with its size and a detail.
 
     Attributes:
-        key: The name in the model or state; of what is unexpected, the name in the checkpoint.
-        size_bytes: How large the tensor is: in the checkpoint, or where it has none in the model.
-        detail: What differs, such as `"torch.float32 -> torch.bfloat16"`.
+        key: The name in the model or state. An unexpected key is a name in the checkpoint.
+        size_bytes: The tensor's size in the checkpoint, or in the model if the checkpoint lacks the tensor.
+        detail: The difference, such as `"torch.float32 -> torch.bfloat16"`.
     """
 
     key: str
@@ -30,17 +30,17 @@ class Finding:
 
 
 class LoadReport(dict[str, Any]):
-    """What a load did. As a dict: what the checkpoint holds besides, where the caller asked for it.
+    """The findings of a load. As a dict, it holds the rest of the checkpoint, if the caller asked for the rest.
 
     Attributes:
         path: The checkpoint.
-        format: The name of the reader that read it.
-        loaded: What was read, or is going to be read when a deferred model is set up.
-        missing: What the checkpoint lacks. Deferred tensors are made by their recipes, others stay as they are.
-        unexpected: What the checkpoint holds and the model has no place for.
-        mismatched: What is in both but does not fit, and is treated as missing.
-        cast: What is read and converted to another dtype.
-        tied: Further names of what is loaded under another one.
+        format: The name of the reader that read the checkpoint.
+        loaded: Keys that the load read, or that `setup` of a deferred model will read.
+        missing: Keys that the checkpoint lacks. Recipes make these deferred tensors; other tensors stay unchanged.
+        unexpected: Keys of the checkpoint that the model has no place for.
+        mismatched: Keys in both whose tensors do not fit. The load treats them as missing.
+        cast: Keys whose values the load converts to another dtype.
+        tied: Keys of tensors that the load reads under another key.
     """
 
     def __init__(self, path: Path, format: str) -> None:
@@ -56,7 +56,7 @@ class LoadReport(dict[str, Any]):
 
     @property
     def is_exact(self) -> bool:
-        """Whether every key was in both and fitted."""
+        """Whether the checkpoint and the model have the same keys, and all tensors fit."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:

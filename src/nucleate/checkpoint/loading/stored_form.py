@@ -1,8 +1,8 @@
-"""Stored form: a module whose tensors lie in a checkpoint in another form than it holds them in.
+"""Stored form: a module whose tensors have another form in a checkpoint than in the module.
 
-A quantized layer may be given its own codes, those that another library wrote under other names, or the weight before
-it was quantized. It says itself what it makes of what is stored. Nothing is read before everything has been compared,
-and a deferred layer is bound like any other module.
+A checkpoint may hold a quantized layer's own codes, the codes of another library under other names, or the weight
+before it was quantized. The layer itself chooses from these. The load reads nothing before it has compared everything,
+and it binds a deferred layer like any other module.
 """
 
 from __future__ import annotations
@@ -11,36 +11,37 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nucleate.deferred import Given
+from nucleate.deferred import ElementSource
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """What a module makes of what is stored for it.
+class StoredSources:
+    """The element sources that a module makes from its stored tensors.
 
     Attributes:
-        given: The name of each parameter or buffer of the module that is filled, to the elements that fill it.
-        used: The stored names that this takes, others are unexpected.
+        given: The name of each parameter or buffer that gets its value from the checkpoint, to its element source.
+        used: The stored names that the module uses. Other stored names are unexpected.
         missing: The names that should be stored and are not.
     """
 
-    given: Mapping[str, Given]
+    given: Mapping[str, ElementSource]
     used: frozenset[str]
     missing: tuple[str, ...] = field(default=())
 
 
 class StoredForm(ABC):
-    """A module that says itself how it is filled from a checkpoint. A base beside `torch.nn.Module`."""
+    """A module that chooses by itself how a checkpoint fills it. A second base beside `torch.nn.Module`."""
 
     @abstractmethod
-    def take_stored(self, stored: Mapping[str, Given]) -> Taken:
-        """Say how the module is filled. Called before anything has changed, on deferred and on real modules.
+    def bind_stored(self, stored: Mapping[str, ElementSource]) -> StoredSources:
+        """Return the element sources that fill the module.
 
-        Small values may be read to see what they say; what is large is read by whoever called.
+        Loads call this before anything has changed, on deferred and on real modules. The method may read small values.
+        The caller reads the large ones.
 
         Args:
-            stored: What the checkpoint holds for it, by the names behind the module's own, such as `"weight"`.
+            stored: The checkpoint's tensors for the module, by names without the module's own, such as `"weight"`.
 
         Raises:
-            CheckpointError: It cannot be filled from that. Whoever catches it adds the module's name.
+            CheckpointError: These tensors cannot fill the module. The caller adds the module's name to the message.
         """

@@ -1,4 +1,4 @@
-"""A key map applied to a checkpoint's tensors, without reading them: other names, and what rules make of several."""
+"""Key maps on a checkpoint's tensors: the tensors under new names, and those that rules compute. Nothing is read."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 from nucleate.checkpoint.rules.key_map import KeyMap, map_keys
 from nucleate.checkpoint.rules.renaming import Item, Renaming, empty_like, has_rules
-from nucleate.checkpoint.stored.computed import ComputedTensor
+from nucleate.checkpoint.stored.computed_tensor import ComputedTensor
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.deferred import ComputedGiven, deferred, give
+from nucleate.deferred import ComputedSource, bind, deferred
 
 
 def map_tensors(tensors: dict[str, StoredTensor], key_map: KeyMap | None, where: str) -> dict[str, StoredTensor]:
@@ -17,12 +17,12 @@ def map_tensors(tensors: dict[str, StoredTensor], key_map: KeyMap | None, where:
     Args:
         tensors: The tensors by name.
         key_map: Renames and rules.
-        where: What messages call the checkpoint.
+        where: The checkpoint's name in messages.
 
     Raises:
-        CheckpointKeyError: A rule finds nothing, or not all that belongs together, or two tensors get one name.
+        CheckpointKeyError: A rule finds no tensor or an incomplete group of them, or two tensors get one name.
         ShapeMismatchError: Tensors do not fit together, or sizes do not add up.
-        ConfigurationError: It is not a key map.
+        ConfigurationError: `key_map` is not a key map.
     """
     if not has_rules(key_map):
         return {new: tensors[old] for new, old in map_keys(tensors, key_map).items()}
@@ -44,10 +44,10 @@ def map_tensors(tensors: dict[str, StoredTensor], key_map: KeyMap | None, where:
 
 def _computed(name: str, item: Item[StoredTensor], tensors: dict[str, StoredTensor]) -> StoredTensor:
     assert item.tensor is not None
-    given = ComputedGiven(item.tensor)
+    given = ComputedSource(item.tensor)
     same = given.given()
     if isinstance(same, StoredTensor):
-        # Moved and moved back.
+        # The rules moved the elements, and moved them back.
         return same
     return ComputedTensor.of(name, given, tuple(tensors[source] for source in item.sources))
 
@@ -55,5 +55,5 @@ def _computed(name: str, item: Item[StoredTensor], tensors: dict[str, StoredTens
 def _stand_in(stored: StoredTensor) -> Tensor:
     tensor = empty_like(stored.shape, stored.dtype)
     if stored.numel:
-        give(tensor, stored)
+        bind(tensor, stored)
     return tensor

@@ -1,4 +1,4 @@
-"""Readers: what tells what a file or folder of one format holds, and the way to the right one."""
+"""Readers, one for each checkpoint format, and the search for the reader of a path."""
 
 from nucleate.checkpoint.readers.base import Reader
 from nucleate.checkpoint.readers.opening import open_checkpoint, reader_for

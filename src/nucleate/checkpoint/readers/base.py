@@ -1,4 +1,4 @@
-"""What a reader is: it tells what a file or folder holds, and where each tensor lies in it."""
+"""The base class of readers. A reader finds the contents of a file or folder, and the place of each tensor there."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from nucleate.plugin import Named
 
 
 class Reader(Named):
-    """Reads the headers of one checkpoint format.
+    """A reader of the headers of one checkpoint format.
 
-    It reads no tensor: what it returns says in which files the bytes of each one lie, and everything else (shards,
-    casts, key maps, reports) is the same for all formats. Formats that cannot be read in parts hand over bytes in
-    memory (`HeldBytes`).
+    A reader does not read tensors. It returns the files and offsets of each tensor's bytes. Everything else (shards,
+    casts, key maps, reports) is the same for all formats. The reader of a format that cannot be read in parts returns
+    bytes in memory (`HeldBytes`).
     """
 
     kind: ClassVar[str] = "reader"
 
     @abstractmethod
     def claims(self, path: Path) -> bool:
-        """Return whether this reader is meant for what is at `path`, by names and first bytes.
+        """Return whether `path` has the format of this reader, judged by names and first bytes.
 
         Args:
-            path: A file or folder that exists. It may be damaged: a reader claims it by what it was meant to be, so
-                that `read` can say what is wrong.
+            path: A file or folder that exists. A reader also claims a damaged file of its format, so that `read` can
+                report the damage.
         """
 
     @abstractmethod
     def read(self, path: Path) -> Contents:
         """Read the headers, without running code from the file.
 
-        Everything that can be checked without reading tensors has been checked when it returns: every chunk lies
-        inside its file (`StoredTensor.check`), every file that an index names is there, no key appears twice.
+        The reader checks everything that needs no tensor data: every chunk lies inside its file
+        (`StoredTensor.check`), every file that an index names exists, and no key appears twice.
 
         Args:
-            path: What `claims` was asked for.
+            path: The same file or folder as for `claims`.
 
         Raises:
-            CheckpointError: It is damaged or not of this format; the message names file and key and says what to do.
+            CheckpointError: The checkpoint is damaged or has another format. The message names the file and the key,
+                and says what to do.
         """

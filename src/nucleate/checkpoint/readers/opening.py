@@ -1,4 +1,4 @@
-"""The way from a path to the reader of what is there, and the messages where nobody reads it."""
+"""The search for the reader of a path, and the messages for a path that no reader knows."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from nucleate.errors import (
 from nucleate.registry import READERS
 
 _READ = (
-    "Read are safetensors files and folders of them with their index, torch files (.pt, .pth, .bin, .ckpt) and folders "
-    "of them with their index, folders of torch.distributed.checkpoint, and what `save` writes"
+    "The known formats are safetensors files and folders of them with their index, torch files (.pt, .pth, .bin, "
+    ".ckpt) and folders of them with their index, folders of torch.distributed.checkpoint, and what `save` writes"
 )
 
 
 def open_checkpoint(path: str | os.PathLike[str], reader: str | Reader | None = None) -> Contents:
-    """Return what the checkpoint at `path` holds, from its headers alone.
+    """Return the contents of the checkpoint at `path`, read from its headers alone.
 
     Args:
         path: A file or folder of any format.
-        reader: The name of a reader, or a reader, where it shall not be found by what is at `path`.
+        reader: The name of a reader, or a reader. By default, `reader_for` chooses the reader.
 
     Raises:
-        CheckpointNotFoundError: There is nothing at `path`.
-        CheckpointError: No reader knows what is there, or it is damaged.
-        ConfigurationError: There is no such reader.
+        CheckpointNotFoundError: Nothing exists at `path`.
+        CheckpointError: No reader knows the file or folder, or it is damaged.
+        ConfigurationError: No reader has this name.
     """
     place = Path(path)
     found = reader_for(place, reader)
@@ -51,18 +51,18 @@ def open_checkpoint(path: str | os.PathLike[str], reader: str | Reader | None = 
 
 
 def reader_for(path: str | os.PathLike[str], name: str | Reader | None = None) -> Reader:
-    """Return the reader of what is at `path`: the first that claims it, built-in ones first.
+    """Return the first reader that claims `path`. The function asks built-in readers first.
 
-    A plugin that cannot be loaded is passed over, and named if no other reader knows what is there.
+    It skips a plugin that cannot be loaded. If no other reader claims the path, the error names this plugin.
 
     Args:
         path: A file or folder of any format.
-        name: The name of a reader, or a reader, which is then not asked whether it claims the path.
+        name: The name of a reader, or a reader. The function then returns this reader without asking its `claims`.
 
     Raises:
-        CheckpointNotFoundError: There is nothing at `path`.
-        CheckpointError: No reader claims it, or it cannot be read.
-        ConfigurationError: There is no such reader.
+        CheckpointNotFoundError: Nothing exists at `path`.
+        CheckpointError: No reader claims the path, or it cannot be read.
+        ConfigurationError: No reader has this name.
     """
     place = Path(path)
     try:
@@ -74,7 +74,7 @@ def reader_for(path: str | os.PathLike[str], name: str | Reader | None = None) -
         raise CheckpointNotFoundError(f"there is no checkpoint at {place}: nothing has that name.{_neighbours(place)}")
     if not place.exists():
         raise CheckpointNotFoundError(
-            f"there is no checkpoint at {place}: it is a link to {os.readlink(place)}, where nothing is."
+            f"there is no checkpoint at {place}: it is a link to {os.readlink(place)}, which does not exist."
         )
     if not readable:
         raise CheckpointError(f"{place} cannot be read: permission denied. Ask its owner, or run as another user.")
@@ -101,9 +101,9 @@ def reader_for(path: str | os.PathLike[str], name: str | Reader | None = None) -
 
 
 def _unknown(place: Path) -> str:
-    """Return the message for something that no reader claims."""
+    """Return the message for a path that no reader claims."""
     if not place.is_dir():
-        kind = "a file" if place.is_file() else "no regular file"
+        kind = "a file" if place.is_file() else "a device, pipe or socket"
         return f"{place} is {kind} that no reader knows. {_READ}. Installed readers: {', '.join(READERS.names())}."
     names = sorted(item.name + "/" * item.is_dir() for item in place.iterdir())
     if not names:
@@ -114,7 +114,7 @@ def _unknown(place: Path) -> str:
 
 
 def _neighbours(place: Path) -> str:
-    """Return a sentence with what is next to the path and may have been meant."""
+    """Return a sentence that lists the checkpoints next to the path, for a user who mistyped a name."""
     try:
         parent = place.parent
         if not parent.is_dir():
@@ -126,7 +126,7 @@ def _neighbours(place: Path) -> str:
 
 
 def _holds_one(path: Path) -> bool:
-    """Return whether a built-in reader claims what is at `path`."""
+    """Return whether a built-in reader claims `path`."""
     if path.name.startswith("."):
         return False
     try:

@@ -22,25 +22,25 @@ from nucleate.errors import CheckpointError, name_list
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-#: What a model in one file is called in a folder, as Hugging Face does.
+#: The usual name of a folder's model file, as Hugging Face names it.
 USUAL_NAME = "model.safetensors"
-#: What `save` writes besides the shards: everything that is no tensor.
+#: The file for the values, which `save` writes besides the shards.
 VALUES_FILE = "nucleate.values.safetensors"
-#: The entry of a single file's metadata that has the same, as base64.
+#: The metadata entry of a single file that holds the values, as base64.
 VALUES_ENTRY = "nucleate"
-# Where torch's HuggingFaceStorageWriter says which part of a tensor a file holds
+# The metadata entry in which torch's HuggingFaceStorageWriter says which part of a tensor a file holds
 # (torch/distributed/checkpoint/_hf_utils.py, 2.13).
 _PARTS_ENTRY = "DCP_SHARDING_INFO"
 
 
 @final
 class SafetensorsReader(Reader):
-    """Reads `.safetensors` files, and folders of them with an index or without one."""
+    """The reader of `.safetensors` files, and of folders of them with or without an index."""
 
     name = "safetensors"
 
     def claims(self, path: Path) -> bool:
-        """Claim what is named so, a folder with an index or shards, and a file that begins like one."""
+        """Claim a file with this suffix, a folder with an index or shards, and a file that begins like safetensors."""
         if path.is_dir():
             if indexes_in(path, INDEX_SUFFIX) or (path / VALUES_FILE).exists():
                 return True
@@ -75,7 +75,7 @@ class SafetensorsReader(Reader):
             values = binascii.a2b_base64(found.metadata[VALUES_ENTRY].encode("ascii"), strict_mode=True)
         except ValueError as error:
             raise CheckpointError(
-                f"{path} is damaged: `{VALUES_ENTRY}` in its metadata is no base64 ({error}). Copy it again."
+                f"{path} is damaged: `{VALUES_ENTRY}` in its metadata is not base64 ({error}). Copy it again."
             ) from error
         return contents_of(path, self.name, tensors, values, notes)
 
@@ -114,21 +114,21 @@ class SafetensorsReader(Reader):
         shards = [SafetensorsFile.read(DataFile(path)) for path in paths]
         if len(shards) > 1 and not all(_PARTS_ENTRY in shard.metadata for shard in shards):
             raise CheckpointError(
-                f"{folder} holds {len(paths)} {SUFFIX} files, but no *{INDEX_SUFFIX} that says which tensor is in "
-                f"which: {name_list(path.name for path in paths)}. Give the path of one file, or copy the index too."
+                f"{folder} holds {len(paths)} {SUFFIX} files, but no *{INDEX_SUFFIX} that says which file holds which "
+                f"tensor: {name_list(path.name for path in paths)}. Give the path of one file, or copy the index too."
             )
         parts = _Parts()
         for shard in shards:
             parts.add(shard)
         notes = _common([shard.metadata for shard in shards])
         if others:
-            notes["ignored files"] = f"{name_list(others)}: {USUAL_NAME} is the model's"
+            notes["ignored files"] = f"{name_list(others)}: {USUAL_NAME} holds the model"
         return parts.joined(), notes
 
 
 @dataclass
 class _Parts:
-    """Tensors whose parts may lie in several files, each of which says where its part begins."""
+    """Tensors whose parts may lie in several files. Each file says where its part begins."""
 
     _found: dict[str, list[tuple[StoredTensor, Chunk]]] = field(default_factory=dict)
 
@@ -139,8 +139,8 @@ class _Parts:
             begin = parts.get(key, (0,) * len(tensor.shape))
             if len(begin) != len(tensor.shape):
                 raise CheckpointError(
-                    f"{shard.file.name} is damaged: its part of {key} has the shape {tensor.shape} and is said to "
-                    f"begin at {begin}. Copy it again."
+                    f"{shard.file.name} is damaged: its part of {key} has the shape {tensor.shape}, but its metadata "
+                    f"says that the part begins at {begin}. Copy it again."
                 )
             chunk = tensor.chunks[0]
             self._found.setdefault(key, []).append(
@@ -148,7 +148,7 @@ class _Parts:
             )
 
     def joined(self) -> dict[str, StoredTensor]:
-        """Return whole tensors.
+        """Return the whole tensors, by key.
 
         Raises:
             CheckpointError: Parts are missing, or do not belong together.
@@ -160,7 +160,7 @@ class _Parts:
                 if (tensor.dtype, len(tensor.shape)) != (first.dtype, len(first.shape)):
                     raise CheckpointError(
                         f"{key} is {tensor.dtype} and {tensor.shape} in {chunk.file.name}, but {first.dtype} and "
-                        f"{first.shape} in {parts[0][1].file.name}: they are no parts of one tensor."
+                        f"{first.shape} in {parts[0][1].file.name}: they are not parts of one tensor."
                     )
             shape = tuple(
                 max(chunk.begin[dim] + chunk.shape[dim] for _, chunk in parts) for dim in range(len(first.shape))
@@ -171,14 +171,14 @@ class _Parts:
 
 
 def _places(shard: SafetensorsFile) -> dict[str, tuple[int, ...]]:
-    """Return where the parts in a file begin, for files that torch's ranks wrote each for itself."""
+    """Return where the tensor parts in a file begin, if one of several torch ranks wrote the file."""
     if _PARTS_ENTRY not in shard.metadata:
         return {}
     try:
         parts = parse(shard.metadata[_PARTS_ENTRY].encode("utf-8"))
         places = {key: part["saved_offsets"] for key, part in parts.items()}
         if not all(map(are_sizes, places.values())):
-            raise ValueError("offsets that are no numbers")
+            raise ValueError("offsets are not numbers")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{shard.file.name} is damaged: `{_PARTS_ENTRY}` in its metadata cannot be read "
@@ -192,7 +192,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _common(notes: list[dict[str, str]]) -> dict[str, str]:
-    """Return what all files say alike."""
+    """Return the metadata entries that are equal in all files."""
     first = notes[0] if notes else {}
     return {
         key: value

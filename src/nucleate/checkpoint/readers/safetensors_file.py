@@ -1,8 +1,8 @@
-"""One safetensors file: its header, taken apart and checked against the length of the file.
+"""The header of one safetensors file, parsed and checked against the length of the file.
 
-The header is read here, not by the safetensors package, which maps the file: one that is cut short while it is mapped
-kills the process. The format, as of safetensors 0.8: 8 bytes with the header's length, little-endian; the header, JSON;
-the tensors, without gaps.
+This module does not use the safetensors package, because the package maps the file: a file that is cut short while it
+is mapped kills the process. The format, as of safetensors 0.8: 8 bytes with the header's length, little-endian; the
+header as JSON; the tensors, without gaps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
-    # Two numbers to the byte; the header counts numbers, torch counts bytes.
+    # One byte holds two numbers. The header counts numbers, torch counts bytes.
     "F4": torch.float4_e2m1fn_x2,
     "C64": torch.complex64,
     "I64": torch.int64,
@@ -50,12 +50,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """What one file holds.
+    """The checked header of one file.
 
     Attributes:
         file: The file itself.
-        tensors: By key, in the order in which they lie in the file.
-        metadata: The strings that its writer added.
+        tensors: The tensors by key, in the order in which they lie in the file.
+        metadata: The strings that the file's writer added.
     """
 
     file: DataFile
@@ -68,10 +68,10 @@ class SafetensorsFile:
 
         Args:
             file: The file.
-            start: Where in it the header begins.
+            start: The place in the file where the header begins.
 
         Raises:
-            CheckpointError: It is damaged, or no safetensors file.
+            CheckpointError: The file is damaged, or is not a safetensors file.
         """
         header, data_offset = _header(file, start)
         metadata = header.pop("__metadata__", {})
@@ -85,11 +85,11 @@ class SafetensorsFile:
         end, before = 0, "the header"
         for entry in entries:
             if entry.begin != end:
-                relation = "overlaps with" if entry.begin < end else f"leaves {entry.begin - end} bytes after"
+                relation = "overlaps with" if entry.begin < end else f"leaves a gap of {entry.begin - end} bytes after"
                 raise _damaged(file, f"{entry.key}, at bytes {entry.begin} to {entry.end}, {relation} {before}")
             end, before = entry.end, entry.key
         if end != available:
-            raise _damaged(file, f"{available - end} bytes follow {before}, which belong to no tensor")
+            raise _damaged(file, f"{available - end} bytes after {before} belong to no tensor")
         tensors = {
             entry.key: StoredTensor.whole(entry.key, entry.dtype, entry.shape, file, data_offset + entry.begin)
             for entry in entries
@@ -99,7 +99,7 @@ class SafetensorsFile:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A tensor as the header tells of it, checked."""
+    """The checked header entry of one tensor."""
 
     key: str
     dtype: torch.dtype
@@ -115,7 +115,8 @@ class _Entry:
         if not isinstance(name, str) or name not in DTYPES:
             raise CheckpointError(
                 f"{key} in {file.name} has the dtype {cut(name)}, which torch {torch.__version__} does not have. "
-                f"Known are {', '.join(DTYPES)}. If the file is not damaged, another torch or nucleate may read it."
+                f"The known dtypes are {', '.join(DTYPES)}. If the file is not damaged, another version of torch or "
+                "nucleate may read it."
             )
         if not are_sizes(shape) or len(shape) > MAX_DIMS:
             raise _damaged(file, f"{key} has the shape {cut(shape)}")
@@ -134,7 +135,7 @@ class _Entry:
             shape = [*shape[:-1], shape[-1] // 2]
         expected = dtype.itemsize
         for length in shape:
-            # At once, since a product of many long numbers takes for ever.
+            # Stop multiplying early, because the product of many long numbers takes for ever.
             expected = expected * length if expected <= sys.maxsize else expected
         if 0 in shape:
             expected = 0
@@ -146,7 +147,7 @@ class _Entry:
 
 
 def _header(file: DataFile, start: int) -> tuple[dict[str, Any], int]:
-    """Return the header as JSON, and where the data begins."""
+    """Return the parsed header, and the place where the data begins."""
     length = file.size_bytes - start
     if length < 8:
         raise CheckpointError(
@@ -156,17 +157,17 @@ def _header(file: DataFile, start: int) -> tuple[dict[str, Any], int]:
     size_bytes = int.from_bytes(file.read(start, 8), "little")
     if size_bytes > MAX_HEADER_BYTES or size_bytes > length - 8:
         raise CheckpointError(
-            f"{file.name} has {length} bytes and announces a header of {size_bytes}, at most "
-            f"{MAX_HEADER_BYTES} are read: it was cut short, or it is no safetensors file. Copy it again."
+            f"{file.name} has {length} bytes and announces a header of {size_bytes} bytes; the limit is "
+            f"{MAX_HEADER_BYTES}. It was cut short, or it is not a safetensors file. Copy it again."
         )
     try:
         header = parse(file.read(start + 8, size_bytes))
     except ValueError as error:
-        raise _damaged(file, f"its header is no JSON that can be read ({error})") from error
+        raise _damaged(file, f"its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(file, f"its header is {cut(header)} instead of an object")
     return header, start + 8 + size_bytes
 
 
 def _damaged(file: DataFile, what: str) -> CheckpointError:
-    return CheckpointError(f"{file.name} is damaged or no safetensors file: {what}. Copy it again.")
+    return CheckpointError(f"{file.name} is damaged or not a safetensors file: {what}. Copy it again.")

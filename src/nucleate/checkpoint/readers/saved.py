@@ -1,6 +1,7 @@
-"""What `save` adds to every format: the values that are no tensors, the place of each tensor, and a marker.
+"""The additions of `save` to every format: the values, the place of each tensor, and a marker.
 
-Readers hand over the bytes of the values here and get the contents back, checked against the tensors that are there.
+A reader passes the bytes of the values to `contents_of`. The function checks them against the tensors that the reader
+found, and returns the contents.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def contents_of(
     Args:
         path: The file or folder.
         format: The reader's name.
-        tensors: What is there, by key.
-        values: The bytes that `StateLayout.encode` made of everything else.
+        tensors: The tensors in the checkpoint, by key.
+        values: The bytes that `StateLayout.encode` returned.
         notes: See `Contents`.
 
     Raises:
@@ -43,7 +44,7 @@ def contents_of(
     found = structure.skeleton(ZipTorchArchive(held))
     try:
         if structure.tensors:
-            raise ValueError("there are tensors among them")
+            raise ValueError("they contain tensors")
         layout = StateLayout.from_fields(found)
     except ValueError as error:
         raise CheckpointError(f"the values in {path} are damaged: {error}.") from error
@@ -67,7 +68,7 @@ def check_marker(folder: Path) -> bool:
     """Return whether `save` wrote the folder.
 
     Raises:
-        CheckpointError: A newer nucleate did, or the marker is damaged.
+        CheckpointError: A newer nucleate wrote the folder, or the marker is damaged.
     """
     marker = folder / MARKER
     if not marker.exists():

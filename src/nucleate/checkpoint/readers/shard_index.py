@@ -1,4 +1,4 @@
-"""The index of a folder with shards, as Hugging Face writes it: the key of each tensor to the file that holds it."""
+"""The index of a folder with shards, as Hugging Face writes it: a map from each tensor's key to the tensor's file."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from nucleate.checkpoint.readers.strict_json import cut, parse
 from nucleate.checkpoint.stored.data_file import DataFile
 from nucleate.errors import CheckpointError, CheckpointKeyError, CheckpointNotFoundError, name_list
 
-# A few times what the index of the largest models takes.
+# A few times the size of the index of the largest models.
 _MAX_INDEX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Which file holds which tensor.
+    """The index of a folder, which says which file holds which tensor.
 
     Attributes:
-        path: The index itself; the files lie beside it.
-        weight_map: The key of each tensor to the name of its file.
+        path: The path of the index. The files lie beside it.
+        weight_map: A map from the key of each tensor to the name of its file.
     """
 
     path: Path
@@ -33,7 +33,7 @@ class ShardIndex:
         """Read and check an index.
 
         Raises:
-            CheckpointError: It is damaged, or names a file outside of its folder.
+            CheckpointError: The index is damaged, or names a file outside of its folder.
         """
         file = DataFile(path)
         if file.size_bytes > _MAX_INDEX_BYTES:
@@ -41,13 +41,13 @@ class ShardIndex:
         try:
             index = parse(file.read(0, file.size_bytes))
         except ValueError as error:
-            raise CheckpointError(f"{path} is damaged: it is no JSON that can be read ({error}).") from error
+            raise CheckpointError(f"{path} is damaged: it is not valid JSON ({error}).") from error
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{path} is damaged: it has no `weight_map` from keys to names of files.")
+            raise CheckpointError(f"{path} is damaged: it has no `weight_map` from keys to file names.")
         for key, name in weight_map.items():
             if not isinstance(name, str):
-                raise CheckpointError(f"{path} gives no file for {key!r}, but {cut(name)}.")
+                raise CheckpointError(f"{path} gives no file name for {key!r}, but {cut(name)}.")
             if os.path.basename(name) != name or name in ("", ".", "..") or "\\" in name:
                 raise CheckpointError(
                     f"{path} says that {key!r} is in {cut(name)}, which is not the name of a file beside it. An "
@@ -57,15 +57,15 @@ class ShardIndex:
 
     @cached_property
     def names(self) -> list[str]:
-        """The files, each once, in order."""
+        """The names of the files, sorted, each once."""
         return sorted(set(self.weight_map.values()))
 
     def open(self, name: str) -> DataFile:
         """Open a file that the index names.
 
         Raises:
-            CheckpointNotFoundError: It is missing.
-            CheckpointError: It cannot be read.
+            CheckpointNotFoundError: The file is missing.
+            CheckpointError: The file cannot be read.
         """
         try:
             return DataFile(self.path.parent / name)
@@ -73,7 +73,7 @@ class ShardIndex:
             missing = [other for other in self.names if not (self.path.parent / other).exists()]
             key = next(key for key, other in self.weight_map.items() if other == name)
             raise CheckpointNotFoundError(
-                f"{self.path} names {len(self.names)} files, of which {len(missing)} are not there: "
+                f"{self.path} names {len(self.names)} files, but {len(missing)} are missing: "
                 f"{name_list(missing)} ({key} is in {name}). Copy them too."
             ) from error
 
@@ -81,10 +81,10 @@ class ShardIndex:
         """Make sure that each file holds exactly the tensors that the index places there.
 
         Args:
-            held: The name of each file to the keys in it.
+            held: The keys in each file, by the file's name.
 
         Raises:
-            CheckpointKeyError: Not so.
+            CheckpointKeyError: A tensor is not in its file, a tensor is in two files, or the index omits a tensor.
         """
         places: dict[str, list[str]] = {}
         for name, keys in held.items():
@@ -101,7 +101,7 @@ class ShardIndex:
             if len(names) > 1:
                 raise CheckpointKeyError(
                     f"{key} is in {len(names)} files of {self.path.parent}: {name_list(names)}. Each key must be in "
-                    "one."
+                    "one file only."
                 )
         omitted = sorted(places.keys() - self.weight_map.keys())
         if omitted:
@@ -113,6 +113,9 @@ class ShardIndex:
 
 
 def indexes_in(folder: Path, suffix: str) -> list[Path]:
-    """Return the indexes in a folder whose names end with `suffix`; only `model` + suffix where that is there."""
+    """Return the folder's indexes whose names end with `suffix`.
+
+    If there are indexes called `model` + `suffix` or `pytorch_model` + `suffix`, return only these.
+    """
     found = sorted(path for path in folder.iterdir() if path.name.endswith(suffix))
     return [path for path in found if path.name in (f"model{suffix}", f"pytorch_model{suffix}")] or found

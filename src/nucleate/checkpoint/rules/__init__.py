@@ -1,8 +1,8 @@
-"""Rules: tensors that are renamed, joined, split, transposed and permuted between a file and a model.
+"""Rules: they rename, join, split, transpose and permute tensors between a file and a model.
 
-`functions` are the rules as users write them, `pattern` finds and makes names, `rule` is their base. `renames`,
-`permutations` and `joins` (with `sized`) say what is done, and `rules_file` reads rules for the command line. They are
-applied in `loading/tensor_map.py` (reading) and `saving/moved.py` (writing).
+`functions` holds the functions that users call, `pattern` finds and makes names, and `rule` is the base of the rules.
+`renames`, `permutations` and `joins` (with `sized`) do the work, and `rules_file` reads rules for the command line.
+`loading/tensor_map.py` applies rules while reading, and `saving/moved.py` while writing.
 """
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""The rules as users write them, and rules the other way round."""
+"""The functions that make rules, and the function that inverts rules."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from nucleate.errors import ConfigurationError
 def rename(pattern: PatternLike, *new: str, optional: bool = False) -> Rule:
     r"""Give tensors other names.
 
-    In a glob `*` and `{name}` stand for a part of a name without dots, and `**` for anything. A new name repeats them.
-    After a regular expression, which has to match the whole name, a new name has its groups as `\1` or `\g<name>`.
+    In a glob, `*` and `{name}` match a part of a name without dots, and `**` matches anything. The new name repeats
+    these wildcards. A regular expression must match the whole name; the new name repeats its groups as `\1` or
+    `\g<name>`.
 
     Args:
         pattern: A glob, or a compiled regular expression.
-        new: The new name; several make one tensor known under all of them, as tied tensors are.
-        optional: Whether there may be no such tensor.
+        new: The new name. If there are several, one tensor has all of these names, as a tied tensor has.
+        optional: Whether the tensor may be missing.
 
     Example:
         >>> print(rename("model.layers.{i}.mlp.{part}.weight", "h.{i}.mlp.{part}.weight"))
@@ -37,7 +38,7 @@ def drop(pattern: PatternLike, *, optional: bool = False) -> Rule:
 
     Args:
         pattern: A glob, or a compiled regular expression.
-        optional: Whether there may be no such tensor.
+        optional: Whether the tensor may be missing.
     """
     return Rename(Pattern.of(pattern), (), optional=optional)
 
@@ -51,18 +52,19 @@ def concatenate(
     groups: int = 1,
     optional: bool = False,
 ) -> Rule:
-    """Lay tensors side by side along a dim.
+    """Join tensors side by side along a dim.
 
     Args:
-        patterns: What is joined, in this order. Of one glob with a wildcard that `new` lacks, all tensors in the order
-            of their numbers.
+        patterns: The tensors to join, in this order. One glob with a wildcard that is not in `new` joins all its
+            tensors, in the order of their numbers.
         new: The name of the result.
         dim: The dim.
-        sizes: How long the parts are, or numbers in the same ratio, such as counts of heads. They are checked, and
-            `inverse` needs them.
-        groups: Cut every tensor into so many equal parts, and lay the first parts of all side by side, then the second
-            parts, and so on. So lie queries, keys and values in a fused projection with grouped queries.
-        optional: Whether there may be no such tensors.
+        sizes: The lengths of the parts, or numbers in the same ratio, such as counts of heads. The rule checks them,
+            and `inverse` needs them.
+        groups: Cut every tensor into this number of equal parts, and join the first parts of all tensors, then the
+            second parts, and so on. A fused projection with grouped queries has its queries, keys and values in this
+            order.
+        optional: Whether the tensors may be missing.
     """
     return Join(
         sources=_several(patterns), new=new, dim=dim, sizes=_sizes(sizes), groups=groups, optional=optional
@@ -70,14 +72,14 @@ def concatenate(
 
 
 def stack(patterns: PatternLike | Sequence[PatternLike], new: str, dim: int = 0, *, optional: bool = False) -> Rule:
-    """Lay equal tensors one behind another along a new dim.
+    """Stack tensors of equal shape and dtype along a new dim.
 
     Args:
-        patterns: A glob with a wildcard that `new` lacks, for all tensors in the order of their numbers; or several
+        patterns: A glob with a wildcard that `new` lacks, for all its tensors in the order of their numbers; or several
             patterns.
         new: The name of the result.
         dim: The new dim.
-        optional: Whether there may be no such tensors.
+        optional: Whether the tensors may be missing.
 
     Example:
         >>> print(stack("layers.{i}.experts.{expert}.up.weight", "layers.{i}.experts.up"))
@@ -100,10 +102,10 @@ def split(
     Args:
         pattern: A glob, or a compiled regular expression.
         new: The names of the parts.
-        sizes: How long the parts are, or numbers in the same ratio; by default all are equal.
+        sizes: The lengths of the parts, or numbers in the same ratio. By default, all parts are equal.
         dim: The dim.
-        groups: In how many groups the parts lie, as in `concatenate`.
-        optional: Whether there may be no such tensor.
+        groups: The number of groups in which the parts lie, as in `concatenate`.
+        optional: Whether the tensor may be missing.
     """
     names = (new,) if isinstance(new, str) else tuple(new)
     return Part(
@@ -112,13 +114,13 @@ def split(
 
 
 def unstack(pattern: PatternLike, new: str | Sequence[str], dim: int = 0, *, optional: bool = False) -> Rule:
-    """Make of tensors as many as one of their dims is long.
+    """Split each tensor along a dim into as many tensors as the dim is long.
 
     Args:
         pattern: A glob, or a compiled regular expression.
-        new: A name with a wildcard that `pattern` lacks, which counts the results; or the name of each.
+        new: A name with a wildcard that `pattern` lacks, which numbers the results; or the name of each result.
         dim: The dim, which the results do not have.
-        optional: Whether there may be no such tensor.
+        optional: Whether the tensor may be missing.
     """
     names = (new,) if isinstance(new, str) else tuple(new)
     return Part(pattern=Pattern.of(pattern), new=names, dim=dim, unstacks=True, optional=optional)
@@ -132,9 +134,9 @@ def transpose(
     Args:
         pattern: A glob, or a compiled regular expression.
         dim0: One dim.
-        dim1: The other one.
-        new: The name of the result; by default the same.
-        optional: Whether there may be no such tensor.
+        dim1: The other dim.
+        new: The name of the result. By default, the name does not change.
+        optional: Whether the tensor may be missing.
     """
     return Transpose(Pattern.of(pattern), new, dim0, dim1, optional=optional)
 
@@ -148,27 +150,27 @@ def permute_heads(
     *,
     optional: bool = False,
 ) -> Rule:
-    """Bring the rows of each head into the order of another layout of rotary embeddings.
+    """Reorder the rows of each head for another layout of rotary embeddings.
 
-    Rotary embeddings turn pairs of a head's rows. In the layout `"interleaved"`, that of Meta's LLaMA, the rows of a
-    pair follow one another. In the layout `"half"`, that of Hugging Face, the second ones stand behind all first ones.
+    Rotary embeddings rotate pairs of a head's rows. In the layout `"interleaved"` of Meta's LLaMA, the two rows of a
+    pair follow one another. In the layout `"half"` of Hugging Face, the second rows of all pairs follow all first rows.
 
     Args:
         pattern: A glob, or a compiled regular expression.
-        num_heads: How many heads lie behind one another along `dim`.
-        to: The layout of the result; the tensor is in the other one.
+        num_heads: The number of heads along `dim`.
+        to: The layout of the result. The tensor must have the other layout.
         dim: The dim.
-        new: The name of the result; by default the same.
-        optional: Whether there may be no such tensor.
+        new: The name of the result. By default, the name does not change.
+        optional: Whether the tensor may be missing.
     """
     return PermuteHeads(Pattern.of(pattern), new, num_heads, to, dim, optional=optional)
 
 
 def inverse(rules: Rule | Iterable[Rule]) -> list[Rule]:
-    """Return the rules that undo some rules: a map from one library's names to another's, and back.
+    """Return the rules that undo `rules`, for example to map the names of another library back.
 
     Args:
-        rules: Rules that lose nothing. `concatenate` says by `sizes` how long its parts are.
+        rules: Rules that lose nothing. `concatenate` must have `sizes`, the lengths of its parts.
 
     Raises:
         ConfigurationError: A rule cannot be undone.

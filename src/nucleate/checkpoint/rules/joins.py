@@ -1,4 +1,4 @@
-"""Rules that make one tensor of several, and several of one; each is the inverse of the other."""
+"""Rules that join several tensors into one, and rules that split one tensor into several. They invert each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nucleate.errors import CheckpointKeyError, ConfigurationError, ShapeMismatc
 
 @dataclass(frozen=True)
 class Join(Sized):
-    """Several tensors side by side along a dim, or along a new one."""
+    """A rule that joins several tensors side by side along a dim, or stacks them along a new dim."""
 
     sources: tuple[Pattern, ...] = ()
     new: str = ""
@@ -29,7 +29,7 @@ class Join(Sized):
         object.__setattr__(self, "index", check_new_name(self.new, self.sources, index=True))
         if self.index is not None and (len(self.sources) > 1 or self.sources[0].is_regex):
             raise ConfigurationError(
-                f"{self}: a wildcard that is missing in the new name counts the tensors of one glob; give one glob."
+                f"{self}: the new name lacks a wildcard, which then numbers the tensors of one glob; give one glob."
             )
         self.check_sizes(len(self.sources) if self.index is None else len(self.sizes or ()))
 
@@ -78,7 +78,7 @@ class Join(Sized):
                 if (tensor.shape, tensor.dtype) != (tensors[0].shape, tensors[0].dtype):
                     raise ShapeMismatchError(
                         f"{self}: {names[0]} is {tensors[0].dtype} {tuple(tensors[0].shape)} but {name} is "
-                        f"{tensor.dtype} {tuple(tensor.shape)}; what is stacked must be equal."
+                        f"{tensor.dtype} {tuple(tensor.shape)}; stacked tensors must have equal shapes and dtypes."
                     )
             return [torch.stack(tensors, self.dim)]
 
@@ -97,7 +97,7 @@ class Join(Sized):
         pattern = Pattern(self.new)
         if self.index is not None:
             if not self.stacks:
-                raise self.refuse_inverse("into how many parts it falls is not said. List the parts, with `sizes`")
+                raise self.refuse_inverse("the number of its parts is unknown. List the parts, with `sizes`")
             return Part(
                 pattern=pattern, new=(self.sources[0].text,), dim=self.dim, unstacks=True, optional=self.optional
             )
@@ -121,7 +121,7 @@ class Join(Sized):
 
 @dataclass(frozen=True)
 class Part(Sized):
-    """Several tensors of one: parts along a dim, or what was stacked along it."""
+    """A rule that splits one tensor into parts along a dim, or unstacks a dim."""
 
     pattern: Pattern = field(default_factory=lambda: Pattern("*"))
     new: tuple[str, ...] = ()
@@ -168,7 +168,7 @@ class Part(Sized):
 
 @dataclass(frozen=True)
 class _Parts:
-    """The move of one tensor into parts. How many there are may be known by its shape only."""
+    """The move of one tensor into parts. The number of parts may depend on the tensor's shape."""
 
     rule: Part
     name: str

@@ -1,4 +1,4 @@
-"""Other names for the keys of a checkpoint, while it is read: nothing is converted on disk."""
+"""Key maps: new names for the keys of a checkpoint while it is read. The files on disk do not change."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TypeAlias
 from nucleate.checkpoint.rules.rule import Rule
 from nucleate.errors import CheckpointKeyError, ConfigurationError, name_list
 
-#: Regular expressions and what replaces them, as `re.sub` takes them, all of them in order; or a function of a key
-#: that returns the new one, or None for a key to leave out; or a rule, which may join, split and transpose tensors; or
-#: several of these, one after the other.
+#: One of these: a dict of regular expressions and replacements as for `re.sub`, all applied in order; a function of a
+#: key that returns the new key, or None to leave the key out; a rule, which may join, split and transpose tensors; or
+#: several of these, applied one after the other.
 KeyMap: TypeAlias = "Mapping[str, str] | Callable[[str], str | None] | Rule | Iterable[KeyMap]"
 
 
 def strip_prefix(prefix: str) -> Callable[[str], str | None]:
-    """Return a key map that keeps only the keys that begin with `prefix`, without it.
+    """Return a key map that keeps only the keys that begin with `prefix`, and removes the prefix.
 
     >>> strip_prefix("model.")("model.head.weight")
     'head.weight'
@@ -38,14 +38,14 @@ def map_keys(keys: Iterable[str], key_map: KeyMap | None) -> dict[str, str]:
 
     Args:
         keys: The keys of a checkpoint.
-        key_map: See `KeyMap`; None leaves them as they are.
+        key_map: See `KeyMap`. With None, the keys do not change.
 
     Returns:
-        New key to old key, in the order of the old ones.
+        A dict from new keys to old keys, in the order of the old keys.
 
     Raises:
-        ConfigurationError: It is no key map, or a function returned something else than a string or None.
-        CheckpointKeyError: It gives one name to two keys.
+        ConfigurationError: `key_map` is not a key map, or a function in it returned neither a string nor None.
+        CheckpointKeyError: The key map gives one name to two keys.
     """
     steps = list(steps_of(key_map)) if key_map is not None else []
     found: dict[str, str] = {}
@@ -77,7 +77,7 @@ def steps_of(key_map: KeyMap) -> Iterable[Callable[[str], str | None] | Rule]:
     """Yield the steps of a key map in order: functions of a key, and rules.
 
     Raises:
-        ConfigurationError: It is no key map.
+        ConfigurationError: `key_map` is not a key map.
     """
     if isinstance(key_map, Rule):
         yield key_map
@@ -91,7 +91,7 @@ def steps_of(key_map: KeyMap) -> Iterable[Callable[[str], str | None] | Rule]:
             yield from steps_of(one)
     else:
         raise ConfigurationError(
-            f"{key_map!r} is no key map. Give a dict of regular expressions and replacements, such as "
+            f"{key_map!r} is not a key map. Give a dict of regular expressions and replacements, such as "
             "{'^model\\\\.': ''}, a function of a key, a rule such as `rename`, or a list of these."
         )
 
@@ -102,6 +102,7 @@ def _substitution(pattern: str, replacement: str) -> Callable[[str], str]:
         compiled.sub(replacement, "")
     except (re.error, TypeError) as error:
         raise ConfigurationError(
-            f"the key map has {pattern!r}: {replacement!r}, which is no regular expression with a replacement: {error}."
+            f"the key map has {pattern!r}: {replacement!r}, which is not a regular expression with a replacement: "
+            f"{error}."
         ) from error
     return lambda key: compiled.sub(replacement, key)

@@ -1,4 +1,4 @@
-"""Patterns: which names a rule is about, and which names it makes of them."""
+"""Patterns: they find the names that a rule applies to, and make the new names."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _WILDCARDS = re.compile(r"\*\*|\*|\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Captures:
-    """The parts of one name that the wildcards of a pattern stand for.
+    """The parts of one name that the wildcards of a pattern match.
 
     Attributes:
-        stars: What each `*` stands for, in order.
-        named: What each `{name}` stands for.
+        stars: The part that each `*` matches, in order.
+        named: The part that each `{name}` matches.
     """
 
     stars: tuple[str, ...]
     named: tuple[tuple[str, str], ...]
 
     def without(self, name: str | None) -> Captures:
-        """Return them without one: a named one, or the last star."""
+        """Return the captures without the wildcard `name`, or without the last star if `name` is None."""
         if name is None:
             return Captures(self.stars[:-1], self.named)
         return Captures(self.stars, tuple(pair for pair in self.named if pair[0] != name))
 
     def plus(self, name: str | None, value: str) -> Captures:
-        """Return them with one more: a named one, or a last star."""
+        """Return the captures with one more wildcard: `{name}`, or a last star if `name` is None."""
         if name is None:
             return Captures((*self.stars, value), self.named)
         return Captures(self.stars, (*self.named, (name, value)))
@@ -48,13 +48,13 @@ class Captures:
 class Pattern:
     r"""A glob or a regular expression on names, or the template of a new name.
 
-    In a glob `*` and `{name}` stand for a part of a name without dots, and `**` for anything. In a new name they stand
-    for what they stood for in the old one: a star for the star at the same place, `{name}` for that of the same name.
+    In a glob, `*` and `{name}` match a part of a name without dots, and `**` matches anything. In a new name, they
+    repeat the parts of the old name: a star repeats the star at the same place, `{name}` the part of the same name.
     A new name after a regular expression has `\1` and `\g<name>` for its groups, as for `re.sub`.
 
     Attributes:
         text: The glob, or the regular expression.
-        is_regex: Whether it is one.
+        is_regex: Whether `text` is a regular expression.
     """
 
     text: str
@@ -62,10 +62,10 @@ class Pattern:
 
     @classmethod
     def of(cls, pattern: PatternLike | Pattern) -> Pattern:
-        """Return what a user wrote as a pattern.
+        """Return the pattern that a user wrote.
 
         Raises:
-            ConfigurationError: It is neither a glob nor a regular expression.
+            ConfigurationError: `pattern` is neither a glob nor a regular expression.
         """
         if isinstance(pattern, Pattern):
             return pattern
@@ -76,7 +76,7 @@ class Pattern:
                 f"{pattern!r} is not a pattern. Give a glob, such as 'layers.{{i}}.*.weight', or `re.compile(...)`."
             )
         found = cls(pattern)
-        _ = found._expression  # A wrong one is refused now.
+        _ = found._expression  # A wrong glob raises its error now.
         return found
 
     @cached_property
@@ -107,11 +107,11 @@ class Pattern:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of what is in braces, or of groups."""
+        """The names in braces, or the names of groups."""
         return frozenset(self._expression.groupindex)
 
     def match(self, name: str) -> Captures | None:
-        """Return what the wildcards stand for, or None if a name is not of this pattern."""
+        """Return the parts that the wildcards match, or None if `name` does not match this pattern."""
         found = self._expression.fullmatch(name)
         if found is None:
             return None
@@ -121,7 +121,7 @@ class Pattern:
         return Captures(stars, tuple(sorted((key, text or "") for key, text in named.items())))
 
     def fill(self, captures: Captures) -> str | None:
-        """Return the name with the wildcards replaced, or None for a regular expression, which has no such name."""
+        """Return the name with the wildcards replaced, or None for a regular expression, which cannot make a name."""
         if self.is_regex:
             return None
         stars, named = iter(captures.stars), dict(captures.named)
@@ -135,8 +135,8 @@ def new_name(new: str, captures: Captures, after: Pattern) -> str:
     """Return a new name.
 
     Args:
-        new: Its template.
-        captures: What the wildcards of the old name stand for.
+        new: The template of the new name.
+        captures: The parts that the wildcards of the old name match.
         after: The pattern of the old name.
     """
     if not after.is_regex:
@@ -153,18 +153,18 @@ def new_name(new: str, captures: Captures, after: Pattern) -> str:
 
 
 def check_new_name(new: str, patterns: tuple[Pattern, ...], index: bool = False) -> str | None:
-    """Make sure that a new name can be made of what the old ones capture.
+    """Make sure that a new name can be made from the captures of the old names.
 
     Args:
         new: The template of the new name.
         patterns: The patterns of the old names.
-        index: Whether one wildcard of the old name may be absent from the new one, being an index.
+        index: Whether the new name may lack one wildcard of the old name, which is then an index.
 
     Returns:
-        The name of the wildcard that is the index, empty if the last star is; None without an index.
+        The name of the wildcard that is the index. Empty if the last star is the index, and None without an index.
 
     Raises:
-        ConfigurationError: Not so.
+        ConfigurationError: The captures of the old names do not make the new name.
     """
     if not isinstance(new, str) or not new:
         raise ConfigurationError(f"{new!r} is not a new name; it must be a string.")
@@ -194,11 +194,11 @@ def check_new_name(new: str, patterns: tuple[Pattern, ...], index: bool = False)
         if not index:
             return None
     raise ConfigurationError(
-        f"{new!r} cannot be made of {str(first)!r}: "
+        f"{new!r} cannot be made from {str(first)!r}: "
         + (
-            f"it has {{{next(iter(unknown_names))}}}, which that does not have."
+            f"it has {{{next(iter(unknown_names))}}}, which the old name does not have."
             if unknown_names
-            else "it has more stars."
+            else "it has more stars than the old name."
             if stars < 0
             else "more than one wildcard is missing in it, so it would be the name of several results."
         )

@@ -1,4 +1,4 @@
-"""Rules that make one tensor of one: its dims swapped, or its rows in another order."""
+"""Rules that make one tensor from one tensor: they swap its dims, or reorder its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nucleate.errors import ConfigurationError, ShapeMismatchError
 
 @dataclass(frozen=True)
 class OneToOne(Rule):
-    """A rule that makes one tensor of one."""
+    """A rule that makes one tensor from one tensor."""
 
     pattern: Pattern
     new: str | None
@@ -57,7 +57,7 @@ class OneToOne(Rule):
 
 @dataclass(frozen=True)
 class Transpose(OneToOne):
-    """Two dims swapped."""
+    """A rule that swaps two dims."""
 
     dim0: int = 0
     dim1: int = 1
@@ -84,7 +84,7 @@ class Transpose(OneToOne):
 
 @dataclass(frozen=True)
 class PermuteHeads(OneToOne):
-    """The rows of each head in the order of another layout of rotary embeddings."""
+    """A rule that reorders the rows of each head for another layout of rotary embeddings."""
 
     num_heads: int = 1
     to: str = "half"

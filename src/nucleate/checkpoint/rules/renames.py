@@ -1,4 +1,4 @@
-"""Rules that only change names: another one, several, or none."""
+"""Rules that only change names: a tensor gets another name or several names, or is left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nucleate.checkpoint.rules.rule import Move, Rule, listed
 
 @dataclass(frozen=True)
 class Rename(Rule):
-    """Another name, or several for one tensor; none leaves it out."""
+    """A rule that gives a tensor one or several new names. With an empty `new`, it leaves the tensor out."""
 
     pattern: Pattern
     new: tuple[str, ...]
@@ -33,7 +33,7 @@ class Rename(Rule):
     def inverse(self) -> Rule:
         self.refuse_regex()
         if not self.new:
-            raise self.refuse_inverse("what is left out is gone")
+            raise self.refuse_inverse("the tensors that it leaves out are lost")
         template = Pattern(self.new[0])
         if (template.num_stars, template.names) != (self.pattern.num_stars, self.pattern.names):
             raise self.refuse_inverse("its new name lacks a wildcard of the old one")
@@ -48,7 +48,7 @@ class Rename(Rule):
 
 @dataclass(frozen=True)
 class _FirstOf(Rename):
-    """The inverse of a tensor under several names: the first, or the next one where that is not there."""
+    """The inverse of a rename to several names: it takes the first name, or the next name if the first is missing."""
 
     rest: tuple[str, ...] = ()
 
@@ -59,7 +59,7 @@ class _FirstOf(Rename):
                 captures = pattern.match(name)
                 if captures is not None:
                     result = new_name(self.new[0], captures, pattern)
-                    # The further ones are the same tensor.
+                    # Further names stand for the same tensor.
                     left[name] = Move((name,), () if any(result in m.results for m in left.values()) else (result,))
         return list(left.values())
 

@@ -1,4 +1,4 @@
-"""Key maps and rules applied one after the other: which names there are in the end, and what is done on the way."""
+"""Key maps and rules, applied one after the other: the names at the end, and the moves on the way."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Item(Generic[T]):
     """A tensor on its way to another name.
 
     Attributes:
-        origin: What it was at first; None where it is made of several, or changed.
-        sources: The names at first of all that it is made of.
-        tensor: The stand-in that says what was done to it.
+        origin: The original object; None if a move made the tensor.
+        sources: The original names of all tensors that it is made from.
+        tensor: The stand-in that records the moves.
     """
 
     origin: T | None
@@ -34,7 +34,7 @@ class Item(Generic[T]):
 
 @dataclass(slots=True)
 class Done(Generic[T]):
-    """A move that was made, so that it can be undone.
+    """A completed move, kept so that it can be undone.
 
     Attributes:
         move: The move, with all its names.
@@ -49,12 +49,12 @@ class Done(Generic[T]):
 
 @dataclass(slots=True)
 class Renaming(Generic[T]):
-    """Items by name.
+    """The items by name, to which key maps and rules are applied.
 
     Args:
-        items: What there is at first.
-        stand_in: Makes a deferred tensor for one; called inside `deferred`, once for each.
-        where: What messages call the whole.
+        items: The items at the start.
+        stand_in: Makes a deferred tensor for the origin of an item. It is called inside `deferred`, once per origin.
+        where: The name of all items together in messages.
     """
 
     items: dict[str, Item[T]]
@@ -67,9 +67,9 @@ class Renaming(Generic[T]):
         """Apply all steps of a key map.
 
         Raises:
-            CheckpointKeyError: A rule finds nothing, or not all that belongs together, or two results have one name.
+            CheckpointKeyError: A rule finds no tensors, or not all that belong together, or two results have one name.
             ShapeMismatchError: Tensors do not fit together, or sizes do not add up.
-            ConfigurationError: It is not a key map.
+            ConfigurationError: `key_map` is not a key map.
         """
         waiting: list[Callable[[str], str | None]] = []
         for step in steps_of(key_map) if key_map is not None else ():
@@ -91,7 +91,7 @@ class Renaming(Generic[T]):
             if not rule.optional:
                 raise CheckpointKeyError(self._found_nothing(rule))
             return
-        # What stands in the place of the first source of each move.
+        # The items that replace the first source of each move.
         results: dict[str, dict[str, Item[T]]] = {}
         made_of: dict[str, str] = {}
         consumed: dict[str, str] = {}
@@ -100,7 +100,7 @@ class Renaming(Generic[T]):
             for source in move.sources:
                 if source in consumed:
                     raise CheckpointKeyError(f"{rule}: {source} is part of {consumed[source]} and of {[*made]}.")
-                consumed[source] = name_list(list(made)) or "what is left out"
+                consumed[source] = name_list(list(made)) or "the tensors that are left out"
             for name in made:
                 if name in made_of:
                     raise CheckpointKeyError(f"{rule}: {made_of[name]} and {move.sources[0]} both become {name}.")
@@ -147,15 +147,15 @@ class Renaming(Generic[T]):
         some = close or list(self.items)[:5]
         return (
             f"{rule} finds nothing in {self.where}. Its {len(self.items)} keys are like {name_list(some) or 'none'}. "
-            "Pass optional=True for what may be missing."
+            "Pass optional=True if the tensors may be missing."
         )
 
 
 def has_rules(key_map: KeyMap | None) -> bool:
-    """Return whether a key map has rules, and not only names."""
+    """Return whether a key map contains rules, and not only other names."""
     return key_map is not None and any(isinstance(step, Rule) for step in steps_of(key_map))
 
 
 def empty_like(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a deferred tensor to give something to; called inside `deferred`."""
+    """Return a deferred tensor for the caller to bind to an element source; call this inside `deferred`."""
     return torch.empty(shape, dtype=dtype, device="cpu")

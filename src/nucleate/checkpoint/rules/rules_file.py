@@ -1,4 +1,4 @@
-"""Rules in a file, for the command line: TOML, one table for each rule."""
+"""Rules in a TOML file, for the command line: one table for each rule."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def read_rules(path: str | os.PathLike[str]) -> list[Rule]:
         path: The file.
 
     Raises:
-        ConfigurationError: It cannot be read, or a rule in it is wrong.
+        ConfigurationError: The file cannot be read, or a rule in it is wrong.
     """
-    import tomllib  # Its patterns take milliseconds, and few who load weights have rules in a file.
+    import tomllib  # Its patterns take milliseconds to compile, and few users have rules in a file.
 
     try:
         parsed = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def _rule(table: Any, where: str) -> Rule:
             make: Callable[..., Rule] = getattr(functions, kind)
             return make(given, new=new, **options)
         if new is None:
-            raise ConfigurationError(f"{kind} needs `to`, the name of what it makes.")
+            raise ConfigurationError(f"{kind} needs `to`, the name of its result.")
         made: Rule = getattr(functions, kind)(given, new, **options)
         return made
     except (ConfigurationError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Lengths along a dim: what joins and splits of tensors have in common."""
+"""Lengths along a dim: the common part of joins and splits of tensors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sized(Rule):
             if one != other:
                 raise ShapeMismatchError(
                     f"{self}: {names[0]} is {first.dtype} {tuple(first.shape)} but {name} is {tensor.dtype} "
-                    f"{tuple(tensor.shape)}; they must be equal but for dim {self.dim}."
+                    f"{tuple(tensor.shape)}; they must be equal except in dim {self.dim}."
                 )
         lengths = [tensor.shape[dim] for tensor in tensors]
         if self.sizes is not None and any(
@@ -60,7 +60,7 @@ class Sized(Rule):
         return torch.cat(parts, dim + 1).flatten(dim, dim + 1)
 
     def parts(self, tensor: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """Return the parts of a tensor, of these lengths along the dim."""
+        """Return the parts of a tensor, with these lengths along the dim."""
         dim = self.dim + tensor.dim() if self.dim < 0 else self.dim
         if self.groups == 1:
             return list(tensor.split(list(lengths), dim))
@@ -69,13 +69,13 @@ class Sized(Rule):
         return [part.flatten(dim, dim + 1) for part in parts]
 
     def lengths(self, tensor: Tensor, name: str, count: int) -> list[int]:
-        """Return how long each of `count` parts of a tensor is."""
+        """Return the length of each of the `count` parts of a tensor."""
         dim = self.place(tensor.shape, name)
         length, sizes = tensor.shape[dim], self.sizes or (1,) * count
         if length % sum(sizes):
             wanted = f"sizes={self.sizes}" if self.sizes else f"{count} equal parts"
             raise ShapeMismatchError(
-                f"{self}: {name} is {tuple(tensor.shape)}, and {length} along dim {self.dim} does not add up to "
+                f"{self}: {name} is {tuple(tensor.shape)}, and {length} along dim {self.dim} cannot be divided into "
                 f"{wanted}."
             )
         lengths = [length // sum(sizes) * size for size in sizes]

@@ -1,4 +1,4 @@
-"""Saving: the state as it is at one moment, and this rank's part of it."""
+"""Saving: the state at one moment, and this rank's part of the state."""
 
 from nucleate.checkpoint.saving.handle import SaveHandle
 from nucleate.checkpoint.saving.snapshot import Snapshot

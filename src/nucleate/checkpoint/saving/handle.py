@@ -1,4 +1,4 @@
-"""A save that goes on while training does."""
+"""A save that continues while training continues."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ _unfinished: SaveHandle | None = None
 
 
 class SaveHandle:
-    """Stands for a checkpoint that is being written in the background.
+    """A checkpoint that a thread writes in the background.
 
-    The interpreter does not end before it is written. If writing fails and nobody waits, the next save raises the
-    error, or it is printed when the interpreter ends.
+    The interpreter does not end before the checkpoint is written. If writing fails and nobody waits, the next save
+    raises the error, or the interpreter prints it at its end.
 
     Attributes:
-        path: Where the checkpoint will be.
+        path: The checkpoint's place.
     """
 
     def __init__(self, path: Path, work: Callable[[], None]) -> None:
-        """Start the work; there is one at a time."""
+        """Start the work. Only one save runs at a time."""
         global _unfinished
-        assert _unfinished is None or _unfinished.done(), "the last one was waited for"
+        assert _unfinished is None or _unfinished.done(), "the previous save must have ended"
         self.path = path
         self._work: Callable[[], None] | None = work
         self._error: BaseException | None = None
         self._told = False
-        # No daemon: those are cut off when the interpreter ends.
+        # Not a daemon: the interpreter's end cuts daemons off.
         self._thread = threading.Thread(target=self._run, name="nucleate-save", daemon=False)
         self._thread.start()
         _unfinished = self
         atexit.register(tell)
 
     def done(self) -> bool:
-        """Return whether writing has ended, well or not."""
+        """Return whether writing has ended, with success or not."""
         return not self._thread.is_alive()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the checkpoint is whole.
 
         Args:
-            timeout_s: How long at most; None for as long as it takes.
+            timeout_s: The longest wait in seconds; None waits without a limit.
 
         Raises:
             CheckpointError: Writing failed.
             RankFailedError: Writing failed on another rank.
-            TimeoutError: It is not done yet.
+            TimeoutError: The checkpoint is not written yet.
         """
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -62,11 +62,11 @@ class SaveHandle:
         try:
             self._work()
         except BaseException as error:
-            # The frames that it passed through hold what was being written.
+            # The frames that the error passed through hold the tensors that were being written.
             traceback.clear_frames(error.__traceback__)
             self._error = error
         finally:
-            # With it goes the copy of the state.
+            # This frees the copy of the state.
             self._work = None
 
     def __repr__(self) -> str:
@@ -75,7 +75,7 @@ class SaveHandle:
 
 
 def settle() -> BaseException | None:
-    """Wait for the save that is under way, and return its error if nobody has heard of it."""
+    """Wait for the running save, and return its error if nobody has seen the error yet."""
     global _unfinished
     handle, _unfinished = _unfinished, None
     if handle is None:

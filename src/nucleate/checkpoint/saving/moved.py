@@ -1,7 +1,7 @@
-"""A key map applied to what is saved: tensors that rules join, split and transpose, written by each rank in part.
+"""Key maps of a save: rules join, split and transpose the saved tensors, and each rank writes its part.
 
-Rules are undone on stand-ins of what is written: so every tensor of the model says where in the files its elements
-belong, and a rank writes its part there, run by run. Nothing is gathered.
+The rules are undone on stand-ins of the written tensors. So every tensor of the model knows where in the files its
+elements belong, and a rank writes its part there, range by range. Nothing is gathered.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from nucleate.checkpoint.rules.key_map import KeyMap, map_keys
 from nucleate.checkpoint.rules.renaming import Item, Renaming, empty_like, has_rules
-from nucleate.checkpoint.saving.rank_share import Box, HeldTensor
-from nucleate.deferred import ComputedGiven, Given, deferred, give
-from nucleate.deferred.replay import Source, boxes, scatter
+from nucleate.checkpoint.saving.rank_share import Box, SavedTensor
+from nucleate.deferred import ComputedSource, ElementSource, bind, deferred
+from nucleate.deferred.replay import TensorView, boxes, scatter
 from nucleate.errors import CheckpointError
 from nucleate.layout import runs
 
-# DCP gets at most so many boxes for one tensor, and at most so many bytes of them are copied first.
+# The most boxes of one tensor that DCP gets, and the most bytes that are copied for them first.
 _MAX_BOXES = 1 << 8
 _MAX_COPIED_BYTES = 4 << 20
 
@@ -32,28 +32,28 @@ class MovedBox:
 
     Attributes:
         key: The tensor's name in the model.
-        shape: Its shape.
+        shape: The tensor's shape.
         begin: The box's first index.
-        values: The box, of any device and strides.
-        source: Where its elements belong: to places in `Place`s.
+        values: The box's values, on any device and with any strides.
+        source: The places of the elements: a view into tensors that are written.
     """
 
     key: str
     shape: tuple[int, ...]
     begin: tuple[int, ...]
     values: Tensor
-    source: Source
+    source: TensorView
 
     def scatter(self, offset: int, values: Tensor, write: Callable[[str, int, Tensor], None]) -> None:
-        """Hand over elements with the key that they belong to and their place there.
+        """Pass elements to `write`, with the key that they belong to and their place there.
 
         Args:
-            offset: The first element in the whole tensor.
-            values: As many of them as follow one another, one-dimensional and contiguous.
+            offset: The first element, counted in the whole tensor.
+            values: A range of elements, one-dimensional and contiguous.
             write: Called with key, first element and values.
         """
 
-        def to_key(given: Given, start: int, part: Tensor) -> None:
+        def to_key(given: ElementSource, start: int, part: Tensor) -> None:
             assert isinstance(given, _Written)
             if given.key is not None:
                 write(given.key, start, part)
@@ -63,23 +63,23 @@ class MovedBox:
 
 @dataclass(slots=True)
 class Moved:
-    """The outcome of a key map for the tensors that are saved.
+    """The outcome of a key map for the saved tensors.
 
     Attributes:
-        tensors: What is written, as this rank sees it, without what is in `boxes`.
+        tensors: The written tensors, with this rank's boxes except those in `boxes`.
         names: The name of every tensor, tied ones included, to its key.
-        boxes: What this rank writes of tensors whose elements are moved.
-        whole: Those of them that rank 0 has all of: their elements.
+        boxes: This rank's boxes of tensors whose elements are moved.
+        whole: The element sources of the written tensors whose elements rank 0 has completely, by key.
     """
 
-    tensors: list[HeldTensor]
+    tensors: list[SavedTensor]
     names: dict[str, str]
     boxes: list[MovedBox]
-    whole: dict[str, Given]
+    whole: dict[str, ElementSource]
 
 
-class _Written(Given):
-    """Stands for a tensor that is written; None for what is left out."""
+class _Written(ElementSource):
+    """A stand-in for a written tensor; its key is None if the tensor is left out."""
 
     def __init__(self, key: str | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.key, self.shape, self.dtype = key, shape, dtype
@@ -94,12 +94,12 @@ class _Written(Given):
         return f"written {self.key}"
 
 
-class _Held(Given):
-    """The elements of a tensor of the model, where this rank has them all."""
+class _Held(ElementSource):
+    """The elements of a tensor of the model; this rank has them all."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
-        #: Has the values, or their copy where training goes on.
+        #: The box with the values, or with their copy while training continues.
         self.box: MovedBox | None = None
 
     def read(self, start: int, out: Tensor) -> None:
@@ -120,26 +120,26 @@ class _Held(Given):
 
 @dataclass(eq=False, slots=True)
 class _Origin:
-    """A name of the model, and what stands there."""
+    """A name of the model, and its tensor."""
 
     name: str
-    held: HeldTensor
+    held: SavedTensor
     given: _Held
 
 
-def moved(tensors: list[HeldTensor], names: Mapping[str, str], key_map: KeyMap, rank: int) -> Moved:
-    """Apply a key map to what is saved.
+def moved(tensors: list[SavedTensor], names: Mapping[str, str], key_map: KeyMap, rank: int) -> Moved:
+    """Apply a key map to the saved tensors.
 
     Args:
-        tensors: What is saved, as this rank sees it.
+        tensors: The saved tensors, with this rank's boxes.
         names: Every name in the model, tied ones included, to the key of its tensor.
         key_map: Renames and rules, from names in the model to names in the file.
-        rank: This process.
+        rank: The number of this process.
 
     Raises:
-        CheckpointKeyError: A rule finds nothing, or not all that belongs together, or two tensors get one name.
+        CheckpointKeyError: A rule finds no tensor or an incomplete group of them, or two tensors get one name.
         ShapeMismatchError: Tensors do not fit together, or sizes do not add up.
-        ConfigurationError: It is not a key map.
+        ConfigurationError: `key_map` is not a key map.
     """
     held = {one.key: one for one in tensors}
     if not has_rules(key_map):
@@ -161,9 +161,9 @@ def moved(tensors: list[HeldTensor], names: Mapping[str, str], key_map: KeyMap, 
             if key == name:
                 sharded = any(held[names[source]].sharded is not None for source in item.sources)
                 dims = () if sharded else None
-                result.tensors.append(HeldTensor(name, item.tensor.dtype, tuple(item.tensor.shape), dims, ()))
+                result.tensors.append(SavedTensor(name, item.tensor.dtype, tuple(item.tensor.shape), dims, ()))
                 if not sharded and rank == 0:
-                    result.whole[name] = ComputedGiven(item.tensor)
+                    result.whole[name] = ComputedSource(item.tensor)
         # In the order of the model.
         places = {name: place for place, name in enumerate(renaming.items)}
         result.tensors.sort(key=lambda one: places[one.key])
@@ -172,14 +172,14 @@ def moved(tensors: list[HeldTensor], names: Mapping[str, str], key_map: KeyMap, 
     return result
 
 
-def _renamed(found: Mapping[str, HeldTensor]) -> Moved:
+def _renamed(found: Mapping[str, SavedTensor]) -> Moved:
     first: dict[str, str] = {}
     keys = {name: first.setdefault(one.key, name) for name, one in found.items()}
     return Moved([replace(found[name], key=name) for name in first.values()], keys, [], {})
 
 
 def _boxes(renaming: Renaming[_Origin], results: Mapping[int, str]) -> list[MovedBox]:
-    """Undo what was done, on stand-ins of what is written, and return where the model's tensors go then."""
+    """Undo the rules on stand-ins of the written tensors, and return this rank's boxes with their places there."""
     back: dict[int, Tensor] = {}
     for done in reversed(renaming.done):
         tensors = []
@@ -188,7 +188,7 @@ def _boxes(renaming: Renaming[_Origin], results: Mapping[int, str]) -> list[Move
             if id(item) not in back:
                 written = _Written(results.get(id(item)), tuple(item.tensor.shape), item.tensor.dtype)
                 back[id(item)] = tensor = empty_like(written.shape, written.dtype)
-                give(tensor, written)
+                bind(tensor, written)
             tensors.append(back[id(item)])
         shapes = [tuple(renaming.tensor(item).shape) for item in done.sources]
         for item, tensor in zip(done.sources, done.move.backward(tensors, shapes), strict=True):
@@ -200,7 +200,7 @@ def _boxes(renaming: Renaming[_Origin], results: Mapping[int, str]) -> list[Move
         for box in origin.held.boxes:
             if not box.values.numel():
                 continue
-            source = ComputedGiven(tensor).source()
+            source = ComputedSource(tensor).source()
             assert source is not None, "rules only move elements"
             one = MovedBox(origin.name, origin.held.shape, box.begin, box.values, source)
             origin.given.box = one
@@ -210,20 +210,22 @@ def _boxes(renaming: Renaming[_Origin], results: Mapping[int, str]) -> list[Move
 
 def _stand_in(origin: _Origin) -> Tensor:
     tensor = empty_like(origin.held.shape, origin.held.dtype)
-    give(tensor, origin.given)
+    bind(tensor, origin.given)
     return tensor
 
 
-def as_boxes(tensors: list[HeldTensor], moved_boxes: list[MovedBox], whole: Mapping[str, Given]) -> list[HeldTensor]:
-    """Return what is written as boxes of tensors, for a format that holds these.
+def as_boxes(
+    tensors: list[SavedTensor], moved_boxes: list[MovedBox], whole: Mapping[str, ElementSource]
+) -> list[SavedTensor]:
+    """Return the written tensors as boxes, for a format that holds boxes.
 
     Args:
-        tensors: What is written without what is moved.
-        moved_boxes: What is moved.
-        whole: The elements of tensors that this rank has all of.
+        tensors: The written tensors, without the moved boxes.
+        moved_boxes: The moved boxes.
+        whole: The element sources of tensors whose elements this rank has completely.
 
     Raises:
-        CheckpointError: A part would be many small boxes.
+        CheckpointError: A moved box would become many small boxes.
     """
     found: dict[str, list[Box]] = {
         name: [Box((0,) * len(given.shape), torch.empty(given.shape, dtype=given.dtype, device="meta"), given)]
@@ -236,7 +238,10 @@ def as_boxes(tensors: list[HeldTensor], moved_boxes: list[MovedBox], whole: Mapp
 
 
 def _add_boxes(
-    found: dict[str, list[Box]], box: MovedBox, shapes: Mapping[str, tuple[int, ...]], whole: Mapping[str, Given]
+    found: dict[str, list[Box]],
+    box: MovedBox,
+    shapes: Mapping[str, tuple[int, ...]],
+    whole: Mapping[str, ElementSource],
 ) -> None:
     memory = box.values.untyped_storage()._cdata
     count = copied_bytes = 0
@@ -262,7 +267,7 @@ def _add_boxes(
 
 
 def runs_of(box: MovedBox) -> list[tuple[int, Tensor]]:
-    """Return the stretches of the whole tensor that a box is, with their values."""
+    """Return the ranges of the whole tensor that a box consists of: first element and values."""
     flat, done = box.values.detach().reshape(-1), 0
     found = []
     for offset, numel in runs(box.begin, tuple(box.values.shape), box.shape) if flat.numel() else ():

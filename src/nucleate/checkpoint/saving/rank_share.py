@@ -1,8 +1,8 @@
-"""What this rank holds of the tensors that are saved, and which part of it this rank is to write.
+"""This rank's share of the saved tensors: the boxes that it writes.
 
-The boxes of all ranks together cover each tensor, none twice. Plain tensors are rank 0's: where replicas differ, such
-as the running statistics of a batch norm, a checkpoint holds one model. Copies of a shard, which are equal by
-contract, are dealt out over the ranks that have them.
+The boxes of all ranks together cover each element of each tensor once. Rank 0 writes plain tensors: where replicas
+differ, as in the running statistics of a batch norm, a checkpoint then holds one rank's model. Copies of a shard are
+equal by contract. Their holders share the writing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nucleate.deferred import Given
+from nucleate.deferred import ElementSource
 from nucleate.errors import CheckpointError
 from nucleate.layout import Dealer, is_sharded, offsets_of, scattered
 from nucleate.materialize.memory import FreshMemory
@@ -26,27 +26,27 @@ class Box:
     """A box of a tensor, with its values.
 
     Attributes:
-        begin: Its first index in the tensor, for each dimension.
-        values: A plain tensor, of any device and strides.
-        given: Where the values are read from when it is their turn, cast to the dtype of `values`, which then is on the
-            meta device; only of a box that is the whole tensor.
+        begin: The box's first index in the tensor, for each dimension.
+        values: A plain tensor, on any device and with any strides.
+        given: The element source that the values are read from when the box is written, cast to the dtype of `values`.
+            Then `values` is on the meta device and the box is the whole tensor.
     """
 
     begin: tuple[int, ...]
     values: Tensor
-    given: Given | None = None
+    given: ElementSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class HeldTensor:
-    """A tensor that is saved, as this rank sees it.
+class SavedTensor:
+    """A saved tensor, with this rank's boxes.
 
     Attributes:
-        key: What it is called in the checkpoint.
-        dtype: Of its elements.
-        shape: Of the whole.
-        sharded: The dims that are spread over ranks; None where it is a plain tensor.
-        boxes: What this rank writes of it.
+        key: The tensor's name in the checkpoint.
+        dtype: The dtype of the elements.
+        shape: The shape of the whole tensor.
+        sharded: The dims that are spread over ranks; None for a plain tensor.
+        boxes: The boxes that this rank writes.
     """
 
     key: str
@@ -57,31 +57,31 @@ class HeldTensor:
 
     @property
     def size_bytes(self) -> int:
-        """How large the whole is."""
+        """The size of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def held_bytes(self) -> int:
-        """How much of it this rank writes."""
+        """The size of the boxes that this rank writes."""
         return sum(box.values.numel() for box in self.boxes) * self.dtype.itemsize
 
 
-def hold(tensors: Mapping[str, Tensor], rank: int) -> list[HeldTensor]:
-    """Return the tensors as this rank sees them, in their order.
+def hold(tensors: Mapping[str, Tensor], rank: int) -> list[SavedTensor]:
+    """Return the tensors with this rank's boxes, in their order.
 
     Args:
         tensors: Key to tensor.
-        rank: This process among all.
+        rank: The number of this process.
 
     Raises:
-        CheckpointError: A tensor's bytes are not its values, or it is not reduced over the ranks yet.
+        CheckpointError: A tensor consists of several tensors, or it is not reduced over the ranks yet.
     """
     dealer = Dealer(rank)
     return [_hold(key, tensor, dealer) for key, tensor in tensors.items()]
 
 
-def frozen(tensors: list[HeldTensor]) -> list[HeldTensor]:
-    """Return copies in CPU memory, of what this rank writes."""
+def frozen(tensors: list[SavedTensor]) -> list[SavedTensor]:
+    """Return copies of the boxes that this rank writes, in CPU memory."""
     copies = [
         [torch.empty(box.values.shape, dtype=box.values.dtype, device="cpu") for box in held.boxes] for held in tensors
     ]
@@ -90,7 +90,7 @@ def frozen(tensors: list[HeldTensor]) -> list[HeldTensor]:
         for copy in some:
             memory.touch(copy)
     return [
-        HeldTensor(
+        SavedTensor(
             held.key,
             held.dtype,
             held.shape,
@@ -101,32 +101,32 @@ def frozen(tensors: list[HeldTensor]) -> list[HeldTensor]:
     ]
 
 
-def _hold(key: str, tensor: Tensor, dealer: Dealer) -> HeldTensor:
+def _hold(key: str, tensor: Tensor, dealer: Dealer) -> SavedTensor:
     shape = tuple(tensor.shape)
     if not is_sharded(tensor):
         _refuse_opaque(key, tensor)
         boxes = (Box((0,) * len(shape), tensor.detach()),) if dealer.rank == 0 else ()
-        return HeldTensor(key, tensor.dtype, shape, None, boxes)
+        return SavedTensor(key, tensor.dtype, shape, None, boxes)
     shard: Any = tensor
     if any(placement.is_partial() for placement in shard.placements):
-        # It would be taken for the whole, though it is one rank's summand.
+        # The file would show one rank's summand as the whole tensor.
         raise CheckpointError(f"{key} is a DTensor that is not reduced yet. Save `tensor.full_tensor()`.")
     dims = tuple(sorted({placement.dim for placement in shard.placements if hasattr(placement, "dim")}))
     local = shard.to_local().detach()
     _refuse_opaque(key, local)
     if not dealer.takes(shard):
-        return HeldTensor(key, tensor.dtype, shape, dims, ())
+        return SavedTensor(key, tensor.dtype, shape, dims, ())
     if not math.prod(shape):
-        # Nobody holds an element; one rank says that the tensor exists.
+        # No rank holds an element. One rank writes that the tensor exists.
         first = all(
             place == 0 or placement.is_replicate()
             for place, placement in zip(shard.device_mesh.get_coordinate(), shard.placements, strict=True)
         )
         boxes = (Box((0,) * len(shape), local.new_empty(shape)),) if first else ()
-        return HeldTensor(key, tensor.dtype, shape, dims, boxes)
+        return SavedTensor(key, tensor.dtype, shape, dims, boxes)
     offsets = offsets_of(shard)
     whole = [(offsets, local)] if offsets is not None else scattered(shard, local)
-    return HeldTensor(
+    return SavedTensor(
         key, tensor.dtype, shape, dims, tuple(Box(tuple(begin), values) for begin, values in whole if values.numel())
     )
 

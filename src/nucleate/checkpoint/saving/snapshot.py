@@ -1,7 +1,7 @@
-"""What is to be written, whatever the format: tensors by key, and the skeleton that is left without them.
+"""Snapshot of a state, for any format: its tensors by key, and the skeleton that is left without them.
 
-This file decides what an entry contributes and what tensors are called. What an entry is, is decided in `entries`,
-what of a tensor this rank writes in `held`.
+This file decides which tensors and values an entry adds, and the tensors' keys. `entries` decides what counts as an
+entry. `rank_share` decides which boxes of a tensor this rank writes.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from torch import Tensor
 
 from nucleate.checkpoint.rules.key_map import KeyMap
 from nucleate.checkpoint.saving.moved import MovedBox, moved
-from nucleate.checkpoint.saving.rank_share import HeldTensor, frozen, hold
+from nucleate.checkpoint.saving.rank_share import SavedTensor, frozen, hold
 from nucleate.checkpoint.state.entries import Entry, Kind, ParameterNames
 from nucleate.checkpoint.state.optimizer_names import named_state
 from nucleate.checkpoint.state.tree import KeyPath, key_of, split
 from nucleate.checkpoint.state.values import VALUES, StateLayout, decode
 from nucleate.cluster.save_group import SaveGroup
-from nucleate.deferred import Given
+from nucleate.deferred import ElementSource
 from nucleate.errors import CheckpointError, ConfigurationError, RankDisagreementError, name_list
 
-#: Says of a key and its value whether they are saved.
+#: Returns whether a key and its value are saved.
 Filter = Callable[[str, Any], bool]
 
 
 class Snapshot:
-    """A state at one moment. Entries are taken one after the other, modules first; then it is closed.
+    """A state at one moment. It takes the entries one after the other, modules first; then it is closed.
 
     Attributes:
         skeleton: The state with None where tensors stood.
         keys: The place of each tensor to its key.
         modules: The places of the modules.
-        versions: The place of each module to what torch keeps beside a state dict, the versions of its submodules.
-        tensors: The tensors as this rank sees them, tied ones once; there when it is closed.
-        is_complete: Whether optimizers go by the names of their parameters, as `save` has it.
-        values: On rank 0, when it is closed: all that is no tensor, as bytes `(size_bytes,)`.
-        moved: What this rank writes of tensors whose elements go elsewhere, where keys are mapped by rules.
-        whole: Elements of tensors that such rules make, by key, where this rank has all of them.
+        versions: The place of each module to the versions of its submodules, which torch keeps beside a state dict.
+        tensors: The tensors with this rank's boxes, tied ones once. Filled by `close`.
+        is_complete: Whether optimizer states name their parameters, as `save` writes them.
+        values: All values as bytes `(size_bytes,)`. Set by `close` on rank 0.
+        moved: This rank's boxes whose elements go to other tensors, because rules map the keys.
+        whole: The element sources of tensors that rules make and that this rank has completely, by key.
     """
 
     def __init__(self, filters: Mapping[str, Filter] | None = None) -> None:
@@ -49,10 +49,10 @@ class Snapshot:
         self.modules: list[KeyPath] = []
         self.is_complete = True
         self.versions: dict[KeyPath, Any] = {}
-        self.tensors: list[HeldTensor] = []
+        self.tensors: list[SavedTensor] = []
         self.values: Tensor | None = None
         self.moved: list[MovedBox] = []
-        self.whole: dict[str, Given] = {}
+        self.whole: dict[str, ElementSource] = {}
         self._filters = filters or {}
         self._found: dict[KeyPath, Tensor] = {}
         self._modules: dict[KeyPath, tuple[Any, Any]] = {}
@@ -60,17 +60,17 @@ class Snapshot:
 
     @property
     def is_bare(self) -> bool:
-        """Whether the state is one module by itself, whose keys have no prefix."""
+        """Whether the state is one module alone, whose keys have no prefix."""
         return self.modules == [()]
 
     @property
     def sharded(self) -> dict[str, list[int]]:
-        """The key of each tensor that is sharded to the dims that are spread over ranks."""
+        """The key of each sharded tensor to the dims that are spread over ranks."""
         return {held.key: list(held.sharded) for held in self.tensors if held.sharded is not None}
 
     @property
     def layout(self) -> StateLayout:
-        """How the state is put together, when the snapshot is closed."""
+        """The structure of the state. Complete when the snapshot is closed."""
         return StateLayout(self.skeleton, self.keys, self.sharded, tuple(self.modules), self.is_complete)
 
     @property
@@ -80,16 +80,16 @@ class Snapshot:
 
     @property
     def size_bytes(self) -> int:
-        """How large all tensors are together."""
+        """The size of all tensors together."""
         return sum(held.size_bytes for held in self.tensors)
 
-    def take(self, entry: Entry) -> None:
-        """Add what `entry` holds now; tensors are not copied.
+    def add(self, entry: Entry) -> None:
+        """Add the present tensors and values of `entry`, without a copy of the tensors.
 
         Raises:
             UsageError: A tensor has no data, or an optimizer's parameters are in no module.
             ConfigurationError: There is a filter for an entry that has no keys.
-            CheckpointError: Something in it cannot be saved.
+            CheckpointError: A part of the entry cannot be saved.
         """
         tree = entry.value
         if entry.kind is Kind.MODULE:
@@ -97,7 +97,7 @@ class Snapshot:
             state_dict = entry.value.state_dict(keep_vars=True)
             self.modules.append(entry.path)
             self.versions[entry.path] = getattr(state_dict, "_metadata", None)
-            # Ties are told among all tensors, those that a filter leaves out included.
+            # Ties are found among all tensors, also those that a filter leaves out.
             tree = dict(state_dict)
             self._modules[entry.path] = (entry.value, tree)
         elif entry.kind is Kind.OPTIMIZER:
@@ -116,11 +116,11 @@ class Snapshot:
         node[entry.path[-1]] = left
 
     def close(self, rank: int, keys: KeyMap | None = None) -> None:
-        """Give every tensor its key, and find out what this rank writes.
+        """Give every tensor its key, and choose the boxes that this rank writes.
 
         Args:
-            rank: This process among all.
-            keys: Other names for the tensors of the one model, and what is done to them.
+            rank: The number of this process.
+            keys: Other names for the tensors of the one model, and rules that change these tensors.
 
         Raises:
             CheckpointError: Two tensors would have the same key, one is not reduced over the ranks yet, or a value
@@ -133,7 +133,7 @@ class Snapshot:
         for path, tensor in self._found.items():
             key = key_of(path)
             if path[:-1] in self._modules:
-                # The first of a tie that is saved gives the name; a filter may have left out the very first.
+                # The first saved name of a tie is the key: a filter may have left out earlier ones.
                 key = first.setdefault(names.first(path), key)
             self.keys[path] = key
             if key != key_of(path):
@@ -149,7 +149,7 @@ class Snapshot:
         devices = {box.values.device for held in self.tensors for box in held.boxes}
         devices |= {box.values.device for box in self.moved}
         for device in (device for device in devices if device.type not in ("cpu", "meta")):
-            # Other threads read them, and would not wait for what this one's stream still has to do.
+            # Other threads read these boxes, and would not wait for pending work in this thread's stream.
             torch.accelerator.synchronize(device)
         if rank == 0:
             self.values = self.layout.encode()
@@ -158,7 +158,7 @@ class Snapshot:
         """Make sure that every rank has the same sharded tensors.
 
         Raises:
-            RankDisagreementError: Not so; the message names the first difference.
+            RankDisagreementError: The ranks differ; the message names the first difference.
         """
         mine = [f"{held.key} {held.dtype} {held.shape}" for held in self.tensors if held.sharded is not None]
         if len(set(group.gather_objects(hash_of(mine)))) == 1:
@@ -175,7 +175,7 @@ class Snapshot:
     def _map(self, keys: KeyMap, rank: int) -> None:
         if not self.is_bare:
             raise ConfigurationError(
-                "keys= maps the names of one model, and the state is a dict, in which an optimizer and others may "
+                "keys= maps the names of one model, but the state is a dict, whose optimizer and other entries may "
                 "refer to these names. Save the model by itself: `save(path, model, keys=...)`."
             )
         names = {str(place[0]): key for place, key in self.keys.items()}
@@ -187,11 +187,11 @@ class Snapshot:
         self.tensors, self.moved, self.whole = result.tensors, result.boxes, result.whole
         self.keys = {(name,): key for name, key in result.names.items()}
         self.skeleton = {**dict.fromkeys(result.names), **values}
-        # They are those of modules that have other names now.
+        # The versions belong to module names that the key map has changed.
         self.versions = {}
 
     def freeze(self) -> None:
-        """Copy what this rank writes, so that training can go on in place while it is written."""
+        """Copy the boxes that this rank writes, so that training can change the tensors in place meanwhile."""
         self.tensors = frozen(self.tensors)
         for box in self.moved:
             box.values = torch.empty(box.values.shape, dtype=box.values.dtype, device="cpu").copy_(box.values)
@@ -221,11 +221,11 @@ def filters_for(filters: Any, entries: list[Entry]) -> dict[str, Filter]:
     """Return the filter of each entry by its key.
 
     Args:
-        filters: What the user gave: entry to filter; a filter alone where the state is one module; or None.
+        filters: The user's argument: entry to filter; a filter alone if the state is one module; or None.
         entries: The entries of the state.
 
     Raises:
-        ConfigurationError: A name is no entry, or a filter cannot be called.
+        ConfigurationError: A name is not an entry, or a filter cannot be called.
     """
     if filters is None:
         return {}
@@ -264,5 +264,5 @@ def _leaves(node: Any, path: KeyPath) -> Iterator[KeyPath]:
 
 
 def hash_of(lines: list[str]) -> str:
-    """Return a short text that tells whether two lists are equal."""
+    """Return a short text that is equal for equal lists of lines."""
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()

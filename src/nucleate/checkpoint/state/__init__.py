@@ -1,4 +1,4 @@
-"""The state that is saved and loaded: what it consists of, where each part stands, and what it is called."""
+"""The state that is saved and loaded: its entries, their places, and their names."""
 
 from nucleate.checkpoint.state.tree import KeyPath, key_of
 

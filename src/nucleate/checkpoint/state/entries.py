@@ -1,7 +1,7 @@
-"""What the state that a user hands over consists of, and what its parameters are called.
+"""Entries of the state that a user saves or loads, and the names of its parameters.
 
-This file decides what counts as a module, an optimizer, an object with a state of its own, a tensor or a
-plain value, and that every rank must hand over the same. What is done with each is for the writer and the loader.
+This file decides which items count as a module, an optimizer, an object with a `state_dict`, a tensor or a plain value.
+It also makes sure that every rank has the same entries. The writer and the loader decide how to treat each kind.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from nucleate.errors import ConfigurationError, RankDisagreementError
 
 
 class Kind(Enum):
-    """How an entry is saved and loaded."""
+    """The kind of an entry: it decides how the entry is saved and loaded."""
 
     MODULE = "a module"  # loaded in place, its keys compared both ways
-    OPTIMIZER = "an optimizer"  # its state goes by the names of its parameters
-    OBJECT = "an object with a state_dict"  # gets back what its state_dict returned
+    OPTIMIZER = "an optimizer"  # its state uses the names of its parameters
+    OBJECT = "an object with a state_dict"  # its load_state_dict gets the saved state
     TENSOR = "a tensor"  # loaded in place
     VALUE = "a plain value"  # replaced in the dict that holds it
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that is saved and loaded as a whole.
+    """One item of a state, which is saved and loaded as a whole.
 
     Attributes:
-        path: Where it stands in the state.
-        kind: How it is saved and loaded.
-        value: The thing itself.
-        holder: The dict that it stands in.
+        path: The entry's place in the state.
+        kind: The kind, which decides how the entry is saved and loaded.
+        value: The module, optimizer, object, tensor or value.
+        holder: The dict that contains the entry.
     """
 
     path: KeyPath
@@ -47,23 +47,23 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The name of its place."""
+        """The name of the entry's place."""
         return key_of(self.path)
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """The entry's name in messages."""
         return self.key or "the model"
 
 
 def entries_of(state: dict[str, Any] | nn.Module, path: KeyPath = ()) -> Iterator[Entry]:
     """Yield the entries of `state`, in its order.
 
-    A dict that holds a module, an optimizer, an object or a tensor, however deep, is looked into. A dict of
-    plain values is one value. One module by itself is one entry at the place `()`: its keys have no prefix.
+    A dict that holds a module, an optimizer, an object or a tensor at any depth gives one entry for each item. A dict
+    of plain values is one value. One module alone is one entry at the place `()`: its keys have no prefix.
 
     Raises:
-        ConfigurationError: The state, or a dict in it, is not a dict with strings as keys.
+        ConfigurationError: The state is not a dict or a module, or a dict in the state has keys that are not strings.
     """
     if isinstance(state, nn.Module):
         yield Entry((), Kind.MODULE, state, {})
@@ -75,7 +75,9 @@ def entries_of(state: dict[str, Any] | nn.Module, path: KeyPath = ()) -> Iterato
         )
     for name, value in state.items():
         if not isinstance(name, str) or not name:
-            raise ConfigurationError(f"{key_of(path) or 'the state'} has the key {name!r}; its keys must be strings.")
+            raise ConfigurationError(
+                f"{key_of(path) or 'the state'} has the key {name!r}; its keys must be strings that are not empty."
+            )
         kind = _kind(value)
         if kind is None:
             yield from entries_of(value, (*path, name))
@@ -84,7 +86,7 @@ def entries_of(state: dict[str, Any] | nn.Module, path: KeyPath = ()) -> Iterato
 
 
 def _kind(value: Any) -> Kind | None:
-    """Return the kind of `value`, or None for a dict that must be looked into."""
+    """Return the kind of `value`, or None for a dict whose items are entries."""
     if isinstance(value, nn.Module):
         return Kind.MODULE
     if isinstance(value, Optimizer):
@@ -102,17 +104,17 @@ def _kind(value: Any) -> Kind | None:
 
 
 def agree(entries: list[Entry], communicator: Ranks, options: Mapping[str, object] | None = None) -> None:
-    """Make sure that every rank has the same entries, before their states are asked for.
+    """Make sure that every rank has the same entries, before anything calls their `state_dict`.
 
-    Their states may be gathered by collectives, so another order on another rank would hang.
+    A `state_dict` may use collectives, so another order on another rank would hang.
 
     Args:
-        entries: This rank's.
+        entries: This rank's entries.
         communicator: The ranks.
-        options: What else must be the same, by name.
+        options: Options that must be the same too, by name.
 
     Raises:
-        RankDisagreementError: They differ; the message names the first difference.
+        RankDisagreementError: The ranks differ; the message names the first difference.
     """
     mine = [f"{name}={option!r}" for name, option in (options or {}).items()]
     mine += [f"{entry.title}: {entry.kind.value}" for entry in entries]
@@ -131,15 +133,15 @@ def agree(entries: list[Entry], communicator: Ranks, options: Mapping[str, objec
 
 
 class ParameterNames:
-    """The keys of every parameter and buffer of some modules; more than one where it is tied.
+    """The keys of every parameter and buffer of some modules; a tied one has several.
 
-    The modules are given with their `state_dict(keep_vars=True)`, which holds the parameters themselves. It must be
-    taken first: that is what brings FSDP2 modules back to the parameters that their optimizers hold.
+    Each module comes with its `state_dict(keep_vars=True)`, which holds the parameters themselves. The caller must take
+    this state dict first: `state_dict` brings FSDP2 modules back to the parameters that their optimizers hold.
     """
 
     def __init__(self, modules: Mapping[KeyPath, tuple[nn.Module, Mapping[str, Any]]]) -> None:
-        """Go through the modules, given with their state dicts, by place."""
-        # Keeps every tensor alive: the id of one that is gone may be given to another.
+        """Collect the names from modules and their state dicts, given by place."""
+        # Keep every tensor alive: Python may give the id of a deleted tensor to another one.
         self._tensors = [tensor for _, state_dict in modules.values() for tensor in state_dict.values()]
         self._keys: dict[int, list[str]] = {}
         self._first: dict[KeyPath, str] = {}
@@ -147,8 +149,8 @@ class ParameterNames:
             for fqn, tensor in state_dict.items():
                 if isinstance(tensor, Tensor):
                     self._add((*path, fqn), tensor)
-            # A module that detaches in its own `_save_to_state_dict`. The state dict comes first all the same:
-            # torch's activation checkpointing strips its prefix from it, but not from the names.
+            # For a module that detaches in its own `_save_to_state_dict`. The state dict still comes first: torch's
+            # activation checkpointing strips its prefix from the state dict, but not from `named_parameters`.
             for fqn, tensor in module.named_parameters(remove_duplicate=False):
                 if fqn in state_dict and state_dict[fqn] is not tensor:
                     self._add((*path, fqn), tensor)
@@ -159,9 +161,9 @@ class ParameterNames:
         self._first[place] = keys[0]
 
     def keys(self, parameter: Tensor) -> list[str]:
-        """Return the keys of `parameter`, in the order of the modules; empty where it is in none of them."""
+        """Return the keys of `parameter`, in the order of the modules; empty if no module has it."""
         return self._keys.get(id(parameter), [])
 
     def first(self, path: KeyPath) -> str:
-        """Return the key that all tensors tied to the one at `path` share: that of the first of them."""
+        """Return the key that stands for all tensors tied to the one at `path`: the key of the first one."""
         return self._first.get(path, key_of(path))

@@ -1,7 +1,7 @@
-"""An optimizer's state by the names of its parameters instead of by their numbers.
+"""An optimizer's state by the names of its parameters, not by their numbers.
 
-torch numbers an optimizer's parameters in the order they were given; the numbers mean nothing in another run
-that orders or shards them differently.
+torch numbers an optimizer's parameters in the order in which the optimizer got them. The numbers mean nothing in
+another run that orders or shards the parameters differently.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def named_state(entry: Entry, names: ParameterNames) -> dict[str, Any]:
 
     Args:
         entry: An optimizer.
-        names: The keys of the parameters of the modules that are saved with it.
+        names: The keys of the parameters of the modules that are saved with the optimizer.
 
     Raises:
-        UsageError: Parameters of the optimizer are in none of these modules.
-        CheckpointError: A part of the state that belongs to one rank cannot be told from a whole one.
+        UsageError: Some parameters of the optimizer are not in these modules.
+        CheckpointError: A tensor of the state belongs to one rank only, but looks like a whole tensor.
     """
     optimizer: Optimizer = entry.value
     check_named(entry, names)
@@ -50,7 +50,7 @@ def check_named(entry: Entry, names: ParameterNames) -> None:
     """Make sure that every parameter of an optimizer has a name.
 
     Raises:
-        UsageError: Parameters of the optimizer are in none of the modules.
+        UsageError: Some parameters of the optimizer are not in the modules.
     """
     lost = [
         f"param_groups[{place}]['params'][{number}] {tuple(parameter.shape)}"
@@ -60,9 +60,9 @@ def check_named(entry: Entry, names: ParameterNames) -> None:
     ]
     if lost:
         raise UsageError(
-            f"{len(lost)} parameters of {entry.key} belong to no module in the state: {name_list(lost)}. An "
-            "optimizer's state goes by the names of its parameters: put the module that has them into the same "
-            "state, and build the optimizer on the parameters that this module has now."
+            f"{len(lost)} parameters of {entry.key} belong to no module in the state: {name_list(lost)}. A checkpoint "
+            "names the parameters of an optimizer's state: put the module that has them into the same state, and "
+            "build the optimizer on the parameters that this module has now."
         )
 
 
@@ -77,6 +77,6 @@ def _refuse_local_parts(where: str, fields: Any, parameter: Tensor) -> None:
         if isinstance(tensor, Tensor) and not is_sharded(tensor) and tensor.shape == local_shape and tensor.ndim:
             raise CheckpointError(
                 f"{where}.{field} is a plain tensor {tuple(tensor.shape)}, the shape of this rank's shard of a "
-                f"parameter {tuple(parameter.shape)}. Only rank 0's would be saved. The optimizer must keep it as "
-                "a DTensor, as `torch.zeros_like(parameter)` makes it."
+                f"parameter {tuple(parameter.shape)}. Only rank 0's tensor would be saved. The optimizer must keep a "
+                "DTensor, as `torch.zeros_like(parameter)` makes it."
             )

@@ -1,7 +1,7 @@
-"""Nested state as two parts: the tensors by where they stand, and the skeleton that is left without them.
+"""Nested state as two parts: the tensors by place, and the skeleton that is left without them.
 
-This file decides which containers are looked into and how a place becomes a key. What may stand in a
-skeleton is `values`' business, where tensors come from and go to the writer's and the loader's.
+This file decides which containers can hold tensors, and how a place becomes a key. `values` decides which values a
+skeleton may hold. The writer and the loader decide where tensors come from and go to.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from nucleate.deferred import record_of
 from nucleate.errors import CheckpointError, UsageError
 
-#: Where something stands: the dict keys and list positions on the way to it.
+#: A place in a state: the dict keys and list positions that lead to it.
 KeyPath = tuple[Any, ...]
 
 
 def key_of(path: KeyPath) -> str:
-    """Return the one string that names the place `path`.
+    """Return the name of the place `path`, as one string.
 
     >>> key_of(("model", "blocks.0.weight"))
     'model.blocks.0.weight'
@@ -30,9 +30,9 @@ def key_of(path: KeyPath) -> str:
 
 
 def split(tree: Any, path: KeyPath, tensors: dict[KeyPath, Tensor]) -> Any:
-    """Return `tree` with None where tensors stood, and put those into `tensors`, by place.
+    """Return `tree` with None where tensors stood, and put the tensors into `tensors`, by place.
 
-    Only plain dicts, ordered dicts, lists and tuples are looked into; anything else is a leaf.
+    Only plain dicts, ordered dicts, lists and tuples are containers; everything else is a leaf.
 
     Args:
         tree: Any nesting of containers, tensors and values.
@@ -58,9 +58,9 @@ def join(skeleton: Any, path: KeyPath, tensor_at: Callable[[KeyPath], Tensor | N
     """Return a copy of `skeleton` with tensors in their places: the inverse of `split`.
 
     Args:
-        skeleton: What `split` returned.
+        skeleton: The result of `split`.
         path: The place of `skeleton` itself.
-        tensor_at: Returns the tensor of a place, or None where there is none.
+        tensor_at: Returns the tensor of a place, or None for a place without a tensor.
     """
     if skeleton is None:
         return tensor_at(path)
@@ -72,29 +72,29 @@ def join(skeleton: Any, path: KeyPath, tensor_at: Callable[[KeyPath], Tensor | N
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Return whether `tensor` has memory, seen past whatever a subclass pretends."""
-    # A deferred tensor is a meta tensor that says it is on the device it will live on.
+    """Return whether `tensor` has memory, without asking its subclass."""
+    # A deferred tensor is a meta tensor that reports its later device.
     with torch._C.DisableTorchFunction():
         return not tensor.is_meta
 
 
 def check_loadable(tensor: Tensor, key: str) -> None:
-    """Make sure that `tensor` can be loaded into: it has memory, or a recipe that may be replaced.
+    """Make sure that a load can fill `tensor`: it has memory, or a recipe that the load may replace.
 
     Raises:
-        UsageError: It is on the meta device without a recipe.
-        CheckpointError: It is sparse.
+        UsageError: The tensor is on the meta device without a recipe.
+        CheckpointError: The tensor is sparse.
     """
     if record_of(tensor) is None:
         check_tensor(tensor, key)
 
 
 def check_tensor(tensor: Tensor, key: str) -> None:
-    """Make sure that `tensor` can be written from and read into.
+    """Make sure that a save can read `tensor` and a load can write it.
 
     Raises:
-        UsageError: It has no data yet.
-        CheckpointError: It is sparse.
+        UsageError: The tensor has no data yet.
+        CheckpointError: The tensor is sparse.
     """
     if not has_data(tensor):
         raise UsageError(

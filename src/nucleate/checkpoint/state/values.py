@@ -1,7 +1,7 @@
-"""Everything in a checkpoint that is not a tensor, as the bytes of one uint8 tensor.
+"""Values: everything in a checkpoint that is not a tensor, as the bytes of one uint8 tensor.
 
-This file decides which values may be saved: those that torch reads back without running any code of the
-file's choosing (`torch.load(weights_only=True)`). It refuses the others when they are saved, by name.
+This file decides which values a save allows: those that torch reads back without running code that the file chooses
+(`torch.load(weights_only=True)`). The error for any other value names its place in the state.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch import Tensor
 from nucleate.checkpoint.state.tree import KeyPath, key_of
 from nucleate.errors import CheckpointError
 
-#: The key of the tensor that holds everything else.
+#: The key of the tensor that holds all values.
 VALUES = "nucleate.values"
 
 
 @dataclass(frozen=True, slots=True)
 class StateLayout:
-    """How a saved state is put together: its values, and the place of each tensor in it.
+    """The structure of a saved state: its values, and the place of each tensor.
 
-    This is the layout of the values that every format of nucleate carries.
+    Every format of nucleate stores this structure among its values.
 
     Attributes:
         skeleton: The state with None where tensors stood.
         keys: The place of each tensor to its key.
         sharded: The key of each tensor that was sharded to the dims that were spread over ranks.
-        modules: The places of the modules; of a checkpoint of version 1 none, because it does not tell.
-        is_complete: Whether optimizers go by the names of their parameters, as `save` has it. It is false for a
+        modules: The places of the modules; empty for a checkpoint of version 1, which does not store them.
+        is_complete: Whether optimizer states name their parameters, as `save` writes them. It is false for a
             checkpoint that was converted from another library's.
     """
 
@@ -45,7 +45,7 @@ class StateLayout:
     is_complete: bool = True
 
     def encode(self) -> Tensor:
-        """Return it as a uint8 tensor `(size_bytes,)`.
+        """Return the structure as a uint8 tensor `(size_bytes,)`.
 
         Raises:
             CheckpointError: A value could not be read back; the message names its place in the state.
@@ -61,13 +61,13 @@ class StateLayout:
 
     @classmethod
     def from_fields(cls, found: Any) -> StateLayout:
-        """Return the layout of which `encode` wrote the fields.
+        """Return the layout whose fields `encode` wrote.
 
         Args:
-            found: The fields, as somebody read them who runs no code of the file's choosing.
+            found: The fields, read without running code that the file chooses.
 
         Raises:
-            ValueError: They are not what `encode` writes.
+            ValueError: These are not fields that `encode` writes.
         """
         try:
             layout = cls(
@@ -85,7 +85,7 @@ class StateLayout:
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         if not right:
-            raise ValueError("they are not what `save` writes")
+            raise ValueError("they are not the fields that `save` writes")
         return layout
 
 
@@ -109,20 +109,20 @@ def encode(values: Any) -> Tensor:
 
 
 def decode(data: Tensor) -> Any:
-    """Return what `encode` was given, from a contiguous CPU tensor.
+    """Return the values that `encode` wrote into a contiguous CPU tensor.
 
     Raises:
-        CheckpointError: The bytes are damaged, or hold what `encode` would have refused.
+        CheckpointError: The bytes are damaged, or hold a value that `encode` refuses.
     """
     try:
-        # Without numpy, which the core does not need, torch has no other quick way from a tensor to bytes.
+        # torch has no other quick way from a tensor to bytes without NumPy, which the core does not need.
         return torch.load(io.BytesIO(ctypes.string_at(data.data_ptr(), data.numel())), weights_only=True)
     except Exception as error:
         raise CheckpointError(f"the checkpoint's values cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _attempt(values: Any) -> tuple[bytes | None, Exception | None]:
-    """Return the bytes of `values` if torch can read them back, else why not."""
+    """Return the bytes of `values` if torch can read them back, else the error."""
     buffer = io.BytesIO()
     try:
         torch.save(values, buffer)
@@ -134,7 +134,7 @@ def _attempt(values: Any) -> tuple[bytes | None, Exception | None]:
 
 
 def _culprit(values: Any, path: KeyPath, error: Exception | None) -> tuple[KeyPath, Any, Exception | None]:
-    """Return the place of the first innermost value that cannot be read back, the value, and why."""
+    """Return the place of the first innermost value that cannot be read back, the value, and the error."""
     items: list[tuple[Any, Any]] = []
     if type(values) in (dict, OrderedDict):
         items = list(values.items())

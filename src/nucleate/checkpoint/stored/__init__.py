@@ -1,4 +1,4 @@
-"""Stored tensors: what a checkpoint holds, and in which files the bytes lie."""
+"""Stored tensors: the contents of a checkpoint, and the files that hold the bytes."""
 
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import Bytes, DataFile, HeldBytes, first_bytes

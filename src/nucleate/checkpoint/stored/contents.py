@@ -1,4 +1,4 @@
-"""What a checkpoint of any format holds, from its headers alone: every comparison is made with this."""
+"""The contents of a checkpoint of any format, from its headers alone. Every comparison uses them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Contents:
     Attributes:
         path: The file or folder.
         format: The name of the reader that read it.
-        tensors: The key of each tensor to the tensor. Tied tensors may have one key, or several for the same bytes.
-        skeleton: What is saved, nested as it was, with None where a tensor stands.
-        keys: The place of each tensor in the skeleton to its key in `tensors`.
-        modules: The places where a module was saved, as far as the format tells.
-        sharded: The key of each tensor that was sharded when it was saved to the dims that were spread over ranks.
-        is_complete: Whether `save` wrote it, so that optimizers go by the names of their parameters.
-        notes: What else is worth showing, such as the metadata of a safetensors file.
-        versions: The place of a module to the versions (`Module._version`) of the modules in it, by name, as far as
-            the file tells.
+        tensors: The tensors by key. Tied tensors may have one key, or several keys for the same bytes.
+        skeleton: The saved state, nested as it was, with None in place of each tensor.
+        keys: The key in `tensors` of each tensor, by the tensor's place in the skeleton.
+        modules: The places where a module was saved, as far as the format contains them.
+        sharded: The dims that were spread over ranks at the save, by the key of each sharded tensor.
+        is_complete: Whether `save` wrote the checkpoint, so that optimizer states name their parameters.
+        notes: Other facts to show, such as the metadata of a safetensors file.
+        versions: The versions (`Module._version`) of the modules in each saved module, by place and then by name, as
+            far as the file contains them.
     """
 
     path: Path
@@ -43,17 +43,17 @@ class Contents:
     def flat(
         cls, path: Path, format: str, tensors: dict[str, StoredTensor], notes: dict[str, str] | None = None
     ) -> Contents:
-        """Return the contents of a format that knows tensors by name and nothing else."""
+        """Return the contents of a format that only holds tensors by name."""
         skeleton = dict.fromkeys(tensors)
         return cls(path, format, tensors, skeleton, {(key,): key for key in tensors}, ((),), notes=notes or {})
 
     @property
     def size_bytes(self) -> int:
-        """How large all tensors are together, those that share bytes once."""
+        """The size of all tensors together; tensors that share bytes count once."""
         return sum(tensor.size_bytes for tensor in self.distinct())
 
     def distinct(self) -> list[StoredTensor]:
-        """Return the tensors, one for each group that shares its bytes."""
+        """Return the tensors, but only one of each group that shares its bytes."""
         return list({t.identity: t for t in self.tensors.values()}.values())
 
     def has(self, path: KeyPath) -> bool:

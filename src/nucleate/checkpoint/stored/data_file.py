@@ -1,7 +1,8 @@
-"""Files that tensors are read from: opened once, checked once, read by position from any thread.
+"""Files that tensors are read from: each is opened once, checked once, and read by position from any thread.
 
-Never mapped: a mapped file that somebody cuts short kills the process, and over a network each page is a question of
-its own. `pread` fails with an error that names the file, straight into the memory that is to be filled.
+This module does not map files to read them. A mapped file that somebody cuts short kills the process, and over a
+network each page needs its own request. `pread` reads straight into the final memory, and fails with an error that
+names the file.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ _numbers = count()
 
 
 class Bytes(Protocol):
-    """Bytes that can be read from any place on.
+    """Bytes that can be read from any offset.
 
     Attributes:
-        name: What messages call it.
-        number: Bytes that follow one another have one number, so that a reader can go through them in order.
-        size_bytes: How many there are.
+        name: The name of the bytes in messages.
+        number: A number that is equal for bytes that follow one another, so that a reader can read them in order.
+        size_bytes: The number of bytes.
     """
 
     name: str
@@ -49,14 +50,14 @@ class Bytes(Protocol):
 
 
 class DataFile:
-    """A file that stays open as long as it is needed, so that it cannot be exchanged between header and data.
+    """A file that stays open as long as it is needed, so that nobody can replace it between header and data.
 
     Args:
-        path: Where it is.
+        path: The path of the file.
 
     Raises:
-        CheckpointNotFoundError: There is none.
-        CheckpointError: It is no file, or it cannot be read.
+        CheckpointNotFoundError: The file does not exist.
+        CheckpointError: The path is not a regular file, or the file cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -64,7 +65,7 @@ class DataFile:
         self.name = str(self.path)
         self.number = next(_numbers)
         try:
-            # Not blocking: a pipe that nobody writes to would never open.
+            # O_NONBLOCK, because a pipe without a writer would otherwise never open.
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"there is no file {self.path}.") from error
@@ -77,36 +78,38 @@ class DataFile:
         weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
-            what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            raise CheckpointError(f"{self.path} is {what}; tensors are read from files.")
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise CheckpointError(f"{self.path} is {what}; tensors are read from regular files.")
         self.size_bytes = status.st_size
         self._written_ns = status.st_mtime_ns
-        #: How large all files of the checkpoint are, as far as that is known.
+        #: The size of all files of the checkpoint together, as far as it is known.
         self.checkpoint_bytes = self.size_bytes
         self._expected_bytes = 0
-        # None before the first large read, and False where it is read through the page cache.
+        # None before the first large read, and False if the file is read through the page cache.
         self._direct: DirectFile | Literal[False] | None = None
         self._is_far: bool | None = None
 
     def expect(self, size_bytes: int) -> None:
-        """Know that so many bytes more are going to be read."""
+        """Note that `size_bytes` more bytes are going to be read."""
         self._expected_bytes += size_bytes
 
     def check_unwritten(self) -> None:
-        """Make sure that nobody has written to the file since it was opened. One that was cut short fails when read.
+        """Make sure that nobody has written to the file since it was opened.
+
+        The check ignores a file that was cut short: reading it fails anyway.
 
         Raises:
-            CheckpointError: Not so.
+            CheckpointError: Somebody has written to the file.
         """
         status = os.fstat(self._descriptor)
         if status.st_size >= self.size_bytes and status.st_mtime_ns != self._written_ns:
             raise CheckpointError(f"{self.path} was written to since its header was read")
 
     def check_unchanged(self) -> None:
-        """Make sure that the file's name still stands for this file, and that it is as long as it was.
+        """Make sure that the path still leads to this file, and that the file's length did not change.
 
         Raises:
-            CheckpointError: Not so.
+            CheckpointError: The file was removed, was replaced, or has another length.
         """
         mine = os.fstat(self._descriptor)
         try:
@@ -120,16 +123,16 @@ class DataFile:
             )
 
     def check_length(self) -> None:
-        """Make sure that the file is as long as it was when it was opened.
+        """Make sure that the file is at least as long as it was when it was opened.
 
         Raises:
-            CheckpointError: It was cut short.
+            CheckpointError: The file was cut short.
         """
         if os.fstat(self._descriptor).st_size < self.size_bytes:
             raise self._cut_short(0, self.size_bytes)
 
     def is_far(self) -> bool:
-        """Return whether most of the file was not in the page cache when somebody first asked."""
+        """Return whether most of the file was not in the page cache at the first call."""
         if self._is_far is None:
             try:
                 self._is_far = not Residency(self._descriptor, self.size_bytes).holds_most()
@@ -138,19 +141,19 @@ class DataFile:
         return self._is_far
 
     def read_ahead(self, ahead: ReadAhead) -> None:
-        """Bring the file into the page cache, without waiting for it."""
+        """Start to bring the file into the page cache, and return at once."""
         ahead.start(self._descriptor, self.size_bytes)
 
     def read_into(self, address: int, size_bytes: int, offset: int) -> None:
         """Copy bytes to memory.
 
         Args:
-            address: Where they go; there must be room for them.
-            size_bytes: How many.
-            offset: The first one's place in the file.
+            address: The address of the memory, which must have room for the bytes.
+            size_bytes: The number of bytes.
+            offset: The place of the first byte in the file.
 
         Raises:
-            CheckpointError: The file ends before, or the disk fails.
+            CheckpointError: The file ends too early, or the disk fails.
         """
         direct = self._read_past_cache() if self._direct or size_bytes >= MIN_DIRECT_BYTES else None
         done = 0
@@ -164,13 +167,13 @@ class DataFile:
 
     def _read_past_cache(self) -> DirectFile | None:
         if self._direct is None:
-            # Threads that come at the same time find the same.
+            # Threads that come here at the same time get the same result.
             self._direct = self._opened_direct() or False
         return self._direct or None
 
     def _opened_direct(self) -> DirectFile | None:
         if is_wanted(self._expected_bytes, self.size_bytes, self.checkpoint_bytes):
-            # Where the file system cannot, it is read as other files are.
+            # If the file system cannot read past the cache, the file is read like other files.
             with suppress(OSError):
                 return DirectFile(self._descriptor, self.size_bytes)
         return None
@@ -178,7 +181,7 @@ class DataFile:
     def _read_buffered(self, address: int, size_bytes: int, offset: int) -> None:
         done = 0
         while done < size_bytes:
-            # At most what the system reads in one call anyway (read(2): 0x7ffff000 bytes).
+            # Less than the most that the system reads in one call (read(2): 0x7ffff000 bytes).
             wanted = min(size_bytes - done, 1 << 30)
             copied = system_call("pread")(self._descriptor, address + done, wanted, offset + done)
             if copied > 0:
@@ -189,10 +192,10 @@ class DataFile:
                 raise CheckpointError(f"reading {self.path} at byte {offset + done} failed: {os.strerror(number)}.")
 
     def read(self, offset: int, size_bytes: int) -> bytes:
-        """Return bytes; memory is only taken for what the file has.
+        """Return bytes, and take memory only for bytes that the file has.
 
         Raises:
-            CheckpointError: The file ends before, or the disk fails.
+            CheckpointError: The file ends too early, or the disk fails.
         """
         if offset < 0 or size_bytes < 0 or offset + size_bytes > self.size_bytes:
             raise self._cut_short(offset, size_bytes)
@@ -228,8 +231,8 @@ class HeldBytes:
     """Bytes of a tensor in memory, for formats that cannot be read in parts.
 
     Args:
-        name: What messages call them.
-        tensor: Contiguous and on the CPU.
+        name: The name of the bytes in messages.
+        tensor: A contiguous tensor on the CPU.
     """
 
     def __init__(self, name: str, tensor: Tensor) -> None:
@@ -250,7 +253,7 @@ class HeldBytes:
 
 
 def first_bytes(path: Path, size_bytes: int) -> bytes:
-    """Return how a file begins; nothing where there is no file that can be read."""
+    """Return the first bytes of a file, or no bytes if the file cannot be read."""
     try:
         file = DataFile(path)
         return file.read(0, min(size_bytes, file.size_bytes))

@@ -1,8 +1,8 @@
-"""Reading past the system's page cache, for files that do not fit into memory beside the weights that they hold.
+"""Direct reads, past the system's page cache, for files that do not fit into memory beside the weights that they hold.
 
-A buffered read takes memory twice: for the page cache and for the weights. Where both fit easily, that is welcome: the
-next run finds the files in memory. Where they do not, each page of the cache drives out another one, and in a virtual
-machine has to be found by the host first. `O_DIRECT` (open(2)) reads without the cache. What is in the cache already is
+A buffered read takes memory twice: for the page cache and for the weights. If both fit easily, that helps: the next run
+finds the files in memory. If they do not fit, each page of the cache drives out another page, and the host of a virtual
+machine must first find the page. `O_DIRECT` (open(2)) reads without the cache. Bytes that are already in the cache are
 read from there.
 """
 
@@ -20,19 +20,20 @@ from pathlib import Path
 from nucleate.checkpoint.disk.system_calls import function, system_call
 from nucleate.cluster import Environment
 
-#: Files are read past the page cache from the first read of this size on. For shorter reads the cache reads ahead.
+#: The first read of at least this size starts direct reads of a file. For shorter reads, the cache reads ahead.
 MIN_DIRECT_BYTES = 256 << 10
-#: So many bytes are read by one call at most.
+#: The most bytes that one call reads.
 BLOCK_BYTES = 8 << 20
-# What is shorter goes through a thread's buffer, in longer runs.
+# Shorter reads go through a thread's buffer, which is filled by longer reads.
 _MIN_IN_PLACE_BYTES = 2 << 20
-# Addresses, offsets and sizes of direct reads are multiples of the disk's block; no disk's is larger.
+# Addresses, offsets and sizes of direct reads must be multiples of the disk's block. No disk has a larger block.
 _ALIGNMENT = 4096
-# The weights and the cache together may take this part of the memory that is available.
+# The weights and the cache together may take this part of the available memory.
 _MEMORY_SHARE = 0.5
-# What several ranks of a machine read is read from the disk once, and found in the cache by the others.
+# If the ranks of a machine together read more than this multiple of a file, the file goes through the cache: one rank
+# reads it from the disk, and the others find it in the cache.
 _READ_TWICE = 1.25
-# How many pages of a file tell whether it is in the page cache.
+# The number of sampled pages that decide whether a file is in the page cache.
 _SAMPLE = 64
 
 _kept = threading.local()
@@ -43,20 +44,20 @@ class DirectFile:
     """A file that is read past the page cache.
 
     Args:
-        descriptor: Of the file, opened for reading.
-        size_bytes: How long it is.
+        descriptor: The descriptor of the file, opened for reading.
+        size_bytes: The length of the file.
 
     Raises:
-        OSError: The system or the file system cannot do so.
+        OSError: The system or the file system does not support direct reads.
     """
 
     def __init__(self, descriptor: int, size_bytes: int) -> None:
         if not sys.platform.startswith("linux"):
             raise OSError("only Linux has O_DIRECT")
-        # The same file, whatever its name stands for by now.
+        # This path opens the same file, even if the file's name leads to another file by now.
         self._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         weakref.finalize(self, os.close, self._descriptor)
-        # Else a read of what is in the cache would bring what follows into the cache, and so on to the file's end.
+        # Otherwise, a read of cached bytes would bring the next bytes into the cache, and so on to the file's end.
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self._residency = Residency(descriptor, size_bytes)
         self._number = next(_numbers)
@@ -65,16 +66,16 @@ class DirectFile:
         """Copy the first bytes of a range to memory, if the file has them and they are not in the page cache.
 
         Args:
-            address: Where they go.
-            size_bytes: How long the range is.
-            offset: Its place in the file.
+            address: The address of the memory.
+            size_bytes: The length of the range.
+            offset: The place of the range in the file.
 
         Returns:
-            How many bytes were copied. After 0, the next block is to be read through the cache, which also tells what
-            is wrong.
+            The number of copied bytes. After 0, the caller must read the next block through the cache, which also
+            reports errors.
         """
-        # What is read begins at the next aligned address, and is moved to its place: a buffer in between would cost
-        # more, since the memory that is filled is in the processor's cache.
+        # The bytes are read to the next aligned address and then moved to their place. A buffer in between would cost
+        # more, because the final memory is already in the processor's cache.
         place = _aligned(address)
         wanted = min(size_bytes - (place - address), BLOCK_BYTES) // _ALIGNMENT * _ALIGNMENT
         if offset % _ALIGNMENT:
@@ -88,14 +89,14 @@ class DirectFile:
         return wanted
 
     def _read_window(self, address: int, size_bytes: int, offset: int) -> int:
-        """Read bytes from what this thread has read last, or read more: the more, the longer it goes on in order."""
+        """Copy bytes from this thread's buffer, or fill the buffer first; reads in order fill it with more and more."""
         window = _window()
         if window.file != self._number or not window.first <= offset < window.last:
             first = offset // _ALIGNMENT * _ALIGNMENT
             in_order = window.file == self._number and first == window.last // _ALIGNMENT * _ALIGNMENT
             wanted = max(_aligned(offset + size_bytes) - first, 2 * (window.last - window.first) if in_order else 0)
             wanted = min(wanted, BLOCK_BYTES)
-            # A block of the disk at the end of a range tells nothing of the range.
+            # A single block at the end of a range does not tell whether the range is in the cache.
             if wanted > _ALIGNMENT and self._residency.holds(first, wanted):
                 return 0
             window.file = -1
@@ -112,18 +113,18 @@ class DirectFile:
 
 
 class Residency:
-    """Tells whether a file's pages are in the page cache, by mincore(2).
+    """A test, by mincore(2), whether a file's pages are in the page cache.
 
     Args:
-        descriptor: Of the file, opened for reading.
-        size_bytes: How long it is.
+        descriptor: The descriptor of the file, opened for reading.
+        size_bytes: The length of the file.
 
     Raises:
-        OSError: It cannot be mapped.
+        OSError: The file cannot be mapped.
     """
 
     def __init__(self, descriptor: int, size_bytes: int) -> None:
-        # Nobody looks at the pages, so a file that is cut short does no harm.
+        # Nobody reads the mapped pages, so a file that is cut short does no harm.
         word, number = ctypes.c_size_t, ctypes.c_int
         map_it = function("mmap", ctypes.c_void_p, ctypes.c_void_p, word, number, number, number, ctypes.c_int64)
         address = map_it(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
@@ -135,7 +136,7 @@ class Residency:
         self._size_bytes = size_bytes
 
     def holds(self, offset: int, size_bytes: int) -> bool:
-        """Return whether at least half of a range is there."""
+        """Return whether at least half of a range is in the page cache."""
         first = offset // mmap.PAGESIZE * mmap.PAGESIZE
         size_bytes = min(offset + size_bytes, self._size_bytes) - first
         if size_bytes <= 0:
@@ -147,7 +148,7 @@ class Residency:
         return 2 * sum(bytes(pages)) >= len(pages)
 
     def holds_most(self) -> bool:
-        """Return whether most of the file is there, by a sample."""
+        """Return whether most of the file is in the page cache, judged by a sample."""
         step = max(1, self._size_bytes // _SAMPLE)
         found = [self.holds(offset, 1) for offset in range(0, self._size_bytes, step)]
         return 2 * sum(found) >= len(found)
@@ -157,9 +158,9 @@ def is_wanted(expected_bytes: int, file_bytes: int, checkpoint_bytes: int) -> bo
     """Return whether a file is to be read past the page cache.
 
     Args:
-        expected_bytes: The number of bytes that this process is going to read from it, or 0 if nobody knows.
-        file_bytes: How large it is.
-        checkpoint_bytes: How large all files of the checkpoint are.
+        expected_bytes: The number of bytes that this process is going to read from the file, or 0 if it is unknown.
+        file_bytes: The size of the file.
+        checkpoint_bytes: The size of all files of the checkpoint together.
     """
     if Environment.detect().local_world_size * expected_bytes > _READ_TWICE * file_bytes:
         return False
@@ -168,7 +169,7 @@ def is_wanted(expected_bytes: int, file_bytes: int, checkpoint_bytes: int) -> bo
 
 
 def available_bytes() -> int | None:
-    """Return how much memory the machine can give without swapping, where the system tells."""
+    """Return the memory that the machine can give without swapping, or None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -181,13 +182,13 @@ def _aligned(place: int) -> int:
 
 
 class _Window:
-    """A buffer of one thread, which ends with the thread.
+    """The buffer of one thread, which is freed when the thread ends.
 
     Attributes:
-        address: Where it is.
+        address: The address of the buffer.
         file: The number of the file whose bytes it holds.
-        first: The place of the first one in the file.
-        last: The place behind the last one.
+        first: The place of the first byte in the file.
+        last: The place in the file behind the last byte.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Tensors that lie in a file's own pages: ready at once, with no memory of their own until they are written to.
+"""Tensors in a file's own pages: they are ready at once, and take no memory until somebody writes to them.
 
-The pages are mapped copy-on-write, so the file is never changed. But it must not be changed or cut short by others as
-long as a tensor lies in it: cutting it short kills the process at the next touch.
+The pages are mapped copy-on-write, so a write to a tensor never changes the file. But nobody may change or cut short
+the file as long as a tensor lies in it. If the file is cut short, the next access kills the process.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 from nucleate.checkpoint.stored.data_file import DataFile
 from nucleate.checkpoint.stored.read_ahead import ReadAhead
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.deferred import Given
+from nucleate.deferred import ElementSource
 from nucleate.errors import CheckpointError
 
 
 class Mapper:
-    """Maps each file once."""
+    """The mapped files, each mapped once."""
 
     def __init__(self) -> None:
         self._mapped: dict[int, torch.UntypedStorage] = {}
         self._ahead = ReadAhead()
-        # The first byte of what was handed out and the one behind the last, by file, in ascending order.
+        # The first byte of each tensor that was handed out and the byte behind its last, by file, in ascending order.
         self._taken: dict[int, list[tuple[int, int]]] = {}
 
-    def given(self, stored: StoredTensor) -> Given:
-        """Return the elements of a stored tensor, which may become a tensor's memory where they are as it wants them.
+    def given(self, stored: StoredTensor) -> ElementSource:
+        """Return the element source of a stored tensor, whose pages may become a tensor's memory if they fit.
 
-        A tensor that lies in several pieces, not in the order of its elements, or at an address that its dtype cannot
-        have, is read instead; and so is one whose bytes are another tensor's already, which would be tied to it.
+        A tensor is read instead if it lies in several chunks, not in the order of its elements, or at an address that
+        its dtype cannot have. It is also read if another tensor already has its bytes, because mapping would tie both.
         """
         chunk = stored.chunks[0] if stored.is_plain else None
         if chunk is None or not isinstance(chunk.file, DataFile) or chunk.offset % stored.dtype.itemsize:
@@ -49,7 +49,7 @@ class Mapper:
         """Return a whole file as a storage.
 
         Raises:
-            CheckpointError: It is not as long as it was.
+            CheckpointError: The file was removed or replaced, has another length, or cannot be mapped.
         """
         if file.number not in self._mapped:
             file.check_unchanged()
@@ -62,12 +62,12 @@ class Mapper:
         return self._mapped[file.number]
 
 
-class MappedTensor(Given):
-    """A stored tensor of which the file's pages may become the memory.
+class MappedTensor(ElementSource):
+    """A stored tensor whose file's pages may become the memory of a tensor.
 
     Args:
-        stored: Where it is.
-        mapper: Maps its file.
+        stored: The stored tensor.
+        mapper: The object that maps the tensor's file.
     """
 
     def __init__(self, stored: StoredTensor, mapper: Mapper) -> None:
@@ -97,7 +97,7 @@ class MappedTensor(Given):
 
     def memory(self) -> torch.UntypedStorage | None:
         if self._is_taken:
-            # A copy of the tensor asks; it must not be tied to the tensor.
+            # A copy of the tensor asks for memory. The copy must not be tied to the tensor.
             return None
         self._is_taken = True
         chunk = self._stored.chunks[0]

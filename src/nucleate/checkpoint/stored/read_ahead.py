@@ -1,7 +1,7 @@
-"""Reading mapped files ahead of whoever looks at them.
+"""Read-ahead of mapped files, before anybody accesses their pages.
 
-A page that is looked at and not in memory is read alone with its neighbours, and its reader waits. A disk gives several
-times as much when it is asked for all that follows at once.
+An access to a page that is not in memory reads only this page and its neighbours, and the accessing thread waits. A
+disk delivers several times as much if one request asks for all pages that follow.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from contextlib import suppress
 
 from nucleate.checkpoint.stored.direct import available_bytes
 
-# So much is asked for by one call, which waits while the disk has too much to do. Linux cuts a larger request down to
-# what the disk takes at once, and forgets the rest: 128 KiB is what every disk takes.
+# The bytes that one call asks for. The call waits while the disk has too much to do. Linux cuts a larger request down
+# to the size that the disk takes at once, and forgets the rest. Every disk takes 128 KiB.
 _STEP_BYTES = 128 << 10
-# Files that would fill more of the memory than this are left to the system, which would drop the first for the last.
+# Files that would fill more than this part of the memory are left to the system: it would drop the first files for the
+# last ones.
 _MEMORY_SHARE = 0.8
 
 
 class ReadAhead:
-    """Brings files into the page cache, one after the other, in a thread that ends with them."""
+    """A queue of files to bring into the page cache, one after the other, in a thread that ends with the queue."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, int]] = deque()
@@ -30,11 +31,11 @@ class ReadAhead:
         self._lock = threading.Lock()
 
     def start(self, descriptor: int, size_bytes: int) -> None:
-        """Bring a file into the page cache behind those that were named before; return at once.
+        """Add a file to the queue, and return at once.
 
         Args:
-            descriptor: Of the file, opened for reading. The caller may close it.
-            size_bytes: How long it is.
+            descriptor: The descriptor of the file, opened for reading. The caller may close it.
+            size_bytes: The length of the file.
         """
         available = available_bytes()
         self._size_bytes += size_bytes

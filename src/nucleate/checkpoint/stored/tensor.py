@@ -1,7 +1,7 @@
-"""A tensor as it lies in files: boxes of it, each row by row, and how any range of its elements is read.
+"""Stored tensors: the boxes in which a tensor lies in files, and the code that reads any range of its elements.
 
-A reader describes every format in these terms, so what is done with a tensor (load it whole, a shard of it, cast,
-quantize, convert) never depends on the format it came from.
+Every reader describes its format in these terms. So the work on a tensor (load it or a shard, cast, quantize, convert)
+never depends on the format of the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from nucleate.checkpoint.stored.data_file import Bytes, DataFile
-from nucleate.deferred import Given
+from nucleate.deferred import ElementSource
 from nucleate.errors import CheckpointError, name_list
 
-# What is not row by row is read through a buffer of at most so many bytes, whatever the tensor's size.
+# Elements that do not lie row by row are read through a buffer of at most this size, whatever the tensor's size.
 _BUFFER_BYTES = 4 << 20
-# So many bytes are read in the time that it takes to ask for them: it is quicker to read what is not wanted, too.
+# Reading this number of bytes takes only as long as the request itself, so it is quicker to read unwanted bytes, too.
 _QUICK_BYTES = 64 << 10
 
 
@@ -30,11 +30,11 @@ class Chunk:
     """A box of a tensor that lies in one file.
 
     Attributes:
-        file: Where.
+        file: The file.
         offset: The place of its first element in the file, in bytes.
-        begin: Its first index in the tensor, for each dimension.
-        shape: How long it is in each dimension.
-        stride: In elements, where it does not lie row by row.
+        begin: Its first index in the tensor, for each dim.
+        shape: Its size in each dim.
+        stride: Its strides in elements, if it does not lie row by row.
     """
 
     file: Bytes
@@ -44,7 +44,7 @@ class Chunk:
     stride: tuple[int, ...] | None = None
 
     def extent_bytes(self, dtype: torch.dtype) -> int:
-        """Return how many bytes of the file it reaches over."""
+        """Return the number of bytes from its first to its last element in the file."""
         if 0 in self.shape:
             return 0
         if self.stride is None:
@@ -54,14 +54,14 @@ class Chunk:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredTensor(Given):
+class StoredTensor(ElementSource):
     """A tensor in a checkpoint.
 
     Attributes:
-        key: Its name there.
-        dtype: Of its elements.
-        shape: Of the whole.
-        chunks: Boxes that cover it, none twice.
+        key: Its name in the checkpoint.
+        dtype: The dtype of its elements.
+        shape: The shape of the whole tensor.
+        chunks: The boxes that cover it without overlap.
     """
 
     key: str
@@ -71,28 +71,28 @@ class StoredTensor(Given):
 
     @classmethod
     def whole(cls, key: str, dtype: torch.dtype, shape: Sequence[int], file: Bytes, offset: int) -> StoredTensor:
-        """Return a tensor that lies in one piece, row by row."""
+        """Return a tensor that lies in one chunk, row by row."""
         chunk = Chunk(file, offset, (0,) * len(shape), tuple(shape))
         return cls(key, dtype, tuple(shape), (chunk,))
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
-        """How large it is."""
+        """Its size."""
         return self.numel * self.dtype.itemsize
 
     @property
     def is_plain(self) -> bool:
-        """Whether it lies in one piece, row by row."""
+        """Whether it lies in one chunk, row by row."""
         return len(self.chunks) == 1 and self.chunks[0].stride is None and self.chunks[0].shape == self.shape
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """A key that is equal for two names of the same elements."""
+        """A value that is equal for two names of the same elements."""
         return (self.dtype, self.shape, self.chunks)
 
     @property
@@ -102,14 +102,14 @@ class StoredTensor(Given):
 
     @property
     def origin(self) -> str:
-        """The keys that it is made from, if these are other ones; else empty."""
+        """The keys that it is computed from, or an empty string if it is stored under its own key."""
         return ""
 
     def check(self) -> None:
         """Make sure that the boxes cover the tensor, none overlap, and all lie within their files.
 
         Raises:
-            CheckpointError: Not so; the message names tensor and file.
+            CheckpointError: The boxes are wrong; the message names the tensor and a file.
         """
         covered = 0
         for chunk in self.chunks:
@@ -119,8 +119,8 @@ class StoredTensor(Given):
             )
             if not inside:
                 raise CheckpointError(
-                    f"{self.key} in {chunk.file.name} is damaged: it has the shape {self.shape}, but a part of it is "
-                    f"said to begin at {chunk.begin} and to have the shape {chunk.shape}."
+                    f"{self.key} in {chunk.file.name} is damaged: it has the shape {self.shape}, but one of its parts "
+                    f"is said to begin at {chunk.begin} and to have the shape {chunk.shape}."
                 )
             end = chunk.offset + chunk.extent_bytes(self.dtype)
             if chunk.offset < 0 or end > chunk.file.size_bytes:
@@ -132,22 +132,22 @@ class StoredTensor(Given):
         if (twice := _overlapping(self.chunks)) is not None:
             one, other = twice
             raise CheckpointError(
-                f"{self.key} is damaged: {one.file.name} and {other.file.name} both hold the part of it that begins at "
+                f"{self.key} is damaged: {one.file.name} and {other.file.name} both hold its part that begins at "
                 f"{tuple(map(max, one.begin, other.begin))}."
             )
         if covered != self.numel:
             raise CheckpointError(
-                f"{self.key} is damaged: it has the shape {self.shape}, {self.numel} elements, but the parts that are "
-                f"there hold {covered}: {name_list(sorted({chunk.file.name for chunk in self.chunks})) or 'none'}. A "
+                f"{self.key} is damaged: it has the shape {self.shape}, {self.numel} elements, but the parts that "
+                f"exist hold {covered}: {name_list(sorted({chunk.file.name for chunk in self.chunks})) or 'none'}. A "
                 "file of another rank may be missing."
             )
 
     def is_same(self, other: StoredTensor) -> bool:
-        """Return whether two names stand for the same bytes, as those of tied tensors may."""
+        """Return whether two stored tensors have the same bytes, as tied tensors may."""
         return self.identity == other.identity
 
     def order(self, start: int) -> tuple[int, int]:
-        """Return a key by which ranges are read in the order in which they lie on disk.
+        """Return a value that sorts ranges into their order on disk.
 
         Args:
             start: The range's first element.
@@ -171,7 +171,7 @@ class StoredTensor(Given):
                 file.check_unwritten()
 
     def describe(self) -> str:
-        """Return what is equal on all ranks that read the same file, wherever each finds it."""
+        """Return a text that is equal on all ranks that read the same file, whatever its folder on each rank."""
         parts = [(Path(c.file.name).name, c.offset, c.begin, c.shape, c.stride) for c in self.chunks]
         return repr((self.key, self.dtype, self.shape, parts))
 
@@ -180,7 +180,7 @@ class StoredTensor(Given):
 
         Args:
             start: The range's first element.
-            out: One-dimensional, contiguous, on the CPU and of this dtype: as many elements as are wanted.
+            out: A one-dimensional contiguous tensor on the CPU, of this dtype and with the number of wanted elements.
 
         Raises:
             CheckpointError: A file is shorter than it was, or the disk fails.
@@ -204,8 +204,8 @@ class StoredTensor(Given):
         """Read a box of the tensor.
 
         Args:
-            begin: Its first index, for each dimension.
-            out: On the CPU and of this dtype, with the shape of the box; of any strides.
+            begin: The first index of the box, for each dim.
+            out: A tensor on the CPU, of this dtype, with the shape of the box and any strides.
 
         Raises:
             CheckpointError: A file is shorter than it was, or the disk fails.
@@ -228,7 +228,7 @@ class StoredTensor(Given):
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield boxes, as first index and shape, that make up a range of the elements in their order.
+    """Yield the boxes, as first index and shape, that make up a range of the elements, in order.
 
     >>> list(_boxes((3, 4), 2, 9))
     [((0, 2), (1, 2)), ((1, 0), (1, 4)), ((2, 0), (1, 1))]
@@ -261,9 +261,9 @@ def _row_by_row(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _read_strided(file: Bytes, offset: int, strides: tuple[int, ...], target: Tensor) -> None:
-    """Read elements that lie with `strides` from a byte on into a tensor of their shape."""
+    """Read elements that lie in `file` with `strides`, from the byte `offset` on, into a tensor of their shape."""
     itemsize = target.element_size()
-    # Dims of one element, and those that repeat one (as `expand` makes them), are no dims to the file.
+    # Dims of one element, and dims that repeat an element (as `expand` makes them), do not exist in the file.
     for dim in reversed(range(target.dim())):
         if target.shape[dim] == 1:
             target = target.select(dim, 0)
@@ -284,7 +284,7 @@ def _read_strided(file: Bytes, offset: int, strides: tuple[int, ...], target: Te
         file.read_into(found.data_ptr(), extent * itemsize, offset)
         target.copy_(found.as_strided(target.shape, strides))
         return
-    # What lies farthest apart is read by itself.
+    # The elements that lie farthest apart are read separately.
     dim = max(range(len(strides)), key=lambda dim: strides[dim])
     half = target.shape[dim] // 2
     _read_strided(file, offset, strides, target.narrow(dim, 0, half))
@@ -294,11 +294,11 @@ def _read_strided(file: Bytes, offset: int, strides: tuple[int, ...], target: Te
 
 
 def _overlapping(chunks: tuple[Chunk, ...]) -> tuple[Chunk, Chunk] | None:
-    """Return two chunks that overlap, if there are any."""
+    """Return two chunks that overlap, or None."""
     filled = [chunk for chunk in chunks if 0 not in chunk.shape]
     if len(filled) < 2 or not filled[0].shape:
         return (filled[0], filled[1]) if len(filled) > 1 else None
-    # In the dim that tells most of them apart, only neighbours need to be compared, however many ranks there were.
+    # In the dim with the most different first indices, only neighbours need a comparison, however many ranks wrote.
     dim = max(range(len(filled[0].shape)), key=lambda dim: len({chunk.begin[dim] for chunk in filled}))
     open_: list[Chunk] = []
     for chunk in sorted(filled, key=lambda chunk: chunk.begin[dim]):

@@ -1,3 +1,3 @@
-"""Tools that work on files alone. Each is imported when it is used: see `nucleate.checkpoint` and `nucleate.cli`."""
+"""Tools that work on files alone. `nucleate.checkpoint` and `nucleate.cli` import each tool at its first use."""
 
 __all__: list[str] = []

@@ -1,6 +1,6 @@
-"""The check sums that torch files carry, as all zip archives do: what tells that bits have changed on the way.
+"""Check sums of torch files, which all zip archives have: they show that bits have changed on the way.
 
-`torch.load` does not look at them. Safetensors have none.
+`torch.load` does not check them. Safetensors files have no check sums.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class SummedRecord:
 
     Attributes:
         file: The archive.
-        offset: Where its bytes begin.
-        size_bytes: How many there are.
-        check_sum: What their CRC-32 was when they were written.
-        keys: The tensors that lie in it.
+        offset: The first byte of the record's data in the file.
+        size_bytes: The size of the data.
+        check_sum: The CRC-32 of the data when it was written.
+        keys: The tensors that lie in the record.
     """
 
     file: DataFile
@@ -37,10 +37,10 @@ class SummedRecord:
     keys: tuple[str, ...]
 
     def parts(self) -> Iterator[int]:
-        """Read it, and yield how many bytes were read each time.
+        """Read the record, and yield the number of bytes after each read.
 
         Raises:
-            ValueError: The bytes are not those that were written.
+            ValueError: The bytes have changed since they were written.
         """
         found = 0
         for begin in range(self.offset, self.offset + self.size_bytes, RANGE_BYTES):
@@ -50,12 +50,13 @@ class SummedRecord:
         if found != self.check_sum:
             raise ValueError(
                 f"bytes {self.offset} to {self.offset + self.size_bytes} of {self.file.name} have the CRC-32 "
-                f"{found:08x}, but {self.check_sum:08x} when they were written: some bits have changed. Copy it again."
+                f"{found:08x}, but had {self.check_sum:08x} when they were written: some bits have changed. Copy the "
+                "file again."
             )
 
 
 def summed_records(tensors: Iterable[StoredTensor]) -> list[SummedRecord]:
-    """Return the records of all archives that tensors lie in; those without a check sum are left out."""
+    """Return the records of all archives that tensors lie in, without those that have no check sum."""
     files: dict[int, DataFile] = {}
     places: dict[int, list[tuple[int, str]]] = {}
     for stored in tensors:
@@ -76,7 +77,7 @@ def _of_file(file: DataFile, places: list[tuple[int, str]]) -> Iterator[SummedRe
     except (zipfile.BadZipFile, OSError):
         return  # Not an archive: a torch file from before 1.6.
     for info in infos:
-        # With `torch.serialization.set_crc32_options(False)` none is computed, and there is 0.
+        # `torch.serialization.set_crc32_options(False)` turns check sums off, and the archive then has 0.
         if not info.CRC or info.compress_type != zipfile.ZIP_STORED:
             continue
         head = file.read(info.header_offset, _HEADER_BYTES)

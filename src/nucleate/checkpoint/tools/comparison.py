@@ -1,4 +1,4 @@
-"""Two checkpoints of any formats, tensor by tensor and value by value: what is not equal, bit for bit."""
+"""Comparison of two checkpoints of any formats, tensor by tensor and value by value, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from nucleate.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that is not equal in two checkpoints.
+    """A difference between two checkpoints.
 
     Attributes:
-        name: Of the tensor or value.
-        detail: What differs: the first, then the second.
+        name: The name of the tensor or value.
+        detail: The difference: the first checkpoint, then the second.
     """
 
     name: str
@@ -35,20 +35,20 @@ class Difference:
 
 
 class Comparison:
-    """What there is to compare in two checkpoints, and what came of it.
+    """A comparison of two checkpoints, and the differences that it has found.
 
-    A tied tensor may have all its names in one and only the first in the other: nothing is missing then.
+    A tied tensor may have all its names in one checkpoint and only the first in the other. Nothing is missing then.
 
     Attributes:
         path: The second checkpoint.
     """
 
     def __init__(self, one: Contents, two: Contents) -> None:
-        """Compare what the headers tell.
+        """Compare the headers.
 
         Args:
-            one: The first, with every tensor once.
-            two: The second, likewise.
+            one: The first checkpoint, with each tensor once.
+            two: The second checkpoint, with each tensor once.
         """
         self.path = two.path
         self._lock = threading.Lock()
@@ -62,7 +62,7 @@ class Comparison:
         for name, stored in theirs.items():
             if name not in mine and stored.key not in their_common:
                 self.add(Difference(name, f"missing in {one.path}, but {_described(stored)} in {two.path}"))
-        # Usually one each; more where tensors are tied in one of the two only.
+        # Usually one second tensor for each first one; more if only one checkpoint ties them.
         self._pairs: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
         for name in common:
             first, second = mine[name], theirs[name]
@@ -73,16 +73,16 @@ class Comparison:
         self._found.extend(_values(one, two))
 
     def of(self, stored: StoredTensor) -> list[Unequal]:
-        """Return what compares a tensor of the first checkpoint with those of its names in the second."""
+        """Return objects that compare a tensor of the first checkpoint with its partners in the second."""
         return [Unequal(self, name, other) for name, other in self._pairs.get(stored.key, {}).values()]
 
     def add(self, difference: Difference) -> None:
-        """Take note of a difference, from any thread."""
+        """Add a difference, from any thread."""
         with self._lock:
             self._found.append(difference)
 
     def differences(self) -> list[Difference]:
-        """Return what is not equal, by name."""
+        """Return the differences, sorted by name."""
         return sorted(self._found, key=lambda difference: difference.name)
 
 
@@ -110,7 +110,7 @@ class Unequal:
         except CheckpointError as error:
             self._failure = str(error)
             return
-        # Bytes: NaN is equal to itself here, and 0 is not -0.
+        # Bytes are compared: NaN is equal to itself here, and 0 differs from -0.
         mine, theirs = values.view(torch.uint8), theirs.view(torch.uint8)
         if torch.equal(mine, theirs):
             return
@@ -120,7 +120,7 @@ class Unequal:
             self._first = start + int(unequal.to(torch.uint8).argmax())
 
     def close(self) -> None:
-        """Say what was found."""
+        """Add the difference to the comparison, if there is one."""
         if self._failure:
             self._comparison.add(Difference(self._name, self._failure))
             return
@@ -162,7 +162,7 @@ def _values(one: Contents, two: Contents) -> Iterator[Difference]:
 
 
 def leaves(contents: Contents) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield the plain values of a checkpoint and their places; an empty dict or list is one."""
+    """Yield the plain values of a checkpoint and their places. An empty dict or list is a plain value, too."""
 
     def walk(node: Any, place: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
         if place in contents.keys:
@@ -179,9 +179,9 @@ def leaves(contents: Contents) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, dict) and isinstance(two, dict):  # both empty, or there would be leaves
+    if isinstance(one, dict) and isinstance(two, dict):  # both are empty: otherwise their items would be leaves
         return True
-    # By their text: numbers that are NaN are equal too.
+    # Texts are compared, so that NaN is equal to NaN.
     return type(one) is type(two) and repr(one) == repr(two)
 
 

@@ -1,8 +1,8 @@
-"""From any format to any other, without the tensors ever being in memory all at once.
+"""Conversion from any format to any other, without all tensors in memory at once.
 
-A writer is given tensors without memory that say where their elements lie, and reads them when it is their turn. So
-what is written is whole or absent as every save is, a cast costs no second copy on disk, and memory stays the same for
-a checkpoint of any size: a few MiB for each thread, or one tensor where the format writes a tensor as a whole (DCP).
+The writer gets tensors without memory that know where their elements lie, and reads each tensor when it writes it. So
+the target is whole or absent, as after every save. A cast needs no second copy on disk. Memory use does not depend on
+the checkpoint's size: a few MiB for each thread, or one tensor if the format writes a tensor as a whole (DCP).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nucleate.checkpoint.disk.series import resolve
 from nucleate.checkpoint.readers import open_checkpoint, reader_for
 from nucleate.checkpoint.rules.key_map import KeyMap
 from nucleate.checkpoint.save_job import SaveJob
-from nucleate.checkpoint.saving.rank_share import Box, HeldTensor
+from nucleate.checkpoint.saving.rank_share import Box, SavedTensor
 from nucleate.checkpoint.saving.snapshot import Snapshot
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.tensor import StoredTensor
@@ -28,7 +28,7 @@ from nucleate.checkpoint.writers.choosing import choose, format_of
 from nucleate.cluster.save_group import SaveGroup
 from nucleate.errors import CheckpointError, ConfigurationError, name_list
 
-# What a dtype stands for by itself. The 8-bit ones mean nothing without their scales, so they are never cast.
+# Dtypes whose values have a meaning by themselves. 8-bit values mean nothing without their scales: no cast for them.
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _EVERYTHING = Selection()
@@ -36,18 +36,18 @@ _EVERYTHING = Selection()
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What `convert` did.
+    """The result of `convert`.
 
     Attributes:
-        source: What was read.
-        source_format: The name of its reader.
-        target: What was written.
-        format: The format that it was written in.
-        num_tensors: How many tensors were written, tied ones once.
-        size_bytes: How large they are.
-        num_cast: How many of them were cast.
-        num_tied: How many further names there are for them.
-        seconds: How long it took.
+        source: The checkpoint that was read.
+        source_format: The name of the source's reader.
+        target: The checkpoint that was written.
+        format: The target's format.
+        num_tensors: The number of written tensors; tied ones count once.
+        size_bytes: The size of these tensors.
+        num_cast: The number of these tensors that were cast.
+        num_tied: The number of their further names.
+        seconds: The duration.
     """
 
     source: Path
@@ -61,7 +61,7 @@ class ConvertReport:
     seconds: float
 
 
-def convert(  # noqa: PLR0913 - one call says all there is to say of a conversion
+def convert(  # noqa: PLR0913 - one call describes a whole conversion
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
@@ -75,27 +75,27 @@ def convert(  # noqa: PLR0913 - one call says all there is to say of a conversio
 ) -> ConvertReport:
     """Write a checkpoint again in another format, bit for bit.
 
-    What is no tensor comes along, in every format, and tied tensors stay tied. The target is whole or absent, whatever
-    moment the process is killed at. Nothing may write to the source meanwhile.
+    Every format also gets the values, and tied tensors stay tied. The target is whole or absent, even if the process
+    is killed. Nothing may write to the source meanwhile.
 
     Args:
         source: A file or folder of any format.
-        target: An ending `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` stands for one file, any other name for a
-            folder.
-        format: Of a folder: `"dcp"`, `"safetensors"` or the name of an installed writer; by default that of the source
-            where it is `"dcp"` or `"safetensors"`, else `"safetensors"`.
-        dtype: Cast the models' floating point tensors to this.
-        max_shard_size: How large the files of a safetensors folder may be, such as `"5GB"` or a number of bytes.
-        selection: Which part of the source, and under which names.
-        reader: The source's format, where it cannot be told from the files.
+        target: A name that ends in `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` stands for one file, any other
+            name for a folder.
+        format: The format of a folder: `"dcp"`, `"safetensors"` or the name of an installed writer. The default is the
+            source's format if it is one of the first two, else `"safetensors"`.
+        dtype: Cast the models' floating point tensors to this dtype.
+        max_shard_size: The largest size of a file in a safetensors folder, such as `"5GB"` or a number of bytes.
+        selection: The part of the source, and its names.
+        reader: The source's format, if the files do not show it.
         overwrite: Replace the checkpoint that is at `target`.
         keys: Other names for the tensors of one model, and rules that join, split, transpose and permute tensors; the
             same as `Selection(keys=...)`.
 
     Raises:
         CheckpointNotFoundError: There is nothing at `source`.
-        CheckpointKeyError: The selection is empty, or gives one name to two tensors; or a rule finds nothing, or not
-            all that belongs together.
+        CheckpointKeyError: The selection is empty, or gives one name to two tensors; or a rule finds no tensor or an
+            incomplete group of them.
         ShapeMismatchError: Tensors that a rule joins do not fit together, or sizes do not add up.
         CheckpointError: The source is damaged or changed meanwhile, the target's format cannot hold it, or writing
             failed.
@@ -136,7 +136,7 @@ def convert(  # noqa: PLR0913 - one call says all there is to say of a conversio
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in _CASTABLE:
         allowed = ", ".join(str(each) for each in _CASTABLE)
-        raise ConfigurationError(f"dtype={dtype} is not one that models are cast to. Allowed are {allowed}.")
+        raise ConfigurationError(f"dtype={dtype} is not a dtype that models can be cast to. Allowed are {allowed}.")
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
@@ -144,29 +144,29 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigurationError(
-            f"{target} is there already. Give another path, or pass overwrite=True (--force) to replace a checkpoint."
+            f"{target} exists already. Give another path, or pass overwrite=True (--force) to replace a checkpoint."
         )
     if target.resolve() in source.resolve().parents:
-        raise ConfigurationError(f"{source} lies in {target}, which it would replace. Give another path.")
+        raise ConfigurationError(f"{source} lies in {target}, which the target would replace. Give another path.")
     try:
         reader_for(target)
     except CheckpointError as error:
-        raise ConfigurationError(f"{target} is no checkpoint, and only checkpoints are replaced. {error}") from error
+        raise ConfigurationError(f"{target} is not a checkpoint, and only checkpoints are replaced. {error}") from error
 
 
 def _dtypes(contents: Contents, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Return the dtype that each tensor gets.
+    """Return the new dtype of each tensor.
 
     Raises:
-        ConfigurationError: The checkpoint does not tell what belongs to a model and may be cast.
+        ConfigurationError: The checkpoint does not say which tensors belong to a model and may be cast.
     """
     dtypes = {key: stored.dtype for key, stored in contents.tensors.items()}
     if dtype is None:
         return dtypes
     if not contents.modules:
         raise ConfigurationError(
-            f"{contents.path} does not tell what in it is a model, and not everything may be cast: an optimizer counts "
-            f"its steps in such tensors. It has {name_list(map(str, contents.skeleton))}. Choose the model by `only`."
+            f"{contents.path} does not say which entries are models, and only models may be cast: an optimizer counts "
+            f"steps in floating point. It has {name_list(map(str, contents.skeleton))}. Choose the model by `only`."
         )
     for place, key in contents.keys.items():
         if any(place[: len(module)] == module for module in contents.modules) and dtypes[key] in _CASTABLE:
@@ -175,7 +175,7 @@ def _dtypes(contents: Contents, dtype: torch.dtype | None) -> dict[str, torch.dt
 
 
 def _snapshot(contents: Contents, dtypes: dict[str, torch.dtype]) -> Snapshot:
-    """Return what `save` would have seen, with tensors that are read when it is their turn to be written."""
+    """Return the snapshot of the contents, with tensors that are read only when they are written."""
     snapshot = Snapshot()
     snapshot.skeleton = contents.skeleton
     snapshot.keys = contents.keys
@@ -186,7 +186,7 @@ def _snapshot(contents: Contents, dtypes: dict[str, torch.dtype]) -> Snapshot:
     return snapshot
 
 
-def _held(contents: Contents, stored: StoredTensor, dtype: torch.dtype) -> HeldTensor:
+def _held(contents: Contents, stored: StoredTensor, dtype: torch.dtype) -> SavedTensor:
     dims = contents.sharded.get(stored.key)
     whole = Box((0,) * len(stored.shape), torch.empty(stored.shape, dtype=dtype, device="meta"), stored)
-    return HeldTensor(stored.key, dtype, stored.shape, None if dims is None else tuple(dims), (whole,))
+    return SavedTensor(stored.key, dtype, stored.shape, None if dims is None else tuple(dims), (whole,))

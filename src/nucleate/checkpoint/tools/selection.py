@@ -1,4 +1,4 @@
-"""A part of what a checkpoint holds, under other names: what a conversion takes of it."""
+"""Selection of a part of a checkpoint for a conversion, under other names."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from nucleate.errors import CheckpointKeyError, ConfigurationError, name_list
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What is taken of a checkpoint; by default all of it, as it is.
+    """The part of a checkpoint to take; by default the whole checkpoint with its names.
 
     Attributes:
-        only: The place of an entry, such as `"model"`: that alone, without the place before its keys.
-        prefix: Only tensors whose keys begin with this, without it. Values that are no tensors are left out.
+        only: The place of an entry, such as `"model"`: take this entry alone, and remove the place from its keys.
+        prefix: Take only the tensors whose keys begin with this prefix, and remove it. Values are left out.
         keys: Other names for the tensors, after `prefix`; see `KeyMap`. For one model, not for a training state.
     """
 
@@ -30,11 +30,11 @@ class Selection:
     keys: KeyMap | None = None
 
     def of(self, contents: Contents) -> Contents:
-        """Return the part of `contents` that is selected.
+        """Return the selected part of `contents`.
 
         Raises:
             CheckpointKeyError: There is nothing at that place or with that prefix, or two keys get one name.
-            ConfigurationError: Keys of a training state are to be renamed.
+            ConfigurationError: The selection would rename keys of a training state.
         """
         if self.only:
             contents = _at(contents, self.only)
@@ -43,7 +43,7 @@ class Selection:
         if self.keys is not None:
             if any(len(place) != 1 for place in contents.keys):
                 raise ConfigurationError(
-                    f"{contents.path} holds more than one model, {name_list(map(str, contents.skeleton))}, whose names "
+                    f"{contents.path} holds more than one model: {name_list(map(str, contents.skeleton))}. Their names "
                     "refer to each other, so its keys cannot be renamed. Choose one entry by `only`, or keys by "
                     "`prefix`."
                 )
@@ -54,7 +54,7 @@ class Selection:
 def tied(contents: Contents) -> dict[str, str]:
     """Return the key of each tensor to the first key of those that share its bytes.
 
-    Tensors of no elements share nothing, wherever they lie.
+    Tensors without elements never share bytes.
     """
     first: dict[Any, str] = {}
     return {
@@ -63,12 +63,12 @@ def tied(contents: Contents) -> dict[str, str]:
 
 
 def names_of(contents: Contents) -> dict[str, StoredTensor]:
-    """Return every name that a tensor has, those of tied ones too, to the tensor."""
+    """Return every name of every tensor, also all names of tied ones, to the tensor."""
     return {key_of(place): contents.tensors[key] for place, key in contents.keys.items()}
 
 
 def _at(contents: Contents, name: str) -> Contents:
-    """Return what was saved at one place."""
+    """Return the contents that were saved at one place."""
     node: Any = contents.skeleton
     path: KeyPath = ()
     while isinstance(node, dict) and (found := _item(node, name)) is not None:
@@ -104,7 +104,7 @@ def _item(node: dict[Any, Any], name: str) -> tuple[Any, str] | None:
 
 
 def entries_of(contents: Contents) -> Iterable[str]:
-    """Return the names of what stands at the top of a checkpoint; those of tensors as one."""
+    """Return the names at the top of a checkpoint, with one item for all tensors together."""
     loose = sum((name,) in contents.keys for name in contents.skeleton)
     names = [str(name) for name in contents.skeleton if (name,) not in contents.keys]
     return [*names, f"{loose} tensors"] if loose else names
@@ -115,7 +115,7 @@ def _stripped(contents: Contents, prefix: str) -> dict[str, str]:
     found = {name[len(prefix) :]: key for name, key in names.items() if name.startswith(prefix)}
     if not found or "" in found:
         some = name_list(list(names)[:5])
-        raise CheckpointKeyError(f"no key of {contents.path} begins with {prefix!r} and goes on. Keys are {some}.")
+        raise CheckpointKeyError(f"no key of {contents.path} begins with {prefix!r} and is longer. Keys are {some}.")
     return found
 
 
@@ -124,13 +124,13 @@ def _renamed(contents: Contents, key_map: KeyMap) -> Contents:
     new = map_tensors(names, key_map, str(contents.path))
     if not new or "" in new:
         raise CheckpointKeyError(f"with these names, {'a' if new else 'no'} key of {contents.path} is left empty.")
-    # What rules make has another shape, and was never sharded.
+    # A tensor that rules make has another shape, and was never sharded.
     keys = {id(tensor): key for key, tensor in contents.tensors.items()}
     sharded = {
         name: contents.sharded[old] for name, t in new.items() if (old := keys.get(id(t), "")) in contents.sharded
     }
     flat = _flat(dataclasses.replace(contents, tensors=new, sharded=sharded), {name: name for name in new})
-    # What is no tensor stays: the extra state of a module.
+    # Values stay: they are the extra state of a module.
     values = {key: value for key, value in contents.skeleton.items() if (key,) not in contents.keys}
     return dataclasses.replace(flat, skeleton={**flat.skeleton, **values})
 
@@ -148,7 +148,7 @@ def _flat(contents: Contents, names: dict[str, str]) -> Contents:
 
 
 def _keyed(contents: Contents) -> Contents:
-    """Return contents whose tensors have the names of their places as keys, that of the first where they are tied."""
+    """Return contents whose keys are the tensors' places; the key of a tied tensor is its first place."""
     first = tied(contents)
     new: dict[str, str] = {}
     keys = {place: new.setdefault(first[key], key_of(place)) for place, key in contents.keys.items()}
@@ -158,5 +158,5 @@ def _keyed(contents: Contents) -> Contents:
 
 
 def canonical(contents: Contents) -> Contents:
-    """Return the same contents with every tensor once, under the name of its first place."""
+    """Return the same contents with each tensor once, under the name of its first place."""
     return _keyed(contents)

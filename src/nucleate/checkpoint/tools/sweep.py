@@ -1,4 +1,4 @@
-"""Goes through tensors in files by a few threads, a few MiB of each at a time, and counts the bytes."""
+"""Sweep over the tensors in files: a few threads read a few MiB at a time, and a meter counts the bytes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.report.meter import Meter
 
-#: What is looked at at a time.
+#: The size of one range.
 RANGE_BYTES = 8 << 20
 _MAX_THREADS = 4
 
 
 class StoppedError(Exception):
-    """Another thread failed; nobody hears of this one."""
+    """Another thread failed, so this thread stops; `Sweep.run` does not raise this error."""
 
 
 class Sweep:
     """Work on many tensors, one job for each.
 
     Args:
-        total_bytes: How many there are in all.
-        description: What stands before the bar.
+        total_bytes: The number of bytes that all jobs read.
+        description: The text before the bar.
     """
 
     def __init__(self, total_bytes: int, description: str) -> None:
@@ -34,10 +34,11 @@ class Sweep:
         self._failures: list[BaseException] = []
 
     def run(self, jobs: Iterable[Callable[[], None]]) -> None:
-        """Do all jobs; the first error stops them all and is raised.
+        """Do all jobs. The first error stops them all and is raised.
 
         Args:
-            jobs: In the order in which they lie on disk. Each calls `ranges` or `advance`, which stop it.
+            jobs: The jobs, in the order of their tensors on disk. Each calls `ranges` or `advance`, which stop the job
+                after an error.
         """
         waiting = iter(jobs)
         lock = threading.Lock()
@@ -64,7 +65,7 @@ class Sweep:
                 work()
                 for thread in others:
                     thread.join()
-            except BaseException as error:  # an interrupt while this one waits
+            except BaseException as error:  # an interrupt while this thread waits
                 self._failures.append(error)
             for thread in others:
                 thread.join()
@@ -72,7 +73,7 @@ class Sweep:
             raise self._failures[0]
 
     def advance(self, size_bytes: int) -> None:
-        """Count bytes that are done.
+        """Count bytes as done.
 
         Raises:
             StoppedError: Another thread has failed.
@@ -84,7 +85,7 @@ class Sweep:
     def ranges(self, stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
         """Read a tensor, and yield ranges of its elements as (first element, values).
 
-        The values are overwritten by those of the next range.
+        The next range overwrites the values.
 
         Raises:
             CheckpointError: The file is shorter than it was, or the disk fails.
@@ -98,19 +99,19 @@ class Sweep:
 
 
 def spans(stored: StoredTensor) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of elements that are looked at at a time."""
+    """Yield the ranges of a tensor's elements as (first, end)."""
     step = RANGE_BYTES // stored.dtype.itemsize
     for start in range(0, stored.numel, step):
         yield start, min(start + step, stored.numel)
 
 
 def in_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
-    """Return tensors in the order in which they lie on disk."""
+    """Return tensors in their order on disk."""
     return sorted(tensors, key=lambda stored: stored.order(0))
 
 
 def num_threads() -> int:
-    """Return how many threads read."""
+    """Return the number of threads that read."""
     try:
         return max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0))))
     except AttributeError:  # not on macOS

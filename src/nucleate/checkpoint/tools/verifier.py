@@ -1,7 +1,7 @@
-"""Reads every byte of a checkpoint and tells what is damaged; compares two of any formats bit for bit.
+"""Verification of a checkpoint: it reads every byte, reports damage, and compares two of any formats bit for bit.
 
-Headers are checked by the readers; this file decides what is looked for behind them, and what makes two checkpoints
-equal.
+The readers check the headers. This file decides which damage behind the headers is reported, and when two checkpoints
+are equal.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from nucleate.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is wrong with a checkpoint.
+    """A fault of a checkpoint.
 
     Attributes:
-        message: What, in a sentence.
-        key: The tensor that it is about; empty where it is about a file, or the whole.
+        message: The fault, in a sentence.
+        key: The damaged tensor; empty if a file or the whole checkpoint is damaged.
         files: The files that the tensor lies in.
     """
 
@@ -47,15 +47,15 @@ class Damage:
 
 @dataclass
 class TensorCheck:
-    """What was found in one tensor.
+    """The findings about one tensor.
 
     Attributes:
-        key: Its name, the first one where it is tied.
-        dtype: Of its elements.
+        key: The tensor's name; the first one if it is tied.
+        dtype: The dtype of its elements.
         shape: Its shape.
-        num_nan: How many elements are no numbers.
-        num_inf: How many are infinite.
-        sha256: Of its bytes, row by row; empty where it was not asked for.
+        num_nan: The number of NaN elements.
+        num_inf: The number of infinite elements.
+        sha256: The hash of its bytes, row by row; empty without `hashes`.
     """
 
     key: str
@@ -68,19 +68,19 @@ class TensorCheck:
 
 @dataclass
 class VerifyReport:
-    """What `verify` found.
+    """The findings of `verify`.
 
     Attributes:
         path: The checkpoint.
-        format: The name of its reader; empty where the headers could not be read.
-        size_bytes: How large its tensors are.
-        damage: What is wrong with it.
-        tensors: What was found in each tensor that could be read, by its first name.
-        names: Every name that a tensor has to its first one.
-        against: The other checkpoint, if there is one to compare with.
-        differences: What is not equal in the two.
-        sha256: Of names, dtypes, shapes and bytes of all tensors; the same for every format. Empty where it was not
-            asked for, or where something is damaged.
+        format: The name of its reader; empty if the headers could not be read.
+        size_bytes: The size of its tensors.
+        damage: Its faults.
+        tensors: The findings about each readable tensor, by the tensor's first name.
+        names: Every name of a tensor to the tensor's first name.
+        against: The other checkpoint of a comparison, or None.
+        differences: The differences between the two.
+        sha256: The hash of names, dtypes, shapes and bytes of all tensors, the same for every format. Empty without
+            `hashes`, or if there is damage.
     """
 
     path: Path
@@ -95,17 +95,17 @@ class VerifyReport:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing is damaged, and all is equal where it was compared."""
+        """Whether there is no damage and no difference."""
         return not self.damage and not self.differences
 
     @property
     def num_nan(self) -> int:
-        """How many elements of all tensors are no numbers."""
+        """The number of NaN elements in all tensors."""
         return sum(check.num_nan for check in self.tensors.values())
 
     @property
     def num_inf(self) -> int:
-        """How many are infinite."""
+        """The number of infinite elements in all tensors."""
         return sum(check.num_inf for check in self.tensors.values())
 
 
@@ -116,17 +116,17 @@ def verify(
     hashes: bool = False,
     reader: str | None = None,
 ) -> VerifyReport:
-    """Read all of a checkpoint, and tell what is wrong with it.
+    """Read a whole checkpoint, and report its faults.
 
-    Every byte of every tensor is read, by a few threads that hold a few MiB each. What is not finite is counted, and
-    is no damage.
+    A few threads with a few MiB each read every byte of every tensor. The report counts NaN and infinite elements;
+    they are not damage.
 
     Args:
         path: A file or folder of any format.
-        against: Another one, of any format, with which every tensor is compared bit for bit, by its name, and every
-            value that is no tensor.
-        hashes: Compute a SHA-256 of each tensor, and one of all, which do not depend on the format.
-        reader: The format's name, where it cannot be told from the files.
+        against: Another checkpoint of any format. Every tensor is compared by its name, bit for bit, and so is every
+            value.
+        hashes: Compute a SHA-256 of each tensor and one of all tensors. They do not depend on the format.
+        reader: The format's name, if the files do not show it.
 
     Raises:
         CheckpointNotFoundError: There is nothing at `path` or `against`.
@@ -148,7 +148,7 @@ def verify(
     if comparison is not None:
         report.against = comparison.path
         report.differences = comparison.differences()
-    # In the order of the checkpoint, not in that of threads.
+    # In the order of the checkpoint, not in the order in which threads finished.
     report.tensors = {key: report.tensors[key] for key in contents.tensors if key in report.tensors}
     if hashes and not report.damage:
         report.sha256 = _digest(report)
@@ -156,7 +156,7 @@ def verify(
 
 
 def _examine(contents: Contents, report: VerifyReport, hashes: bool, comparison: Comparison | None) -> None:
-    """Read all tensors, those of another checkpoint beside them."""
+    """Read all tensors, and beside them those of another checkpoint."""
     records = summed_records(contents.tensors.values()) if contents.format == "torch" else []
     total_bytes = contents.size_bytes + sum(record.size_bytes for record in records)
     sweep = Sweep(total_bytes, "verifying" if comparison is None else "comparing")
@@ -202,7 +202,7 @@ def _damage(stored: StoredTensor, error: CheckpointError) -> Damage:
 
 
 def _look(check: TensorCheck, values: Tensor) -> None:
-    """Count what is not finite."""
+    """Count the elements that are not finite."""
     if values.is_complex():
         values = torch.view_as_real(values)
     if not values.is_floating_point() or values.dtype == torch.float4_e2m1fn_x2:
@@ -215,7 +215,7 @@ def _look(check: TensorCheck, values: Tensor) -> None:
 
 
 def _count(check: TensorCheck, values: Tensor) -> None:
-    # One pass over the memory where all is well.
+    # One pass over the memory if all elements are finite.
     if all(math.isfinite(end) for end in torch.stack(torch.aminmax(values)).tolist()):
         return
     check.num_nan += int(values.isnan().sum())
@@ -223,12 +223,12 @@ def _count(check: TensorCheck, values: Tensor) -> None:
 
 
 def _bytes_of(values: Tensor) -> Any:
-    """Return the memory of a contiguous tensor as something that has a buffer; without NumPy, a tensor has none."""
+    """Return the memory of a contiguous tensor as an object with a buffer. Without NumPy, a tensor has no buffer."""
     return (ctypes.c_char * (values.numel() * values.element_size())).from_address(values.data_ptr())
 
 
 def _digest(report: VerifyReport) -> str:
-    """Return one hash of all: of a line for each name, sorted."""
+    """Return one hash for all tensors: the hash of the sorted lines, one for each name."""
     whole = hashlib.sha256()
     for name in sorted(report.names):
         check = report.tensors[report.names[name]]
@@ -238,9 +238,9 @@ def _digest(report: VerifyReport) -> str:
 
 
 def _overlaps(contents: Contents) -> list[Damage]:
-    """Return tensors that share a part of their bytes, where that can only be a mistake."""
+    """Return an item for tensors that share a part of their bytes, in formats where this is always a mistake."""
     if contents.format == "torch":
-        return []  # Views of one storage.
+        return []  # Tensors of a torch file may be views of one storage.
     places: dict[int, list[tuple[int, int, StoredTensor]]] = {}
     for stored in contents.tensors.values():
         for chunk in stored.chunks:

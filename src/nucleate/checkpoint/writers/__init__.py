@@ -1,4 +1,4 @@
-"""Writers: what puts a snapshot into files of one format, and what a writer of your own needs for that."""
+"""Writers, one for each checkpoint format, and the functions that a writer of your own needs."""
 
 from nucleate.checkpoint.writers.allocation import create_file
 from nucleate.checkpoint.writers.base import Writer

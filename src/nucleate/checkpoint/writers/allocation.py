@@ -1,4 +1,4 @@
-"""Files of their full size, made before anything is written: a full disk is noticed before hours are spent."""
+"""Creation of files in their full size, before any tensor is written: a full disk raises an error early."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from nucleate.errors import CheckpointError
 
-# What a file system that cannot reserve space answers.
+# The errors of a file system that cannot reserve space.
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM)
 
 
 def create_file(path: Path, size_bytes: int, head: bytes = b"") -> None:
-    """Make a file of its full size, with its first bytes.
+    """Create a file in its full size, and write its first bytes.
 
     Raises:
-        CheckpointError: There is no room, or it cannot be written there.
+        CheckpointError: The disk has too little space, or the file cannot be written there.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -36,15 +36,15 @@ def create_file(path: Path, size_bytes: int, head: bytes = b"") -> None:
 
 
 def reserve(descriptor: int, size_bytes: int) -> None:
-    """Give a file its size, with space on disk where the file system can reserve it.
+    """Give a file its size, and reserve the space on disk if the file system can.
 
     Raises:
-        OSError: There is no room.
+        OSError: The disk has too little space.
     """
     if not size_bytes:
         return
     fallocate = _fallocate()
-    # Not `os.posix_fallocate`: where the file system cannot, it writes to every block.
+    # `os.posix_fallocate` writes to every block if the file system cannot reserve space.
     if fallocate is not None and fallocate(descriptor, 0, 0, size_bytes) != 0:
         number = ctypes.get_errno()
         if number not in _CANNOT_RESERVE:
@@ -53,12 +53,12 @@ def reserve(descriptor: int, size_bytes: int) -> None:
 
 
 def failure(path: Path, error: OSError, size_bytes: int | None = None) -> CheckpointError:
-    """Return the error to raise where writing a file failed.
+    """Return the error to raise after a file could not be written.
 
     Args:
-        path: The file, or the folder that it was to be in.
-        error: What the system said.
-        size_bytes: How large it was to be.
+        path: The file, or its folder.
+        error: The system's error.
+        size_bytes: The size that the file needs.
     """
     message = f"{path} cannot be written: {error.strerror or error}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -72,7 +72,7 @@ def failure(path: Path, error: OSError, size_bytes: int | None = None) -> Checkp
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Return how much room there is on the disk of a folder, as far as the system tells."""
+    """Return the free bytes on a folder's disk, or None if the system does not tell them."""
     try:
         disk = os.statvfs(folder)
     except OSError:
@@ -81,10 +81,10 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def check_room(folder: Path, size_bytes: int) -> None:
-    """Make sure that there is room in a folder.
+    """Check that a folder's disk has enough free space.
 
     Raises:
-        CheckpointError: There is not.
+        CheckpointError: The disk has too little space.
     """
     free = free_bytes(folder)
     if free is not None and free < size_bytes:
@@ -95,7 +95,7 @@ def check_room(folder: Path, size_bytes: int) -> None:
 def _fallocate() -> Callable[[int, int, int, int], int] | None:
     library = ctypes.CDLL(None, use_errno=True)
     function = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
-    if function is None:  # not on macOS
+    if function is None:  # macOS has neither.
         return None
     function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     function.restype = ctypes.c_int

@@ -1,4 +1,4 @@
-"""What a writer is: it puts a snapshot into a draft, on all ranks together."""
+"""The interface of writers: a writer writes a snapshot into a draft, on all ranks together."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from nucleate.plugin import Named
 
 
 class Writer(Named):
-    """Writes one format. That the result is whole or absent is not its business: it writes a draft.
+    """A writer of one format. It writes a draft; `save` gives the draft the checkpoint's name only when it is whole.
 
-    A plugin is registered under the name of the format, in the group `nucleate.writers`; `save(format=...)` takes that
+    A plugin registers its writer under the format's name in the group `nucleate.writers`. `save(format=...)` takes that
     name.
     """
 
     kind: ClassVar[str] = "writer"
-    #: Endings of a path that stand for one file of this format, such as `(".pt",)`.
+    #: The endings of paths that stand for one file of this format, such as `(".pt",)`.
     suffixes: ClassVar[tuple[str, ...]] = ()
-    #: Whether it writes folders as well.
+    #: Whether the writer also writes folders.
     writes_folders: ClassVar[bool] = True
-    #: Whether a new folder takes along what others have put into the folder that it replaces.
+    #: Whether a new folder keeps the files that others put into the folder that it replaces.
     keeps_others: ClassVar[bool] = False
 
     def limit_files(self, max_bytes: int) -> None:
-        """Be told how many bytes of tensors a file of a folder may hold. Does nothing by default."""
+        """Limit the bytes of tensors that each file of a folder holds. The default does nothing."""
 
     def check(self, snapshot: Snapshot) -> None:
-        """Refuse what this format cannot hold, before anything is written; the same on every rank.
+        """Refuse tensors and values that this format cannot hold, before anything is written; the same on every rank.
 
         Raises:
             CheckpointError: Tensors or values cannot be saved in this format; the message names them.
@@ -38,14 +38,16 @@ class Writer(Named):
 
     @abstractmethod
     def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
-        """Write the draft, and to disk, on all ranks together. It may run beside training, in a thread of its own.
+        """Write the draft to disk, on all ranks together.
+
+        The method may run in its own thread while training continues.
 
         Args:
-            snapshot: What to write, closed.
-            draft: An empty folder; or where a file is to be, and nothing is. On a file system that all ranks share.
+            snapshot: The closed snapshot to write.
+            draft: An empty folder, or the path of a file that does not exist yet. All ranks share its file system.
             group: The ranks.
 
         Raises:
             CheckpointError: Writing failed on this rank.
-            RankFailedError: It failed on another one.
+            RankFailedError: Writing failed on another rank.
         """

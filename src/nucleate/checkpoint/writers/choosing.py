@@ -1,4 +1,4 @@
-"""Which writer saves, and where, by the ending of a path and by what was asked for."""
+"""The choice of a save's writer and target, by the path's ending and the user's options."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import cast
 
 from nucleate.checkpoint.disk.folder import CheckpointFolder
 from nucleate.checkpoint.disk.single_file import CheckpointFile
-from nucleate.checkpoint.disk.target import Target
+from nucleate.checkpoint.disk.target import CheckpointTarget
 from nucleate.checkpoint.writers.base import Writer
 from nucleate.errors import ConfigurationError, NucleateError
 from nucleate.registry import WRITERS
 
-# Of the built-in writers, which are not imported to be asked.
+# The endings of the built-in writers. Reading them from the classes would import the writers.
 _SUFFIXES = {"safetensors": (".safetensors",), "torch": (".pt", ".pth", ".bin", ".ckpt")}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def choose(path: str, format: str | None, max_shard_size: int | str) -> tuple[Writer, Target]:
-    """Return who writes, and where, by the ending of a path and what was asked for.
+def choose(path: str, format: str | None, max_shard_size: int | str) -> tuple[Writer, CheckpointTarget]:
+    """Return the writer and the target, by the path's ending and the options.
 
     Raises:
-        ConfigurationError: They contradict each other.
+        ConfigurationError: The path and the options contradict each other, or an option is invalid.
     """
     names = [*WRITERS.builtins, *(name for name in WRITERS.names() if name not in WRITERS.builtins)]
     if format is not None and format not in names:
@@ -32,8 +32,8 @@ def choose(path: str, format: str | None, max_shard_size: int | str) -> tuple[Wr
     implied = format_of(path)
     if implied is not None and format not in (None, implied):
         raise ConfigurationError(
-            f"format={format!r} contradicts the path {path}: the ending {suffix} stands for one {implied} file. Leave "
-            "the format out, or give a path of another ending."
+            f"format={format!r} contradicts the path {path}: the ending {suffix} stands for one {implied} file. Omit "
+            "the format, or give a path with another ending."
         )
     max_bytes = parse_size(max_shard_size)
     writer = cast(Writer, WRITERS.create(implied or format or "dcp"))
@@ -48,7 +48,7 @@ def choose(path: str, format: str | None, max_shard_size: int | str) -> tuple[Wr
 
 
 def format_of(path: str) -> str | None:
-    """Return the format of which the ending of a path stands for one file, or None where it stands for a folder."""
+    """Return the format of the file that a path's ending stands for, or None if the path stands for a folder."""
     suffix = Path(path).suffix.lower()
     if not suffix:
         return None
@@ -56,7 +56,7 @@ def format_of(path: str) -> str | None:
     if builtin is not None:
         return builtin
     for name in WRITERS.installed_names():
-        # One that cannot be loaded is named where somebody asks for it.
+        # If a plugin cannot be loaded, the error names it when somebody asks for it.
         with suppress(NucleateError):
             if suffix in cast(type[Writer], WRITERS.get(name)).suffixes:
                 return name
@@ -70,7 +70,7 @@ def parse_size(size: int | str) -> int:
         size: A number of bytes, or a text such as `"5GB"` or `"500MiB"`.
 
     Raises:
-        ConfigurationError: It is neither, or not at least 1.
+        ConfigurationError: The size is neither, or is smaller than 1.
 
     Examples:
         >>> parse_size("5GB"), parse_size("1.5 KiB"), parse_size(7)

@@ -1,7 +1,6 @@
-"""A folder in the format of torch.distributed.checkpoint (DCP): a file for each rank, and an index.
+"""The writer of DCP folders, the format of torch.distributed.checkpoint: a file for each rank, and an index.
 
-This file is the only one that knows DCP's writing side. It is imported where it is used, since DCP takes a while to
-import.
+Only this file knows DCP's writing side. It is imported only when it is used, because importing DCP takes a while.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from nucleate.checkpoint.disk.folder import write_marker
 from nucleate.checkpoint.readers.dcp.dcp import DCPReader
 from nucleate.checkpoint.saving.moved import as_boxes
-from nucleate.checkpoint.saving.rank_share import Box, HeldTensor
+from nucleate.checkpoint.saving.rank_share import Box, SavedTensor
 from nucleate.checkpoint.saving.snapshot import Snapshot
 from nucleate.checkpoint.state.values import VALUES
 from nucleate.checkpoint.writers import allocation
 from nucleate.checkpoint.writers.base import Writer
 from nucleate.cluster.save_group import SaveGroup
-from nucleate.deferred.elements import take
+from nucleate.deferred.elements import fill_from
 from nucleate.errors import CheckpointError, name_list
 from nucleate.report.meter import Meter
 
-# How much DCP copies from an accelerator ahead of its turn; its default.
+# The bytes that DCP copies from an accelerator in advance: DCP's default.
 _COPY_AHEAD_BYTES = 10_000_000
 
 
 @final
 class DcpWriter(Writer):
-    """Writes a DCP folder; what is no tensor goes into one more tensor."""
+    """A writer of DCP folders. One additional tensor holds the values."""
 
     name = "dcp"
 
@@ -50,19 +49,19 @@ class DcpWriter(Writer):
             tensors = as_boxes(snapshot.tensors, snapshot.moved, snapshot.whole)
             if snapshot.values is not None:
                 values = snapshot.values
-                tensors.append(HeldTensor(VALUES, values.dtype, tuple(values.shape), None, (Box((0,), values),)))
+                tensors.append(SavedTensor(VALUES, values.dtype, tuple(values.shape), None, (Box((0,), values),)))
             if group.rank == 0:
-                # What DCP says of a full disk is "unexpected pos".
+                # DCP's own message for a full disk is "unexpected pos".
                 allocation.check_room(draft, snapshot.size_bytes)
         reads = any(box.given is not None for held in tensors for box in held.boxes)
         meter = Meter(sum(held.held_bytes for held in tensors), "writing")
         files = _Files()
         with _translated(what, draft, files), group.noticing(), meter:
-            # Not `save`, which only adds a warning where there is a single process (2.13), and a filter for warnings
-            # must not be set in a thread beside training.
+            # DCP's `save` would only add a warning in a single process (2.13), and a thread that runs beside training
+            # must not filter warnings.
             _save_state_dict(
                 {},
-                # Ahead of its turn nothing may be read: see `_Planner.resolve_data`.
+                # No element source may be read in advance; see `_Planner.resolve_data`.
                 _Storage(draft, files, copy_ahead_bytes=0 if reads else _COPY_AHEAD_BYTES),
                 process_group=group.process_group,
                 no_dist=group.world_size == 1,
@@ -70,13 +69,13 @@ class DcpWriter(Writer):
             )
         with group.all_or_none(what):
             if group.rank == 0:
-                # Rank 0 must see what the other ranks wrote.
+                # Rank 0 must see the files of the other ranks.
                 DCPReader().read(draft)
                 write_marker(draft, self.name, group.world_size)
 
 
 class _Files(FileSystem):
-    """Files that remember what interrupted a write: torch's serialization makes a RuntimeError of it."""
+    """A file system that remembers an interrupt of a write, which torch's serialization turns into a RuntimeError."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +88,7 @@ class _Files(FileSystem):
 
 
 class _Watched:
-    """A stream that tells its files of a Ctrl-C."""
+    """A stream that reports a KeyboardInterrupt or SystemExit to its file system."""
 
     def __init__(self, stream: Any, files: _Files) -> None:
         self._stream = stream
@@ -107,7 +106,7 @@ class _Watched:
 
 
 class _Storage(FileSystemWriter):
-    """DCP's storage, which does not put the path of this machine into the file."""
+    """DCP's storage, but without the path on this machine, which DCP would write into the file."""
 
     def __init__(self, folder: Path, files: _Files, copy_ahead_bytes: int) -> None:
         super().__init__(folder, sync_files=True, per_thread_copy_ahead=copy_ahead_bytes)
@@ -118,9 +117,9 @@ class _Storage(FileSystemWriter):
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans to write what this rank holds; who writes what is decided already."""
+    """A planner that writes this rank's boxes. The snapshot has already decided which rank writes which box."""
 
-    def __init__(self, tensors: list[HeldTensor], meter: Meter) -> None:
+    def __init__(self, tensors: list[SavedTensor], meter: Meter) -> None:
         super().__init__(flatten_state_dict=False)
         self._meter = meter
         self._tensors = tensors
@@ -137,7 +136,7 @@ class _Planner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Any:
         offset = write_item.index.offset
         assert offset is not None
-        # It is asked for when it is its turn to be written.
+        # DCP calls this when the box is about to be written.
         box = self._boxes[write_item.index.fqn, tuple(offset)]
         if box.given is None:
             values = box.values.resolve_conj().resolve_neg()
@@ -145,21 +144,21 @@ class _Planner(DefaultSavePlanner):
                 values.device.type not in ("cpu", "meta")
                 and values.device.index != torch.accelerator.current_device_index()
             ):
-                # DCP waits for the current device alone (`_OverlappingCpuLoader` in
+                # DCP waits only for the current device (`_OverlappingCpuLoader` in
                 # torch/distributed/checkpoint/filesystem.py, 2.13).
                 values = values.cpu()
         else:
-            # All in one buffer: the tensor before is written by now, but DCP keeps it until the end
+            # All boxes use one buffer: the previous tensor is written by now, but DCP keeps it until the end
             # (`_write_files_from_queue` in torch/distributed/checkpoint/filesystem.py, 2.13).
             memory = self._buffer[: box.values.numel() * box.values.element_size()]
             values = torch.empty(0, dtype=box.values.dtype, device="cpu")
             values.set_(memory, 0, box.values.shape, box.values.stride())
-            take(values, box.given)
+            fill_from(values, box.given)
         self._meter.add(values.numel() * values.element_size())
         return values
 
 
-def _item(held: HeldTensor, box: Box) -> WriteItem:
+def _item(held: SavedTensor, box: Box) -> WriteItem:
     begin = torch.Size(box.begin)
     return WriteItem(
         index=MetadataIndex(held.key, begin),
@@ -174,7 +173,7 @@ def _item(held: HeldTensor, box: Box) -> WriteItem:
 
 @contextmanager
 def _translated(what: str, folder: Path, files: _Files) -> Iterator[None]:
-    """Raise DCP's errors as ours."""
+    """Raise DCP's errors as nucleate's."""
     try:
         yield
     # A CheckpointException is a BaseException (torch/distributed/checkpoint/api.py, 2.13).

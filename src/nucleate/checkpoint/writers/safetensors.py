@@ -1,8 +1,7 @@
-"""Safetensors: a folder as Hugging Face knows it, or a single file; every rank writes its own parts.
+"""The safetensors writer: a folder in Hugging Face's layout, or a single file. Every rank writes its own boxes.
 
-This file decides the layout: which tensors share a file, and in which order. The format is
-https://github.com/huggingface/safetensors#format: eight bytes with the header's length, the header in JSON, the tensors
-without holes.
+This file decides which tensors share a file, and their order. https://github.com/huggingface/safetensors#format
+describes the format: eight bytes with the header's length, the header in JSON, and the tensors without gaps.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import ClassVar, final
 import torch
 
 from nucleate.checkpoint.disk.folder import write_marker
-from nucleate.checkpoint.saving.rank_share import Box, HeldTensor
+from nucleate.checkpoint.saving.rank_share import Box, SavedTensor
 from nucleate.checkpoint.saving.snapshot import Snapshot
 from nucleate.checkpoint.state.values import VALUES
 from nucleate.checkpoint.writers import allocation, slabs
@@ -31,12 +30,12 @@ from nucleate.errors import CheckpointError, name_list
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 VALUES_FILE = "nucleate.values.safetensors"
-#: The field of a single file's metadata that holds everything that is no tensor.
+#: The field of a single file's metadata that holds the values.
 VALUES_FIELD = "nucleate"
-#: A name of one shard of several.
+#: The name of one of several files with weights.
 SHARD_PATTERN = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
-# The names that safetensors has for dtypes (safetensors/torch.py, `_TYPES`, 0.8).
+# The dtypes' names in safetensors (safetensors/torch.py, `_TYPES`, 0.8).
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -57,17 +56,18 @@ _DTYPES = {
     torch.uint32: "U32",
     torch.uint16: "U16",
 }
-# The library refuses longer ones (safetensors/src/tensor.rs, `MAX_HEADER_SIZE`, 0.8).
+# The library refuses longer headers (safetensors/src/tensor.rs, `MAX_HEADER_SIZE`, 0.8).
 _MAX_HEADER_BYTES = 100_000_000
-# Where tensors begin: what maps the file finds them aligned for every dtype and vector unit.
+# The tensors begin at a multiple of this: a program that maps the file finds them aligned for every dtype and vector
+# unit.
 _ALIGNMENT = 64
 
 
 @final
 class SafetensorsWriter(Writer):
-    """Writes a folder that Hugging Face's libraries read, of files of a chosen size; or one file.
+    """A writer of folders that Hugging Face's libraries read, with files of a chosen size, or of one file.
 
-    What is no tensor goes into a tensor of its own in a folder, and into the metadata of a single file.
+    A folder holds the values in a separate tensor. A single file holds them in its metadata.
     """
 
     name = "safetensors"
@@ -78,19 +78,19 @@ class SafetensorsWriter(Writer):
         self._max_shard_bytes = 5 * 10**9
 
     def limit_files(self, max_bytes: int) -> None:
-        # A single tensor may be larger.
+        # A single tensor may be larger than this limit.
         self._max_shard_bytes = max_bytes
 
     def check(self, snapshot: Snapshot) -> None:
         wrong = [f"{held.key} ({held.dtype})" for held in snapshot.tensors if held.dtype not in _DTYPES]
         if wrong:
             raise CheckpointError(
-                f"safetensors has no name for the dtype of {name_list(wrong)}. Convert them, or save as a folder with "
-                'format="dcp" or as a torch file (.pt).'
+                f"safetensors has no name for the dtype of {name_list(wrong)}. Convert these tensors, or save as a "
+                'folder with format="dcp" or as a torch file (.pt).'
             )
         if any(held.key == "__metadata__" for held in snapshot.tensors):
             raise CheckpointError(
-                "a tensor is called __metadata__, a name that safetensors keeps for itself. Rename it."
+                "a tensor has the key __metadata__, which safetensors reserves for itself. Rename the tensor."
             )
 
     def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
@@ -120,7 +120,7 @@ class SafetensorsWriter(Writer):
             allocation.create_file(draft / INDEX, len(text), text)
         assert snapshot.values is not None, "on rank 0 it is there"
         values = snapshot.values
-        held = HeldTensor(VALUES, values.dtype, tuple(values.shape), None, (Box((0,), values),))
+        held = SavedTensor(VALUES, values.dtype, tuple(values.shape), None, (Box((0,), values),))
         head, _ = _header([held], {})
         data = head + ctypes.string_at(values.data_ptr(), values.numel())
         allocation.create_file(draft / VALUES_FILE, len(data), data)
@@ -134,9 +134,9 @@ def _create_file(snapshot: Snapshot, draft: Path) -> dict[str, Place]:
     return _create(draft, "", snapshot.tensors, metadata)
 
 
-def _shards(tensors: Sequence[HeldTensor], max_bytes: int) -> list[list[HeldTensor]]:
-    """Return the tensors of each file: in order, as many as fit, at least one; one file where there are none."""
-    shards: list[list[HeldTensor]] = [[]]
+def _shards(tensors: Sequence[SavedTensor], max_bytes: int) -> list[list[SavedTensor]]:
+    """Return the tensors of each file: in order, as many as fit, at least one. Without tensors, return one file."""
+    shards: list[list[SavedTensor]] = [[]]
     size_bytes = 0
     for held in tensors:
         if shards[-1] and size_bytes + held.size_bytes > max_bytes:
@@ -147,9 +147,9 @@ def _shards(tensors: Sequence[HeldTensor], max_bytes: int) -> list[list[HeldTens
     return shards
 
 
-def _create(draft: Path, name: str, tensors: Sequence[HeldTensor], metadata: dict[str, str]) -> dict[str, Place]:
-    """Make one file with everything but its tensors, and return where these go."""
-    # Wide dtypes first: then every tensor is aligned, although nothing may lie between two.
+def _create(draft: Path, name: str, tensors: Sequence[SavedTensor], metadata: dict[str, str]) -> dict[str, Place]:
+    """Create one file with everything but the tensors' bytes, and return the tensors' places in the file."""
+    # Wide dtypes come first. Then every tensor is aligned, although the format allows no padding between tensors.
     ordered = sorted(tensors, key=lambda held: -held.dtype.itemsize)
     head, offsets = _header(ordered, metadata)
     path = draft / name if name else draft
@@ -165,8 +165,8 @@ def _create(draft: Path, name: str, tensors: Sequence[HeldTensor], metadata: dic
     }
 
 
-def _header(tensors: Sequence[HeldTensor], metadata: dict[str, str]) -> tuple[bytes, list[int]]:
-    """Return what stands before the tensors, and the offset of each from there."""
+def _header(tensors: Sequence[SavedTensor], metadata: dict[str, str]) -> tuple[bytes, list[int]]:
+    """Return the bytes before the tensors, and the offset of each tensor from the end of these bytes."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offsets: list[int] = []
     end = 0

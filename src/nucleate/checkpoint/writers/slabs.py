@@ -1,6 +1,6 @@
-"""Boxes of tensors to their places in files: every rank writes its own, straight from memory where it can.
+"""Writing of boxes to their places in files: every rank writes its own boxes, directly from memory if it can.
 
-This file decides how bytes reach the disk; which tensor goes where is a format's decision.
+This file decides how bytes reach the disk. A format decides the place of each tensor.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from torch import Tensor
 
 from nucleate.checkpoint.disk.system_calls import system_call
 from nucleate.checkpoint.saving.moved import MovedBox
-from nucleate.checkpoint.saving.rank_share import HeldTensor
+from nucleate.checkpoint.saving.rank_share import SavedTensor
 from nucleate.checkpoint.writers.allocation import failure
 from nucleate.cluster.save_group import SaveGroup
-from nucleate.deferred import Given
-from nucleate.deferred.elements import take_range
+from nucleate.deferred import ElementSource
+from nucleate.deferred.elements import fill_range_from
 from nucleate.errors import CheckpointError, RankDisagreementError
 from nucleate.layout import runs
 from nucleate.report.meter import Meter
 
-#: What one thread copies at a time of a tensor that cannot be written as it lies in memory.
+#: The bytes that one thread copies at a time from a tensor that cannot be written directly from memory.
 STAGING_BYTES = 16 << 20
-#: What one thread reads at a time of a tensor that is in another file.
+#: The bytes that one thread reads at a time from a tensor that is in another file.
 _READ_BYTES = 4 << 20
 _MAX_THREADS = 4
 
 
-#: Writes a part of a box and returns how many bytes; and the file, for messages.
+#: A function that writes a part of a box and returns the number of bytes, and the file's name for messages.
 _Slab: TypeAlias = "tuple[Callable[[], int], str]"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor goes.
+    """The place of a tensor in a draft.
 
     Attributes:
-        file: The name of the file in the draft; empty where the draft is the file.
-        offset: The place of the first element, in bytes.
-        dtype: Of the tensor.
-        shape: Of the tensor.
+        file: The name of the file in the draft; empty if the draft is the file.
+        offset: The first element's place in the file, in bytes.
+        dtype: The tensor's dtype.
+        shape: The tensor's shape.
     """
 
     file: str
@@ -60,27 +60,27 @@ class Place:
 
 
 def write_tensors(
-    tensors: Sequence[HeldTensor],
+    tensors: Sequence[SavedTensor],
     places: Mapping[str, Place],
     draft: Path,
     group: SaveGroup,
     what: str,
     moved: Sequence[MovedBox] = (),
 ) -> None:
-    """Write what this rank holds to its places, and to disk; all ranks together.
+    """Write this rank's boxes to their places on disk, on all ranks together.
 
     Args:
-        tensors: What this rank holds.
+        tensors: The tensors with this rank's boxes.
         places: The place of each tensor, by key; the same on every rank.
-        draft: Where the files are, each of its full size.
+        draft: The folder of the files, or the only file. Each file has its full size already.
         group: The ranks.
-        what: What is being done, for messages.
-        moved: The parts of this rank whose elements go to places in other tensors.
+        what: The activity, for messages, such as `"writing step-1"`.
+        moved: This rank's boxes whose elements go to places in other tensors.
 
     Raises:
-        CheckpointError: Writing failed, or the ranks together do not hold every element once.
-        RankDisagreementError: This rank's tensors are not those that the places are for.
-        RankFailedError: It failed on another rank.
+        CheckpointError: Writing failed, or the ranks together do not hold every element exactly once.
+        RankDisagreementError: This rank's tensors differ from the tensors of `places`.
+        RankFailedError: Writing failed on another rank.
     """
     with group.all_or_none(what):
         _check(tensors, places)
@@ -89,12 +89,12 @@ def write_tensors(
     wanted = sum(math.prod(place.shape) * place.dtype.itemsize for place in places.values())
     if held != wanted:
         raise CheckpointError(
-            f"{what}: the ranks together hold {held} bytes of tensors that have {wanted}. Parts of a tensor are on no "
-            "rank, or on two that do not know of each other."
+            f"{what}: the ranks together hold {held} bytes, but the tensors have {wanted}. No rank holds some part "
+            "of a tensor, or two ranks hold the same part and both write it."
         )
 
 
-def _check(tensors: Sequence[HeldTensor], places: Mapping[str, Place]) -> None:
+def _check(tensors: Sequence[SavedTensor], places: Mapping[str, Place]) -> None:
     for held in tensors:
         place = places.get(held.key)
         if held.boxes and (place is None or (place.dtype, place.shape) != (held.dtype, held.shape)):
@@ -105,9 +105,9 @@ def _check(tensors: Sequence[HeldTensor], places: Mapping[str, Place]) -> None:
 
 
 def _write_all(
-    tensors: Sequence[HeldTensor], places: Mapping[str, Place], draft: Path, moved: Sequence[MovedBox]
+    tensors: Sequence[SavedTensor], places: Mapping[str, Place], draft: Path, moved: Sequence[MovedBox]
 ) -> int:
-    """Write everything, and return how many bytes of tensors that was."""
+    """Write everything, and return the number of bytes written."""
     names = dict.fromkeys(places[held.key].file for held in tensors if held.boxes)
     if moved:
         names = dict.fromkeys(place.file for place in places.values())
@@ -151,7 +151,7 @@ def _write_all(
 
 
 def _in_threads(slabs: Iterator[_Slab], draft: Path, meter: Meter) -> int:
-    """Write the slabs by a few threads. Plain threads: an executor takes no work once the interpreter ends."""
+    """Write the slabs in a few plain threads. An executor accepts no work while the interpreter ends."""
     lock = threading.Lock()
     failures: list[BaseException] = []
     written = [0]
@@ -188,12 +188,12 @@ def _in_threads(slabs: Iterator[_Slab], draft: Path, meter: Meter) -> int:
 def _num_threads() -> int:
     try:
         return max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0))))
-    except AttributeError:  # not on macOS
+    except AttributeError:  # macOS does not have it.
         return max(1, min(_MAX_THREADS, os.cpu_count() or 1))
 
 
 def _slabs(values: Tensor, begin: tuple[int, ...], limit: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """Yield parts of a box of at most `limit` elements, in order, with their first indices in the tensor."""
+    """Yield parts of a box in order, each with at most `limit` elements and with its first index in the tensor."""
     if values.numel() <= limit:
         if values.numel():
             yield values, begin
@@ -205,7 +205,9 @@ def _slabs(values: Tensor, begin: tuple[int, ...], limit: int) -> Iterator[tuple
         yield from _slabs(rows, (*begin[:dim], begin[dim] + first, *begin[dim + 1 :]), limit)
 
 
-def _write_slab(slab: Tensor, begin: tuple[int, ...], place: Place, descriptor: int, given: Given | None) -> int:
+def _write_slab(
+    slab: Tensor, begin: tuple[int, ...], place: Place, descriptor: int, given: ElementSource | None
+) -> int:
     itemsize = place.dtype.itemsize
     if given is not None:
         _copy_slab(given, slab, begin, place, descriptor)
@@ -219,7 +221,7 @@ def _write_slab(slab: Tensor, begin: tuple[int, ...], place: Place, descriptor: 
 
 
 def _plain(slab: Tensor) -> Tensor:
-    # In this order: what is conjugated on an accelerator is resolved there.
+    # The order matters: an accelerator's conjugated tensor is resolved on the accelerator.
     return slab.detach().resolve_conj().resolve_neg().contiguous().cpu()
 
 
@@ -230,7 +232,7 @@ def _scatter_slab(
     places: Mapping[str, Place],
     descriptors: Mapping[str, int],
 ) -> int:
-    """Write a part of a box to where its elements belong."""
+    """Write the elements of a part of a box to their places in other tensors."""
     plain, done, written = _plain(slab).view(-1), 0, 0
 
     def put(key: str, start: int, values: Tensor) -> None:
@@ -247,11 +249,11 @@ def _scatter_slab(
     return written
 
 
-def _copy_slab(given: Given, slab: Tensor, begin: tuple[int, ...], place: Place, descriptor: int) -> None:
-    """Write what somebody else has; the slab only says how much of it."""
+def _copy_slab(given: ElementSource, slab: Tensor, begin: tuple[int, ...], place: Place, descriptor: int) -> None:
+    """Write elements of an element source. The slab gives only their shape."""
     for offset, numel in runs(begin, tuple(slab.shape), place.shape):
         plain = torch.empty(numel, dtype=place.dtype, device="cpu")
-        take_range(plain, given, offset)
+        fill_range_from(plain, given, offset)
         _pwrite(
             descriptor, plain.data_ptr(), numel * place.dtype.itemsize, place.offset + offset * place.dtype.itemsize
         )
@@ -260,7 +262,7 @@ def _copy_slab(given: Given, slab: Tensor, begin: tuple[int, ...], place: Place,
 def _pwrite(descriptor: int, address: int, size_bytes: int, offset: int) -> None:
     done = 0
     while done < size_bytes:
-        # At most what the system writes in one call anyway (write(2): 0x7ffff000 bytes).
+        # The limit is below the most that the system writes in one call (write(2): 0x7ffff000 bytes).
         count = system_call("pwrite")(descriptor, address + done, min(size_bytes - done, 1 << 30), offset + done)
         if count > 0:
             done += count

@@ -1,7 +1,7 @@
-"""One torch file, as `torch.save` writes it, with the tensors written by the ranks that hold them.
+"""The writer of torch files: one file, as `torch.save` writes it, but each rank writes its own boxes.
 
-`torch.save` writes the shell: the nested state with room for every tensor. Then each rank puts its own parts into that
-room, as in every other format, so that no rank ever holds more than a few MiB beyond what it has.
+`torch.save` writes the shell: the nested state with space for every tensor. Then each rank writes its own boxes into
+that space, as in every other format. So no rank needs more than a few MiB of additional memory.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from nucleate.checkpoint.writers.slabs import Place
 from nucleate.cluster.save_group import SaveGroup
 from nucleate.errors import CheckpointError
 
-#: The item of the state that says what tensors do not.
+#: The entry of the state that holds the facts that tensors do not tell.
 FIELD = "nucleate"
 VERSION = 1
-# Python knows the name since 3.13.
+# Python has the name since 3.13.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 @final
 class TorchFileWriter(Writer):
-    """Writes a file that `torch.load(weights_only=True)` reads."""
+    """A writer of files that `torch.load(weights_only=True)` reads."""
 
     name = "torch"
     suffixes: ClassVar[tuple[str, ...]] = (".pt", ".pth", ".bin", ".ckpt")
@@ -47,8 +47,8 @@ class TorchFileWriter(Writer):
     def check(self, snapshot: Snapshot) -> None:
         if not snapshot.is_bare and FIELD in snapshot.skeleton:
             raise CheckpointError(
-                f"the state has an entry called {FIELD}, a name that torch files of nucleate keep for themselves. "
-                "Rename it, or save to a folder."
+                f"the state has an entry called {FIELD}, but nucleate reserves that name in torch files. "
+                "Rename the entry, or save to a folder."
             )
 
     def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
@@ -67,7 +67,7 @@ class TorchFileWriter(Writer):
 
 
 def _create(snapshot: Snapshot, draft: Path) -> dict[str, Place]:
-    """Write a file with everything but the tensors' bytes, and return where those go."""
+    """Write a file with everything but the tensors' bytes, and return the tensors' places in the file."""
     empty = _without_memory({held.key: (held.shape, held.dtype) for held in snapshot.tensors})
 
     def tensor_at(place: KeyPath) -> Tensor | None:
@@ -96,13 +96,13 @@ def _create(snapshot: Snapshot, draft: Path) -> dict[str, Place]:
 
 
 def _without_memory(looks: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
-    """Return tensors of the CPU that take no memory, each with a storage of its own. They must not be looked at.
+    """Return CPU tensors that take no memory, each with its own storage. Nothing may read their elements.
 
-    Those of one dtype lie on the same pages, which nothing touches. Torch's FakeTensor would do as well, but imports
-    torch's compiler, which takes a second.
+    Tensors of one dtype share pages that nothing touches. Torch's FakeTensor would work as well, but it imports torch's
+    compiler, which takes a second.
 
     Args:
-        looks: Shapes and dtypes.
+        looks: The shape and dtype of each tensor, by key.
     """
     longest: dict[torch.dtype, int] = {}
     for shape, dtype in looks.values():
@@ -117,14 +117,14 @@ def _without_memory(looks: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> di
 
 
 def _untouched(size_bytes: int) -> mmap.mmap | bytearray:
-    """Return memory that the system finds when it is touched; on Linux also more than it has."""
+    """Return memory that the system provides only when it is touched. On Linux it may exceed the machine's memory."""
     if sys.platform != "linux":
         return bytearray(size_bytes)
     return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
 
 
 def _with_versions(state: Any, path: KeyPath, versions: Any) -> Any:
-    """Return the state with the module's part as `state_dict` returns it, an ordered dict with versions."""
+    """Return the state, with the module's entry as `state_dict` returns it: an ordered dict with versions."""
     if path:
         state[path[0]] = _with_versions(state[path[0]], path[1:], versions)
         return state
@@ -135,7 +135,7 @@ def _with_versions(state: Any, path: KeyPath, versions: Any) -> Any:
 
 
 def _seal(path: Path) -> None:
-    """Write the check sums, which `torch.load` does not ask for and all else that reads zip archives does."""
+    """Write the check sums. `torch.load` does not check them, but every other reader of zip archives does."""
     with open(path, "r+b") as file:
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
@@ -149,7 +149,7 @@ def _seal(path: Path) -> None:
             if sums[record.filename] != record.CRC:
                 os.pwrite(file.fileno(), struct.pack("<L", sums[record.filename]), record.header_offset + 14)
                 if record.flag_bits & 8:
-                    # Said once more behind the data.
+                    # The archive repeats the check sum behind the data.
                     os.pwrite(file.fileno(), struct.pack("<L", sums[record.filename]), begin + record.file_size + 4)
         place = directory
         for record in records:

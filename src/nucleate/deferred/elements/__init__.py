@@ -1,8 +1,17 @@
-"""Elements that a deferred tensor takes from somewhere else, such as a file, instead of from a recipe."""
+"""Element sources: values that a deferred tensor takes from outside of its recipe, such as from a file."""
 
 from nucleate.deferred.elements.conversion import Conversion, Layout, Output
-from nucleate.deferred.elements.converted import ConvertedGiven
-from nucleate.deferred.elements.real_tensor import TensorGiven
-from nucleate.deferred.elements.source import Given, take, take_range
+from nucleate.deferred.elements.converted_source import ConvertedSource
+from nucleate.deferred.elements.element_source import ElementSource, fill_from, fill_range_from
+from nucleate.deferred.elements.tensor_source import TensorSource
 
-__all__ = ["Conversion", "ConvertedGiven", "Given", "Layout", "Output", "TensorGiven", "take", "take_range"]
+__all__ = [
+    "Conversion",
+    "ConvertedSource",
+    "ElementSource",
+    "Layout",
+    "Output",
+    "TensorSource",
+    "fill_from",
+    "fill_range_from",
+]

@@ -1,9 +1,9 @@
-"""Conversions: how one tensor becomes several others, some blocks of its elements at a time.
+"""Conversions: one tensor becomes several others, a few blocks of elements at a time.
 
-Quantization is the case that matters: a weight becomes codes and scales. A conversion is plain torch code on a few
-blocks; `convert` records it on a deferred tensor, and whoever makes the results makes a range of the tensor, converts
-it and forgets it. So the tensor itself is never whole in memory, several threads convert one, and a rank converts what
-it owns of it.
+The main use is quantization: a weight becomes codes and scales. A conversion is plain torch code on a few blocks.
+`convert` records it on a deferred tensor. Materialization then makes a range of that tensor, converts the range and
+frees it. So the tensor itself is never whole in memory, several threads can convert one tensor, and a rank converts
+only its own part.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: About so many elements are handed to a conversion at a time: many enough that what Python does between two calls does
-#: not count, few enough that nothing large is ever whole. A conversion may cut them smaller.
+#: A conversion gets about this many elements at a time: enough that Python's work between two calls does not count, and
+#: so few that no large tensor is ever whole. A conversion may cut them smaller.
 CHUNK_NUMEL = 1 << 20
 
 
@@ -29,8 +29,8 @@ class Output:
     Attributes:
         shape: Its shape.
         dtype: Its dtype.
-        per_block: How many of its elements, in the order of their indices, come from one block. The last block may be
-            cut short, and make fewer.
+        per_block: The number of its elements, in the order of their indices, that come from one block. The last block
+            may be incomplete and make fewer.
     """
 
     shape: tuple[int, ...]
@@ -39,21 +39,21 @@ class Output:
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
     def range(self, first_block: int, last_block: int) -> tuple[int, int]:
-        """Return which elements come from the blocks `[first_block, last_block)`."""
+        """Return the start and stop of the elements that come from the blocks `[first_block, last_block)`."""
         return min(self.numel, first_block * self.per_block), min(self.numel, last_block * self.per_block)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a conversion cuts a tensor up, and what it makes of it.
+    """The blocks into which a conversion cuts a tensor, and the tensors that it makes.
 
     Attributes:
-        block_numel: How many elements that follow one another are converted together, without looking at others.
-        outputs: What is made.
+        block_numel: The number of consecutive elements that are converted together, independently of other elements.
+        outputs: The tensors that the conversion makes.
     """
 
     block_numel: int
@@ -61,11 +61,11 @@ class Layout:
 
     @property
     def chunk_blocks(self) -> int:
-        """How many blocks are converted at a time."""
+        """The number of blocks that are converted at a time."""
         return max(1, CHUNK_NUMEL // self.block_numel)
 
     def num_blocks(self, numel: int) -> int:
-        """Return how many blocks there are, a last one that is cut short included."""
+        """Return the number of blocks, including an incomplete last one."""
         return -(-numel // self.block_numel)
 
     def convert_blocks(
@@ -78,28 +78,28 @@ class Layout:
             values: All values, one-dimensional.
             outs: The whole outputs, one-dimensional.
             first: The first block.
-            last: The one behind the last.
+            last: The block behind the last one.
         """
         parts = [out[slice(*output.range(first, last))] for out, output in zip(outs, self.outputs, strict=True)]
         conversion.convert(values[first * self.block_numel : last * self.block_numel], parts)
 
 
 class Conversion(ABC):
-    """How one tensor becomes several others.
+    """A rule that makes several tensors from one.
 
     A subclass is a frozen dataclass of plain values: ranks compare conversions by their `repr`.
     """
 
     @abstractmethod
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
-        """Return what becomes of a tensor.
+        """Return the blocks and the outputs for a tensor.
 
         Args:
             shape: The tensor's shape.
             dtype: Its dtype.
 
         Raises:
-            ConversionError: It cannot be converted.
+            ConversionError: The tensor cannot be converted.
         """
 
     @abstractmethod
@@ -107,24 +107,25 @@ class Conversion(ABC):
         """Convert some blocks. Called by several threads at once, for different blocks.
 
         Args:
-            values: One-dimensional and contiguous, on the device of the model: a number of whole blocks, or all up to
-                the end of the tensor. It must not be written to.
-            outs: What to fill, one-dimensional and contiguous: of each output the elements that come from these blocks.
+            values: One-dimensional and contiguous, on the device of the model: a number of whole blocks, or all that
+                follows up to the end of the tensor. The method must not write to it.
+            outs: The memory to fill: for each output the elements that come from these blocks, one-dimensional and
+                contiguous.
 
         Raises:
-            ConversionError: The values cannot be converted. Whoever catches it adds the parameter's name.
+            ConversionError: The values cannot be converted. The code that catches the error adds the parameter's name.
         """
 
 
 def converted(tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
-    """Convert a whole real tensor, by several threads where it is on the CPU.
+    """Convert a whole real tensor; on the CPU, several threads share the work.
 
     Args:
         tensor: The tensor.
-        conversion: What to make of it.
+        conversion: The conversion.
 
     Raises:
-        ConversionError: It cannot be converted.
+        ConversionError: The tensor cannot be converted.
     """
     layout = conversion.layout(tuple(tensor.shape), tensor.dtype)
     outs = tuple(torch.empty(out.shape, dtype=out.dtype, device=tensor.device) for out in layout.outputs)

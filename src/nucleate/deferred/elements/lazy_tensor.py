@@ -1,7 +1,7 @@
-"""Tensors that another library reads on first use: Lightning Fabric's `_lazy_load`, which is litgpt's `lazy_load`.
+"""Lazy tensors of other libraries, read on first use: Lightning Fabric's `_lazy_load`, which is litgpt's `lazy_load`.
 
-They are known by what they have, because copies of that code are in several libraries. Each names a record of a zip
-archive, so its elements are read from there, the wanted range only. The library's own way reads the whole record.
+They are recognized by their attributes, because several libraries have copies of that code. Each lazy tensor names a
+record of a zip archive. nucleate reads only the wanted range of that record; the library itself reads the whole record.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nucleate.deferred.elements.source import Given
+from nucleate.deferred.elements.element_source import ElementSource
 from nucleate.errors import CheckpointError
 
 _PARTS = ("metatensor", "archiveinfo", "storageinfo", "rebuild_args")
-#: Files of readers, as long as these live: they name only the place in a file, and not the file.
+#: The files of archive readers, as long as the readers live: a reader knows its records' places, but not its path.
 _files: weakref.WeakKeyDictionary[Any, _File | None] = weakref.WeakKeyDictionary()
-#: The tensor that each thread has read last by its library.
+#: In each thread, the tensor that a library read last.
 _held = threading.local()
 
 
-def given_of_lazy(value: Any) -> Given | None:
-    """Return the elements of a tensor that its library has not read yet, or None for any other value.
+def given_of_lazy(value: Any) -> ElementSource | None:
+    """Return an element source for a tensor that its library has not read yet, or None for any other value.
 
     Args:
         value: Anything. A lazy tensor is not a `torch.Tensor`: it has a `metatensor`, a `storageinfo` (the persistent
@@ -45,15 +45,15 @@ def given_of_lazy(value: Any) -> Given | None:
 
 
 def memory_of_lazy(value: Any) -> LazyRecord | None:
-    """Return what lies in the file from the first element of a lazy tensor to its last one, as a tensor of one dim.
+    """Return the memory in the file from a lazy tensor's first element to its last one, as a tensor of one dim.
 
     Args:
         value: Anything.
 
     Returns:
-        The elements; None where it is not a lazy tensor or its file cannot be told.
+        The element source, or None if the value is not a lazy tensor or its file cannot be found.
     """
-    # Behind the five arguments, torch notes what it has marked instead of computing, such as a conjugate.
+    # Behind the five arguments, torch keeps marks for operations that it has not computed, such as a conjugate.
     if not _is_lazy(value) or any(value.rebuild_args[5:]):
         return None
     file = _file_of(value.archiveinfo.file_reader)
@@ -72,12 +72,12 @@ def _is_lazy(value: Any) -> bool:
     return isinstance(value.metatensor, Tensor) and hasattr(value.archiveinfo, "file_reader")
 
 
-class LazyRecord(Given):
-    """A tensor that lies in its file row by row, of which ranges are read.
+class LazyRecord(ElementSource):
+    """A lazy tensor that lies in its file row by row, so that ranges can be read.
 
     Args:
-        dtype: Of its elements.
-        shape: Of the tensor.
+        dtype: The dtype of its elements.
+        shape: The tensor's shape.
         file: The archive.
         offset: The place of the first element in the archive, in bytes.
     """
@@ -102,12 +102,12 @@ class LazyRecord(Given):
         return repr((os.path.basename(self._file.path), self._offset, self.dtype, self.shape))
 
 
-class LazyWhole(Given):
-    """A tensor that only its library can read: it is read as a whole when it is its turn, and then forgotten.
+class LazyWhole(ElementSource):
+    """A lazy tensor that only its library can read. The first read loads it whole; the read of its end frees it.
 
     Args:
-        dtype: Of its elements.
-        shape: Of the tensor.
+        dtype: The dtype of its elements.
+        shape: The tensor's shape.
         lazy: The library's object.
         record: The name of its storage in the archive.
     """
@@ -124,7 +124,7 @@ class LazyWhole(Given):
         if loaded is None:
             last = getattr(_held, "last", None)
             if last is not None and (other := last()) is not None:
-                other._loaded = None  # Not two at a time.
+                other._loaded = None  # A thread holds one whole tensor at a time.
             with torch.no_grad():
                 self._loaded = loaded = _load(self._lazy).detach().reshape(-1)
             _held.last = weakref.ref(self)
@@ -140,11 +140,11 @@ class LazyWhole(Given):
 
 
 class _File:
-    """The archive of a reader, opened a second time.
+    """The archive of an archive reader, opened a second time.
 
     Args:
-        descriptor: It is closed when the last tensor of the archive is forgotten.
-        path: What messages call it.
+        descriptor: The open file. It is closed when no tensor of the archive is used any more.
+        path: The name of the file in messages.
     """
 
     def __init__(self, descriptor: int, path: str) -> None:
@@ -155,10 +155,10 @@ class _File:
         weakref.finalize(self, os.close, descriptor)
 
     def check_unwritten(self) -> None:
-        """Make sure that nobody has written to the file since it was met.
+        """Make sure that nobody has written to the file since it was opened.
 
         Raises:
-            CheckpointError: Somebody has.
+            CheckpointError: Somebody has written to it.
         """
         if os.fstat(self._descriptor).st_mtime_ns != self._written_ns:
             raise CheckpointError(f"{self.path} was written to since it was opened for lazy loading")
@@ -167,7 +167,7 @@ class _File:
         """Copy bytes to memory.
 
         Raises:
-            CheckpointError: The file ends before, or the disk fails.
+            CheckpointError: The file ends too early, or the disk fails.
         """
         done = 0
         while done < size_bytes:
@@ -185,17 +185,17 @@ class _File:
 
 
 def _load(lazy: Any) -> Tensor:
-    """Return the whole tensor, read by its library; inside `init_module` the class may have another method for that."""
+    """Return the whole tensor, read by its library; inside `init_module` the class may have a wrapped method."""
     method = getattr(type(lazy)._load_tensor, "__wrapped__", type(lazy)._load_tensor)
     loaded: Tensor = method(lazy)
     return loaded
 
 
 def _file_of(reader: Any) -> _File | None:
-    """Return the file that one of torch's archive readers has open, or None where that cannot be told.
+    """Return the file that one of torch's archive readers has open, or None if it cannot be found.
 
-    A reader does not tell its path. On Linux the open files of the process are listed, and the one that has the
-    reader's pickle in the reader's place is the file.
+    A reader does not give its path. Linux lists the open files of the process. The reader's file is the one that has
+    the reader's pickle at the reader's offset.
     """
     if reader not in _files:
         _files[reader] = _find(reader)
@@ -207,11 +207,11 @@ def _find(reader: Any) -> _File | None:
     wanted = [(reader.get_record_offset(name), reader.get_record(name)) for name in names]
     links = _links(wanted)
     if len(links) > 1:
-        # The library's readers are part of cycles: one that nobody uses any more keeps its file open.
+        # The library's readers are part of reference cycles: a reader that nobody uses any more keeps its file open.
         gc.collect()
         links = _links(wanted)
     if len(links) != 1:
-        return None  # Of two equal files, either may be the one that is changed later.
+        return None  # If two open files are equal, either one may be changed later.
     try:
         return _File(os.open(links[0], os.O_RDONLY | os.O_CLOEXEC), os.readlink(links[0]))
     except OSError:
@@ -219,7 +219,7 @@ def _find(reader: Any) -> _File | None:
 
 
 def _links(wanted: list[tuple[int, bytes]]) -> list[str]:
-    """Return the open files of this process that have certain bytes in certain places, each file once."""
+    """Return the open files of this process that have the wanted bytes at the wanted offsets, each file once."""
     try:
         numbers = sorted(int(name) for name in os.listdir("/proc/self/fd"))
     except OSError:
@@ -232,7 +232,7 @@ def _links(wanted: list[tuple[int, bytes]]) -> list[str]:
             if is_file and all(os.pread(number, len(data), offset) == data for offset, data in wanted):
                 found[status.st_dev, status.st_ino] = f"/proc/self/fd/{number}"
         except OSError:
-            continue  # It was closed meanwhile, or is not readable.
+            continue  # The file was closed meanwhile, or is not readable.
     return list(found.values())
 
 

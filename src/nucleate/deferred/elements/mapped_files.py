@@ -1,8 +1,8 @@
-"""Mapped files: which file a tensor's memory belongs to, and whether that file has changed since.
+"""Mapped files: the file that a tensor's memory belongs to, and the check that nobody has changed that file.
 
-A tensor of `safetensors` or of `torch.load(mmap=True)` lies in the pages of a file. Its version counter says nothing
-about a write to the file, so the file itself is watched. The system lists the mappings of a process in
-`/proc/self/maps` (proc(5)); where there is no such list, no file is watched.
+A tensor of `safetensors` or of `torch.load(mmap=True)` lies in the pages of a file. Its version counter does not count
+writes to the file, so the file itself is watched. The system lists the mappings of a process in `/proc/self/maps`
+(proc(5)). On systems without this list, no file is watched.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from nucleate.errors import CheckpointError
 
 
 class FileMark:
-    """A file as it was when a tensor in its pages was met. It stays open, so that other names for it do not matter.
+    """A file as it was when nucleate first saw a tensor in its pages. It stays open, so that a rename does not matter.
 
     Args:
-        path: Where it is.
+        path: The file's path.
 
     Raises:
-        OSError: There is no such file, or it cannot be read.
+        OSError: The file does not exist or cannot be read.
     """
 
     def __init__(self, path: str) -> None:
@@ -34,19 +34,19 @@ class FileMark:
 
     @property
     def inode(self) -> int:
-        """The number of the file in its file system."""
+        """The file's number in its file system."""
         return self._status.st_ino
 
     @property
     def size_bytes(self) -> int:
-        """How large the file is."""
+        """The size of the file in bytes."""
         return self._status.st_size
 
     def check(self) -> None:
-        """Make sure that nobody has written to the file. What was deleted keeps its content until it is unmapped.
+        """Make sure that nobody has written to the file. A deleted file keeps its content until it is unmapped.
 
         Raises:
-            CheckpointError: It was written to, or another file has its name.
+            CheckpointError: The file was written to, or another file has its name.
         """
         now = os.fstat(self._descriptor)
         if (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns):
@@ -60,8 +60,8 @@ class FileMark:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where in a file some memory lies.
+class FilePlace:
+    """The place in a file that some memory shows.
 
     Attributes:
         mark: The file.
@@ -81,7 +81,7 @@ class _Region:
         stop: The address behind the last one.
         offset: The place of the first byte in the file.
         mark: The file.
-        user: As long as this object lives, the region stays mapped.
+        user: An object that keeps the region mapped as long as it lives.
     """
 
     start: int
@@ -94,12 +94,12 @@ class _Region:
 _known: list[_Region] = []
 
 
-def place_of(address: int, size_bytes: int, user: object) -> Place | None:
-    """Return where in a file some memory of this process lies, or None if it belongs to no file.
+def place_of(address: int, size_bytes: int, user: object) -> FilePlace | None:
+    """Return the place in a file of some memory of this process, or None if the memory does not belong to a file.
 
     Args:
         address: The first byte.
-        size_bytes: How many bytes there are.
+        size_bytes: The number of bytes.
         user: An object that keeps the memory alive.
     """
     _known[:] = [region for region in _known if region.user() is not None]
@@ -109,7 +109,7 @@ def place_of(address: int, size_bytes: int, user: object) -> Place | None:
         if region is None:
             return None
         _known.append(region)
-    return Place(region.mark, address - region.start + region.offset)
+    return FilePlace(region.mark, address - region.start + region.offset)
 
 
 def _region_of(address: int, size_bytes: int, user: object) -> _Region | None:
@@ -123,7 +123,7 @@ def _region_of(address: int, size_bytes: int, user: object) -> _Region | None:
         start, stop = (int(number, 16) for number in fields[0].split("-"))
         if stop <= address:
             continue
-        # What was deleted cannot be written by its name.
+        # A deleted file cannot be written by its name.
         is_file = len(fields) == 6 and fields[5].startswith("/") and not fields[5].endswith(" (deleted)")
         if not is_file or start > address or address + size_bytes > stop:
             return None

@@ -1,4 +1,4 @@
-"""Guards: what deferred tensors say to a script between construction and setup."""
+"""Guards: classes of deferred tensors that refuse computation and unrecorded edits until setup."""
 
 from nucleate.deferred.guards.assigned import retie
 from nucleate.deferred.guards.guarded import guard

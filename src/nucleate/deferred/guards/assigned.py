@@ -1,7 +1,7 @@
-"""Assigned parameters: `load_state_dict(assign=True)` gives each name a parameter of its own, also to tied ones.
+"""Assigned parameters: `load_state_dict(assign=True)` gives each name its own parameter, even if names are tied.
 
-torch unties them that way; the copies share memory as long as nobody shards or moves them. A deferred model remembers
-which of its names were one parameter, so that they are tied again when the model is set up.
+This unties the names. Their parameters share memory until somebody shards or moves them. A deferred model remembers
+which of its names stood for one parameter, so that they are tied again when the model is set up.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Of a module, by name: what stood there before. The storage is kept, so that its address stays its own.
+# For each module, by name: storage and geometry of the replaced parameter. The storage is kept, so that no other
+# storage gets its address.
 _before: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[torch.UntypedStorage, Any]]] = weakref.WeakKeyDictionary()
 
 
 def note_assigned(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Remember the deferred tensor that a module holds under a name, because another takes its place.
+    """Remember the deferred tensor that a module holds under a name, because another tensor replaces it.
 
     Args:
         module: The module.
@@ -29,7 +30,7 @@ def note_assigned(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def retie(model: nn.Module) -> None:
-    """Make one parameter again of those that were one, where what was assigned to them shares its memory."""
+    """Tie names again that stood for one parameter, if the parameters that they got share memory."""
     if not _before:
         return
     first: dict[Any, nn.Parameter] = {}

@@ -1,4 +1,4 @@
-"""The look-out over one call outside the context: it tells what changes no value from what uses or edits one."""
+"""The check of one call outside the context: it allows operations that change no value, and refuses the others."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nucleate.deferred.guards.handle import Handle, is_shared
 from nucleate.deferred.guards.refusals import refuse, refuse_shared
-from nucleate.deferred.recording.op_schema import traits_of, written_by
+from nucleate.deferred.recording.op_schema import schema_of, written_by
 from nucleate.deferred.tape.leaves import tensors
 
 aten = torch.ops.aten
 
-# Besides views. A cast is a function of the value alone, and what `model.to(dtype)` is made of; the last one is a
-# question, which comes by here in inference mode.
+# Operations that are allowed besides views. A cast depends on the value alone, and `model.to(dtype)` consists of casts.
+# The last operation is a question, which gets here in inference mode.
 _COPIES = {
     aten.clone.default, aten._to_copy.default, aten.detach.default, aten._unsafe_view.default,
     aten._has_compatible_shallow_copy_type.default,
 }  # fmt: skip
 
 
-class Lookout(TorchDispatchMode):
-    """Lets through, to be recorded, what changes no value; refuses what reads or writes a deferred one.
+class DispatchCheck(TorchDispatchMode):
+    """The mode that passes operations to the recorder if they change no value, and refuses others on deferred tensors.
 
     Args:
-        handle: Of the tensor that is named where something is refused.
+        handle: The handle of the tensor that errors name.
     """
 
     def __init__(self, handle: Handle) -> None:
@@ -36,7 +36,7 @@ class Lookout(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # see `Recorder`
+        return False  # See `Recorder`.
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -47,7 +47,7 @@ class Lookout(TorchDispatchMode):
             if any(number(tensor) is not None for tensor in tensors((args, kwargs))):
                 name = func.overloadpacket.__name__
                 if func._schema.is_mutable:
-                    written = written_by(traits_of(func), args, kwargs)
+                    written = written_by(schema_of(func), args, kwargs)
                     refuse(self.handle, name, edit=any(number(tensor) is not None for tensor in written))
                 if not func.is_view and func not in _COPIES:
                     refuse(self.handle, name, edit=False)

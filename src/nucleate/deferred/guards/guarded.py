@@ -1,12 +1,12 @@
-"""Between the constructor and `setup`: deferred tensors that refuse to be computed with or edited.
+"""Guarded tensors: deferred tensors between the constructor and `setup`, which refuse computation and edits.
 
-When recording ends, each deferred tensor is given a guarded class, a subclass of its own that answers questions
-about shape, dtype and device. What changes no value, such as a view, a cast or a copy, is recorded on the spot;
-anything that would compute with the tensor or write it raises, by FQN. Without the guard an edit would silently be
-lost, and a forward would silently return nothing. Inside another context the guard steps aside, and the tensor's
-record joins the one that is open. The class is changed in place (as torch does for `UninitializedParameter`,
-torch/nn/parameter.py) and taken back before the tensor gets its value, so that no subclass reaches autograd, FSDP
-or an optimizer's step.
+When recording ends, each deferred tensor gets a guarded class. It is a subclass of the tensor's class that answers
+questions about shape, dtype and device. Operations that change no value, such as a view, a cast or a copy, are recorded
+at once. Operations that would compute with the tensor or write it raise an error with its FQN. Without the guard, an
+edit would silently be lost, and a forward would silently return tensors without values. Inside another context the
+guard steps aside, and the tensor's recording joins the open one. The class is changed in place (as torch does for
+`UninitializedParameter`, torch/nn/parameter.py). It is restored before the tensor gets its value, so that no subclass
+reaches autograd, FSDP or an optimizer's step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from nucleate.deferred.active import Recording, active_record, is_recording, turn
 from nucleate.deferred.guards.assigned import note_assigned
-from nucleate.deferred.guards.dispatch_check import Lookout
+from nucleate.deferred.guards.dispatch_check import DispatchCheck
 from nucleate.deferred.guards.handle import Handle, attach, handle_of, is_shared, lifted
 from nucleate.deferred.guards.recorded_methods import Purpose, loading_frame, refuse_meta_source, running_purpose
 from nucleate.deferred.guards.refusals import (
@@ -40,7 +40,7 @@ from nucleate.deferred.module_tensors import every_tensor
 from nucleate.devices.kinds import legacy_kind, moves
 from nucleate.errors import NucleateError
 
-# Asked often, and answered by any tensor of the same looks.
+# Frequent questions, which the meta tensor itself answers correctly.
 _PROPERTIES = ("shape", "dtype", "ndim", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "_version")
 _QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
@@ -48,16 +48,17 @@ _QUESTIONS = {
     Tensor.storage_offset, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex,
     torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
-# What `state_dict` asks of every tensor; it takes neither a step nor a look-out.
+# Calls that `state_dict` makes on every tensor. They need no step and no dispatch check.
 _ALIASES = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
-# What these and `Tensor.cpu` and its like do depends on the device that the tensor stands for; `Impersonation` knows.
+# The effect of these, of `Tensor.cpu` and of similar methods depends on the device that the tensor stands for.
+# `Impersonation` handles it.
 _MOVES = {Tensor.to, Tensor.type}
-# They make a real tensor after the looks of a deferred one.
+# These make a real tensor with properties of a deferred one.
 _LIKE = {
     torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like, torch.randint_like,
     Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor,
 }  # fmt: skip
-# What `nn.Parameter(data)` does to a tensor subclass.
+# Calls that `nn.Parameter(data)` makes on a tensor subclass.
 _PARAMETER_CALLS = {Tensor.detach, Tensor.requires_grad_}
 _IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -70,21 +71,21 @@ def guard(tensor: Tensor, record: Recording, fqn: str) -> None:
     cls = type(tensor)
     attach(tensor, record, fqn, cls)
     if is_lazy(tensor):
-        return  # It has no value to guard, and refuses by itself.
-    # A subclass with a layout of its own keeps its class, and is found by its handle all the same.
+        return  # It has no value to guard, and refuses calls itself.
+    # A subclass with its own object layout keeps its class. It is still found by its handle.
     with suppress(TypeError):
         tensor.__class__ = _guarded_class(cls)
 
 
 class Guarded:
-    """Mixed into the class of a deferred tensor that is out of its constructor."""
+    """The mixin in the class of a deferred tensor after its constructor."""
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # Most calls ask one tensor something.
+        # Most calls are a question to one tensor.
         alone = len(args) == 1 and not kwargs and handle_of(args[0]) is not None
         found = args if alone else every_tensor((args, kwargs))
         guarded = [tensor for tensor in found if handle_of(tensor) is not None]
@@ -94,7 +95,7 @@ class Guarded:
         answers = _handle(guarded[0]).record.answers
         if func in answers:
             if func == _IS_META and not is_recording() and (frame := loading_frame()) is not None:
-                # torch asks this before it copies; what is raised later, it collects once for each tensor.
+                # torch asks this before it copies. It collects later errors, one for each tensor.
                 _check_load(guarded[0], frame.f_locals)
             return answers[func]
         if func in _QUESTIONS:
@@ -124,7 +125,7 @@ class Guarded:
 
     @_is_param.setter
     def _is_param(self, value: bool) -> None:
-        # Set by `nn.Parameter(data)` on a tensor subclass; the class behind the guard is none.
+        # `nn.Parameter(data)` sets this on a tensor subclass. The class behind the guard may be one of torch's own.
         handle: Handle | None = handle_of(self)
         if handle is not None and handle.cls in (Tensor, nn.Parameter):
             attach(self, handle.record, handle.fqn, nn.Parameter)  # type: ignore[arg-type]
@@ -140,14 +141,14 @@ def _call(
     kwargs: dict[str, Any] | None = None,
     impersonated: bool = False,
 ) -> Any:
-    """Do something with guarded tensors: inside a context as if they were its own, outside only what is allowed.
+    """Call a function with guarded tensors. Inside a context they join its recording; outside, few calls are allowed.
 
     Args:
         guarded: The tensors among the arguments that are guarded.
-        func: A torch function, or one of our own that copies.
+        func: A torch function, or one of our own functions that copy.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        impersonated: Whether it is one of our own, which asks torch for nothing that has to be refused.
+        impersonated: Whether it is one of our own, which makes no call that must be refused.
     """
     kwargs = kwargs or {}
     handle = _handle(guarded[0])
@@ -184,19 +185,19 @@ def _call(
         with ExitStack() as stack:
             stack.enter_context(lifted(guarded))
             if torch.is_inference_mode_enabled() != guarded[0].is_inference():
-                # On the meta device the two kinds do not mix, as `module.to` in inference mode would have it.
+                # On the meta device inference tensors and others do not mix. `module.to` in inference mode mixes them.
                 stack.enter_context(torch.inference_mode(guarded[0].is_inference()))
                 stack.enter_context(torch.no_grad())
             stack.enter_context(record.reopened())
             if not impersonated:
-                stack.enter_context(Lookout(handle))
+                stack.enter_context(DispatchCheck(handle))
             if impersonated or is_move:
                 stack.enter_context(record.impersonating())
             result = func(*args, **kwargs)
     except (RuntimeError, TypeError) as error:
         if impersonated or isinstance(error, NucleateError):
             raise
-        # What fails before it reaches aten, such as an edit of a leaf that requires a gradient.
+        # The call failed before it reached aten, such as an edit of a leaf that requires a gradient.
         refuse(handle, label(func), edit=is_edit(func), cause=error)
     _guard_result(result, handle)
     return result
@@ -208,7 +209,7 @@ def _record_call(
     """Record a call that a method such as `load_state_dict` makes; see `recorded_methods.py`."""
     handle = _handle(guarded[0])
     record = handle.record
-    # First, so that a thread waits for another one that records a call.
+    # Before the checks, so that this thread waits for another one that records a call.
     with turn:
         for tensor in guarded:
             refuse_stale(tensor, _handle(tensor))
@@ -216,13 +217,13 @@ def _record_call(
             with record.loading(), torch._C.DisableTorchFunction():
                 given = record.given_by(args[0], args[1])
             if given is not None:
-                record.give(args[0], given)
+                record.bind(args[0], given)
                 return args[0]
         num_steps = len(record.tape.steps)
         try:
             with lifted(guarded), record.reopened(), record.impersonating():
                 if func is Tensor.copy_ and len(args) > 1 and not isinstance(args[1], Tensor):
-                    # Before the library of a lazy tensor reads all of it.
+                    # Before the library of a lazy tensor reads the whole tensor.
                     with record.factories(real=False):
                         lazy = record.of_lazy(args[1])
                     args = (args[0], args[1] if lazy is None else lazy, *args[2:])
@@ -236,7 +237,7 @@ def _record_call(
 
 
 def _copies_plainly(guarded: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a `copy_` is one of a real tensor into a whole deferred one, as most of a state dict's are."""
+    """Return whether a `copy_` copies a plain tensor into a deferred one, as most copies of a state dict do."""
     if len(args) != 2 or kwargs or len(guarded) != 1 or type(args[1]) not in (Tensor, nn.Parameter):
         return False
     with torch._C.DisableTorchFunction():
@@ -246,17 +247,17 @@ def _copies_plainly(guarded: list[Tensor], args: tuple[Any, ...], kwargs: dict[s
 
 
 def _guard_result(result: Any, handle: Handle) -> None:
-    """Guard an alias, or a copy: it is as deferred as what it was made from."""
+    """Guard the aliases and copies in a result. They are deferred like their originals."""
     for tensor in every_tensor(result):
         if handle_of(tensor) is None and handle.record.tape.number(tensor) is not None:
             guard(tensor, handle.record, handle.fqn)
 
 
 def _check_load(target: Tensor, frame: Mapping[str, Any]) -> None:
-    """Look at what `nn.Module._load_from_state_dict` is going to do with a deferred tensor, before it does anything.
+    """Check a deferred tensor that `nn.Module._load_from_state_dict` is going to copy into or replace.
 
     Raises:
-        DeferredError: It cannot be copied into the tensor.
+        DeferredError: The tensor of the state dict cannot be copied into the deferred tensor.
     """
     handle = _handle(target)
     if frame["assign_to_params_buffers"]:
@@ -270,12 +271,12 @@ def _check_load(target: Tensor, frame: Mapping[str, Any]) -> None:
 def _is_called_by_parameter() -> bool:
     frame = sys._getframe(1)
     while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
-        frame = frame.f_back  # also those of modes
+        frame = frame.f_back  # Also skip the frames of modes.
     return frame.f_code is nn.Parameter.__new__.__code__
 
 
 def _for_parameter(tensor: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Answer `nn.Parameter(tensor)`, which wants the class of a tensor subclass back (torch/nn/parameter.py, 2.13)."""
+    """Answer `nn.Parameter(tensor)`, which expects the same tensor subclass back (torch/nn/parameter.py, 2.13)."""
     handle = _handle(tensor)
     with lifted([tensor]):
         result: Tensor = func(*args, **kwargs)
@@ -298,7 +299,7 @@ def _set_data(target: Tensor, value: Tensor) -> None:
 
 
 def _alias(tensor: Any) -> Tensor:
-    """Return what `copy.copy` does by way of `__reduce_ex__`: another tensor on the same memory."""
+    """Return another tensor on the same memory, as `copy.copy` does by way of `__reduce_ex__`."""
     if isinstance(tensor, nn.Parameter):
         alias: Tensor = nn.Parameter(tensor.data, tensor.requires_grad)
     else:
@@ -308,7 +309,7 @@ def _alias(tensor: Any) -> Tensor:
 
 
 def _target(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
-    """Return the device that a move asks for, where it asks for one."""
+    """Return the target device of a move, or None if it names no device."""
     kind = moves().get(func)
     if kind == "cpu":
         return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What ties a deferred tensor to its record once the constructor has ended."""
+"""Handles: each connects a deferred tensor to its recording after the constructor has ended."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _NAME = "_nucleate_deferred"
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """What ties a deferred tensor to its record.
+    """The connection of a deferred tensor to its recording.
 
     Attributes:
-        record: The record that can make its value.
-        fqn: Its name, as far as it is known.
-        cls: The class it had before it was guarded.
-        version: Its version counter when it was guarded; a later one tells of an edit through an alias.
-        num_writes: How many steps wrote its storage until then.
+        record: The recording that can make the tensor's value.
+        fqn: The tensor's FQN, as far as it is known.
+        cls: The tensor's class before it was guarded.
+        version: The tensor's version counter when it was guarded. A higher number shows an edit through an alias.
+        num_writes: The number of steps that had written its storage by then.
     """
 
     record: Recording
@@ -41,7 +41,7 @@ def handle_of(tensor: Any) -> Handle | None:
 
 
 def attach(tensor: Tensor, record: Recording, fqn: str, cls: type[Tensor]) -> None:
-    """Give a deferred tensor a handle, or a new one, which takes it as it is now."""
+    """Give a deferred tensor a new handle, which holds its present version and writes."""
     with torch._C.DisableTorchFunction():
         tensor.untyped_storage().__class__ = GuardedStorage
         number = record.tape.number(tensor)
@@ -50,7 +50,7 @@ def attach(tensor: Tensor, record: Recording, fqn: str, cls: type[Tensor]) -> No
 
 
 def release(tensor: Tensor) -> None:
-    """Take the guard off: the class as it was, and no handle."""
+    """Take the guard off: restore the tensor's class, and remove its handle."""
     handle = tensor.__dict__.pop(_NAME, None)
     if handle is not None:
         tensor.__class__ = handle.cls
@@ -60,7 +60,7 @@ def release(tensor: Tensor) -> None:
 
 @contextmanager
 def lifted(guarded: Sequence[Tensor]) -> Iterator[None]:
-    """Take the guard off for a while, and put it back as it was."""
+    """Take the guards off inside the context, and put them back on exit."""
     held = [(tensor, type(tensor), tensor.__dict__.pop(_NAME)) for tensor in {id(t): t for t in guarded}.values()]
     for tensor, _, handle in held:
         tensor.__class__ = handle.cls
@@ -73,18 +73,18 @@ def lifted(guarded: Sequence[Tensor]) -> Iterator[None]:
 
 
 def is_edited(tensor: Tensor, handle: Handle) -> bool:
-    """Return whether a deferred tensor was written where no recorder was listening, through an alias of it."""
+    """Return whether a deferred tensor was written through an alias while no recorder saw it."""
     with torch._C.DisableTorchFunction():
         number = handle.record.tape.number(tensor)
         if number is None:
             return True
-        # A recorded write, in a context that was entered again, moves the counter of every alias as well.
+        # A recorded write, in a context that was entered again, also raises the counter of every alias.
         num_recorded = len(handle.record.tape.writers(number)) - handle.num_writes
         return _version(tensor) - handle.version > max(num_recorded, 0)
 
 
 def is_shared(tensor: Tensor, handle: Handle) -> bool:
-    """Return whether a real tensor has the memory that belongs to a deferred one, and may have changed it."""
+    """Return whether a real storage has replaced that of a deferred tensor, so that its values may have changed."""
     with torch._C.DisableTorchFunction():
         number = handle.record.tape.number(tensor)
         return number is not None and handle.record.tape.made(number) is not None
@@ -95,7 +95,7 @@ def _version(tensor: Tensor) -> int:
 
 
 class GuardedStorage(torch.UntypedStorage):
-    """The storage of a deferred tensor after its constructor: torch would not notice a write, on the meta device."""
+    """The storage of a deferred tensor after its constructor. It refuses writes, which torch misses on meta."""
 
     def fill_(self, *args: Any) -> Any:
         _refuse_storage("fill_")
@@ -118,6 +118,6 @@ def _refuse_storage(what: str) -> None:
     if not is_recording():
         raise DeferredEditError(
             f"this is the storage of a deferred tensor, and {what} would edit it outside the context that records it, "
-            "so the edit would be lost. Do it inside an `init_module(empty_init=True)` block, which may be entered "
-            "again for that, or after `setup`."
+            "so the edit would be lost. Do it in an `init_module(empty_init=True)` block (you can enter one again), "
+            "or after `setup`."
         )

@@ -1,8 +1,8 @@
 """Recorded methods: methods of modules that write their module's tensors, and that users call outside the context.
 
-`model.load_state_dict(...)` and `model.reset_parameters()` are lines that every script has. While one of these methods
-runs, a guarded tensor records what is done to it instead of refusing it. The methods are found on the stack, since
-torch has no hook around them and no class is patched outside a context.
+Most scripts call `model.load_state_dict(...)` or `model.reset_parameters()`. While one of these methods runs, a guarded
+tensor records the operations on it instead of refusing them. nucleate finds the method on the stack, because torch has
+no hook around it and nucleate patches no class outside a context.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nucleate.errors import DeferredUseError
 
 
 class Purpose(Enum):
-    """Why a method writes tensors."""
+    """The reason why a method writes tensors."""
 
     LOAD = "load"
     INITIALIZE = "initialize"
@@ -40,7 +40,7 @@ _LOAD_ONE = nn.Module._load_from_state_dict.__code__
 
 
 def running_purpose() -> Purpose | None:
-    """Return the purpose of the innermost recorded method that this thread is in, or None outside of all."""
+    """Return the purpose of the innermost recorded method that this thread runs, or None outside such methods."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -52,18 +52,18 @@ def running_purpose() -> Purpose | None:
 
 
 def loading_frame() -> FrameType | None:
-    """Return the frame of `nn.Module._load_from_state_dict`, if that is who asks a tensor something."""
+    """Return the frame of `nn.Module._load_from_state_dict` if it makes the current call on a tensor, or None."""
     frame = sys._getframe(2)
     while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
-        frame = frame.f_back  # also those of modes
+        frame = frame.f_back  # Also skip the frames of modes.
     return frame if frame.f_code is _LOAD_ONE else None
 
 
 def refuse_meta_source(names: Mapping[str, Any]) -> None:
-    """Refuse a state dict's tensor that has no value, before torch copies it and collects one error for each tensor.
+    """Refuse a state dict's tensor without a value, before torch copies it and collects one error for each tensor.
 
     Args:
-        names: The local names of `nn.Module._load_from_state_dict`.
+        names: The local variables of `nn.Module._load_from_state_dict`.
 
     Raises:
         DeferredUseError: The tensor is on the meta device, and is not deferred.
@@ -75,6 +75,6 @@ def refuse_meta_source(names: Mapping[str, Any]) -> None:
         is_meta = value.is_meta
     if is_meta and not any(record.tape.number(value) is not None for record in active_records()):
         raise DeferredUseError(
-            f"{names.get('key')} cannot be loaded: in the state dict it is on the meta device and has no value. Load a "
-            "state dict with values."
+            f"{names.get('key')} cannot be loaded: its tensor in the state dict is on the meta device and has no "
+            "value. Load a state dict whose tensors have values."
         )

@@ -1,4 +1,4 @@
-"""What a deferred tensor says no to outside the context, and how it says so."""
+"""Refusals: the calls that a deferred tensor refuses outside the context, and the errors that it raises."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nucleate.deferred.guards.handle import Handle, is_edited, is_shared
 from nucleate.errors import DeferredEditError, DeferredUseError
 
 _SET_GRAD: Any = Tensor.grad.__set__  # type: ignore[union-attr]
-#: These would hand out memory, fail in a less clear way, or work on the meta tensor without a word.
+#: Functions that would hand out memory, fail with a less clear error, or silently work on the meta tensor.
 REFUSED = {
     Tensor.untyped_storage,
     Tensor.storage,
@@ -23,7 +23,7 @@ REFUSED = {
     Tensor.share_memory_,
     Tensor.__reduce_ex__,
 }
-#: Edits that never reach aten, or not as such.
+#: Edits that do not reach aten, or do not reach it as edits.
 EDITS = {
     Tensor.apply_,
     Tensor.map_,
@@ -40,7 +40,7 @@ _LABELS = {
 
 
 def is_edit(func: Any) -> bool:
-    """Return whether a torch function changes its first argument, going by its name where it has no schema."""
+    """Return whether a torch function without a schema changes its first argument, judged by its name."""
     name = getattr(func, "__name__", "")
     in_place = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in _OPERATORS)
     return in_place or func is Tensor.__setitem__
@@ -50,7 +50,7 @@ _OPERATORS = {"__invert__", "__index__", "__int__", "__iter__"}
 
 
 def label(func: Any) -> str:
-    """Return how a message names a torch function."""
+    """Return the name of a torch function in error messages."""
     return _LABELS.get(func) or str(getattr(func, "__name__", func))
 
 
@@ -59,42 +59,42 @@ def refuse(handle: Handle, what: str, edit: bool, cause: Exception | None = None
     if edit:
         raise DeferredEditError(
             f"{handle.fqn} is deferred, and {what} would edit it outside the context that records it, so the edit "
-            "would be lost. Do it inside an `init_module(empty_init=True)` block, which may be entered again for "
-            "that, or after `setup`."
+            "would be lost. Do it in an `init_module(empty_init=True)` block (you can enter one again), or after "
+            "`setup`."
         ) from cause
     raise DeferredUseError(
         f"{handle.fqn} is deferred and has no value yet, so {what} cannot work on it. Call `runtime.setup(model)` "
-        "first, or do it inside an `init_module(empty_init=True)` block, which may be entered again for that."
+        "first, or do it in an `init_module(empty_init=True)` block (you can enter one again)."
     ) from cause
 
 
 def refuse_edited(handle: Handle) -> NoReturn:
-    """Raise the error for a deferred tensor that was written where nothing recorded it."""
+    """Raise the error for a deferred tensor with a write that nothing recorded."""
     raise DeferredEditError(
-        f"{handle.fqn} was edited outside the context that records it, through a tensor that shares its memory; the "
-        "edit would be lost. Make it inside `init_module`, or after `setup`."
+        f"{handle.fqn} was edited outside the context that records it, through a tensor that shares its memory, so "
+        "the edit would be lost. Make the edit inside `init_module`, or after `setup`."
     )
 
 
 def refuse_shared(handle: Handle) -> NoReturn:
-    """Raise the error for a deferred tensor whose memory is there already, under another tensor."""
+    """Raise the error for a deferred tensor that shares its memory with a tensor that is materialized already."""
     raise DeferredUseError(
-        f"{handle.fqn} is deferred, but shares its memory with a part of the model that has been made, so its value is "
-        "not its recipe's any more. Make it as well first: `materialize` it, or set up the whole model."
+        f"{handle.fqn} is deferred, but shares its memory with a part of the model that is materialized already, so "
+        "its recipe may no longer give its value. `materialize` it as well, or set up the whole model."
     )
 
 
 def refuse_move(handle: Handle, device: Any) -> NoReturn:
     """Raise the error for a move of a deferred tensor to another device."""
     raise DeferredUseError(
-        f"{handle.fqn} is deferred and stands for a tensor on {handle.record.device}; it cannot be moved to {device} "
-        "before it has a value. `runtime.setup(model)` makes it on the runtime's device, and "
-        "`materialize(model, device)` on any."
+        f"{handle.fqn} is deferred and stands for a tensor on {handle.record.device}, so it cannot be moved to "
+        f"{device} before it has a value. Materialize it on the runtime's device with `runtime.setup(model)`, or on "
+        "another device with `materialize(model, device)`."
     )
 
 
 def refuse_stale(tensor: Tensor, handle: Handle) -> None:
-    """Raise if a deferred tensor is not what its record says, or if another thread is constructing its model."""
+    """Raise if a deferred tensor no longer matches its recording, or if another thread constructs its model."""
     if is_edited(tensor, handle):
         refuse_edited(handle)
     if is_shared(tensor, handle):

@@ -1,7 +1,7 @@
-"""A device that this machine does not have: factories that ask for it are told to use the meta device.
+"""Devices that this machine does not have: factories for such a device use the meta device instead.
 
-torch starts a device's runtime while it reads the arguments of a factory (`device_lazy_init`), before any mode of the
-dispatcher sees the call, and that fails where the device is absent.
+torch starts a device's runtime while it reads the arguments of a factory (`device_lazy_init`). This happens before any
+mode of the dispatcher sees the call, and it fails if the device is absent.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
-#: What makes a tensor of values that it is given.
+#: Functions that make a tensor from given values.
 FROM_DATA = frozenset((torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor))
 
 
 def absent_as_meta(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], absent: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return the arguments with the meta device in place of an absent one, or None where a call does not ask for it.
+    """Return the arguments with the meta device in place of an absent one, or None if a call does not use that one.
 
     Args:
         func: A function of torch.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        absent: The device.
+        absent: The absent device.
     """
     named = kwargs.get("device")
     if named is None and is_factory(func):
@@ -36,14 +36,14 @@ def absent_as_meta(
 
 
 def is_factory(func: Any) -> bool:
-    """Return whether a function makes a tensor on the device that it is told, or on the default one."""
-    from torch.utils._device import _device_constructors  # Rarely asked; torch does not import it by itself.
+    """Return whether a function makes a tensor on its `device` argument, or else on the default device."""
+    from torch.utils._device import _device_constructors  # Rarely needed, and torch does not import it itself.
 
     return func in _device_constructors()
 
 
 def _default_device() -> torch.device | None:
-    """Return the device that factories use, without asking for its index as torch does."""
+    """Return the default device of factories, without asking for its index as torch does."""
     from torch.utils._device import DeviceContext
 
     modes = reversed(_get_current_function_mode_stack())

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     """Copy a deferred tensor as `Tensor.__deepcopy__` (torch/_tensor.py, 2.13) copies a real one.
 
-    It copies the whole storage once, so that tensors that share one do so in the copy. On the meta device torch
-    clones each tensor instead.
+    It copies each storage once, so that tensors that share a storage also share it in the copy. On the meta device
+    torch clones each tensor instead.
 
     Args:
         tensor: A leaf of exactly the class `Tensor`.
-        memo: `copy.deepcopy`'s.
+        memo: The memo of `copy.deepcopy`.
     """
     if id(tensor) in memo:
         return memo[id(tensor)]  # type: ignore[no-any-return]
@@ -46,6 +46,6 @@ def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 def look(
     storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> Tensor:
-    """Return a tensor on a storage without memory; that needs no step."""
+    """Return a tensor on a storage without memory. This needs no step on the tape."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         return torch.empty(0, dtype=dtype, device="meta").set_(storage, offset, size, stride)

@@ -1,9 +1,9 @@
-"""What Python sees of a deferred tensor: the device it will live on, never meta.
+"""The torch function mode for deferred tensors: Python sees them on the device that they will live on, never on meta.
 
-torch and others behave differently on meta tensors: `nn.init.trunc_normal_`, `orthogonal_`, `sparse_` and
-`dirac_` return without doing anything (torch/nn/init.py, since 2.12), and transformers skips its whole weight
-initialization. So while a constructor runs, `device`, `is_meta` and their like answer for the intended device.
-The same mode catches what never reaches aten: host reads of a whole tensor, and `.data =` between a real and a
+torch and other libraries behave differently on meta tensors. `nn.init.trunc_normal_`, `orthogonal_`, `sparse_` and
+`dirac_` return without doing anything (torch/nn/init.py, since 2.12). transformers skips its whole weight
+initialization. So while a constructor runs, `device`, `is_meta` and similar attributes answer for the intended device.
+The same mode catches calls that never reach aten: host reads of a whole tensor, and `.data =` between a real and a
 deferred tensor.
 """
 
@@ -42,13 +42,13 @@ _IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 
 class Impersonation(TorchFunctionMode):
-    """Makes deferred tensors look like tensors of the recorder's device.
+    """The torch function mode that makes deferred tensors look like tensors of the recorder's device.
 
     Args:
-        recorder: Says which tensors are deferred and records what is done to them.
+        recorder: The recorder, which knows the deferred tensors and records operations on them.
     """
 
-    #: Tells it among the modes of torch.
+    #: Marks this mode among the modes of torch.
     is_impersonation = True
 
     def __init__(self, recorder: Recorder) -> None:
@@ -96,7 +96,7 @@ class Impersonation(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _wait(self, onset: Onset, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function before the recording has begun; a factory may begin it."""
+        """Call a function before the recording has begun. A call of `torch.empty` may begin it."""
         if func is FACTORY:
             with onset.asked():
                 return func(*args, **kwargs)
@@ -104,7 +104,7 @@ class Impersonation(TorchFunctionMode):
             args, kwargs = tuple(map(original_type, args)), {k: original_type(value) for k, value in kwargs.items()}
         if _get_current_dispatch_mode() is not self.recorder:
             return func(*args, **kwargs)
-        # Faster; and torch computes some things in another way where a dispatch mode is active.
+        # This is faster. Also, torch computes some functions in another way while a dispatch mode is active.
         with _pop_mode_temporarily():
             return func(*args, **kwargs)
 
@@ -112,10 +112,10 @@ class Impersonation(TorchFunctionMode):
         return isinstance(value, Tensor) and self.recorder.tape.number(value) is not None
 
     def _fill_out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let a factory write into a deferred tensor: torch compares the device that it is told with the tensor's."""
+        """Let a factory write into a deferred tensor: torch compares its `device` argument with the tensor's device."""
         told = kwargs.get("device")
         if told is not None and not _same_device(told, self.recorder.device):
-            return func(*args, **kwargs)  # torch refuses it.
+            return func(*args, **kwargs)  # torch refuses the call.
         with self._impersonated_target():
             return func(*args, **{**kwargs, "device": torch.device("meta")})
 
@@ -129,7 +129,7 @@ class Impersonation(TorchFunctionMode):
             self.recorder.meta_is_meant = before
 
     def _on_value(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer from the value the tensor has now."""
+        """Answer from the present value of the tensor."""
         if self._is_deferred(args[0]):
             args = (self.recorder.value(args[0]), *args[1:])
         else:
@@ -137,7 +137,7 @@ class Impersonation(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _share(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hand out memory that the caller may write: from here on the tensor's value is what stands there."""
+        """Hand out memory that the caller may write. From here on, this memory holds the tensor's value."""
         tensor = args[0]
         if self._is_deferred(tensor):
             args = (self.recorder.expose(tensor).requires_grad_(tensor.requires_grad), *args[1:])
@@ -146,7 +146,7 @@ class Impersonation(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _change(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run on real memory what changes a tensor behind torch's back."""
+        """Run a function on real memory, because no mode sees how it changes the tensor."""
         target = args[0]
         if not self._is_deferred(target):
             return func(*map_leaves(args, self._real), **kwargs)
@@ -157,7 +157,7 @@ class Impersonation(TorchFunctionMode):
         return self.recorder.value(leaf) if self._is_deferred(leaf) else leaf
 
     def _show(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Write the value as torch would, with what autograd knows of the tensor."""
+        """Return the text that torch would print for the value, with `requires_grad` or the tensor's `grad_fn`."""
         tensor = args[0]
         if not self._is_deferred(tensor):
             return self._on_value(func, args, kwargs)
@@ -165,13 +165,13 @@ class Impersonation(TorchFunctionMode):
         if tensor.grad_fn is None:
             return func(real.requires_grad_(tensor.requires_grad), *args[1:], **kwargs)
         text, suffix = func(real, *args[1:], **kwargs), f"grad_fn=<{type(tensor.grad_fn).__name__}>)"
-        # As `_add_suffixes` in torch/_tensor_str.py (2.13) does it.
+        # The same as `_add_suffixes` in torch/_tensor_str.py (2.13).
         width = len(text) - text.rfind("\n") + len(suffix) + 1
         separator = ",\n       " if width > torch._tensor_str.PRINT_OPTS.linewidth else ", "
         return f"{text[:-1]}{separator}{suffix}"
 
     def _reduce(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pickle a tensor with its value; those that share memory do so in the pickle."""
+        """Pickle a tensor with its value. Tensors that share memory also share it in the pickle."""
         tensor = args[0]
         if not self._is_deferred(tensor):
             return func(*args, **kwargs)
@@ -181,7 +181,7 @@ class Impersonation(TorchFunctionMode):
         return func(real, *args[1:], **kwargs)
 
     def _index(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make tensors of lists in an index, which torch would make, without their values, on the meta device."""
+        """Turn lists in an index into real tensors. torch would turn them into meta tensors without values."""
         if self._is_deferred(args[0]):
             index = args[1]
             parts = index if isinstance(index, tuple) else (index,)
@@ -193,7 +193,10 @@ class Impersonation(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute with tensors that are all deferred, or all real: torch makes some inside, and compares devices."""
+        """Call a function with tensors that are all deferred or all real.
+
+        torch makes further tensors inside the call, and compares the devices of all.
+        """
         given = tensors((args, kwargs))
         if kwargs.get("out") is not None:
             return func(*args, **kwargs)
@@ -210,25 +213,25 @@ class Impersonation(TorchFunctionMode):
         return self.recorder.adopt(leaf) if is_real else leaf
 
     def _split(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Split where a deferred tensor says, which torch looks into."""
+        """Split a tensor. torch reads the split positions, so this replaces deferred positions by their values."""
         args = (*args[:1], *map(self._real, args[1:]))
         return func(*args, **{name: self._real(value) for name, value in kwargs.items()})
 
     def _get_data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Remember the alias: it has a version counter of its own, so an edit through it would not be seen later."""
+        """Remember the alias. It has its own version counter, so later checks would not see an edit through it."""
         alias = func(*args, **kwargs)
         if self._is_deferred(alias) and alias is not args[0]:
             self.recorder.handed_out.append(weakref.ref(alias))
         return alias
 
     def _deepcopy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Copy a leaf as on its device: torch copies meta tensors by other rules."""
+        """Copy a leaf by the rules of its device. torch copies meta tensors by other rules."""
         if type(args[0]) is not Tensor or not args[0].is_leaf or not self._is_deferred(args[0]):
             return func(*args, **kwargs)
         return deepcopy(*args, **kwargs)
 
     def _new_tensor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a constant with the options of a tensor; it is real."""
+        """Make a real constant with the dtype and device of a tensor."""
         if not self._is_deferred(args[0]):
             return func(*args, **kwargs)
         options = {"dtype": args[0].dtype, "device": self.recorder.device, **kwargs}
@@ -238,7 +241,7 @@ class Impersonation(TorchFunctionMode):
         target, value = args
         if self._is_deferred(target) and isinstance(value, Tensor) and not value.is_meta:
             if value.device.type != self.recorder.device.type and self.recorder.is_present:
-                # torch lets some devices take each other's memory, and refuses the others.
+                # torch allows this between some devices. For the others, this call raises torch's error.
                 func(torch.empty(0, dtype=value.dtype, device=self.recorder.device), value)
             return func(target, self.recorder.adopt(value))
         if not self._is_deferred(target) and self._is_deferred(value):
@@ -246,10 +249,10 @@ class Impersonation(TorchFunctionMode):
         return func(target, value)
 
     def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keep `to`, `cpu` and their like from copying where eager torch, already there, would return the tensor."""
+        """Move a tensor. Like eager torch, return the tensor itself if it is already on the target device."""
         other = kwargs.get("other", args[1] if len(args) > 1 else None)
         if isinstance(other, Tensor):
-            # torch would see that a deferred tensor is on the meta device.
+            # torch would read the meta device from a deferred tensor.
             device = self.recorder.device if self._is_deferred(other) else other.device
             args = (args[0], device, other.dtype, *args[2:])
             kwargs = {name: value for name, value in kwargs.items() if name != "other"}
@@ -283,14 +286,14 @@ class Impersonation(TorchFunctionMode):
             return func(args[0], *map(here, args[1:]), **{name: here(value) for name, value in kwargs.items()})
 
     def _move_to_absent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record where a real tensor is moved to a device that is not there."""
+        """Record the move of a real tensor to a device that this machine does not have."""
         if func.__name__ != self.recorder.device.type:
             return self._move_as_meta(func, args, kwargs)
         device = torch.device(self.recorder.device.type, self.recorder.device.index)
         return self._move_as_meta(Tensor.to, (args[0], device), {})
 
     def _made_for_absent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make what is asked for on a device that is not there: the meta device stands for it."""
+        """Make a tensor for a device that this machine does not have. The meta device stands for that device."""
         if func not in FROM_DATA:
             return func(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
@@ -316,7 +319,7 @@ class Impersonation(TorchFunctionMode):
             return _type_name(args[0].dtype, self.recorder.device)
         target = args[1] if len(args) > 1 else kwargs.get("dtype")
         if not isinstance(target, torch.dtype):
-            # A legacy type, or the name of one: a real tensor knows what it means.
+            # The target is a legacy type or its name. A real tensor can resolve both.
             with torch._C.DisableTorchFunction(), _disable_current_modes():
                 empty: Any = torch.empty(0, device=self.recorder.device).type(target)
             if empty.device.type != self.recorder.device.type:
@@ -325,7 +328,7 @@ class Impersonation(TorchFunctionMode):
         return args[0] if target == args[0].dtype else args[0].to(target)
 
     def _new(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a tensor of the type of another, from sizes, numbers or a tensor."""
+        """Make a tensor from sizes, numbers or a tensor, with the type of the first argument."""
         if not self._is_deferred(args[0]) or len(args) < 2:
             return func(*args, **kwargs)
         if isinstance(args[1], (list, tuple)) and not isinstance(args[1], torch.Size):
@@ -335,13 +338,13 @@ class Impersonation(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _to_meta(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return what the meta device has of a tensor, which a deferred one is already on."""
+        """Return a new meta tensor. torch would return the deferred tensor itself, since that is on meta already."""
         _, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         kept = torch.preserve_format if memory_format is None else memory_format
         return torch.empty_like(tensor, dtype=dtype, device="meta", memory_format=kept)
 
     def _are_compatible(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Say whether `.data` of one tensor can be set to another: not if one of them is meant to be on meta."""
+        """Return whether `.data` of one tensor can be set to another. A deferred tensor takes no other meta tensor."""
         if self._is_deferred(args[0]) and args[1].is_meta:
             return self._is_deferred(args[1])
         return func(*args, **kwargs)
@@ -349,7 +352,7 @@ class Impersonation(TorchFunctionMode):
     def _construct(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Build a tensor from Python data that may hold deferred scalars."""
         if func is not torch.tensor and args and self._is_deferred(args[0]):
-            # `as_tensor` of a tensor is the tensor itself where nothing has to change.
+            # `as_tensor` of a tensor returns the tensor itself if nothing has to change.
             return self._move(Tensor.to, args, kwargs) if kwargs or len(args) > 1 else args[0]
         resolve = self.recorder.value
         args = map_leaves(args, lambda leaf: resolve(leaf) if self._is_deferred(leaf) else leaf)
@@ -359,7 +362,7 @@ class Impersonation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# Not in the instance: a method bound to it would keep it, and all that it has recorded, until the collector comes by.
+# Not in the instance: its bound methods would keep it, and all that it has recorded, until the garbage collector runs.
 _HANDLERS: dict[Any, Handler] = {
     Tensor.tolist: Impersonation._on_value,
     Tensor.item: Impersonation._on_value,
@@ -422,12 +425,12 @@ def _same_device(value: Any, own: torch.device) -> bool:
     if device.type != own.type:
         return False
     if device.index is None and own.index is not None and is_present(own):
-        device = concrete(device)  # The current one, which the constructor may have changed.
+        device = concrete(device)  # The current device, which the constructor may have changed.
     return device.index in (None, own.index)
 
 
 def _type_name(dtype: torch.dtype, device: torch.device) -> str:
-    """Return what `tensor.type()` says, such as `torch.cuda.FloatTensor`."""
+    """Return the result of `tensor.type()`, such as `torch.cuda.FloatTensor`."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         name = torch.empty(0, dtype=dtype).type()
     return name if device.type == "cpu" else name.replace("torch.", f"torch.{device.type}.", 1)

@@ -1,7 +1,7 @@
-"""What deferred tensors look like to C code of torch that no mode sees.
+"""Patches that make deferred tensors look like tensors of their device to C code of torch that no mode sees.
 
-The legacy tensor types, which are asked whether a tensor is one of them; DLPack; and the question whether a mode is
-active.
+They cover the legacy tensor types and their `isinstance` checks, DLPack, the grouping of tensors by device, and the
+question whether a mode is active.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def _real(leaf: Any) -> Any:
 
 
 def _has_own_torch_function(relevant: Any) -> bool:
-    """Say whether a tensor has a torch function of its own, or a mode of somebody else's is active.
+    """Return whether a tensor has its own torch function, or a mode is active that is not ours.
 
-    torch says so too where ours is active, which makes attention take a slower way that gives other last bits
+    torch also answers yes while our mode is active. Attention then takes a slower way that gives other last bits
     (torch/nn/modules/activation.py, 2.13).
     """
     if any(not getattr(mode, "is_impersonation", False) for mode in _get_current_function_mode_stack()):
-        return True  # Eager construction under `torch.device(...)` is told so as well.
+        return True  # Eager construction under `torch.device(...)` gets the same answer.
     return any(
         hasattr(type(arg), "__torch_function__")
         and type(arg) is not Tensor
@@ -73,7 +73,7 @@ def _shares_memory(original: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]
 
 
 def _groups(original: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
-    """Group deferred tensors under their device; optimizers and gradient clipping move tensors there."""
+    """Group deferred tensors under their device, because optimizers and gradient clipping move tensors there."""
 
     def group(tensors: list[list[Tensor | None]], *args: Any, **kwargs: Any) -> dict[Any, Any]:
         groups = original(tensors, *args, **kwargs)
@@ -98,7 +98,7 @@ _LEGACY = {
 
 
 class _StandIn(type):
-    """The class of what stands for a legacy type, which takes deferred tensors for tensors of their device."""
+    """The metaclass of stand-ins for legacy types, which treat deferred tensors as tensors of their device."""
 
     original: Any
     dtype: torch.dtype
@@ -113,14 +113,14 @@ class _StandIn(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and active_record_of(args[0]) is not None and isinstance(args[0], cls):
             return torch.ops.aten.alias(args[0])
-        # Not in `torch.Size`, which is a tuple, but of lengths.
+        # Not in tuples: a `torch.Size` is a tuple of lengths.
         values = (map_leaves(arg, _real) if isinstance(arg, (Tensor, list)) else arg for arg in args)
         return cls.original(*values, **kwargs)
 
     def __getattr__(cls, name: str) -> Any:
         return getattr(cls.original, name)
 
-    # Modules that are imported meanwhile keep what they see.
+    # A module that is imported meanwhile keeps the stand-in, so it must equal the original.
     def __eq__(cls, other: object) -> bool:
         return other is cls or other is cls.original
 
@@ -135,7 +135,7 @@ def _stand_in(original: Any, name: str, dtype: torch.dtype, device: str) -> Any:
 
 
 def original_type(value: Any) -> Any:
-    """Return the legacy type that a value stands for, and any other value as it is."""
+    """Return the legacy type that a stand-in stands for, or any other value unchanged."""
     return value.original if isinstance(value, _StandIn) else value
 
 

@@ -1,7 +1,7 @@
-"""The places in torch that are patched while some thread records, and how they tell that thread's records.
+"""Patches of torch, installed while any thread records. They act for the recordings of the calling thread.
 
-What is made of modules, parameters and initializers is not all seen by torch's modes. The patches are there for the
-whole process as long as at least one context is open in it, and do nothing in threads that do not record.
+torch's modes do not see everything that a constructor does with modules, parameters and initializers. The patches are
+installed for the whole process as long as at least one context is open. In threads that do not record they do nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _num_contexts = 0
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """Have torch patched; the last context to end takes the patches away, whichever thread it is in."""
+    """Keep torch patched inside the context. The last context to end removes the patches, in whichever thread it is."""
     global _num_contexts
     with _lock:
         if _num_contexts == 0:
@@ -55,7 +55,7 @@ def _install(stack: ExitStack) -> None:
     ):
         stack.callback(hook.remove)
 
-    # `deepcopy` and `torch.load` make modules that register nothing.
+    # `deepcopy` and `torch.load` make modules without calling the registration hooks.
     set_state = nn.Module.__setstate__
 
     def noticed_set_state(module: nn.Module, state: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ def _install(stack: ExitStack) -> None:
     nn.Module.__setstate__ = noticed_set_state  # type: ignore[method-assign]
     stack.callback(setattr, nn.Module, "__setstate__", set_state)
 
-    # Nor do scripted and traced ones.
+    # Scripted and traced modules do not call the hooks either.
     scripted: Any = torch.jit._script.RecursiveScriptModule
     init_scripted = scripted.__init__
 
@@ -76,8 +76,8 @@ def _install(stack: ExitStack) -> None:
     scripted.__init__ = noticed_init_scripted
     stack.callback(setattr, scripted, "__init__", init_scripted)
 
-    # A rejection loop: how much randomness it uses is known only by running it. The public function looks this name
-    # up in its module at each call, so this also reaches those who imported `trunc_normal_`.
+    # A rejection loop: only a run tells how many random numbers it uses. The public function looks this name up in its
+    # module at each call, so the patch also reaches code that imported `trunc_normal_`.
     trunc_normal = torch.nn.init._no_grad_trunc_normal_
 
     def opaque_trunc_normal(
@@ -86,7 +86,7 @@ def _install(stack: ExitStack) -> None:
         for record in reversed(active_records()):
             if record.holds(tensor):
                 with plain_modes():
-                    # It refuses wrong numbers also on no elements, and wrong dtypes on one.
+                    # It refuses wrong numbers even on zero elements, but needs one element to refuse a wrong dtype.
                     numel = 0 if tensor.dtype.is_floating_point else 1
                     trunc_normal(torch.empty(numel, dtype=tensor.dtype), mean, std, a, b, torch.Generator())
                 return record.opaque(trunc_normal, tensor, (mean, std, a, b), generator)
@@ -95,7 +95,7 @@ def _install(stack: ExitStack) -> None:
     torch.nn.init._no_grad_trunc_normal_ = opaque_trunc_normal
     stack.callback(setattr, torch.nn.init, "_no_grad_trunc_normal_", trunc_normal)
 
-    # The tensors of a state dict are kept by reference, where a constructor's constants are cloned.
+    # The recording keeps the tensors of a state dict by reference, but clones a constructor's small constants.
     load_state_dict = nn.Module.load_state_dict
 
     @functools.wraps(load_state_dict)
@@ -108,7 +108,8 @@ def _install(stack: ExitStack) -> None:
     nn.Module.load_state_dict = loaded_by_reference  # type: ignore[method-assign, assignment]
     stack.callback(setattr, nn.Module, "load_state_dict", load_state_dict)
 
-    # How `nn.Parameter` is made, on the memory of a tensor and with a version counter of its own; no mode sees it.
+    # `nn.Parameter` calls this, and no mode sees it. The result shares the tensor's memory, but has its own version
+    # counter.
     make_subclass = torch.Tensor._make_subclass
 
     def noticed_make_subclass(*args: Any, **kwargs: Any) -> Tensor:
@@ -118,7 +119,7 @@ def _install(stack: ExitStack) -> None:
         return made
 
     torch.Tensor._make_subclass = staticmethod(noticed_make_subclass)  # type: ignore[method-assign, assignment]
-    # It is inherited from C.
+    # `Tensor` inherits the original from a C class, so deleting the patch restores it.
     stack.callback(delattr, torch.Tensor, "_make_subclass")
 
     # `module.to(tensor)` reads the tensor's device in C++.

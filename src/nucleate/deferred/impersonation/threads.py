@@ -1,6 +1,6 @@
-"""Threads that work for a constructor: those it starts, and pools that were there before, are recorded too.
+"""Threads that work for a constructor: new threads, and those of existing pools, are recorded too.
 
-torch's modes are each thread's own, so a thread joins the recording for as long as it runs the constructor's work.
+Each thread has its own torch modes. So a thread joins the recording while it runs the constructor's work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nucleate.deferred.active import active_records
 
 
 def install_threads(stack: ExitStack) -> None:
-    """Patch what starts a thread and what hands calls to a pool until the stack is closed."""
+    """Patch `Thread.start` and `ThreadPoolExecutor.submit` until the stack is closed."""
     start, submit = threading.Thread.start, ThreadPoolExecutor.submit
     stack.callback(setattr, threading.Thread, "start", start)
     stack.callback(setattr, ThreadPoolExecutor, "submit", submit)
@@ -32,7 +32,7 @@ def install_threads(stack: ExitStack) -> None:
 
 
 def _followed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that, in whichever thread it runs, records into what this thread records into."""
+    """Return a function that joins the recordings of this thread, in whichever thread it runs."""
     followed = [context for record in active_records() if (context := record.followed()) is not None]
     if not followed:
         return function

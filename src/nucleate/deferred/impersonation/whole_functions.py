@@ -1,8 +1,9 @@
 """Functions that are recorded whole, because torch computes them in another way on the meta device.
 
-Some functions are made of operations that depend on the device: oneDNN's LSTM and fused attention exist on a CPU only,
-and give other last bits than what they are made of elsewhere; autocast leaves meta tensors alone; others look into
-memory. They run once on real values, and are one step on the tape. Their gradients are made the same way.
+Some functions consist of operations that depend on the device. oneDNN's LSTM and fused attention exist on a CPU only,
+and give other last bits than the operations that replace them elsewhere. Autocast does not change meta tensors. Other
+functions read memory. The recorder runs such a function once on real values, and records it as one step on the tape.
+Its gradients are made the same way.
 """
 
 from __future__ import annotations
@@ -16,25 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nucleate.deferred.recording.op_schema import Traits
+from nucleate.deferred.recording.op_schema import OpSchema
 from nucleate.deferred.tape.leaves import map_leaves, tensors
 from nucleate.devices import default_generator
 
 if TYPE_CHECKING:
     from nucleate.deferred.recording.recorder import Recorder
 
-# Which of their arguments says how much is dropped, and which whether anything is.
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _SOBOL = {
     torch._sobol_engine_initialize_state_, torch._sobol_engine_scramble_, torch._sobol_engine_ff_,
     torch._sobol_engine_draw,
 }  # fmt: skip
 _ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
-# torch looks at the kind of device in C++ and takes kernels that the CPU and the meta device do not have: one kernel
-# for dropout (`is_fused_kernel_acceptable` in aten/src/ATen/native/Dropout.cpp, 2.13), cuDNN for the others. What
-# a function of `torch.nn.functional` calls no mode of ours sees.
+# In C++, torch looks at the kind of device and takes kernels that the CPU and the meta device do not have: one kernel
+# for dropout (`is_fused_kernel_acceptable` in aten/src/ATen/native/Dropout.cpp, 2.13), cuDNN for the others. No mode of
+# ours sees the calls inside a function of `torch.nn.functional`.
 _DROPOUT = {torch.dropout, F.dropout}
-# The names of their first arguments, up to the one that says whether running statistics are written.
+# The names of their first arguments. The last one says whether running statistics are written.
 _WITH_STATISTICS: dict[Any, tuple[str, ...]] = {
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
     torch.instance_norm: ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats"),
@@ -47,8 +47,8 @@ _BY_DEVICE = {
 }  # fmt: skip
 
 
-# They compute singular and eigenvalues in another way where a dispatch mode is active (`isTensorSubclassLike` in
-# aten/src/ATen/native/BatchLinearAlgebra.cpp, 2.13).
+# These compute singular values and eigenvalues in another way while a dispatch mode is active (`isTensorSubclassLike`
+# in aten/src/ATen/native/BatchLinearAlgebra.cpp, 2.13).
 _SPECTRAL = {
     torch.linalg.svdvals, torch.linalg.eigvals, torch.linalg.eigvalsh, torch.linalg.cond, torch.linalg.matrix_rank,
     torch.linalg.norm, torch.linalg.matrix_norm, torch.nuclear_norm,
@@ -60,7 +60,7 @@ def is_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: t
     """Return whether a function call has to be recorded whole.
 
     Args:
-        func: What a torch function mode is called with.
+        func: The function that a torch function mode received.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         device: The device that deferred tensors stand for.
@@ -76,7 +76,7 @@ def is_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: t
     if func in _RECURRENT or func in _SOBOL or func in _ATTENTION or func is torch.unravel_index:
         return True
     if device.type != "cpu" and func in _BY_DEVICE:
-        # Of what is written no gradient is kept.
+        # `call_whole` keeps no gradient for a function that writes its arguments.
         return not _traits(func, args, kwargs).mutated or not _is_tracked(args, kwargs)
     return torch.is_autocast_enabled(device.type) and _is_cast(func, device)
 
@@ -86,7 +86,7 @@ def _is_tracked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _is_cast(func: Any, device: torch.device) -> bool:
-    """Return whether autocast changes what a function computes in."""
+    """Return whether autocast changes the dtype that a function computes in."""
     name = getattr(func, "__name__", "").strip("_")
     return _has_kernel(name, f"Autocast{torch._C._dispatch_key_for_device(device.type)}")
 
@@ -103,21 +103,21 @@ def _has_overload_kernel(name: str, overload: str, key: str) -> bool:
     try:
         return bool(torch._C._dispatch_has_kernel_for_dispatch_key(full, key))
     except RuntimeError:
-        return False  # One that only TorchScript has.
+        return False  # Only TorchScript has this overload.
 
 
 def call_whole(recorder: Recorder, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function, recorded as one step."""
+    """Call a function, and record it as one step."""
     given = tensors((args, kwargs))
     replayed = _Replayed(func, recorder.device)
-    traits = _traits(func, args, kwargs)
-    if traits.mutated or not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in given):
+    schema = _traits(func, args, kwargs)
+    if schema.mutated or not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in given):
         with torch._C._AutoDispatchBelowAutograd():
-            return recorder.record(replayed, traits, args, kwargs)
+            return recorder.record(replayed, schema, args, kwargs)
     replayed.wanted = [tensor.requires_grad for tensor in given]
     structure: list[Any] = []
     outputs = _Differentiable.apply(  # type: ignore[no-untyped-call]
-        recorder, replayed, traits, (args, kwargs), structure, *given
+        recorder, replayed, schema, (args, kwargs), structure, *given
     )
     found = iter(outputs)
     return map_leaves(structure[0], lambda leaf: next(found) if isinstance(leaf, Tensor) else leaf)
@@ -133,8 +133,8 @@ class _Replayed:
 
     def __init__(self, func: Callable[..., Any], device: torch.device) -> None:
         self.func = func
-        #: Whether each tensor among the arguments requires a gradient, where one is tracked: that decides how matrices
-        #: are multiplied (`should_fold` in aten/src/ATen/native/LinearAlgebra.cpp, torch 2.13).
+        #: Whether each tensor among the arguments requires a gradient; empty if no gradient is tracked. This decides
+        #: how torch multiplies matrices (`should_fold` in aten/src/ATen/native/LinearAlgebra.cpp, torch 2.13).
         self.wanted: list[bool] = []
         self.__qualname__ = func.__qualname__
         self._autocast: tuple[str, torch.dtype] | None = None
@@ -154,7 +154,7 @@ class _Replayed:
         return map_leaves(result, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the function under the modes it was called with."""
+        """Call the function under the modes of the recorded call."""
         with ExitStack() as stack:
             if self._autocast is not None:
                 stack.enter_context(torch.autocast(self._autocast[0], self._autocast[1], cache_enabled=False))
@@ -166,7 +166,7 @@ class _Gradient:
 
     def __init__(self, replayed: _Replayed, call: tuple[tuple[Any, ...], dict[str, Any]], wanted: list[bool]) -> None:
         self._replayed = replayed
-        # Tensors are passed in each time; here are their places.
+        # Each call passes the tensors in. Only their places are kept here.
         self._call = map_leaves(call, lambda leaf: _Place if isinstance(leaf, Tensor) else leaf)
         self.wanted = wanted
         #: The generator's state before the function drew from it.
@@ -188,7 +188,7 @@ class _Gradient:
 
 
 class _Place:
-    """Stands where a tensor was."""
+    """The mark for the place of a tensor among arguments."""
 
 
 class _Differentiable(torch.autograd.Function):
@@ -197,16 +197,16 @@ class _Differentiable(torch.autograd.Function):
         ctx: Any,
         recorder: Recorder,
         replayed: _Replayed,
-        traits: Traits,
+        schema: OpSchema,
         call: tuple[tuple[Any, ...], dict[str, Any]],
         structure: list[Any],
         *given: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.recorder = recorder
         ctx.gradient = _Gradient(replayed, call, [bool(t.requires_grad) for t in given])
-        if traits.is_random:
+        if schema.is_random:
             ctx.gradient.state = recorder.random_state()
-        structure.append(recorder.record(replayed, traits, *call))
+        structure.append(recorder.record(replayed, schema, *call))
         ctx.save_for_backward(*given)
         return tuple(tensors(structure[0]))
 
@@ -217,8 +217,8 @@ class _Differentiable(torch.autograd.Function):
         return (None,) * 5 + tuple(next(found) if wanted else None for wanted in ctx.gradient.wanted)
 
 
-class _WholeTraits(Traits):
-    """What a recorder needs to know of a function that is no aten operation."""
+class _WholeTraits(OpSchema):
+    """The facts that a recorder needs about a function that is not an aten operation."""
 
     def __init__(self, mutated: list[tuple[int, str, bool]], is_random: bool) -> None:
         self.mutated = mutated
@@ -230,7 +230,7 @@ class _WholeTraits(Traits):
 _PURE = _WholeTraits([], False)
 
 
-def _traits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traits:
+def _traits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpSchema:
     if func in _RECURRENT:
         # (..., has_biases, num_layers, dropout, train, bidirectional[, batch_first])
         numbers = [arg for arg in args if isinstance(arg, (bool, int, float))]

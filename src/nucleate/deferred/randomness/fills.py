@@ -1,10 +1,11 @@
-"""What a random fill draws, and how a part of it is made alone.
+"""Random fills: the draws that a fill takes, and the making of any part of a fill alone.
 
-A fill is `normal_` or `uniform_` over the whole of its elements, one after the other. On the CPU it makes one element
-of each draw, `uniform_` in order and `normal_` in groups of 16 (aten/src/ATen/native/cpu/DistributionTemplates.h,
-torch 2.13), so a slice can be made from the place in the stream where its draws begin. On CUDA every thread has a
-stream of its own and which one makes which element depends on the number of elements, so a fill is passed over or
-made whole. Whether this build of torch does as described is tried once for each kind and dtype.
+A random fill is `normal_` or `uniform_` over all elements of dense memory, one after the other. On the CPU each draw
+makes one element: `uniform_` goes in order, `normal_` in groups of 16
+(aten/src/ATen/native/cpu/DistributionTemplates.h, torch 2.13). So a slice can be made from the position in the stream
+where its draws begin. On CUDA every thread has its own stream, and the number of elements decides which thread makes
+which element. So a fill there is skipped or made whole. For each kind and dtype, one trial shows whether this build of
+torch works as described.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from nucleate.deferred.torch_modes import plain_modes
 
 aten = torch.ops.aten
 
-#: `(offset, count)` -> the generator, `offset` draws behind the fill's first one.
+#: `(offset, count)` -> the generator, `offset` draws behind the fill's first draw; the caller then takes `count` draws.
 Seek = Callable[[int, int], torch.Generator]
 
-#: `normal_` makes its numbers in groups of so many.
+#: `normal_` makes its numbers in groups of this size.
 GROUP = 16
 
 _UNIFORM = {aten.uniform_.default, aten.rand.default, aten.rand.generator}
 _NORMAL = {aten.normal_.default, aten.randn.default, aten.randn.generator}
 _IN_PLACE = {aten.uniform_.default, aten.normal_.default}
 _HALF = (torch.bfloat16, torch.float16)
-# Box-Muller of numbers of 24 bits (53 for float64) reaches sqrt(2 ln 2^24) = 5.77 (8.57) standard deviations.
+# Box-Muller with numbers of 24 bits (53 for float64) reaches at most sqrt(2 ln 2^24) = 5.77 (8.57) standard deviations.
 _LARGEST_NORMAL = {torch.float32: 6.0, torch.bfloat16: 6.0, torch.float16: 6.0, torch.float64: 9.0}
 
 
@@ -46,8 +47,8 @@ class Fill:
         is_normal: Whether it is `normal_`, else `uniform_`.
         first: The mean, or the lower bound.
         second: The standard deviation, or the upper bound.
-        numel: How many elements.
-        dtype: Of which dtype.
+        numel: The number of elements.
+        dtype: The dtype of the elements.
     """
 
     is_normal: bool
@@ -58,12 +59,12 @@ class Fill:
 
     @property
     def draws_per_element(self) -> int:
-        """How many 32-bit numbers an element takes."""
+        """The number of 32-bit draws that an element takes."""
         return 2 if self.dtype == torch.float64 else 1
 
     @property
     def num_draws(self) -> int:
-        """How many 32-bit numbers the whole fill takes on the CPU."""
+        """The number of 32-bit draws that the whole fill takes on the CPU."""
         numel = self.numel
         if self.is_normal and numel % GROUP:
             numel = self._tail_start + GROUP
@@ -71,7 +72,7 @@ class Fill:
 
     @property
     def _tail_start(self) -> int:
-        """After as many elements the last group is drawn, again and whole, if it is not complete."""
+        """The number of elements after which an incomplete last group is drawn, again and whole."""
         return self.numel - self.numel % GROUP if self.dtype in _HALF else self.numel
 
     def make(self, start: int, out: Tensor, seek: Seek) -> None:
@@ -79,16 +80,16 @@ class Fill:
 
         Args:
             start: The first element to make.
-            out: One-dimensional, contiguous: as many elements as are wanted.
-            seek: Takes a number of draws from the fill's first one and how many are going to be drawn there, and
-                returns the generator standing there. Where it is called again, it is for what lies behind.
+            out: The memory for the wanted elements, one-dimensional and contiguous.
+            seek: A function of an offset from the fill's first draw and the number of draws that will be taken there;
+                it returns the generator at that offset. Each further call is for a later place in the stream.
         """
         stop = start + out.numel()
         if not self.is_normal:
             if out.numel():
                 out.uniform_(self.first, self.second, generator=self._seek(seek, start, out.numel()))
             return
-        # The last 16 elements are a group of their own where the number is no multiple of 16.
+        # The last 16 elements are a separate group if the number of elements is not a multiple of 16.
         body_stop = self.numel - GROUP if self.numel % GROUP else self.numel
         if start < body_stop:
             self._make_groups(start, out[: min(stop, body_stop) - start], seek)
@@ -99,7 +100,7 @@ class Fill:
             out[begin - start :].copy_(tail[begin - body_stop : stop - body_stop])
 
     def _make_groups(self, start: int, out: Tensor, seek: Seek) -> None:
-        """Make elements that all lie in whole groups counted from the fill's first element."""
+        """Make elements that all lie in whole groups, counted from the fill's first element."""
         stop = start + out.numel()
         first = start - start % GROUP
         middle, last = min(stop, -(-start // GROUP) * GROUP), stop - stop % GROUP
@@ -121,7 +122,7 @@ class Fill:
 
 
 def fill_of(step: Step) -> Fill | None:
-    """Return what a recorded step fills, if it is a random fill of dense memory in order; else None."""
+    """Return the random fill of a step, or None if the step is not a random fill of dense memory in order."""
     func = step.func
     kwargs = step.kwargs
     if func in _NORMAL or func in _UNIFORM:
@@ -135,7 +136,7 @@ def fill_of(step: Step) -> Fill | None:
         ref, first, second, lower, upper = step.args[:5]
         is_normal = True
         reach = _LARGEST_NORMAL.get(ref.dtype, math.inf) * second
-        # It draws again what lies beyond the bounds; where nothing can, it is a plain `normal_`.
+        # `trunc_normal_` draws numbers outside the bounds again. If none can be outside, it is a plain `normal_`.
         if (
             not second > 0
             or not (lower <= first - reach and first + reach <= upper)
@@ -158,7 +159,7 @@ def _is_trunc_normal(func: Any) -> bool:
 @functools.cache
 @plain_modes()
 def _truncates_by_rejection(func: Any) -> bool:
-    # So it is since torch 2.12; before, it was an `erfinv_` of a uniform number.
+    # `trunc_normal_` does so since torch 2.12. Before, it computed `erfinv_` of a uniform number.
     generator, twin = (torch.Generator().manual_seed(0) for _ in range(2))
     truncated = func(torch.empty(5 * GROUP, dtype=torch.float32), 0.5, 2.0, -20.0, 20.0, generator)
     return torch.equal(truncated, torch.empty(5 * GROUP, dtype=torch.float32).normal_(0.5, 2.0, generator=twin))
@@ -177,7 +178,7 @@ def is_contiguous(ref: TensorRef) -> bool:
 @functools.cache
 @plain_modes()
 def fills_as_described(is_normal: bool, dtype: torch.dtype) -> bool:
-    """Return whether this torch build draws and slices as said above, tried once on fills of awkward sizes."""
+    """Return whether this build of torch draws as the module docstring says, tried once on fills of awkward sizes."""
     for numel in (GROUP, 5 * GROUP, 5 * GROUP + 5):
         fill = Fill(is_normal, 0.5, 2.0, numel, dtype)
         generator = torch.Generator().manual_seed(numel)

@@ -1,12 +1,12 @@
-"""The stream of torch's CPU generator, which can be moved forward by any distance without drawing what lies between.
+"""The stream of torch's CPU generator, which can move forward by any distance without drawing the numbers in between.
 
 The generator is MT19937 (Matsumoto and Nishimura, "Mersenne Twister", ACM TOMACS 8(1), 1998): its 19937 bits of state
 are moved by a linear map T over GF(2), so T^n equals g(T), where g is x^n modulo the characteristic polynomial of T.
 g(T) applied to a state is the exclusive or of those states, among the next 19937, whose coefficient in g is 1
 (Haramoto, Matsumoto, Nishimura, Panneton, L'Ecuyer, "Efficient Jump Ahead for F2-Linear Random Number Generators",
-INFORMS J. Computing 20(3), 2008). Two things make it cheap here. The polynomial has 135 terms and a gap of 623 below
-the first, so a remainder takes some 440 shifts. And the sum runs over a table of four coefficients at a time, as
-gathers that torch does: 0.7 ms, the time of half a million draws.
+INFORMS J. Computing 20(3), 2008). Two facts make it cheap here. The polynomial has 135 terms and a gap of 623 below
+the first, so a remainder takes some 440 shifts. The sum uses a table of four coefficients at a time, with gathers by
+torch. It takes 0.7 ms, the time of half a million draws.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ _N, _M, _W, _R = 624, 397, 32, 31
 _A = 0x9908B0DF
 _DEGREE = _N * _W - _R
 
-# A CPU generator's state (aten/src/ATen/CPUGeneratorImpl.cpp, torch 2.13): the seed (8 bytes), two ints of which the
-# first counts what is left of the block and one more, the index of the next word (8), then 624 words of 8 bytes of
-# which the lower four count, then the cached gaussians.
+# A CPU generator's state (aten/src/ATen/CPUGeneratorImpl.cpp, torch 2.13): the seed (8 bytes), two ints (the first is
+# the number of words left in the block, plus one), the index of the next word (8), then 624 words of 8 bytes, in which
+# only the lower four count, then the cached gaussians.
 _LEFT = slice(8, 12)
 _NEXT = slice(16, 24)
 _WORDS = slice(24, 24 + 8 * _N)
 
-#: Shorter distances are drawn: a jump takes as long as about this many 32-bit draws.
+#: Shorter distances are drawn, because a jump takes about as long as this many 32-bit draws.
 JUMP_COST = 400_000
 
 # Coefficients of g that one row of the table stands for.
 _WINDOW = 4
-# Rows that are gathered at a time. So few that torch does not split the work over threads, which are not worth it and
-# may be busy (`at::internal::GRAIN_SIZE`).
+# Rows that are gathered at a time: so few that torch does not split the work over threads
+# (`at::internal::GRAIN_SIZE`). Threads do not pay here and may be busy.
 _NUM_ROWS = 96
-# Numbers that are drawn at a time in passing.
+# Pairs of numbers that `draw` draws at a time.
 _PIECE = 1 << 14
 
 
 class Stream:
-    """A CPU generator and where it stands: a number of 32-bit draws behind some origin.
+    """A CPU generator and its offset: the number of 32-bit draws behind some origin.
 
     Args:
-        state: The generator's state, as `torch.Generator.get_state` gives it.
-        offset: Where that is.
+        state: The generator's state, as `torch.Generator.get_state` returns it.
+        offset: The offset of that state.
     """
 
     def __init__(self, state: Tensor, offset: int) -> None:
@@ -59,14 +59,14 @@ class Stream:
         """Move forward to `offset`.
 
         Args:
-            offset: At least the present one.
+            offset: The new offset, at least the present one.
             workspace: Memory for jumps.
         """
         distance = offset - self.offset
         if distance < 0:
             raise ValueError(f"a stream cannot go back from {self.offset} to {offset}")
         if distance > JUMP_COST and jumps_as_it_draws():
-            # By whole blocks, so that equal distances take one polynomial wherever in a block they begin.
+            # Jump by whole blocks. So equal distances use the same polynomial, wherever in a block they begin.
             rest = distance % _N
             self.generator.set_state(jump(self.generator.get_state(), distance - rest, workspace))
             distance = rest
@@ -75,13 +75,13 @@ class Stream:
 
 
 class Workspace:
-    """Memory for jumps, of 2 MiB, taken at the first one. Not to be used by two threads at a time."""
+    """Memory of 2 MiB for jumps, allocated at the first jump. Two threads must not use it at the same time."""
 
     def __init__(self) -> None:
         self._tensors: tuple[Tensor, Tensor, Tensor] | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return memory for the table, for the rows gathered and for their sum."""
+        """Return memory for the table, for the gathered rows and for their sum."""
         if self._tensors is None:
             self._tensors = (
                 torch.zeros(1 << _WINDOW, _LENGTH, dtype=torch.int32),
@@ -92,10 +92,10 @@ class Workspace:
 
 
 def draw(generator: torch.Generator, count: int) -> None:
-    """Draw `count` 32-bit numbers into nowhere."""
+    """Draw `count` 32-bit numbers and discard them."""
     if not count:
         return
-    # A 64-bit integer takes two draws and little else.
+    # A 64-bit integer takes two draws and little other work.
     pairs = torch.empty(min(count // 2, _PIECE), dtype=torch.int64)
     for start in range(0, count // 2, _PIECE):
         pairs[: count // 2 - start].random_(generator=generator)
@@ -108,18 +108,18 @@ def jump(state: Tensor, count: int, workspace: Workspace | None = None) -> Tenso
 
     Args:
         state: A CPU generator's state.
-        count: How many draws.
-        workspace: Memory to use.
+        count: The number of draws.
+        workspace: Memory for the jump; by default, new memory.
     """
     state = state.clone()
     if count == 0:
         return state
     left = state[_LEFT].view(torch.int32)
-    # What is drawn of a block of 624; a block that was just seeded counts as used up.
+    # The draws that are taken from a block of 624. A block that was just seeded counts as used up.
     blocks, drawn = divmod(_N + 1 - int(left) + count - 1, _N)
     if blocks:
-        # The next draw computes the block behind this one. From there on all is linear: the lower bits of a seed's
-        # first word, which are no part of the 19937, are gone.
+        # The next draw computes the next block. From there on the map is linear: the lower bits of a seed's first word,
+        # which do not belong to the 19937, are gone.
         left.fill_(1)
         generator = torch.Generator()
         generator.set_state(state)
@@ -132,10 +132,10 @@ def jump(state: Tensor, count: int, workspace: Workspace | None = None) -> Tenso
 @functools.cache
 @plain_modes()
 def jumps_as_it_draws() -> bool:
-    """Return whether this build of torch has the generator that is described here, tried once."""
+    """Return whether this build of torch has the generator that this module describes, tried once."""
     for seed, before, distance in ((0, 0, 30_000), (1, 1, 624 * 40 + 623), (2, 623, 700_001)):
         generator = torch.Generator().manual_seed(seed)
-        torch.empty(3).normal_(generator=generator)  # Leaves a gaussian in the state.
+        torch.empty(3).normal_(generator=generator)  # This leaves a gaussian in the state.
         draw(generator, before)
         state = generator.get_state()
         draw(generator, distance)
@@ -156,7 +156,7 @@ def _block(generator: torch.Generator, ahead: int, workspace: Workspace) -> Tens
         width = 1 << bit
         for row in range(width):
             torch.bitwise_xor(table[row], numbers[bit : bit + _LENGTH], out=table[width + row])
-    # Every state begins at a multiple of four numbers, so two of them are one integer.
+    # Every state begins at a multiple of four numbers, so two numbers are one integer.
     pairs = table.view(torch.int64).view(-1)
     states = pairs.as_strided((pairs.numel() - _N // 2, _N // 2), (1, 1))
     first, *rest = _table_rows(ahead)
@@ -173,14 +173,14 @@ def _block(generator: torch.Generator, ahead: int, workspace: Workspace) -> Tens
     return total[0].view(torch.int32)
 
 
-# So many numbers are needed behind any of the 19937 (and the window's) to have a state there.
+# The numbers that are needed so that a state begins at each of the 19937 places (rounded up to whole windows).
 _LENGTH = (_DEGREE // _WINDOW + 1) * _WINDOW + _N
 
 
 @functools.lru_cache(maxsize=256)
 @plain_modes()
 def _table_rows(ahead: int) -> tuple[Tensor, ...]:
-    """Return where in the table the states lie whose sum is the state `ahead` blocks on, in groups."""
+    """Return the places in the table of the states whose sum is the state `ahead` blocks later, in groups."""
     bits = _power_of_x(ahead).to_bytes(_DEGREE // 8 + 4, "little")
     windows = torch.frombuffer(bytearray(bits), dtype=torch.uint8)
     windows = torch.stack([windows & 15, windows >> 4], 1).view(-1)[: _DEGREE // _WINDOW + 1].to(torch.int32)
@@ -191,7 +191,7 @@ def _table_rows(ahead: int) -> tuple[Tensor, ...]:
 
 
 def _untempered(numbers: Tensor) -> Tensor:
-    """Return the words of the state (as int64) from the numbers that the generator made of them."""
+    """Return the words of the state (as int64) from the numbers that the generator made from them."""
     y = numbers.to(torch.int64) & 0xFFFFFFFF
     y ^= y >> 18
     y ^= (y << 15) & 0xEFC60000
@@ -236,8 +236,8 @@ def _square(polynomial: int) -> int:
 def _remainder(polynomial: int) -> int:
     """Return a polynomial of a degree below twice 19937 modulo the characteristic one.
 
-    The quotient is the upper half times the inverse of the reversed characteristic polynomial r as a power series, of
-    which 19937 terms count. r = 1 + x^623 + ..., so r^32 = 1 + x^19936 + ...; hence 1 / r = r * r^2 * r^4 * r^8 * r^16
+    The quotient is the upper half times the inverse of the reversed characteristic polynomial r, as a power series of
+    19937 terms. r = 1 + x^623 + ..., so r^32 = 1 + x^19936 + ...; hence 1 / r = r * r^2 * r^4 * r^8 * r^16
     (times r^32 for the last term), where r^(2^k) has the exponents of r, times 2^k.
     """
     quotient = polynomial >> _DEGREE
@@ -258,7 +258,7 @@ def _remainder(polynomial: int) -> int:
 
 @functools.cache
 def _characteristic() -> tuple[list[int], list[list[int]]]:
-    """Return the exponents of the characteristic polynomial but the highest, and those of the powers of its reverse."""
+    """Return the exponents of the characteristic polynomial except the highest, and those of its reverse's powers."""
     # Matsumoto and Nishimura 1998, appendix A, with u = x^n + x^m and v = x^(n-1) + x^(m-1):
     # u v^31 + sum of a_i u v^(30-i) for i < 31 + a_31, where a_i are the bits of the matrix's last row.
     powers = [1]

@@ -1,13 +1,13 @@
-"""The random program: which random step follows which, and the generator's true state at each.
+"""The random program: the order of the random steps, and the generator's true state at each step.
 
-While a model is recorded no random number is drawn. After each random step the generator is put into a
-*token* state, which names a `Position`; the next random step looks the current state up. A state that is no
-token means that somebody seeded the generator, and starts a new run. So `manual_seed`, `fork_rng`,
-`get_rng_state`/`set_rng_state` and explicit generators work inside a constructor as they are.
+While a model is recorded, no random number is drawn. After each random step, the generator is put into a *token* state,
+which stands for a `Position`. The next random step looks up the current state. If the state is not a token, somebody
+has seeded the generator, and a new run begins. So `manual_seed`, `fork_rng`, `get_rng_state`/`set_rng_state` and
+explicit generators work inside a constructor without changes.
 
-A `Run` is a stretch of steps of which each tells beforehand how far it moves the generator, so a position is a
-number of draws from the run's start, and any of them is reached in one jump. A step that does not tell (a
-rejection loop) ends a run, and is executed where the state behind it is needed.
+A `Run` is a sequence of steps, each with a number of draws that is known beforehand. So a position is a number of draws
+from the run's start, and one jump reaches any position. A step whose number of draws is not known (a rejection loop)
+ends a run. Such a step is executed if the state behind it is needed.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from nucleate.deferred.tape.steps import Position, Run, Step
 from nucleate.deferred.torch_modes import plain_modes
 from nucleate.devices.generators import AbsentGenerator, Generator
 
-#: How many states on the way are remembered; 5 KB each.
+#: The number of states inside of runs that are remembered; each takes 5 KB.
 NUM_REMEMBERED = 256
 
-# A CPU generator's state (aten/src/ATen/CPUGeneratorImpl.cpp, torch 2.13) is the seed (8 bytes), two ints, the
-# index of the next word (8), then 624 words of 8 bytes of which the engine keeps the lower four. A token replaces
-# the first two words, which leaves `initial_seed()` and the validity checks of `set_state` as they are.
+# A CPU generator's state (aten/src/ATen/CPUGeneratorImpl.cpp, torch 2.13) is the seed (8 bytes), two ints, the index of
+# the next word (8), then 624 words of 8 bytes, from which the engine keeps the lower four. A token replaces the first
+# two words, so `initial_seed()` and the validity checks of `set_state` are not affected.
 _CPU_WORDS = 24
-#: Bytes of such a state.
+#: The size of such a state in bytes.
 CPU_STATE_BYTES = 5056
-# How other devices keep their states is their own business. Where it is a seed and an offset, 8 bytes each, a token
-# is an offset that nobody gets to, which leaves `initial_seed()` as it is; else it is what a seed of ours leads to.
+# Other devices have other states. If a state is a seed and an offset of 8 bytes each, a token is an offset that nobody
+# reaches, so `initial_seed()` is not affected. Else a token is the state that a seed of ours leads to.
 _TOKEN_MARK = 0x6E75636C  # "nucl"
 _TOKEN_BYTES = 16
 
-# Tokens are unique in the process, and a program recognizes those of the others.
+# Tokens are unique in the process, and each program recognizes the tokens of the others.
 _numbers = count()
 _programs: weakref.WeakSet[RandomProgram] = weakref.WeakSet()
 # Programs whose tapes have been joined share runs.
@@ -54,8 +54,8 @@ class RandomProgram:
     """The runs of one deferred construction, over all generators it used.
 
     Args:
-        execute: `(state, step) -> state`: runs a random step that does not tell what it draws; given the generator's
-            state before it, returns the one behind it.
+        execute: `(state, step) -> state`: runs a random step whose number of draws is not known. It gets the
+            generator's state before the step, and returns the state behind it.
     """
 
     def __init__(self, execute: Callable[[Tensor, Step], Tensor]) -> None:
@@ -64,9 +64,9 @@ class RandomProgram:
         self._generators: dict[int, Generator] = {}
         self._remembered: deque[tuple[Run, int]] = deque()
         self._workspace = Workspace()
-        # The generator that was located last, and a copy of its state that nobody else holds.
+        # The last generator that `locate` got, and a copy of its state that nobody else holds.
         self._seen: tuple[Generator | None, Tensor | None] = (None, None)
-        #: How many bytes the states have that it met.
+        #: The sizes, in bytes, of the generator states that it has met.
         self.state_sizes = {CPU_STATE_BYTES}
         _programs.add(self)
 
@@ -75,7 +75,7 @@ class RandomProgram:
         return list({id(default): default, **self._generators}.values())
 
     def locate(self, generator: Generator) -> Position:
-        """Return the position where the generator stands now."""
+        """Return the position of the generator now."""
         self._generators[id(generator)] = generator
         state = generator.get_state()
         self._seen = (generator, state)
@@ -85,7 +85,7 @@ class RandomProgram:
         if position is not None:
             return position
         for other in list(_programs):
-            # A token of a recording around this one, or in another thread: its true state starts our run.
+            # The token of a recording around this one, or in another thread. Its true state starts our run.
             if key in other._tokens:
                 state = other.state_at(other._tokens[key])
                 break
@@ -98,13 +98,13 @@ class RandomProgram:
         return self._tokens.get(_key(state, ""))
 
     def follow(self, generator: Generator, position: Position, step: Step, state: Tensor | None = None) -> None:
-        """Put the generator behind a random step that stands at `position`.
+        """Move the generator to the position behind a random step.
 
         Args:
             generator: The generator that the step draws from.
-            position: Where the step stands.
+            position: The position of the step.
             step: The step.
-            state: The true state behind it, where the step was really executed.
+            state: The true state behind the step, if the step was executed.
         """
         distance = streams.distance(step, generator.device) if state is None else None
         if distance is not None:
@@ -139,7 +139,7 @@ class RandomProgram:
             return position.run.nearest(position.offset)
 
     def remember(self, run: Run, offset: int, state: Tensor) -> None:
-        """Keep a state for what is asked for next, which usually lies behind it."""
+        """Keep a state for the next request, which is usually for a later position."""
         with _lock:
             if run.nearest(offset)[0] == offset:
                 return
@@ -150,14 +150,14 @@ class RandomProgram:
                 old.forget(old_offset)
 
     def last_known_states(self) -> list[tuple[Generator, Tensor]]:
-        """Return a state for every generator that holds a token, for when its true one cannot be found."""
+        """Return the last known state of every generator that holds a token, in case its true state cannot be found."""
         return [(generator, _start(position.run)) for generator, position in self._held_positions()]
 
     def true_states(self) -> list[tuple[Generator, Tensor]]:
         """Return the true state of every generator that holds a token."""
-        # All at once: making a state draws from the others.
+        # All states before the caller sets any, because making one state draws from other generators.
         return [
-            # Nothing can be run on a device that is absent, and nobody can draw from its generator.
+            # Nothing can run on an absent device, and nobody can draw from its generator.
             (generator, _start(position.run) if isinstance(generator, AbsentGenerator) else self.state_at(position))
             for generator, position in self._held_positions()
         ]
@@ -168,7 +168,7 @@ class RandomProgram:
 
 
 def _start(run: Run) -> Tensor:
-    """Return the state at the start of a run, or of the last one before it of which it is known."""
+    """Return the state at the start of a run, or at the start of the last run before it whose state is known."""
     while run.state is None:
         assert run.behind is not None
         run = run.behind[0].run
@@ -176,8 +176,8 @@ def _start(run: Run) -> Tensor:
 
 
 def _key(state: Tensor, device_type: str) -> bytes:
-    """Return the bytes of a state that tell a token."""
-    # `bytes(storage)` would go byte by byte through Python.
+    """Return the bytes of a state that identify a token."""
+    # `bytes(storage)` would handle each byte in Python.
     if device_type == "cpu":
         return ctypes.string_at(state.data_ptr() + _CPU_WORDS, _TOKEN_BYTES)
     content = ctypes.string_at(state.data_ptr(), state.numel())
@@ -185,12 +185,12 @@ def _key(state: Tensor, device_type: str) -> bytes:
 
 
 def _put_token(generator: Generator, number: int, state: Tensor | None) -> bytes:
-    """Put a generator into a state of our own, and return the bytes that tell it.
+    """Put a generator into a token state, and return the bytes that identify the token.
 
     Args:
         generator: The generator.
-        number: Makes the state unique.
-        state: A state of the generator that may be written to, if there is one already.
+        number: A number that makes the state unique.
+        state: A state of the generator that may be written to, or None.
     """
     state = generator.get_state() if state is None else state
     if generator.device.type != "cpu":
@@ -205,10 +205,10 @@ def _put_token(generator: Generator, number: int, state: Tensor | None) -> bytes
 
 
 def _put_far(generator: Generator, number: int, state: Tensor) -> bool:
-    """Put a generator that keeps a seed and an offset at an offset of our own, and return whether it is such a one."""
+    """Put a token's offset into a generator that keeps a seed and an offset; return False for any other generator."""
     if state.numel() != _TOKEN_BYTES:
         return False
-    # Written by address, which no mode sees. CUDA's are multiples of 4 (`set_state` in CUDAGeneratorImpl.cpp, 2.13).
+    # Write by address: no mode sees it. CUDA's offsets are multiples of 4 (`set_state` in CUDAGeneratorImpl.cpp, 2.13).
     ctypes.c_int64.from_address(state.data_ptr() + 8).value = (_TOKEN_MARK << 31) + 4 * number
     try:
         generator.set_state(state)

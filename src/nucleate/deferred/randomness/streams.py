@@ -1,4 +1,4 @@
-"""Computes how many draws a random step takes, and the state of a generator after so many draws.
+"""Distances in random streams: the draws that a random step takes, and the state of a generator behind them.
 
 A distance is counted in 32-bit draws for the CPU's Mersenne Twister. Every other device counts in its own way.
 """
@@ -16,7 +16,7 @@ from nucleate.devices import hooks_of, is_present
 
 
 def distance(step: Step, device: torch.device) -> int | None:
-    """Return how far a step moves the generator, or None if it does not tell.
+    """Return the distance by which a step moves the generator, or None if it is not known beforehand.
 
     Args:
         step: A random step.
@@ -37,9 +37,9 @@ def moved(device_type: str, state: Tensor, distance: int, workspace: Workspace) 
     """Return a generator's state moved forward.
 
     Args:
-        device_type: What kind of generator it is.
+        device_type: The generator's device type.
         state: Its state.
-        distance: How far.
+        distance: The distance.
         workspace: Memory for jumps.
     """
     if device_type != "cpu":

@@ -1,3 +1,3 @@
-"""Recording: a dispatch mode that writes what a constructor does to a tape. Only `nucleate.deferred` uses it."""
+"""Recording: a dispatch mode that writes a constructor's operations to a tape. Only `nucleate.deferred` uses it."""
 
 __all__: list[str] = []

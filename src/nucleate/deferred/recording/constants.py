@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from nucleate.deferred.elements.real_tensor import TensorGiven
+from nucleate.deferred.elements.tensor_source import TensorSource
 from nucleate.deferred.recording.meta_shapes import is_plain
 from nucleate.deferred.tape.steps import Constant, marks
 
@@ -19,33 +19,33 @@ class Constants:
     """The real tensors that the steps of a recording read and that are not cloned at once."""
 
     def __init__(self) -> None:
-        # By the storage that they lie on; weakly, since what the tape lets go need not be watched.
-        self._watched: dict[int, list[weakref.ref[Constant | TensorGiven]]] = {}
+        # By the storage of the tensor. The references are weak: a constant that the tape drops need not be watched.
+        self._watched: dict[int, list[weakref.ref[Constant | TensorSource]]] = {}
 
     def of(self, tensor: Tensor) -> Constant:
-        """Return what the tape keeps of a real tensor."""
-        # Memory that torch cannot resize is shared with NumPy, a file or others, whose writes nobody would notice
+        """Return the constant that the tape keeps for a real tensor."""
+        # Memory that torch cannot resize is shared with NumPy, a file or others. Nobody would notice their writes
         # (torch/csrc/utils/tensor_numpy.cpp, 2.13).
         is_watched = is_plain(tensor) and tensor.untyped_storage().resizable()
         is_watched = is_watched and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
         if not is_watched or tensor.is_inference() or tensor.numel() * tensor.element_size() <= CLONE_LIMIT_BYTES:
             return Constant(tensor.detach().clone())
-        # The tensor itself: below autograd, where this runs, `detach` has a version counter of its own.
+        # Keep the tensor itself. This runs below autograd, where `detach` returns a tensor with a new version counter.
         constant = Constant(tensor, marks(tensor))
         self._watch(tensor, constant)
         return constant
 
-    def given(self, tensor: Tensor) -> TensorGiven:
-        """Return the elements of a real tensor by reference, as a state dict gives them."""
-        given = TensorGiven(tensor)
+    def given(self, tensor: Tensor) -> TensorSource:
+        """Return an element source that refers to a real tensor, such as one of a state dict."""
+        given = TensorSource(tensor)
         self._watch(tensor, given)
         return given
 
-    def _watch(self, tensor: Tensor, kept: Constant | TensorGiven) -> None:
+    def _watch(self, tensor: Tensor, kept: Constant | TensorSource) -> None:
         self._watched.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(kept))
 
     def before_writes(self, written: Iterable[Tensor]) -> None:
-        """Before real tensors are written, give the steps that read them a copy of what they saw."""
+        """Give the steps that read these real tensors a copy of the old values, before the tensors are written."""
         if not self._watched:
             return
         for tensor in written:
@@ -54,6 +54,6 @@ class Constants:
                     alive.keep_copy()
 
     def absorb(self, other: Constants) -> None:
-        """Watch what another recording watched."""
+        """Watch the tensors that another recording watched."""
         for storage, kept in other._watched.items():
             self._watched.setdefault(storage, []).extend(kept)

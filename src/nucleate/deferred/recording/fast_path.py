@@ -1,7 +1,7 @@
-"""The fast path to the tape for what constructors do most: make memory, and fill it with numbers.
+"""The fast path to the tape for the most frequent operations of constructors: making memory and filling it.
 
-Everything here does what `Recorder` does for any operation, with the questions left out whose answers are known: a
-fill of one dense deferred tensor by plain numbers that the same fill has taken before, and a factory of plain sizes.
+It does the same as `Recorder` does for any operation, without the questions whose answers are known. It handles a fill
+of one dense deferred tensor by plain numbers that the same fill has taken before, and a factory of plain sizes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nucleate.deferred.active import alone
-from nucleate.deferred.recording.op_schema import Traits
-from nucleate.deferred.recording.real_memory import Exposed
+from nucleate.deferred.recording.op_schema import OpSchema
+from nucleate.deferred.recording.real_memory import RealMemory
 from nucleate.deferred.replay.replayer import Replayer
 from nucleate.deferred.tape.steps import TensorRef
 from nucleate.devices import default_generator
@@ -28,32 +28,32 @@ _FILLS = {
 _FACTORIES = {aten.empty.memory_format, aten.zeros.default, aten.ones.default}
 _NUMBERS = (int, float)
 
-# Fills that took these numbers for a dtype; others may be refused. Process-wide: what torch takes does not change.
+# Fills that took these numbers for a dtype; torch may refuse others. Process-wide: torch's answer does not change.
 _taken: set[tuple[Any, torch.dtype, tuple[float, ...]]] = set()
 
 
 class FastPath:
-    """Records frequent operations that need no questions.
+    """The recorder of frequent operations that need no questions.
 
     Args:
-        replayer: Has the tape, the random program and the device that deferred tensors stand for.
+        replayer: The replayer, which has the tape, the random program and the device that deferred tensors stand for.
         exposed: The deferred tensors whose memory is real.
-        handed_out: Filled with the deferred tensors that Python is going to hold. (A method of the recorder would make
-            a circle, and a recorder goes with its last tensor.)
+        handed_out: The list that gets the deferred tensors that Python is going to hold. (A method of the recorder
+            would make a reference cycle, and a recorder must be freed with its last tensor.)
     """
 
-    def __init__(self, replayer: Replayer, exposed: Exposed, handed_out: list[weakref.ref[Tensor]]) -> None:
+    def __init__(self, replayer: Replayer, exposed: RealMemory, handed_out: list[weakref.ref[Tensor]]) -> None:
         self._replayer = replayer
         self._exposed = exposed
         self._handed_out = handed_out
 
     def remember_fill(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Remember that a fill takes these numbers. On no elements it takes any."""
+        """Remember that a fill takes these numbers. A fill of zero elements does not count, because it takes any."""
         plain = func in _FILLS and all(type(number) in _NUMBERS for number in args[1:])
         if plain and args[0].numel() and args[0].is_floating_point():
             _taken.add((func, args[0].dtype, args[1:]))
 
-    def record_fill(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def record_fill(self, func: Any, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Record a fill, if it is one of those that need no questions.
 
         Returns:
@@ -62,7 +62,7 @@ class FastPath:
         if func not in _FILLS or (kwargs and kwargs.keys() != {"generator"}):
             return False
         tensor: Tensor = args[0]
-        # Numbers of other types have other hashes for equal values, or none.
+        # Numbers of other types may have another hash for equal values, or no hash.
         if not all(type(number) in _NUMBERS for number in args[1:]) or (func, tensor.dtype, args[1:]) not in _taken:
             return False
         tape = self._replayer.tape
@@ -72,7 +72,7 @@ class FastPath:
             return False
         offset = int(tensor.storage_offset())
         ref = TensorRef(number, tensor.dtype, tuple(tensor.size()), tensor.stride(), offset, False, False)
-        if not traits.is_random:
+        if not schema.is_random:
             tape.overwrite(ref, func, (ref, *args[1:]), dict(kwargs), outputs=(ref,))
             return True
         random = self._replayer.random
@@ -82,11 +82,13 @@ class FastPath:
         random.follow(generator, position, step)
         return True
 
-    def record_factory(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    def record_factory(
+        self, func: Any, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
         """Record a factory that makes a dense tensor for the recorder's device.
 
         Returns:
-            The tensor, or None if it is not one of those that need no questions; then nothing has happened.
+            The tensor, or None if the factory needs questions; then nothing has happened.
         """
         if func not in _FACTORIES or len(args) != 1 or kwargs.get("layout") not in (None, torch.strided):
             return None
@@ -106,17 +108,17 @@ class FastPath:
             {**kept, "device": device},
             outputs=(ref,),
             creates=(number,),
-            uninitialized=traits.uninitialized,
+            uninitialized=schema.uninitialized,
         )
         tape.append(step)
         return tensor
 
 
 def generator_for(device: torch.device, explicit: torch.Generator | None) -> Generator:
-    """Return the generator that a step draws from: the one it is given, or the default one of a device.
+    """Return the generator that a step draws from: the explicit one, or the default one of a device.
 
     Raises:
-        RuntimeError: It is given one of another kind of device, which torch refuses as well.
+        RuntimeError: The explicit generator is for another kind of device. torch refuses it as well.
     """
     if explicit is None:
         return default_generator(device)

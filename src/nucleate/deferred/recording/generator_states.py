@@ -1,7 +1,7 @@
-"""Generator states that a constructor takes, which hold a token instead of a state.
+"""Generator states: the tensors that `get_rng_state` returns to a constructor, which hold a token instead of a state.
 
-Inside the recording a token is as good as the state it stands for, and costs nothing. One that somebody looks into, or
-that is still held when recording ends, is given the true state's bytes.
+Inside the recording a token works like the state that it stands for, and costs nothing. A token gets the bytes of the
+true state when somebody reads it, or if somebody still holds it when recording ends.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from nucleate.deferred.replay.replayer import Replayer
 from nucleate.devices.kinds import current_accelerator
 
 
-class States:
-    """The generator states that were handed out while something is recorded.
+class GeneratorStates:
+    """The generator states that were handed out during a recording.
 
     Args:
-        replayer: Has the random program.
+        replayer: The replayer, which has the random program.
     """
 
     def __init__(self, replayer: Replayer) -> None:
@@ -37,7 +37,7 @@ class States:
         self._handed_out.append(weakref.ref(state))
 
     def settle(self, tensor: Tensor) -> None:
-        """If a real tensor holds a token, let it hold the true state."""
+        """If a real tensor holds a token, replace the token by the true state."""
         sizes = self._replayer.random.state_sizes
         if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() not in sizes or tensor.is_meta:
             return
@@ -50,7 +50,7 @@ class States:
                 tensor.copy_(random.state_at(position))
 
     def settle_all(self, held: Iterable[Tensor]) -> None:
-        """Settle what was handed out and lives, and `held`."""
+        """Settle the handed-out states that are alive, and the tensors in `held`."""
         for state in (*(reference() for reference in self._handed_out), *held):
             if state is not None:
                 self.settle(state)
@@ -62,7 +62,7 @@ def install_states(stack: ExitStack) -> None:
     _patch(stack, torch.random, (torch,))
     accelerator = current_accelerator()
     if accelerator is not None:
-        # A device's module may keep its functions in a module of their own, as `torch.cuda.random` does.
+        # A device's module may keep these functions in a submodule, such as `torch.cuda.random`.
         module: Any = torch.get_device_module(accelerator)
         _patch(stack, getattr(module, "random", module), (module,))
 

@@ -1,9 +1,9 @@
-"""Values that a constructor looks at, remembered as long as they are current.
+"""Known values: values that a constructor looks at, remembered as long as they are current.
 
-Each look at a value replays the steps that lead to it. What was made on the way and is still alive is put on the tape
-as a step that overwrites its storage with the known value, so that the next look begins there: a chain of looks, each
-at what was computed from the one before, costs as much as the chain. Memory is bounded: the values longest unused
-leave the tape, and all of them do when recording ends.
+Each look at a value replays the steps that lead to it. The values made on the way become known too, if their storages
+are still alive. Each known value goes on the tape as a step that overwrites its storage, so that the next look begins
+there. So a chain of looks, each at a value computed from the one before, costs as much as the chain. Memory is bounded:
+the values that were unused longest leave the tape, and all of them leave it when recording ends.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ aten = torch.ops.aten
 LIMIT_BYTES = 1 << 28
 
 
-class Values:
+class KnownValues:
     """The values of deferred storages, while they are recorded.
 
     Args:
-        replayer: Makes values; has the tape.
+        replayer: The replayer, which makes values and has the tape.
         limit_bytes: How much memory known values may take.
     """
 
     def __init__(self, replayer: Replayer, limit_bytes: int = LIMIT_BYTES) -> None:
         self._replayer = replayer
         self._limit_bytes = limit_bytes
-        # By the address of the meta storage, since numbers change when tapes join: the step that holds its value, and
-        # the value.
+        # By the address of the meta storage: the step that holds its value, and the value. Numbers of storages change
+        # when tapes join.
         self._known: OrderedDict[int, tuple[Step, torch.UntypedStorage]] = OrderedDict()
 
     @property
@@ -55,7 +55,7 @@ class Values:
         return memory
 
     def know(self, storages: Sequence[int]) -> dict[int, torch.UntypedStorage]:
-        """Return the content that storages have now, and remember it."""
+        """Return the present content of storages, and remember it."""
         found = {storage: memory for storage in storages if (memory := self._current(storage)) is not None}
         missing = [storage for storage in storages if storage not in found]
         if missing:
@@ -76,7 +76,7 @@ class Values:
         return int(self._tape.storage(storage)._cdata)
 
     def _current(self, storage: int) -> torch.UntypedStorage | None:
-        """Return the known content, if it is what the storage has now. Else it is still where replaying can begin."""
+        """Return the known content if it is current, or None. Replaying can begin at old content, too."""
         key = self._key(storage)
         if key not in self._known:
             return None
@@ -87,7 +87,7 @@ class Values:
         return memory
 
     def _worth_keeping(self, steps: list[Step], wanted: Sequence[int]) -> list[int]:
-        """Return the storages that the steps leave with their present content, and that something can still read."""
+        """Return the storages that the steps leave with their present content, and that live tensors can still read."""
         indices = {step.index for step in steps}
         passed = dict.fromkeys(storage for step in steps for storage in (*step.creates, *step.writes))
         return [
@@ -112,7 +112,7 @@ class Values:
             self._forget(oldest)
         whole = TensorRef(storage, torch.uint8, (size_bytes,), (1,), 0, False, False)
         constant = Constant(torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory))
-        # Not by `overwrite`, which lets go of what was given: it may be forgotten again.
+        # Not by `overwrite`, which drops the storage's last element source: this step may be dropped again.
         step = self._tape.append(
             self._tape.step(
                 aten.copy_.default, (whole, constant), outputs=(whole,), written=(whole,), overwrites=(storage,)

@@ -1,10 +1,10 @@
 """Meta shapes: the result of an operation, found without computing it.
 
-The general answer is torch's meta kernels. Many of them are written in Python, and the first one imports torch's
-symbolic shapes, or its compiler: a second and 70 MiB, more than recording a whole model takes. So what constructors do
-most is answered more cheaply: fills and other in-place operations on one tensor return that tensor, small operations
-are run on ones, large ones on miniatures (`miniatures.py`), and where the arguments say the shape it is read from them
-(`sized.py`).
+torch's meta kernels give the general answer. Many of them are written in Python, and the first one imports torch's
+symbolic shapes, or its compiler. This takes a second and 70 MiB, more than recording a whole model. So the most
+frequent operations of constructors get cheaper answers. Fills and other in-place operations on one tensor return that
+tensor. Small operations run on tensors of ones, large ones on miniatures (`miniatures.py`). If the arguments state the
+shape, it is read from them (`sized.py`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from nucleate.deferred.recording.miniatures import result_on_miniatures
-from nucleate.deferred.recording.op_schema import traits_of, written_by
+from nucleate.deferred.recording.op_schema import schema_of, written_by
 from nucleate.deferred.recording.sized import result_of_sizes
 from nucleate.deferred.tape.leaves import map_leaves, tensors
 
 aten = torch.ops.aten
 
-#: Elementwise operations on tensors up to this many elements are run on ones.
+#: Elementwise operations on tensors up to this many elements run on ones.
 SMALL_NUMEL = 1 << 14
 
-# Stand-ins may take so many elements, for as long as one operation runs.
+# The most elements that stand-ins may have, while one operation runs.
 _STAND_IN_NUMEL = 1 << 22
 
-# Their results' shapes follow from their arguments' shapes and numbers, never from values.
+# The shapes of their results follow from the shapes and numbers of their arguments, never from values.
 _BY_SHAPE = {aten.cat, aten.stack, aten.triu, aten.tril, aten.diagonal_copy}
-# What layers do in a dry run, by which a constructor learns the width of the next one. They are run on ones up to some
-# size, which is not slower than eager construction.
+# Operations of layers in a dry run, by which a constructor learns the width of the next layer. Up to some size they run
+# on ones, which is not slower than eager construction.
 _OF_LAYERS = {
     aten.convolution, aten.native_layer_norm, aten.native_group_norm, aten.avg_pool2d, aten.avg_pool3d,
     aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d,
@@ -42,7 +42,7 @@ _OF_LAYERS = {
     aten.col2im, aten.grid_sampler_2d, aten.grid_sampler_3d, aten.nll_loss_forward, aten.mse_loss, aten.linalg_cross,
 }  # fmt: skip
 _OF_LAYERS_NUMEL = 1 << 17
-# Dtypes for which there are kernels of everything that constructors do.
+# Dtypes for which all operations of constructors have kernels.
 _USUAL = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _FOR_ALL_DTYPES = {
     *_BY_SHAPE, aten.copy_, aten.clone, aten._to_copy, aten._unsafe_view, aten.zero_, aten.fill_, aten.index,
@@ -52,25 +52,25 @@ _trusted: set[tuple[Any, tuple[torch.dtype, ...]]] = set()
 
 
 def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fills: bool) -> Any:
-    """Return an operation's result as meta tensors; arguments that it returns are returned as they are.
+    """Return an operation's result as meta tensors. Arguments that it returns are returned unchanged.
 
     Args:
         func: The aten overload.
         args: Its positional arguments; tensors on any device.
         kwargs: Its keyword arguments.
-        fills: Whether it writes its first argument without looking at it.
+        fills: Whether it writes its first argument without reading it.
 
     Raises:
-        Exception: Whatever the operation raises on such arguments, or on meta tensors: no kernel, values needed.
+        Exception: The operation's error for such arguments, or for meta tensors (no kernel, or values needed).
     """
     given = tensors((args, kwargs))
     elementwise = torch.Tag.pointwise in func.tags
     if func._schema.is_mutable and (
-        any(map(_overlaps, written_by(traits_of(func), args, kwargs))) or _overlap_in_part(given)
+        any(map(_overlaps, written_by(schema_of(func), args, kwargs))) or _overlap_in_part(given)
     ):
-        raise NotImplementedError("meta kernels do not refuse to write what elements share")
+        raise NotImplementedError("meta kernels do not refuse writes to memory that elements share")
     if len(given) == 1 and args and given[0] is args[0] and _returns_self(func) and (fills or elementwise):
-        # Run on one element, it refuses wrong numbers and dtypes.
+        # The operation refuses wrong numbers and dtypes if it runs on one element.
         if torch.Tag.nondeterministic_seeded in func.tags:
             kwargs = {**kwargs, "generator": torch.Generator()}
         func(torch.ones(1, dtype=given[0].dtype), *args[1:], **kwargs)
@@ -83,7 +83,7 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
         if numel <= SMALL_NUMEL and (packet in _BY_SHAPE or (elementwise and _stays_small(given))):
             return map_leaves(func(*map_leaves(args, _ones), **map_leaves(kwargs, _ones)), to_meta)
         if packet in _OF_LAYERS and (numel <= _OF_LAYERS_NUMEL or not all(map(Tensor.is_contiguous, given))):
-            # Some of their meta kernels take other memory formats for the default one (torch 2.13).
+            # Some of their meta kernels mistake other memory formats for the default one (torch 2.13).
             return result_on_stand_ins(func, args, kwargs)
     for known in (result_of_sizes, result_on_miniatures) if all(map(is_plain, given)) else ():
         result = known(func, args, kwargs, given)
@@ -95,7 +95,7 @@ def result_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fil
 def result_on_stand_ins(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return an operation's result as meta tensors, found by running it on real tensors of the same geometry.
 
-    For operations whose meta kernels are missing or wrong, but whose result's geometry does not depend on values.
+    This is for operations with missing or wrong meta kernels, if the geometry of the result does not depend on values.
 
     Args:
         func: The aten overload, not a random one.
@@ -103,7 +103,7 @@ def result_on_stand_ins(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         kwargs: Its keyword arguments.
 
     Raises:
-        Exception: Whatever the operation raises on ones and zeros, or that this would take much memory.
+        Exception: The operation's error for ones and zeros, or the stand-ins would overlap or take much memory.
     """
     given = tensors((args, kwargs))
     if (
@@ -124,11 +124,11 @@ def result_on_stand_ins(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     result = func(*map_leaves(args, stand_in), **map_leaves(kwargs, stand_in))
     if any(real.size() != leaf.size() for real, leaf in originals.values()):
-        raise NotImplementedError("an `out=` that is resized")
+        raise NotImplementedError("the operation resizes its `out=`")
     return map_leaves(result, lambda leaf: originals[id(leaf)][1] if id(leaf) in originals else to_meta(leaf))
 
 
-# They want one dtype, which most of their meta kernels do not look at.
+# Products that need one dtype. Most of their meta kernels do not check it.
 _PRODUCTS = {
     torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.mv, torch.ops.aten.dot, torch.ops.aten.vdot,
     torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.addmv, torch.ops.aten.addmv_, torch.ops.aten.baddbmm,
@@ -137,13 +137,13 @@ _PRODUCTS = {
 
 
 def is_doubtful(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a small operation may have no kernel for its dtypes, which its meta kernel would not say."""
+    """Return whether a small operation may lack a kernel for its dtypes. Its meta kernel would not say so."""
     given = tensors((args, kwargs))
-    # What changes a shape in place has to happen to the meta tensor itself.
+    # An operation that changes a shape in place must run on the meta tensor itself.
     if not given or not isinstance(func, torch._ops.OpOverload) or torch.Tag.inplace_view in func.tags:
         return False
     known = torch.Tag.pointwise in func.tags or func.overloadpacket in _FOR_ALL_DTYPES
-    # Many, such as `index_put_`, want one dtype only; so more than one needs to be tried once.
+    # Many operations, such as `index_put_`, take one dtype only. So a call with several dtypes is tried once.
     floats = {tensor.dtype for tensor in given if tensor.is_floating_point()}
     usual = known or (len(floats) == 1 and floats <= _USUAL)
     if func.overloadpacket in _PRODUCTS and len({tensor.dtype for tensor in given}) > 1:
@@ -154,7 +154,7 @@ def is_doubtful(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 def trust(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Remember that an operation has a kernel for these dtypes."""
     given = tensors((args, kwargs))
-    # On no elements, kernels take any dtype.
+    # On zero elements, kernels take any dtype.
     if isinstance(func, torch._ops.OpOverload) and all(tensor.numel() for tensor in given):
         _trusted.add((func, _dtypes(given)))
 
@@ -164,7 +164,7 @@ def _dtypes(given: list[Tensor]) -> tuple[torch.dtype, ...]:
 
 
 def _geqrf(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `geqrf` returns, which has no meta kernel (torch 2.13): factors by columns, as LAPACK has them."""
+    """Return the result of `geqrf`, which has no meta kernel (torch 2.13). LAPACK stores its factors by columns."""
     *batch, num_rows, num_cols = matrix.shape
     factors = torch.empty((*batch, num_cols, num_rows), dtype=matrix.dtype, device="meta").mT
     return factors, torch.empty((*batch, min(num_rows, num_cols)), dtype=matrix.dtype, device="meta")
@@ -180,12 +180,12 @@ def to_meta(leaf: Any) -> Any:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor is what its storage, dtype, shape and strides say, unlike a sparse or quantized one."""
+    """Return whether storage, dtype, shape and strides describe a tensor fully, unlike a sparse or quantized one."""
     return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
 
 
 def _stays_small(given: list[Tensor]) -> bool:
-    """Return whether tensors do not become large by being broadcast."""
+    """Return whether tensors stay small when they are broadcast."""
     if len(given) == 1:
         return True
     longest = max(tensor.dim() for tensor in given)
@@ -201,12 +201,12 @@ def _ones(leaf: Any) -> Any:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Return whether elements share memory, as in an expanded tensor, which most operations refuse to write."""
+    """Return whether elements share memory, as after `expand`. Most operations refuse to write such a tensor."""
     return any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.size(), strict=True))
 
 
 def _overlap_in_part(given: list[Tensor]) -> bool:
-    """Return whether two tensors lie on one storage and are not the same, so that writing one may change the other."""
+    """Return whether two different tensors lie on one storage, so that writing one may change the other."""
     if len(given) < 2:
         return False
     places: dict[int, tuple[Any, ...]] = {}

@@ -1,11 +1,12 @@
-"""Miniatures: small tensors that stand for large ones, on which an operation shows what its result looks like.
+"""Miniatures: small tensors that stand for large ones, on which an operation shows the geometry of its result.
 
 A miniature has primes for lengths: a smaller prime for a smaller length, one prime for equal lengths. Dims of one
 element stay as they are. The dims have the same order in memory and the same gaps between them. So the operation takes
-the same way through its kernel, and every length and stride of the result says which lengths of the arguments it is
-made of. This holds for operations whose results have the lengths of their arguments, such as elementwise ones,
-reductions and products of matrices. It costs microseconds, also for large tensors. The first of torch's own meta
-kernels for these operations imports torch's symbolic shapes and its compiler instead, which takes a second.
+the same path through its kernel. The prime factors of each length and stride of the result tell which lengths of the
+arguments it consists of. This holds for operations whose results have the lengths of their arguments, such as
+elementwise operations, reductions and products of matrices. It costs microseconds, even for large tensors. In contrast,
+the first of torch's own meta kernels for these operations imports torch's symbolic shapes and its compiler, which takes
+a second.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nucleate.deferred.recording.op_schema import traits_of
+from nucleate.deferred.recording.op_schema import schema_of
 from nucleate.deferred.tape.leaves import map_leaves
 
 aten = torch.ops.aten
 
-#: Miniatures of one call have so many elements at most.
+#: The most elements that the miniatures of one call have.
 LIMIT_NUMEL = 1 << 14
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
@@ -42,22 +43,22 @@ _OF_MATRICES = {
     aten.linalg_cholesky_ex, aten._linalg_det, aten._linalg_slogdet, aten._linalg_eigh, aten.trace,
     aten._cdist_forward,
 }  # fmt: skip
-# Their tensors of integers hold indices.
+# Operations whose integer tensors hold indices.
 _INDEXED = {
     aten.index, aten.embedding, aten.gather, aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_,
     aten.index_copy, aten.index_copy_, aten.index_add, aten.index_add_, aten.index_fill, aten.index_fill_,
 }  # fmt: skip
-# Of two elements, torch warns if more than one is taken off their number.
+# A miniature may have two elements. torch then warns if `correction` is more than one.
 _DEVIATIONS = {aten.var, aten.std, aten.var_mean, aten.std_mean}
-# Their kernels for the meta device are written in C++.
+# Operations whose meta kernels are written in C++.
 _IN_CPP = {aten.clone}
 _KNOWN = _LIKE_THEIR_ARGUMENT | _REDUCTIONS | _OF_MATRICES | _INDEXED
-# Kernels pick rows by them, so the shape of the result depends on how many are true.
+# Dtypes of masks. Kernels pick rows by a mask, so the shape of the result depends on how many elements are true.
 _MASKS = (torch.bool, torch.uint8)
 
 
 def result_on_miniatures(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
-    """Return an operation's result as meta tensors; arguments that it returns are returned as they are.
+    """Return an operation's result as meta tensors. Arguments that it returns are returned unchanged.
 
     Args:
         func: The aten overload.
@@ -66,10 +67,10 @@ def result_on_miniatures(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         given: The tensors among both.
 
     Returns:
-        The result, or None if miniatures do not tell it.
+        The result, or None if miniatures cannot show it.
 
     Raises:
-        Exception: What the operation raises on miniatures, and so on its arguments; the message has other lengths.
+        Exception: The operation's error for miniatures, and so for its arguments. The message has other lengths.
     """
     packet = func.overloadpacket
     if packet in _DEVIATIONS and kwargs.get("correction") not in (None, 0, 1):
@@ -93,7 +94,7 @@ def result_on_miniatures(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
         if id(leaf) not in made:
             like = torch.empty_strided(scale.down(leaf.size()), strides[id(leaf)], dtype=leaf.dtype)
-            # Zeros are indices of every dim, and ones are what everything can be divided by.
+            # Zero is a valid index in every dim. One divides every number.
             made[id(leaf)] = like.fill_(0 if packet in _INDEXED else 1)
             originals[id(like)] = like, leaf
         return made[id(leaf)]
@@ -116,12 +117,12 @@ def _is_known(func: Any) -> bool:
         return False
     if torch.Tag.pointwise in func.tags:
         return True
-    return func.overloadpacket in _KNOWN and not any(is_out for _, _, is_out in traits_of(func).mutated)
+    return func.overloadpacket in _KNOWN and not any(is_out for _, _, is_out in schema_of(func).mutated)
 
 
 def _resizes(func: Any, given: list[Tensor], kwargs: dict[str, Any]) -> bool:
-    """Return whether an elementwise operation gives another shape to its `out=`, of which torch warns."""
-    outs = [kwargs[name] for _, name, is_out in traits_of(func).mutated if is_out]
+    """Return whether an elementwise operation changes the shape of its `out=`. torch warns if it does."""
+    outs = [kwargs[name] for _, name, is_out in schema_of(func).mutated if is_out]
     if not outs:
         return False
     shapes = [tensor.size() for tensor in given if not any(tensor is out for out in outs)]
@@ -135,7 +136,7 @@ class _Scale:
     """The primes that stand for the lengths of some tensors.
 
     Args:
-        lengths: All lengths but one, ascending.
+        lengths: All lengths except 1, ascending.
     """
 
     def __init__(self, lengths: list[int]) -> None:
@@ -170,16 +171,16 @@ class _Scale:
                 continue
             if stride < end:
                 return None
-            # A gap has no size of its own: no result takes it over.
+            # Every gap is one element here, because no result takes over the size of a gap.
             steps[end], steps[stride] = small_end, small_end + (stride > end)
             end, small_end = stride * length, steps[stride] * self._down[length]
-        # Dims of one element, which may end where the memory ends.
+        # The stride of a dim of one element may point to the end of the memory.
         steps[end] = small_end
         small = [steps.get(stride) for stride in tensor.stride()]
         return None if None in small else small  # type: ignore[return-value]
 
     def up(self, numbers: tuple[int, ...]) -> list[int]:
-        """Return lengths or strides of which miniatures have these."""
+        """Return the lengths or strides whose miniatures are these numbers."""
         return [self._enlarged(number) for number in numbers]
 
     def _enlarged(self, number: int) -> int:
@@ -189,5 +190,5 @@ class _Scale:
                 number //= prime
                 result *= length
         if number > 1:
-            raise NotImplementedError("a length that is not made of those of the arguments")
+            raise NotImplementedError("a length or stride that is not a product of the arguments' lengths")
         return result

@@ -1,6 +1,6 @@
-"""What an aten operation does: what it reads and writes, whether it draws, and which errors its meta kernel misses.
+"""Facts about aten operations: their reads and writes, whether they draw, and the errors that meta kernels miss.
 
-It is read from the operation's schema once; where that says too little, the operations are listed.
+They are read once from the operation's schema. Where the schema says too little, the operations are listed here.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from nucleate.deferred.tape.tape import Tape
 
 aten = torch.ops.aten
 
-# In-place operations that do not look at what was there (`self` is only written).
+# In-place operations that do not read the old content (`self` is only written).
 _FILLS = {
     aten.zero_, aten.fill_, aten.copy_, aten.normal_, aten.uniform_, aten.random_, aten.bernoulli_,
     aten.exponential_, aten.log_normal_, aten.cauchy_, aten.geometric_,
 }  # fmt: skip
-# They open files, which may be gone later.
+# These open files, which may be gone later.
 _REAL = {aten.from_file}
 _EMPTY = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.empty_permuted}
-# These change what a tensor points to, not a value: the geometry of the tensor that survives says it all.
+# These change the memory of a tensor, not a value. The geometry of the surviving tensor holds the whole effect.
 _RETARGET = {aten.set_, aten.resize_}
-# They update running statistics, which their schemas do not say (aten/src/ATen/native/native_functions.yaml).
+# These update running statistics, but their schemas do not say so (aten/src/ATen/native/native_functions.yaml).
 _WRITES_STATISTICS = {aten.native_batch_norm, aten.cudnn_batch_norm, aten.miopen_batch_norm}
-# Their meta kernels are wrong about strides, shapes or dtypes (torch 2.13), so they are run for their geometry.
+# Their meta kernels are wrong about strides, shapes or dtypes (torch 2.13), so they run for real to find the geometry.
 _WRONG_ON_META = {
     "_linalg_svd", "linalg_eig", "_linalg_eig", "_fft_r2c", "_fft_c2c", "_fft_c2r", "max_unpool2d", "max_unpool3d",
     "nonzero_static", "quantize_per_tensor", "quantize_per_channel", "quantize_per_tensor_dynamic",
@@ -38,9 +38,9 @@ _WRONG_ON_META = {
     "_embedding_bag_forward_only", "_embedding_bag", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
     "sort",
 }  # fmt: skip
-# They refuse parameters by value, and moving the generator takes a run anyway.
+# These refuse arguments by their values. Moving the generator takes a real run anyway.
 _REFUSING = {"multinomial", "bernoulli", "poisson", "binomial", "_standard_gamma", "_sample_dirichlet"}
-# Their answers follow from shapes and dtypes.
+# The answers of these follow from shapes and dtypes.
 _GEOMETRIC = {
     aten.is_same_size,
     aten.sym_size,
@@ -51,7 +51,7 @@ _GEOMETRIC = {
 }
 
 
-# Operations that look elements up by indices, which their meta kernels do not look at.
+# Operations that look elements up by indices. Their meta kernels do not check the indices.
 _BY_LIST = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put}
 _PUTS = _BY_LIST - {aten.index}
 _BY_DIM = {
@@ -67,8 +67,8 @@ _FLAT = {aten.take, aten.put, aten.put_}
 CHECKED = {*_BY_LIST, *_BY_DIM, *_BY_ELEMENT, *_FLAT, aten.embedding}
 
 
-class Traits:
-    """What a recorder needs to know of an operation, read from its schema once."""
+class OpSchema:
+    """The facts that a recorder needs about an operation, read once from its schema."""
 
     __slots__ = (
         "device", "fills", "indexes", "is_random", "looks_at_values", "mutated", "retargets", "uninitialized",
@@ -90,7 +90,7 @@ class Traits:
         self.fills = packet in _FILLS
         self.uninitialized = packet in _EMPTY
         self.retargets = packet in _RETARGET
-        # What is no tensor is an answer for Python, and so is a check that returns nothing: both look at values.
+        # A result that is not a tensor is an answer for Python. So is a check without a result. Both look at values.
         returns = [argument.type for argument in func._schema.returns]
         answers = not self.mutated and not any("Tensor" in str(kind) for kind in returns) and packet not in _GEOMETRIC
         name = packet.__name__
@@ -100,39 +100,39 @@ class Traits:
         self.device = any(argument.name == "device" for argument in arguments) and packet not in _REAL
 
 
-traits_of = functools.cache(Traits)
+schema_of = functools.cache(OpSchema)
 
 
 # -- reads and writes of one call ----------------------------------------------------------------------------
 
 
-def written_by(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def written_by(schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the tensors that a call writes."""
     found: list[Tensor] = []
-    for position, name, _ in traits.mutated:
+    for position, name, _ in schema.mutated:
         value = args[position] if position < len(args) else kwargs.get(name)
         found.extend(tensors(value))
     return found
 
 
-def read_by(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Yield the tensors whose content matters to a call: all arguments but those that are only written."""
-    if not traits.mutated:
+def read_by(schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors whose content matters to a call: all arguments except those that it only writes."""
+    if not schema.mutated:
         yield from tensors((args, kwargs))
         return
-    blind = {position for position, name, is_out in traits.mutated if is_out or (traits.fills and name == "self")}
+    blind = {position for position, name, is_out in schema.mutated if is_out or (schema.fills and name == "self")}
     yield from tensors([arg for index, arg in enumerate(args) if index not in blind])
-    outs = {name for _, name, is_out in traits.mutated if is_out}
+    outs = {name for _, name, is_out in schema.mutated if is_out}
     yield from tensors([arg for name, arg in kwargs.items() if name not in outs])
 
 
 def needed_by(tape: Tape, read: Iterable[Tensor], written: Iterable[TensorRef]) -> tuple[int, ...]:
-    """Return the storages that must be there before a call.
+    """Return the storages whose content a call needs.
 
     Args:
         tape: The tape.
         read: The tensors whose content matters.
-        written: The deferred ones that it writes.
+        written: The deferred tensors that the call writes.
     """
     numbers = (tape.number(tensor) for tensor in read)
     needed = dict.fromkeys(number for number in numbers if number is not None)
@@ -144,10 +144,10 @@ def needed_by(tape: Tape, read: Iterable[Tensor], written: Iterable[TensorRef]) 
 
 
 def overwritten_by(
-    tape: Tape, traits: Traits, written: tuple[TensorRef, ...], reads: tuple[int, ...]
+    tape: Tape, schema: OpSchema, written: tuple[TensorRef, ...], reads: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Return the storages whose old content a call replaces entirely without looking at it."""
-    if not (traits.fills or any(is_out for _, _, is_out in traits.mutated)):
+    """Return the storages whose old content a call replaces entirely without reading it."""
+    if not (schema.fills or any(is_out for _, _, is_out in schema.mutated)):
         return ()
     return tuple(ref.storage for ref in written if ref.storage not in reads and ref.fills(tape.size_bytes(ref.storage)))
 
@@ -156,16 +156,16 @@ def overwritten_by(
 
 
 def check_bounds(func: Any, args: tuple[Any, ...], value: Callable[[Tensor], Tensor]) -> None:
-    """Run the lookup of an indexed operation on one element that stands for all.
+    """Run the lookup of an indexed operation on one element that stands for all elements.
 
     Args:
         func: An overload of an operation in `CHECKED`.
         args: Its positional arguments.
-        value: Gives the value of a deferred tensor.
+        value: The function that returns the value of a deferred tensor.
 
     Raises:
-        IndexError: As torch raises it, and likewise other classes.
-        RuntimeError: What is put has another dtype.
+        IndexError: An index is out of range. torch raises other classes likewise.
+        RuntimeError: The source and the destination have different dtypes.
     """
     packet = func.overloadpacket
     if packet in _PUTS and args[2].dtype != args[0].dtype:
@@ -175,8 +175,8 @@ def check_bounds(func: Any, args: tuple[Any, ...], value: Callable[[Tensor], Ten
         )
     places = args[1:2] if packet in (*_BY_LIST, *_FLAT, aten.embedding) else args[2:3]
     if any(tensor.dtype in (torch.bool, torch.uint8) or tensor.numel() == 0 for tensor in tensors(places)):
-        return  # Masks are looked at anyway.
-    # On the CPU: a device may end the process where an index is out of range.
+        return  # Masks are read anyway.
+    # On the CPU, because another device may end the process if an index is out of range.
     target = torch.zeros((), device="cpu").expand(args[0].size())
     if packet in _BY_LIST:
         aten.index(target, [None if index is None else value(index).cpu() for index in args[1]])
@@ -194,7 +194,7 @@ def refuse_overlap(written: Iterable[Tensor]) -> None:
     """Refuse to fill a tensor with random numbers if several of its elements share memory, as after `expand`.
 
     Raises:
-        RuntimeError: As torch raises it (`assert_no_internal_overlap` in aten/src/ATen/MemoryOverlap.cpp, 2.13).
+        RuntimeError: torch's own error (`assert_no_internal_overlap` in aten/src/ATen/MemoryOverlap.cpp, 2.13).
     """
     if any(torch._debug_has_internal_overlap(tensor) == 1 for tensor in written):
         raise RuntimeError(

@@ -1,8 +1,8 @@
-"""Deferred memory that became real because somebody holds it where no recorder sees them write.
+"""Real memory of deferred tensors: somebody holds this memory and can write it where no recorder sees the write.
 
 NumPy, DLPack, a raw address and `untyped_storage()` share memory with a tensor. From the moment one of them is handed
-out, the memory itself says what the tensor's value is: operations that write it run at once, operations that read it
-take a copy, and materialization gives the tensor this very memory, shared as eager construction would have shared it.
+out, the memory itself holds the tensor's value. Operations that write it run at once. Operations that read it take a
+copy. Materialization gives the tensor this same memory, shared as eager construction would have shared it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from nucleate.deferred.tape.steps import Constant, TensorRef
 from nucleate.deferred.tape.tape import Tape
 
 
-class Exposed:
+class RealMemory:
     """The storages of a tape that have real memory.
 
     Args:
-        replayer: Has the tape, and the device that deferred tensors stand for.
+        replayer: The replayer, which has the tape and the device that deferred tensors stand for.
     """
 
     def __init__(self, replayer: Replayer) -> None:
         self._replayer = replayer
-        # The meta storage and its memory by the addresses of both, since numbers change when tapes join.
+        # Memory by the address of its meta storage, and the reverse. Numbers of storages change when tapes join.
         self._memory: dict[int, torch.UntypedStorage] = {}
         self._meta: dict[int, torch.UntypedStorage] = {}
 
@@ -32,8 +32,8 @@ class Exposed:
     def _tape(self) -> Tape:
         return self._replayer.tape
 
-    def absorb(self, other: Exposed) -> None:
-        """Take over what another tape has exposed."""
+    def absorb(self, other: RealMemory) -> None:
+        """Take over the real memory of another tape."""
         self._memory.update(other._memory)
         self._meta.update(other._meta)
 
@@ -45,11 +45,11 @@ class Exposed:
             return tensor.untyped_storage()._cdata in self._memory
 
     def meta_of(self, memory: torch.UntypedStorage) -> torch.UntypedStorage | None:
-        """Return the storage without memory that stands for a real one, if one does."""
+        """Return the storage without memory that stands for a real storage, or None."""
         return self._meta.get(memory._cdata)
 
     def add(self, number: int, memory: torch.UntypedStorage) -> None:
-        """Let a storage have real memory from here on."""
+        """Give a storage real memory from here on."""
         meta = self._tape.storage(number)
         self._memory[meta._cdata] = memory
         self._meta[memory._cdata] = meta
@@ -77,7 +77,7 @@ class Exposed:
         return view(self._memory[tensor.untyped_storage()._cdata], self._tape.ref(tensor))
 
     def resize(self, tensor: Tensor) -> None:
-        """Make the memory as large as the storage of a deferred tensor now is."""
+        """Resize real memory to the present size of a deferred tensor's storage."""
         storage = tensor.untyped_storage()
         memory = self._memory.get(storage._cdata)
         if memory is not None and memory.nbytes() != storage.nbytes():

@@ -1,9 +1,9 @@
-"""The recorder: a dispatch mode under which constructors write the tape instead of memory.
+"""The recorder: a dispatch mode under which constructors write to the tape instead of to memory.
 
-Every aten operation that reaches it either is recorded on meta tensors, or runs for real: operations on real
-tensors only, questions that Python asks about a value (`item`, `equal`), and writes of deferred values into
-real tensors. An operation that has no meta kernel, or whose result's shape depends on values, is run once for
-its geometry and recorded all the same. What Python sees of a deferred tensor is the business of `impersonation/`.
+The recorder records an aten operation on meta tensors, or runs it for real. Three kinds run for real: operations on
+real tensors only, questions that Python asks about a value (`item`, `equal`), and writes of deferred values into real
+tensors. If an operation has no meta kernel, or the shape of its result depends on values, the recorder runs it once to
+find its geometry, and records it all the same. `impersonation/` decides how Python sees a deferred tensor.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from nucleate.deferred.active import alone, turn
-from nucleate.deferred.elements.real_tensor import TensorGiven
-from nucleate.deferred.elements.source import Given, take
+from nucleate.deferred.elements.element_source import ElementSource, fill_from
+from nucleate.deferred.elements.tensor_source import TensorSource
 from nucleate.deferred.onset import Onset
 from nucleate.deferred.recording.constants import Constants
 from nucleate.deferred.recording.fast_path import FastPath, generator_for
-from nucleate.deferred.recording.generator_states import States
-from nucleate.deferred.recording.known_values import Values
+from nucleate.deferred.recording.generator_states import GeneratorStates
+from nucleate.deferred.recording.known_values import KnownValues
 from nucleate.deferred.recording.meta_shapes import (
     is_doubtful,
     is_plain,
@@ -35,16 +35,16 @@ from nucleate.deferred.recording.meta_shapes import (
     trust,
 )
 from nucleate.deferred.recording.op_schema import (
-    Traits,
+    OpSchema,
     check_bounds,
     needed_by,
     overwritten_by,
     read_by,
     refuse_overlap,
-    traits_of,
+    schema_of,
     written_by,
 )
-from nucleate.deferred.recording.real_memory import Exposed
+from nucleate.deferred.recording.real_memory import RealMemory
 from nucleate.deferred.replay.replayer import Replayer, view
 from nucleate.deferred.tape.leaves import map_leaves, tensors
 from nucleate.deferred.tape.steps import Constant, Position, Step, TensorRef
@@ -62,39 +62,39 @@ class _Flags(threading.local):
 
 
 class Recorder(TorchDispatchMode):
-    """Records what a constructor does to tensors of one device.
+    """The dispatch mode that records a constructor's operations on tensors of one device.
 
     Args:
-        replayer: Answers questions about values; holds the tape, the random program and the device that deferred
-            tensors stand for.
+        replayer: The replayer, which answers questions about values. It holds the tape, the random program and the
+            device that deferred tensors stand for.
     """
 
     def __init__(self, replayer: Replayer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.replayer = replayer
         self.device = device = replayer.device
-        #: Whether values can be made on the device; else they are recorded for one that this machine does not have.
+        #: Whether values can be made on the device. If not, this machine does not have it, and only records for it.
         self.is_present = is_present(device)
-        #: The Python objects of deferred tensors, as long as they live; those left at the end are guarded.
+        #: The Python objects of deferred tensors, as long as they live. Those alive at the end are guarded.
         self.handed_out: list[weakref.ref[Tensor]] = []
-        #: The threads that it records. In others that have entered it, it does nothing any more.
+        #: The threads that it records. In other threads that have entered it, it does nothing.
         self.threads: set[int] = set()
-        #: When it begins to record, if it has not begun yet.
+        #: The onset at which it begins to record, if it has not begun yet.
         self.onset: Onset | None = None
         self._flags = _Flags()
-        #: Told of a meta tensor that is not on this tape, whose record may then join this one.
+        #: Called with each meta tensor that is not on this tape. The tensor's recording may then join this one.
         self.on_stranger: Callable[[Tensor], None] = lambda tensor: None
         #: Deferred tensors whose memory is real, because somebody outside torch may write it.
-        self.exposed = Exposed(replayer)
-        #: States of generators that were taken meanwhile.
-        self.states = States(replayer)
-        self._values = Values(replayer)
+        self.exposed = RealMemory(replayer)
+        #: The generator states that were handed out during the recording.
+        self.states = GeneratorStates(replayer)
+        self._values = KnownValues(replayer)
         self._constants = Constants()
         self._fast_path = FastPath(replayer, self.exposed, self.handed_out)
 
     @property
     def tape(self) -> Tape:
-        """Where steps go."""
+        """The tape that gets the steps."""
         return self.replayer.tape
 
     def __exit__(self, *error: Any) -> None:
@@ -109,7 +109,7 @@ class Recorder(TorchDispatchMode):
 
     @property
     def meta_is_meant(self) -> bool:
-        """Set while Python runs a call that names the meta device itself: then meta means meta."""
+        """Whether Python runs a call that names the meta device itself, so that meta stands for no other device."""
         return self._flags.meta_is_meant
 
     @meta_is_meant.setter
@@ -118,7 +118,7 @@ class Recorder(TorchDispatchMode):
 
     @property
     def makes_real(self) -> bool:
-        """Set while factories make real tensors, so that only what is done to deferred ones is recorded."""
+        """Whether factories make real tensors, so that only operations on deferred tensors are recorded."""
         return self._flags.makes_real
 
     @makes_real.setter
@@ -127,7 +127,7 @@ class Recorder(TorchDispatchMode):
 
     @property
     def is_loading(self) -> bool:
-        """Set while a state dict is loaded: then what is copied from a real tensor is taken by reference."""
+        """Whether a state dict is being loaded, so that deferred tensors take real ones by reference."""
         return self._flags.is_loading
 
     @is_loading.setter
@@ -142,12 +142,12 @@ class Recorder(TorchDispatchMode):
         self.handed_out.extend(other.handed_out)
 
     def hand_out(self, tensor: Tensor) -> None:
-        """Take notice of a deferred tensor that Python is going to hold."""
+        """Remember a deferred tensor that Python is going to hold."""
         self.handed_out.append(weakref.ref(tensor))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Else the first dispatched operation imports torch._dynamo, which takes longer than most constructors.
+        # Otherwise the first dispatched operation imports torch._dynamo, which takes longer than most constructors.
         return False
 
     def __torch_dispatch__(
@@ -169,86 +169,86 @@ class Recorder(TorchDispatchMode):
     # -- routing -------------------------------------------------------------------------------------------
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        traits = traits_of(func)
-        if traits.fills and self._fast_path.record_fill(func, traits, args, kwargs):
+        schema = schema_of(func)
+        if schema.fills and self._fast_path.record_fill(func, schema, args, kwargs):
             return args[0]
         given = tensors((args, kwargs))
         if not given:
-            return self._dispatch_factory(func, traits, args, kwargs)
+            return self._dispatch_factory(func, schema, args, kwargs)
         for tensor in given:
             if tensor.is_meta and self.tape.number(tensor) is None:
                 self.on_stranger(tensor)
             elif not tensor.is_meta:
                 self.states.settle(tensor)
         if all(self.tape.number(tensor) is None for tensor in given):
-            return self._dispatch_real(func, traits, args, kwargs, any(tensor.is_meta for tensor in given))
-        return self._dispatch_deferred(func, traits, args, kwargs)
+            return self._dispatch_real(func, schema, args, kwargs, any(tensor.is_meta for tensor in given))
+        return self._dispatch_deferred(func, schema, args, kwargs)
 
-    def _dispatch_factory(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Route an operation without tensors: what it makes is deferred if it is for our device."""
-        # Without elements there is nothing to defer; and the empty tensors that `torch.load`, `deepcopy` and storages
-        # then set to real memory must be real.
-        holds_nothing = traits.uninitialized and bool(args) and 0 in args[0]
-        if self._is_ours(traits, kwargs):
+    def _dispatch_factory(self, func: Any, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Route an operation without tensors. Its result is deferred if it is for the recorder's device."""
+        # A tensor without elements has nothing to defer. Also, `torch.load`, `deepcopy` and storages make such tensors
+        # and then set them to real memory, so they must be real.
+        holds_nothing = schema.uninitialized and bool(args) and 0 in args[0]
+        if self._is_ours(schema, kwargs):
             if not holds_nothing or not self.is_present:
-                made = self._fast_path.record_factory(func, traits, args, kwargs)
-                return self._record(func, traits, args, kwargs) if made is None else made
+                made = self._fast_path.record_factory(func, schema, args, kwargs)
+                return self._record(func, schema, args, kwargs) if made is None else made
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": self.device}
-        return self._run_random(func, traits, args, kwargs) if traits.is_random else func(*args, **kwargs)
+        return self._run_random(func, schema, args, kwargs) if schema.is_random else func(*args, **kwargs)
 
     def _dispatch_real(
-        self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], any_meta: bool
+        self, func: Any, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any], any_meta: bool
     ) -> Any:
-        """Route an operation on tensors that are not deferred: it runs, but its random numbers wait their turn."""
-        if traits.is_random:
-            if traits.mutated or self.makes_real:
-                return self._run_random(func, traits, args, kwargs)
+        """Route an operation on tensors that are not deferred. It runs now, with the true generator state if random."""
+        if schema.is_random:
+            if schema.mutated or self.makes_real:
+                return self._run_random(func, schema, args, kwargs)
             if not any_meta:
-                # Numbers drawn for a tensor of another device are that device's, and real.
+                # Numbers that are drawn for a tensor of another device come from that device, and are real.
                 record = self._is_own(_device_of(args, kwargs))
-                return (self._record if record else self._run_random)(func, traits, args, kwargs)
+                return (self._record if record else self._run_random)(func, schema, args, kwargs)
             device = kwargs.get("device")
             stays = device is None or device.type == "meta"
-            return func(*args, **kwargs) if stays else self._run_random(func, traits, args, kwargs)
-        device = kwargs.get("device") if traits.device else None
+            return func(*args, **kwargs) if stays else self._run_random(func, schema, args, kwargs)
+        device = kwargs.get("device") if schema.device else None
         if device is not None and device.type == "meta" and not self.meta_is_meant:
-            # C++ code that reads the options of a deferred tensor sees meta, and means the device it stands for.
-            return self._record(func, traits, args, kwargs)
-        return self._run_plain(func, traits, args, kwargs)
+            # C++ code that reads the options of a deferred tensor sees meta, but means the device that meta stands for.
+            return self._record(func, schema, args, kwargs)
+        return self._run_plain(func, schema, args, kwargs)
 
-    def _dispatch_deferred(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Route an operation on deferred tensors: it is recorded, unless its result has to be real."""
-        if traits.retargets:
+    def _dispatch_deferred(self, func: Any, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Route an operation on deferred tensors. It is recorded, unless its result has to be real."""
+        if schema.retargets:
             return self._retarget(func, args, kwargs)
-        written = written_by(traits, args, kwargs)
+        written = written_by(schema, args, kwargs)
         if any(self.tape.number(tensor) is None or self.exposed.holds(tensor) for tensor in written):
-            # A deferred value goes into real memory: it has to be made now.
-            return self._write_real(func, traits, args, kwargs)
+            # The operation writes to real memory, so the deferred values that it uses are made now.
+            return self._write_real(func, schema, args, kwargs)
         if func is aten.copy_.default and (given := self.given_by(*args[:2])) is not None:
             self.overwrite(args[0], given)
             return args[0]
         if not written and (func.is_view or func is aten.detach.default):
             if func is aten.as_strided.default:
-                # The meta kernel does not look whether the view lies within its memory.
+                # The meta kernel does not check whether the view lies within its memory.
                 memory = torch.UntypedStorage(args[0].untyped_storage().nbytes())
                 func(view(memory, self.tape.ref(args[0])), *args[1:], **kwargs)
             result = func(*args, **kwargs)
             self.handed_out.extend(map(weakref.ref, tensors(result)))
             return result
-        if traits.device and (target := kwargs.get("device")) is not None and not self._is_own(target):
+        if schema.device and (target := kwargs.get("device")) is not None and not self._is_own(target):
             if target.type == "meta" and self.meta_is_meant:
                 return func(*args, **kwargs)
             if target.type != "meta":
                 return func(*map_leaves(args, self._resolve), **map_leaves(kwargs, self._resolve))
-        return self._record(func, traits, args, kwargs)
+        return self._record(func, schema, args, kwargs)
 
-    def given_by(self, target: Tensor, value: Any) -> TensorGiven | None:
-        """Return what a real tensor gives to a deferred one by reference, if it is not to be cloned."""
+    def given_by(self, target: Tensor, value: Any) -> TensorSource | None:
+        """Return an element source that refers to a real tensor, or None if its values are to be recorded otherwise."""
         if not isinstance(value, Tensor) or value.is_meta:
             return None
         if self.is_loading and (value.is_quantized or value.layout != torch.strided):
-            # torch refuses most of them, and so early enough.
+            # torch refuses to copy most of these, and this copy raises its error early enough.
             real = torch.empty(target.shape, dtype=target.dtype, device=value.device).copy_(value)
             return self._constants.given(real)
         if not is_plain(value) or value.layout != torch.strided:
@@ -263,32 +263,32 @@ class Recorder(TorchDispatchMode):
             try:
                 value = value.expand(target.shape)
             except RuntimeError:
-                return None  # Refused where it is recorded as any other operation.
+                return None  # Recording it like any other operation raises the error.
         given = self._constants.given(value)
         return given if self.is_loading or given.is_mapped else None
 
-    def overwrite(self, tensor: Tensor, given: Given) -> None:
-        """Record that a deferred tensor is overwritten by what is given.
+    def overwrite(self, tensor: Tensor, given: ElementSource) -> None:
+        """Record that an element source overwrites a deferred tensor.
 
         Args:
-            tensor: A tensor of this tape without real memory, of the shape of what is given.
-            given: The elements; they are cast to the tensor's dtype when it is made.
+            tensor: A tensor of this tape without real memory, with the shape of the element source.
+            given: The element source. Its elements are cast to the tensor's dtype when the tensor is materialized.
         """
         ref = self.tape.ref(tensor)
         if ref.fills(self.tape.size_bytes(ref.storage)):
             self.tape.forget_given(ref.storage)
-        self.tape.overwrite(ref, take, (ref, given))
+        self.tape.overwrite(ref, fill_from, (ref, given))
 
     def _is_own(self, device: torch.device) -> bool:
         if device.type != self.device.type:
             return False
         if device.index is None and self.is_present:
-            device = concrete(device)  # The current one, which the constructor may have changed.
+            device = concrete(device)  # The current device, which the constructor may have changed.
         return device.index in (None, self.device.index)
 
-    def _is_ours(self, traits: Traits, kwargs: dict[str, Any]) -> bool:
+    def _is_ours(self, schema: OpSchema, kwargs: dict[str, Any]) -> bool:
         """Return whether a factory makes a deferred tensor."""
-        if not traits.device:
+        if not schema.device:
             return False
         device = kwargs.get("device")
         if device is not None and device.type == "meta":
@@ -296,13 +296,13 @@ class Recorder(TorchDispatchMode):
         return not self.makes_real and self.is_for(device)
 
     def is_for(self, device: torch.device | None) -> bool:
-        """Return whether a factory that is told this device, or none, makes a tensor for the recorder's."""
+        """Return whether a factory with this `device` argument makes a tensor for the recorder's device."""
         return self.device.type == "cpu" if device is None else self._is_own(device)
 
-    def _write_real(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation that writes real memory; deferred tensors that it writes as well get real memory too."""
+    def _write_real(self, func: Any, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that writes real memory. Deferred tensors that it also writes get real memory too."""
         originals: dict[int, tuple[Tensor, Tensor]] = {}
-        written = set(map(id, written_by(traits, args, kwargs)))
+        written = set(map(id, written_by(schema, args, kwargs)))
 
         def real(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or self.tape.number(leaf) is None:
@@ -312,12 +312,12 @@ class Recorder(TorchDispatchMode):
             return value
 
         real_args, real_kwargs = map_leaves(args, real), map_leaves(kwargs, real)
-        run = self._run_random if traits.is_random else self._run_plain
-        result = run(func, traits, real_args, real_kwargs)
+        run = self._run_random if schema.is_random else self._run_plain
+        result = run(func, schema, real_args, real_kwargs)
         return map_leaves(result, lambda leaf: originals[id(leaf)][1] if id(leaf) in originals else leaf)
 
     def _retarget(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let a tensor point to other memory, or change how large its memory is."""
+        """Point a tensor to other memory, or change the size of its memory."""
         target = args[0]
         if self.tape.number(target) is None:
             return func(
@@ -325,73 +325,73 @@ class Recorder(TorchDispatchMode):
             )
         for source in args[1:2]:
             if isinstance(source, Tensor) and not source.is_meta and source.device.type != self.device.type:
-                # torch refuses it, with its own words.
+                # torch refuses this, with its own error.
                 func(torch.empty(0, dtype=source.dtype, device=self.device), source)
         result = func(target, *map_leaves(args[1:], self._adopted), **kwargs)
         if self.tape.number(target) is None:
-            # `set_()` without a source gives it memory of its own, with nothing in it.
-            self._record(aten.empty.memory_format, traits_of(aten.empty.memory_format), ([0],), {})
+            # `set_()` without a source gives the tensor new memory of zero bytes.
+            self._record(aten.empty.memory_format, schema_of(aten.empty.memory_format), ([0],), {})
             target.set_(self.tape.storage(-1), 0, (0,), (1,))
         self.exposed.resize(target)
         return result
 
     # -- recording -----------------------------------------------------------------------------------------
 
-    def record(self, func: Callable[..., Any], traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a Python function on tensors of which at least one is deferred, as one step."""
+    def record(self, func: Callable[..., Any], schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call of a Python function as one step. At least one of its tensors is deferred."""
         with turn, torch._C.DisableTorchFunction():
-            written = written_by(traits, args, kwargs)
+            written = written_by(schema, args, kwargs)
             if any(self.tape.number(tensor) is None or self.exposed.holds(tensor) for tensor in written):
                 with _disable_current_modes():
-                    return self._write_real(func, traits, args, kwargs)
+                    return self._write_real(func, schema, args, kwargs)
             with _disable_current_modes():
-                return self._record(func, traits, args, kwargs)
+                return self._record(func, schema, args, kwargs)
 
-    def _record(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if traits.indexes and self.is_present:
+    def _record(self, func: Any, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if schema.indexes and self.is_present:
             check_bounds(func, args, lambda leaf: self.value(leaf) if leaf.is_meta else leaf)
-        written = written_by(traits, args, kwargs)
-        if traits.is_random:
+        written = written_by(schema, args, kwargs)
+        if schema.is_random:
             refuse_overlap(written)
         written_refs = tuple(self.tape.ref(tensor) for tensor in written)
         replay_args, replay_kwargs = map_leaves(args, self._capture), map_leaves(kwargs, self._capture)
-        if traits.device:
+        if schema.device:
             device = replay_kwargs.get("device")
             if device is not None or not tensors((args, kwargs)):
                 replay_kwargs["device"] = self.device
             if "pin_memory" in kwargs:
                 replay_kwargs.pop("pin_memory")
                 kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
-        position, generator = self._locate(traits, args, kwargs)
-        reads = self._reads(traits, args, kwargs, written_refs)
+        position, generator = self._locate(schema, args, kwargs)
+        reads = self._reads(schema, args, kwargs, written_refs)
         step = self.tape.step(
             func,
             replay_args,
             replay_kwargs,
             reads=reads,
             written=written_refs,
-            overwrites=overwritten_by(self.tape, traits, written_refs, reads),
+            overwrites=overwritten_by(self.tape, schema, written_refs, reads),
             position=position,
-            uninitialized=traits.uninitialized,
+            uninitialized=schema.uninitialized,
         )
         try:
             with alone(self.device):
-                result, state = self._geometry(func, traits, args, kwargs, step)
+                result, state = self._geometry(func, schema, args, kwargs, step)
         except Exception:
             if position is not None:
-                self._fail_random(func, traits, args, kwargs)
+                self._fail_random(func, schema, args, kwargs)
             raise
-        if traits.fills:
+        if schema.fills:
             self._fast_path.remember_fill(func, args)
         if step.overwrites and any(tuple(t.size()) != ref.size for t, ref in zip(written, written_refs, strict=True)):
-            # An `out=` that was resized: what lies behind its new end is still there.
+            # The operation resized an `out=`. The content behind its new end is still there.
             step.reads, step.overwrites = (*reads, *step.overwrites), ()
         outputs = tensors(result)
         if not all(map(is_plain, outputs)):
-            # Without a storage there is nothing to record: it becomes real at once.
+            # A result without a plain storage cannot be recorded. It becomes real at once.
             return self._run_unrecorded(step, generator)
         given = {id(tensor) for tensor in tensors((args, kwargs))}
-        # Not what it was given, which may be a parameter: `swap_tensors` refuses tensors that are held weakly.
+        # Not the arguments. One may be a parameter, and `swap_tensors` refuses tensors that are held weakly.
         self.handed_out.extend(weakref.ref(output) for output in outputs if id(output) not in given)
         if not outputs and not written:
             return result
@@ -408,29 +408,29 @@ class Recorder(TorchDispatchMode):
                 self.replayer.random.follow(generator, position, step, state)
         return result
 
-    def _fail_random(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run a random operation that fails once more, so that the generator stands where it was when it failed."""
+    def _fail_random(self, func: Any, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Repeat a failed random operation on real tensors, to leave the generator where an eager failure leaves it."""
 
         def real(leaf: Any) -> Any:
             return self.value(leaf).clone() if self._is_deferred(leaf) else leaf
 
         with suppress(Exception), torch.no_grad():
-            self._run_random(func, traits, map_leaves(args, real), map_leaves(kwargs, real))
+            self._run_random(func, schema, map_leaves(args, real), map_leaves(kwargs, real))
 
     def opaque(
         self, func: Callable[..., Tensor], tensor: Tensor, args: tuple[Any, ...], generator: torch.Generator | None
     ) -> Tensor:
-        """Record a Python function that fills `tensor` with numbers it cannot say beforehand how to draw.
+        """Record a Python function that fills `tensor` with random numbers, if only a run tells how many it draws.
 
         Args:
-            func: Called as `func(tensor, *args, generator)` on a real tensor when replayed.
+            func: The function. A replay calls `func(tensor, *args, generator)` on a real tensor.
             tensor: The deferred tensor that it overwrites.
             args: Plain arguments.
             generator: An explicit generator, or None for the default one.
         """
         refuse_overlap([tensor])
         source = generator_for(self.device, generator)
-        # Seen by our own mode, a token that is looked at would be replaced by the state that it stands for.
+        # Hidden from our own mode, which would replace a token that is read here by its true state.
         with torch._C.DisableTorchFunction():
             position = self.replayer.random.locate(source)
         if self.exposed.holds(tensor):
@@ -443,7 +443,7 @@ class Recorder(TorchDispatchMode):
             with torch._C.DisableTorchFunction():
                 self.replayer.random.follow(source, position, step)
         if not tensor.is_inference():
-            # Autograd has to see a write: what it saved of the old value is stale.
+            # Autograd has to see a write: the values that it saved before are stale.
             torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
         return tensor
 
@@ -475,21 +475,21 @@ class Recorder(TorchDispatchMode):
             return self.exposed.adopt(real)
 
     def _geometry(
-        self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step
+        self, func: Any, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step
     ) -> tuple[Any, Tensor | None]:
-        """Find the result's geometry; where that needs values, run the operation for real and keep only that."""
+        """Find the result's geometry. If that needs values, run the operation for real and keep only the geometry."""
         try:
-            if traits.looks_at_values or self._mixes_devices(func, args, kwargs):
+            if schema.looks_at_values or self._mixes_devices(func, args, kwargs):
                 raise NotImplementedError
-            if not traits.wrong_on_meta and not is_doubtful(func, args, kwargs):
-                return result_on_meta(func, args, kwargs, traits.fills), None
-            if traits.is_random or not (traits.wrong_on_meta or torch.Tag.pointwise in func.tags):
+            if not schema.wrong_on_meta and not is_doubtful(func, args, kwargs):
+                return result_on_meta(func, args, kwargs, schema.fills), None
+            if schema.is_random or not (schema.wrong_on_meta or torch.Tag.pointwise in func.tags):
                 raise NotImplementedError
             result = result_on_stand_ins(func, args, kwargs)
             trust(func, args, kwargs)
             return result, None
         except Exception:
-            # No meta kernel, a value that is needed, or a plain mistake of the user's: the real run tells.
+            # The meta kernel is missing, or values are needed, or the user made a mistake. The real run tells which.
             real_args, real_kwargs, result, state = self.replayer.execute_unrecorded(step)
             trust(func, args, kwargs)
             if not all(map(is_plain, tensors(result))):
@@ -502,7 +502,7 @@ class Recorder(TorchDispatchMode):
             return map_leaves(result, counterpart), state
 
     def _mixes_devices(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether real tensors of another device take part, which most operations refuse."""
+        """Return whether some arguments are real tensors of another device. Most operations refuse them."""
         return (
             self.device.type != "cpu"
             and self.is_present
@@ -520,15 +520,15 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _reads(
-        self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], written: tuple[TensorRef, ...]
+        self, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any], written: tuple[TensorRef, ...]
     ) -> tuple[int, ...]:
-        looked_at = (tensor for tensor in read_by(traits, args, kwargs) if not self.exposed.holds(tensor))
+        looked_at = (tensor for tensor in read_by(schema, args, kwargs) if not self.exposed.holds(tensor))
         return needed_by(self.tape, looked_at, written)
 
     def _locate(
-        self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Position | None, Generator | None]:
-        if not traits.is_random:
+        if not schema.is_random:
             return None, None
         generator = self._generator(args, kwargs)
         return self.replayer.random.locate(generator), generator
@@ -554,7 +554,7 @@ class Recorder(TorchDispatchMode):
         return isinstance(leaf, Tensor) and self.tape.number(leaf) is not None
 
     def _capture(self, leaf: Any) -> Any:
-        """Turn an argument into what the tape keeps of it."""
+        """Return the form of an argument that the tape keeps."""
         if isinstance(leaf, torch.device) and leaf.type == "meta":
             return self.device
         if not isinstance(leaf, Tensor):
@@ -570,14 +570,14 @@ class Recorder(TorchDispatchMode):
             )
         return self._constants.of(leaf)
 
-    def _run_plain(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_plain(self, func: Any, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on real tensors."""
-        self._constants.before_writes(written_by(traits, args, kwargs))
+        self._constants.before_writes(written_by(schema, args, kwargs))
         return func(*args, **kwargs)
 
-    def _run_random(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_random(self, func: Any, schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a random operation on a real tensor now, from the generator's true state."""
-        written = written_by(traits, args, kwargs)
+        written = written_by(schema, args, kwargs)
         self._constants.before_writes(written)
         generator: Generator | None = next(
             (leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Generator)), None
@@ -590,12 +590,12 @@ class Recorder(TorchDispatchMode):
         program = self.replayer.random
         position = program.locate(generator)
         generator.set_state(program.state_at(position))
-        # The state behind it is a plain one: the next random step starts a new chain from it.
+        # The state after this call is a true state. The next random step starts a new run from it.
         return func(*args, **kwargs)
 
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    """Return the device of what an operation makes."""
+    """Return the device of an operation's result."""
     device: torch.device | None = kwargs.get("device")
     if device is None:
         device = next((tensor.device for tensor in tensors((args, kwargs))), None)

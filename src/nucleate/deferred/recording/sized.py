@@ -1,7 +1,7 @@
-"""Results whose shapes follow from numbers among the arguments: factories, and what joins or repeats tensors.
+"""Results whose shapes follow from numbers among the arguments: of factories, and of joins and repeats of tensors.
 
-Torch's own meta kernels for most of them import torch's symbolic shapes when the first one runs, which takes a third of
-a second, and some import torch's compiler as well, which takes another.
+The first of torch's own meta kernels for most of these operations imports torch's symbolic shapes, which takes a third
+of a second. Some also import torch's compiler, which takes another third.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from nucleate.deferred.recording.miniatures import result_on_miniatures
 
 aten = torch.ops.aten
 
-#: Factories that make so many numbers are run, to see what they make.
+#: Factories that make at most this many numbers run for real, to find their result.
 LIMIT_NUMEL = 1 << 20
 
-# Random factories, and where the size is among their arguments.
+# Random factories, and the position of the size among their arguments.
 _RANDOM = {
     aten.randn.default: 0, aten.randn.generator: 0, aten.normal.float_float: 2, aten.randint.default: 1,
     aten.randint.generator: 1, aten.randint.low: 2, aten.randint.low_generator: 2,
@@ -30,7 +30,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def result_of_sizes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
-    """Return an operation's result as meta tensors, or None if this does not know it.
+    """Return an operation's result as meta tensors, or None if it is not known here.
 
     Args:
         func: The aten overload.
@@ -39,7 +39,7 @@ def result_of_sizes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gi
         given: The tensors among both.
 
     Raises:
-        Exception: What the operation raises on such arguments.
+        Exception: The operation's error for such arguments.
     """
     if func in _RANDOM:
         return _random(func, args, kwargs)
@@ -59,7 +59,7 @@ def result_of_sizes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gi
 
 
 def _random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return what a random factory makes; the numbers of one element tell whether it takes its arguments."""
+    """Return the result of a random factory on meta. Drawing one number shows whether it takes its arguments."""
     place = _RANDOM[func]
     options = {name: value for name, value in kwargs.items() if name != "device"}
     one = (*args[:place], [1], *args[place + 1 :])
@@ -105,7 +105,7 @@ def _triangle(num_rows: int, num_cols: int, *offset: int) -> int:
     return num_rows * num_cols
 
 
-# How many numbers factories make at most; -1 where it cannot be told.
+# The most numbers that these factories make, or -1 if their arguments do not tell.
 _COUNTS: dict[Any, Callable[..., float]] = {
     aten.arange: _range_numel,
     aten.linspace: _counted,
@@ -121,7 +121,7 @@ _COUNTS: dict[Any, Callable[..., float]] = {
 
 
 def _joined(tensors: list[Tensor], dim: int = 0) -> list[int] | None:
-    """Return the shape of `cat`, or None where the memory format or an error has to be looked for."""
+    """Return the shape of `cat`, or None if the memory format or an error needs a closer look."""
     shapes = [list(tensor.size()) for tensor in tensors]
     if not _are_alike(tensors, len(shapes[0])) or not -len(shapes[0]) <= dim < len(shapes[0]):
         return None
@@ -160,7 +160,7 @@ def _are_alike(tensors: list[Tensor], num_dims: int) -> bool:
 
     Args:
         tensors: They must have elements, one dtype and one number of dims.
-        num_dims: How many dims are joined. Images and volumes have formats, unless all strides are the default ones.
+        num_dims: How many dims the result has. Images and volumes have formats, unless all strides are the default.
     """
     first = tensors[0]
     return all(
@@ -173,7 +173,7 @@ def _are_alike(tensors: list[Tensor], num_dims: int) -> bool:
 
 
 def _is_by_default(tensor: Tensor) -> bool:
-    """Return whether strides are the default ones also of dims of one element, which may be taken for other formats."""
+    """Return whether all strides are the default, even those of dims of one element, which may look like formats."""
     end = 1
     for length, stride in zip(reversed(tensor.size()), reversed(tensor.stride()), strict=True):
         if stride != end:

@@ -1,7 +1,8 @@
-"""Live writes: the steps of a tape that still matter to a storage, read backward, as pieces if they are such.
+"""Live writes: the steps of a tape that still matter to a storage, read backward into a range maker if possible.
 
-Only operations on finite numbers whose result IEEE 754 defines to the last bit are taken: torch computes others
-differently in the vectorized and in the remaining part of a loop, so that a range would depend on where it begins.
+A range maker uses only operations on finite numbers whose result IEEE 754 defines to the last bit. Torch computes other
+operations differently in the vectorized and in the remaining part of a loop, so the values of a range would depend on
+where it begins.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from typing import Any
 
 import torch
 
-from nucleate.deferred.elements.source import Given, take
+from nucleate.deferred.elements.element_source import ElementSource, fill_from
 from nucleate.deferred.randomness.fills import fill_of, fills_as_described, is_contiguous
 from nucleate.deferred.randomness.program import RandomProgram
-from nucleate.deferred.replay.ranges import Pieces
+from nucleate.deferred.replay.ranges import RangeMaker
 from nucleate.deferred.replay.strided import coalesced, composed
-from nucleate.deferred.replay.writes import Computed, Copied, Drawn, Filled, Joined, Read, Source, Write
+from nucleate.deferred.replay.writes import Computed, Copied, Drawn, Filled, Joined, Read, TensorView, Write
 from nucleate.deferred.tape.steps import Constant, Step, TensorRef
 from nucleate.deferred.tape.tape import Tape
 
 aten = torch.ops.aten
 
-# Deeper chains, and storages that are written bit by bit, are replayed whole.
+# Deeper chains, and storages with more writes, are replayed whole.
 _MAX_DEPTH = 32
 _MAX_WRITES = 256
 _EXACT = {
@@ -45,61 +46,61 @@ _CONSTANTS = {
 _FULL = {aten.full: 1, aten.full_like: 1, aten.new_full: 2}
 
 
-def pieces_of(tape: Tape, program: RandomProgram, storage: int, end: int | None = None) -> Pieces | None:
-    """Return how ranges of a storage are made, or None if it can only be made whole.
+def maker_of(tape: Tape, program: RandomProgram, storage: int, end: int | None = None) -> RangeMaker | None:
+    """Return the range maker of a storage, or None if the storage can only be made whole.
 
     Args:
         tape: The tape.
         program: The random program of its steps.
         storage: The storage's number on the tape.
-        end: As it was before the step with this index; by default, as it is at the end.
+        end: Make the storage as it was before the step with this index; by default, as it is at the end.
     """
-    pieces = _Reader(tape, program).pieces(storage, len(tape.steps) if end is None else end, 0)
-    if pieces is None or not pieces.numel:
+    maker = _Reader(tape, program).maker(storage, len(tape.steps) if end is None else end, 0)
+    if maker is None or not maker.numel:
         return None
-    pieces.prepare()
-    return pieces
+    maker.prepare()
+    return maker
 
 
-def source_of(tape: Tape, program: RandomProgram, ref: TensorRef, end: int) -> Source | None:
-    """Return where ranges of a tensor come from, or None if its storage can only be made whole.
+def source_of(tape: Tape, program: RandomProgram, ref: TensorRef, end: int) -> TensorView | None:
+    """Return the view that ranges of a tensor are read from, or None if its storage can only be made whole.
 
     Args:
         tape: The tape.
         program: The random program of its steps.
         ref: The tensor.
-        end: It is wanted as it was before the step with this index.
+        end: Read the tensor as it was before the step with this index.
     """
     source = _Reader(tape, program).source(ref, end, 0)
-    if source is None or not source.pieces.numel:
+    if source is None or not source.maker.numel:
         return None
-    source.pieces.prepare()
+    source.maker.prepare()
     return source
 
 
 class _Reader:
-    """Reads one storage and those it depends on."""
+    """A reader of the live writes of one storage and of the storages that it depends on."""
 
     def __init__(self, tape: Tape, program: RandomProgram) -> None:
         self._tape = tape
         self._program = program
-        self._seen: dict[tuple[int, int], Pieces | None] = {}
+        self._seen: dict[tuple[int, int], RangeMaker | None] = {}
 
-    def pieces(self, storage: int, end: int, depth: int) -> Pieces | None:
-        """Return how a storage is made as it was before the step `end`."""
+    def maker(self, storage: int, end: int, depth: int) -> RangeMaker | None:
+        """Return the range maker of a storage as it was before the step `end`, or None."""
         places = [place for place in self._tape.writers(storage) if place < end]
         if not places or depth > _MAX_DEPTH:
             return None
         key = (storage, places[-1])
         if key in self._seen:
-            # What is used twice would be made twice: that costs nothing where elements are only moved.
+            # A storage that is used twice would be made twice. That costs nothing if elements are only moved.
             known = self._seen[key]
             return known if known is not None and known.is_moved else None
         self._seen[key] = None
         self._seen[key] = found = self._pieces(storage, places, depth)
         return found
 
-    def _pieces(self, storage: int, places: list[int], depth: int) -> Pieces | None:
+    def _pieces(self, storage: int, places: list[int], depth: int) -> RangeMaker | None:
         dtype: torch.dtype | None = None
         writes: list[Write] = []
         size_bytes = self._tape.size_bytes(storage)
@@ -122,7 +123,7 @@ class _Reader:
                     return None
                 writes.append(write)
                 continue
-            # What a later write covers without looking is dead.
+            # A write is dead if a later write replaces it without reading it.
             dead = any(later.blind and later.start <= start and stop <= later.stop for later in writes)
             if not dead and not (storage in step.creates and step.uninitialized):
                 write = self._write(step, ref, order, depth)
@@ -138,24 +139,24 @@ class _Reader:
         assert dtype is not None
         if not writes:
             return None
-        pieces = Pieces(self._program, size_bytes // dtype.itemsize, dtype, writes[::-1])
-        # A chunk of a transposed file would read nearly all of it.
-        return pieces if pieces.is_moved or pieces.grain == 1 else None
+        maker = RangeMaker(self._program, size_bytes // dtype.itemsize, dtype, writes[::-1])
+        # Each chunk of a transposed file would read nearly the whole file.
+        return maker if maker.is_moved or maker.grain == 1 else None
 
     def _write_columns(self, step: Step, ref: TensorRef, depth: int) -> Write | None:
-        """Return the write of a copy into some columns of all that lies between the first row and the last."""
+        """Return the write of a copy into some columns of consecutive rows, or None for any other step."""
         lengths, steps = coalesced(ref.size, ref.stride)
         if len(lengths) == 1 and lengths and steps[0] > 1:
             lengths, steps = (*lengths, 1), (*steps, 1)
         if len(lengths) != 2 or steps[1] != 1 or steps[0] < lengths[1]:
             return None
         packet = getattr(step.func, "overloadpacket", None)
-        if step.func is take:
-            given: Given = step.args[1]
-            source = Source(Pieces.of(given, ref.dtype), 0)
+        if step.func is fill_from:
+            given: ElementSource = step.args[1]
+            source = TensorView(RangeMaker.of(given, ref.dtype), 0)
         elif packet is aten.copy_ and isinstance(step.args[1], TensorRef) and step.args[1].size == ref.size:
             found = self._source(step.args[1], step, ref, depth)
-            if found is None or not found.pieces.is_moved or found.pieces.dtype != ref.dtype:
+            if found is None or not found.maker.is_moved or found.maker.dtype != ref.dtype:
                 return None
             source = found
         else:
@@ -164,7 +165,7 @@ class _Reader:
         if column + lengths[1] > width:
             return None
         start = ref.offset - column
-        # The last row may end with what is written.
+        # The storage may end with the written columns of the last row.
         stop = ref.offset + (lengths[0] - 1) * width + lengths[1]
         return Joined(start, stop, False, [source], [column, column + lengths[1]], width)
 
@@ -172,12 +173,12 @@ class _Reader:
         start, stop = ref.offset, ref.offset + ref.numel
         packet = getattr(step.func, "overloadpacket", None)
         if order != tuple(range(len(order))):
-            # The elements lie in another order than that of their indices, as those of a copy of a transposed tensor.
-            if step.func is take:
-                given: Given = step.args[1]
+            # The elements do not lie in the order of their indices, such as in a copy of a transposed tensor.
+            if step.func is fill_from:
+                given: ElementSource = step.args[1]
                 whole = replace(ref, stride=tuple(math.prod(ref.size[dim + 1 :]) for dim in range(len(ref.size))))
                 size, stride = (tuple(each[dim] for dim in order) for each in (whole.size, whole.stride))
-                return Copied(start, stop, True, Source(Pieces.of(given, given.dtype), 0, size, stride))
+                return Copied(start, stop, True, TensorView(RangeMaker.of(given, given.dtype), 0, size, stride))
             value = step.args[1] if packet is aten.copy_ else step.args[0] if packet in _COPIES else None
             return self._copy(start, value, step, ref, order, depth) if isinstance(value, TensorRef) else None
         fill = fill_of(step)
@@ -186,7 +187,7 @@ class _Reader:
             if step.position.run.device != "cpu" or not fills_as_described(fill.is_normal, fill.dtype):
                 return None
             return Drawn(start, stop, True, fill, step.position)
-        if step.func is take:
+        if step.func is fill_from:
             return Read(start, stop, True, step.args[1])
         if packet is aten.zero_:
             return Filled(start, stop, True, 0)
@@ -210,10 +211,10 @@ class _Reader:
             kwargs = {name: self._argument(arg, step, ref, depth) for name, arg in step.kwargs.items()}
             if any(arg is _UNKNOWN for arg in (*args, *kwargs.values())):
                 return None
-            if any(isinstance(arg, Source) for arg in kwargs.values()):
+            if any(isinstance(arg, TensorView) for arg in kwargs.values()):
                 return None
-            # Zeros of both signs are equal, and which of them is the larger one depends on the instructions.
-            if packet not in _ARITHMETIC and any(isinstance(arg, Source) for arg in args[int(not in_place) :]):
+            # Zeros of both signs are equal, and the instructions decide which zero counts as the larger one.
+            if packet not in _ARITHMETIC and any(isinstance(arg, TensorView) for arg in args[int(not in_place) :]):
                 return None
             return Computed(start, stop, not in_place, step.func, args, kwargs)
         return None
@@ -227,7 +228,7 @@ class _Reader:
             plain = tensor.layout == torch.strided and tensor.shape == ref.size and tensor.device.type == "cpu"
             if not plain or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
                 return None
-            # What is done to a NaN keeps or loses its payload, depending on the instructions.
+            # Operations on a NaN keep or lose its payload, depending on the instructions.
             if not _casts_exactly(tensor.dtype, ref.dtype) or not bool(tensor.detach().isfinite().all()):
                 return None
             return Copied(start, stop, True, value)
@@ -235,18 +236,18 @@ class _Reader:
             return None
         size, stride = (tuple(each[dim] for dim in order) for each in (value.size, value.stride))
         source = self._source(replace(value, size=size, stride=stride), step, ref, depth)
-        if source is None or not _casts_exactly(source.pieces.dtype, ref.dtype):
+        if source is None or not _casts_exactly(source.maker.dtype, ref.dtype):
             return None
-        only = source.pieces.writes[0]
-        is_read = len(source.pieces.writes) == 1 and isinstance(only, Read) and only.given.dtype == source.pieces.dtype
+        only = source.maker.writes[0]
+        is_read = len(source.maker.writes) == 1 and isinstance(only, Read) and only.given.dtype == source.maker.dtype
         if source.size is None and is_read and only.start <= source.start and source.start + ref.numel <= only.stop:
-            # Straight from where it is given, without a copy on the way.
+            # Read directly from the element source, without a copy in between.
             assert isinstance(only, Read)
             return Read(start, stop, True, only.given, only.first + source.start - only.start)
         return Copied(start, stop, True, source)
 
     def _join(self, step: Step, ref: TensorRef, depth: int) -> Write | None:
-        """Return the write of `cat` or `stack`: a row up to their dimension takes of each tensor what is behind it."""
+        """Return the write of `cat` or `stack`: each row holds one part of each tensor, side by side."""
         values = step.args[0]
         dim = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)
         dim += len(ref.size) if dim < 0 else 0
@@ -260,7 +261,7 @@ class _Reader:
             if isinstance(value, TensorRef) and not value.numel:
                 continue
             source = self._source(value, step, ref, depth) if isinstance(value, TensorRef) else None
-            if source is None or source.pieces.dtype != ref.dtype:
+            if source is None or source.maker.dtype != ref.dtype:
                 return None
             sources.append(source)
             bounds.append(bounds[-1] + value.numel // num_rows)
@@ -269,46 +270,46 @@ class _Reader:
         return Joined(ref.offset, ref.offset + ref.numel, True, sources, bounds, bounds[-1])
 
     def _argument(self, value: Any, step: Step, ref: TensorRef, depth: int) -> Any:
-        """Return a number as it is and a tensor of the written one's shape as a source."""
+        """Return a number as it is, a tensor of the written one's shape as a view, and `_UNKNOWN` for anything else."""
         if value is None or _is_number(value):
             return value
         if not isinstance(value, TensorRef) or value.size != ref.size:
             return _UNKNOWN
-        # A chunk of what does not lie in order would read nearly all of it.
+        # Each chunk of a tensor that does not lie in order would read nearly the whole tensor.
         source = self._source(value, step, ref, depth) if is_contiguous(value) else None
         return _UNKNOWN if source is None else source
 
-    def _source(self, value: TensorRef, step: Step, ref: TensorRef, depth: int) -> Source | None:
-        """Return where a tensor that a step reads lies, if ranges of it can be made."""
-        # On the storage that is written it would be the old value.
+    def _source(self, value: TensorRef, step: Step, ref: TensorRef, depth: int) -> TensorView | None:
+        """Return the view of a tensor that a step reads, or None if its ranges cannot be made."""
+        # A tensor on the written storage would have the old value.
         return None if value.storage == ref.storage else self.source(value, step.index, depth + 1)
 
-    def source(self, value: TensorRef, end: int, depth: int) -> Source | None:
-        """Return where a tensor lies as it was before the step `end`, if ranges of it can be made."""
-        pieces = None if value.conj or value.neg else self.pieces(value.storage, end, depth)
-        if pieces is None or pieces.dtype != value.dtype:
+    def source(self, value: TensorRef, end: int, depth: int) -> TensorView | None:
+        """Return the view of a tensor as it was before the step `end`, or None if its ranges cannot be made."""
+        maker = None if value.conj or value.neg else self.maker(value.storage, end, depth)
+        if maker is None or maker.dtype != value.dtype:
             return None
         if is_contiguous(value):
-            return Source(pieces, value.offset)
-        # Of a random stream, all that lies between would have to be drawn again and again.
-        if not pieces.is_moved:
+            return TensorView(maker, value.offset)
+        # In a random stream, all numbers in between would be drawn again and again.
+        if not maker.is_moved:
             return None
-        inner = pieces.viewed()
+        inner = maker.viewed()
         if inner is not None and inner.size is not None:
             one = composed(value.offset, value.size, value.stride, inner.size, inner.stride)
             if one is not None:
-                return Source(inner.pieces, inner.start + one[0], *one[1:])
-        return Source(pieces, value.offset, value.size, value.stride)
+                return TensorView(inner.maker, inner.start + one[0], *one[1:])
+        return TensorView(maker, value.offset, value.size, value.stride)
 
 
 _UNKNOWN = object()
 
 
 def _order(ref: TensorRef) -> tuple[int, ...] | None:
-    """Return the order of dims in which the elements lie one after the other, or None if they do not."""
+    """Return the order of dims in which the elements lie one after the other, or None if no order does that."""
     if is_contiguous(ref):
         return tuple(range(len(ref.size)))
-    # Dims of one element first, so that their strides do not matter.
+    # Dims of size 1 come first, so that their strides do not matter.
     order = sorted(range(len(ref.size)), key=lambda dim: (ref.size[dim] != 1, -ref.stride[dim]))
     size, stride = (tuple(each[dim] for dim in order) for each in (ref.size, ref.stride))
     return tuple(order) if is_contiguous(replace(ref, size=size, stride=stride)) else None
@@ -319,7 +320,7 @@ def _is_exact(step: Step, ref: TensorRef) -> bool:
     packet = step.func.overloadpacket  # type: ignore[attr-defined]
     scaled = packet in _SUMS and (len(step.args) > 2 or step.kwargs.get("alpha", 1) != 1)
     numbers = [arg for arg in step.args if _is_number(arg)]
-    # Of finite numbers only a quotient by zero is none, and the bits of that depend on the instructions.
+    # With finite numbers, only a quotient by zero can be a NaN, whose bits depend on the instructions.
     if not all(map(math.isfinite, numbers)) or (packet in _QUOTIENTS and 0 in numbers):
         return False
     dtypes = [ref.dtype, *(arg.dtype for arg in step.args if isinstance(arg, TensorRef))]
@@ -327,7 +328,7 @@ def _is_exact(step: Step, ref: TensorRef) -> bool:
 
 
 def _casts_exactly(source: torch.dtype, target: torch.dtype) -> bool:
-    # What becomes of a number that an integer cannot hold depends on the instructions.
+    # If an integer cannot hold a number, the result of the cast depends on the instructions.
     if source == target:
         return True
     if source.is_floating_point:

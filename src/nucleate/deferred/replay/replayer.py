@@ -1,9 +1,9 @@
-"""Replay: make the value of a storage from the steps that still matter to it, and from nothing else.
+"""Replay: the value of a storage is made from the steps that still matter to it, and from no other steps.
 
-`backward_slice` finds, for one storage, the steps that its value depends on; writes that a later full
-overwrite makes dead are left out, so that a parameter that was initialized twice costs one initialization.
-`Replayer` runs such a slice on a real device, each random step from its own generator state, and frees every
-intermediate as soon as nothing later in the slice needs it.
+`backward_slice` finds the steps that the value of a storage depends on. It leaves out writes that a later full
+overwrite makes dead, so a parameter that was initialized twice costs one initialization. `Replayer` runs such a slice
+on a real device, each random step from its own generator state. It frees every intermediate storage as soon as no later
+step of the slice needs it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from nucleate.errors import DeferredUseError, ReplayError
 
 
 def backward_slice(tape: Tape, storages: Sequence[int], end: int | None = None) -> list[Step]:
-    """Return the steps that the content of `storages` depends on, in the order they were recorded.
+    """Return the steps that the content of `storages` depends on, in the order in which they were recorded.
 
     Args:
         tape: The tape.
         storages: Storages whose content is wanted.
-        end: Look at the tape as it was before the step with this index; by default the whole tape.
+        end: Use the tape as it was before the step with this index; by default, use the whole tape.
     """
     included: set[int] = set()
     scanned: set[tuple[int, int]] = set()
@@ -56,7 +56,7 @@ def backward_slice(tape: Tape, storages: Sequence[int], end: int | None = None) 
 
 
 class Replayer:
-    """Runs slices of one tape.
+    """A replayer, which runs slices of one tape.
 
     Args:
         tape: The tape.
@@ -66,21 +66,21 @@ class Replayer:
     def __init__(self, tape: Tape, device: torch.device) -> None:
         self.tape = tape
         self.device = device
-        # Weakly, so that a record goes with its last tensor and not when the garbage collector comes by.
+        # Weakly, so that a recording is freed with its last tensor and not by a later garbage collection.
         replayer = weakref.proxy(self)
         self.random = RandomProgram(lambda state, step: replayer.behind(state, step))
-        # The generators that are given back where `plain_torch` ends, and their states; None outside.
+        # The generators that `plain_torch` restores when it ends, with their states; None outside.
         self._borrowed: dict[int, tuple[Generator, Tensor]] | None = None
 
     def storage(
         self, number: int, device: torch.device, scratch: torch.UntypedStorage | None = None
     ) -> torch.UntypedStorage:
-        """Make the content of a storage of the tape. The generators are left as they were.
+        """Make the content of a storage of the tape, and leave the generators as they were.
 
         Args:
-            number: Which storage.
-            device: Where to make it.
-            scratch: Memory on `device`, large enough, that may be used for it instead of new memory.
+            number: The storage's number.
+            device: The device to make it on.
+            scratch: Memory on `device`, large enough, that may be used instead of new memory.
         """
         with self.plain_torch():
             return self._run(backward_slice(self.tape, [number]), [number], device, scratch)[number]
@@ -88,9 +88,9 @@ class Replayer:
     def contents(
         self, steps: list[Step], storages: Sequence[int], device: torch.device | None = None
     ) -> dict[int, torch.UntypedStorage]:
-        """Return what a slice makes of several storages, on a device or on the one that they stand for.
+        """Return the contents that a slice gives to several storages, on `device` or on the one that they stand for.
 
-        Where that is absent, what depends on no random number is made on the CPU: somebody wants to look at it.
+        If that one is absent, values that depend on no random number are made on the CPU, for somebody to look at.
         """
         with self.plain_torch():
             return self._run(steps, storages, device or self._looked_at_on(steps))
@@ -99,8 +99,8 @@ class Replayer:
         """Run a step that is not on the tape yet, on real values.
 
         Returns:
-            Its real positional arguments, keyword arguments and result, and the generator's state behind it if it
-            is random and the device is there.
+            The step's real positional arguments, keyword arguments and result, and the generator's state behind the
+            step. The state is None if the step is not random or the device is absent.
         """
         with self.plain_torch():
             needed = sorted({*step.reads, *step.writes})
@@ -110,7 +110,7 @@ class Replayer:
             args, kwargs = self._bind(step, env, where)
             generator = None
             if where != self.device:
-                # Only the geometry of random numbers is right, and the CPU's generator is given back.
+                # Of random numbers only the geometry is right, and the CPU's generator is restored.
                 with torch.random.fork_rng(devices=()):
                     return args, kwargs, step.func(*args, **kwargs), None
             if step.position is not None:
@@ -120,7 +120,7 @@ class Replayer:
             return args, kwargs, result, None if generator is None else generator.get_state()
 
     def behind(self, state: Tensor, step: Step) -> Tensor:
-        """Return the generator's state behind a random step by executing it, given the state before it."""
+        """Execute a random step from the generator's state before it, and return the state behind it."""
         with self.plain_torch():
             needed = sorted({*step.reads, *step.writes} - set(step.overwrites))
             env = self._run(backward_slice(self.tape, needed, step.index), needed, self.device)
@@ -155,13 +155,13 @@ class Replayer:
                 if last_use[storage] == step.index and storage not in kept:
                     env.pop(storage, None)
         for storage in wanted:
-            # A zero-size storage needs no step to be whole.
+            # A storage of zero bytes needs no step.
             if storage not in env and self.tape.size_bytes(storage) == 0:
                 env[storage] = torch.UntypedStorage(0, device=device)
         return env
 
     def _looked_at_on(self, steps: list[Step]) -> torch.device:
-        """Return where a constructor's questions about values are answered."""
+        """Return the device on which a constructor's questions about values are answered."""
         host = torch.device("cpu")
         return host if self._is_looked_at(steps, host) else self.device
 
@@ -170,20 +170,20 @@ class Replayer:
         return is_absent and all(step.position is None for step in steps)
 
     def _refuse_device(self, device: torch.device) -> None:
-        """Raise where the recipes cannot be made: on another kind of device, or on one that is not there.
+        """Raise an error if the recipes cannot be made on a device.
 
         Raises:
-            DeferredUseError: See above.
+            DeferredUseError: The device is of another kind, or this process does not have it.
         """
         if device.type != self.device.type:
             raise DeferredUseError(
                 f"this recipe was recorded for {self.device.type!r} and cannot be made on {device.type!r}: the two "
-                f"draw other random numbers and round otherwise. Make it on {self.device.type!r} and move it there."
+                f"draw different random numbers and round differently. Make it on {self.device.type!r}, then move it."
             )
         if not is_present(device):
             raise DeferredUseError(
-                f"this value would have to be made on {str(device)!r}, which this process does not have. A model that "
-                "was deferred for it can be looked at here, and made where there is such a device."
+                f"this value must be made on {str(device)!r}, which this process does not have. Here you can inspect a "
+                "model that was deferred for this device. Make its values in a process that has such a device."
             )
 
     def _execute(self, step: Step, env: dict[int, torch.UntypedStorage], device: torch.device) -> None:
@@ -207,7 +207,7 @@ class Replayer:
                     "model with `empty_init=False`."
                 )
             if output.stride() != ref.stride:
-                # A meta kernel that is wrong about strides: later steps count on the recorded ones.
+                # The meta kernel was wrong about the strides, but later steps rely on the recorded ones.
                 output = torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype, device=device).copy_(output)
             env[ref.storage] = output.untyped_storage()
 
@@ -220,7 +220,7 @@ class Replayer:
             if isinstance(leaf, Constant):
                 value = leaf.value()
                 return value.to(device) if device != self.device == value.device else value
-            # Recorded for the device that the tensors stand for; made on the one asked for.
+            # The step names the device that the tensors stand for, but runs on the requested one.
             return device if isinstance(leaf, torch.device) and leaf == self.device else leaf
 
         return map_leaves(step.args, real), map_leaves(step.kwargs, real)
@@ -231,7 +231,7 @@ class Replayer:
             return explicit
         generator = default_generator(device)
         if self._borrowed is not None and id(generator) not in self._borrowed:
-            # A device of the same kind with another index.
+            # The device has the same kind and another index.
             self._borrowed[id(generator)] = (generator, generator.get_state())
         return generator
 
@@ -241,7 +241,7 @@ class Replayer:
             with self.plain_torch():
                 states = self.random.true_states()
         except Exception:
-            # A step cannot be run. No generator may be left with a state that is none: the next numbers would be too.
+            # A step cannot be run. No generator may keep a token as its state: its next numbers would be wrong.
             for generator, state in self.random.last_known_states():
                 generator.set_state(state)
             raise
@@ -250,9 +250,9 @@ class Replayer:
 
     @contextmanager
     def plain_torch(self) -> Iterator[None]:
-        """Run aten as if nobody had changed torch's modes, and give every generator back as it was.
+        """Run aten with torch's modes off, and restore every generator at the end.
 
-        Entered once around many values, it costs once.
+        Open it once around many values: an inner call costs nothing.
         """
         if self._borrowed is not None:
             yield

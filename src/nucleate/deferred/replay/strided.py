@@ -1,8 +1,8 @@
-"""Strided reads: elements of a transposed, permuted or narrowed tensor, of which only contiguous ranges can be read.
+"""Strided reads: reads of a transposed, permuted or narrowed tensor by a function that reads only contiguous ranges.
 
-A range of such a tensor is a few boxes. Each box is read in the order in which its elements lie in memory or on disk,
-through a tile of bounded size, and copied from the tile to where the elements belong. So the runs that are read are as
-long as the box allows, and nothing but the tile is held.
+A range of such a tensor is a few boxes. Each box is read in the order in which its elements lie in memory or on disk.
+The elements go through a tile of bounded size, and from the tile to their places. So the runs that are read are as long
+as the box allows, and only the tile is in memory.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-#: A tile has at most so many bytes. A thread holds one tile, and one more where runs are short.
+#: The largest size of a tile. A thread holds one tile, and one more where runs are short.
 TILE_BYTES = 2 << 20
-#: Shorter runs are read together with what lies between them,
+#: Shorter runs are read together with the elements between them, in reads of at most `_QUICK_BYTES`.
 SHORT_BYTES = 512
-# if that is at most so much at a time. Reading it takes about as long as two calls in Python.
+# Reading this much takes about as long as two calls in Python.
 _QUICK_BYTES = 64 << 10
-# A few runs are read by themselves in any case.
+# Up to this many runs are read one by one, even if they are short.
 _FEW_RUNS = 1024
 
 #: `(start, out)`: fill `out`, one-dimensional and contiguous, with the elements from `start` on.
@@ -27,7 +27,7 @@ Read = Callable[[int, Tensor], None]
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield boxes, as first index and shape, that make up a range of the elements in their order.
+    """Yield the boxes, as first index and shape, that together are a range of the elements, in order.
 
     >>> list(boxes((3, 4), 2, 9))
     [((0, 2), (1, 2)), ((1, 0), (1, 4)), ((2, 0), (1, 1))]
@@ -71,14 +71,14 @@ def coalesced(size: Sequence[int], stride: Sequence[int]) -> tuple[tuple[int, ..
 
 
 def _by_rows(size: Sequence[int], stride: Sequence[int], columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the same elements with as few dims as possible, of which the last ones have so many elements together."""
+    """Return the same elements with as few dims as possible, so that the last dims together have `columns` elements."""
     dim, below = len(size), 1
     while below < columns:
         dim -= 1
         below *= size[dim]
     outer, inner = list(zip(size, stride, strict=True))[:dim], list(zip(size, stride, strict=True))[dim:]
     if below > columns:
-        # A dim that is part of both.
+        # This dim belongs partly to the rows and partly to the columns.
         length, step = inner.pop(0)
         outer.append((below // columns, step * length * columns // below))
         inner.insert(0, (length * columns // below, step))
@@ -89,17 +89,17 @@ def _by_rows(size: Sequence[int], stride: Sequence[int], columns: int) -> tuple[
 def composed(
     start: int, size: Sequence[int], stride: Sequence[int], inner_size: Sequence[int], inner_stride: Sequence[int]
 ) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
-    """Return one view for a view of the copy of another view, or None where strides cannot say it.
+    """Return the single view that equals a view of the copy of another view, or None if strides cannot express it.
 
     Args:
-        start: Where the outer view begins in the copy.
+        start: The first element of the outer view in the copy.
         size: The outer view's size.
         stride: Its strides in the copy.
         inner_size: The size of the view that was copied.
         inner_stride: Its strides.
 
     Returns:
-        Where the one view begins, behind the beginning of the inner view, its size and its strides.
+        The offset of the single view from the start of the inner view, its size and its strides.
     """
     inner_size, inner_stride = coalesced(inner_size, inner_stride)
     rows = [math.prod(inner_size[dim + 1 :]) for dim in range(len(inner_size))]
@@ -120,7 +120,7 @@ def composed(
             times = at // rows[dim]
             fitting = left
             if reach[dim] + (left - 1) * times >= inner_size[dim]:
-                # It goes on in the dim before: only where this dim is passed through whole.
+                # The view continues in the dim before, which works only if it goes through this whole dim.
                 if reach[dim] or inner_size[dim] % times or left % (inner_size[dim] // times):
                     return None
                 fitting = inner_size[dim] // times
@@ -135,12 +135,12 @@ def composed(
 
 
 def grain(size: Sequence[int], stride: Sequence[int], itemsize: int) -> int:
-    """Return how many elements should be read at a time, so that runs are not short.
+    """Return the number of elements that should be read at a time, so that runs are not short.
 
     Args:
         size: The view's size.
         stride: Its strides.
-        itemsize: Bytes of an element.
+        itemsize: The size of an element in bytes.
     """
     size, stride = coalesced(size, stride)
     if 1 not in stride:
@@ -155,14 +155,14 @@ def read_strided(
     """Read a range of the elements of a view.
 
     Args:
-        read: Reads contiguous ranges of what is viewed.
-        dtype: Of what is viewed.
-        start: Where the view begins.
+        read: The function that reads contiguous ranges of the storage.
+        dtype: The dtype of the storage.
+        start: The offset of the view in the storage.
         size: The view's size.
         stride: Its strides.
-        begin: The first element of the view that is wanted.
-        out: `(n,)` contiguous, or `(rows, columns)` of any strides if every row is one or several whole trailing dims
-            of the view. On the CPU; elements are cast to its dtype.
+        begin: The first wanted element of the view.
+        out: The memory to fill, on the CPU: `(n,)` contiguous, or `(rows, columns)` of any strides if every row is one
+            or several whole trailing dims of the view. Elements are cast to its dtype.
     """
     columns = 1 if out.dim() == 1 else out.shape[1]
     size, stride = (coalesced if out.dim() == 1 else _by_rows)(size, stride, *out.shape[1:])
@@ -178,7 +178,7 @@ def read_strided(
 def _read_box(
     read: Read, dtype: torch.dtype, offset: int, size: Sequence[int], stride: Sequence[int], target: Tensor
 ) -> None:
-    # What repeats is read once.
+    # Repeated elements are read once.
     once = [slice(0, 1) if not step else slice(None) for step in stride]
     if any(not step and length > 1 for length, step in zip(size, stride, strict=True)):
         first = target[tuple(once)]
@@ -195,7 +195,7 @@ def _read_box(
 def _fill(
     read: Read, dtype: torch.dtype, short: int, offset: int, size: list[int], stride: list[int], target: Tensor
 ) -> None:
-    """Fill a tensor whose dims are in the order of descending strides; runs of fewer than `short` bytes are short."""
+    """Fill a tensor with dims in the order of descending strides; runs of fewer than `short` bytes are short."""
     if target.is_contiguous() and target.dtype == dtype:
         _pack(read, short, offset, size, stride, target)
         return
@@ -215,7 +215,7 @@ def _fill(
 
 
 def _pack(read: Read, short: int, offset: int, size: list[int], stride: list[int], out: Tensor) -> None:
-    """Read into contiguous memory, dims being in the order of descending strides."""
+    """Read into contiguous memory, with dims in the order of descending strides."""
     run = _run_numel(size, stride)
     if run == out.numel():
         read(offset, out.view(-1))
@@ -227,7 +227,7 @@ def _pack(read: Read, short: int, offset: int, size: list[int], stride: list[int
         read(offset, found)
         out.copy_(found.as_strided(size, stride))
         return
-    # Several rows at a time where that is quick.
+    # Read several rows at a time if that is quick.
     below = extent - (size[0] - 1) * stride[0]
     step = 1
     if run * itemsize < short and below * itemsize <= _QUICK_BYTES:
@@ -241,7 +241,7 @@ def _pack(read: Read, short: int, offset: int, size: list[int], stride: list[int
 
 
 def _run_numel(size: Sequence[int], stride: Sequence[int]) -> int:
-    """Return how many elements follow one another, dims being in the order of descending strides."""
+    """Return the number of consecutive elements in a run, with dims in the order of descending strides."""
     run, dim = 1, len(stride)
     while dim and stride[dim - 1] == run:
         dim -= 1

@@ -1,4 +1,4 @@
-"""The tape: what was done to the tensors of a construction, as plain data."""
+"""The tape: the recorded operations on the tensors of a construction, as plain data."""
 
 from nucleate.deferred.tape.coverage import is_written
 from nucleate.deferred.tape.leaves import map_leaves, tensors

@@ -1,4 +1,4 @@
-"""Which part of a storage something ever wrote: what eager construction leaves as heap memory is found here."""
+"""Coverage: the part of a storage that steps wrote; eager construction leaves uninitialized memory in the rest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_written(tape: Tape, seen: TensorRef) -> bool:
         reached = max(reached, end)
     if reached >= size_bytes:
         return True
-    # Parts that are no contiguous pieces: mark what each one touches. Rare; a byte for each element.
+    # Some parts are not contiguous: mark the elements of each part. This is rare and takes a byte for each element.
     width = min(ref.dtype.itemsize for ref in (seen, *parts))
     mark = torch.zeros(size_bytes // width, dtype=torch.bool)
 
@@ -47,7 +47,7 @@ def is_written(tape: Tape, seen: TensorRef) -> bool:
 
 
 def _span(ref: TensorRef) -> tuple[int, int] | None:
-    """Return the bytes from which to which a contiguous tensor reaches, or None for any other."""
+    """Return the first byte of a contiguous tensor and the byte behind its last one, or None for any other tensor."""
     if not TensorRef(0, ref.dtype, ref.size, ref.stride, 0, False, False).fills(ref.numel * ref.dtype.itemsize):
         return None
     start = ref.offset * ref.dtype.itemsize

@@ -19,7 +19,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def _collect(value: Any, found: list[Tensor]) -> None:
-    # Several times for each operation, so the classes that most arguments have are told apart at once.
+    # This runs several times for each operation, so the most frequent classes are checked first.
     kind = type(value)
     if kind in _NO_TENSORS:
         return
@@ -42,7 +42,7 @@ def _collect(value: Any, found: list[Tensor]) -> None:
 
 
 def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Rebuild lists, tuples and dicts with every leaf passed through `change`."""
+    """Rebuild lists, tuples and dicts, with every leaf passed through `change`."""
     kind = type(value)
     if kind in _NO_TENSORS:
         return change(value)

@@ -1,4 +1,4 @@
-"""Steps: recorded operations and what they are made of, as plain data."""
+"""Steps: recorded operations and their parts, as plain data."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class TensorRef:
         storage: The storage's number on the tape.
         dtype: The element type.
         size: The shape.
-        stride: In elements.
-        offset: Of the first element, in elements.
+        stride: The strides, in elements.
+        offset: The first element's offset in the storage, in elements.
         conj: Whether the conjugate bit is set.
         neg: Whether the negative bit is set.
     """
@@ -40,7 +40,7 @@ class TensorRef:
 
     @property
     def numel(self) -> int:
-        """How many elements there are."""
+        """The number of elements."""
         count = 1
         for length in self.size:
             count *= length
@@ -71,35 +71,35 @@ class Constant:
 
     Attributes:
         tensor: The tensor itself, or a clone where cloning is cheap.
-        seen: Its version counter and a sum over its bytes when it was read, or None for a clone, and where later writes
-            are meant to be seen.
+        seen: The tensor's version counter and a sum over its bytes when the step read it. It is None for a clone, and
+            for a tensor whose later writes are meant to count.
     """
 
     tensor: Tensor
     seen: tuple[int, int] | None = None
 
     def check(self) -> None:
-        """Refuse a tensor that was written to since it was read."""
+        """Raise an error if the tensor was written to since the step read it."""
         if self.seen is not None and self.seen != marks(self.tensor):
             from nucleate.errors import DeferredEditError
 
             raise DeferredEditError(
                 f"a real tensor of shape {tuple(self.tensor.shape)} that the constructor copied into a deferred "
-                "parameter was edited in place after `init_module`. Edit a clone of it, or edit it inside the context."
+                "parameter was edited in place after `init_module`. Edit a clone, or edit it inside the context."
             )
 
     def keep_copy(self) -> None:
-        """Keep a copy from here on, because the tensor is about to be written."""
+        """Keep a copy from now on, because the tensor is about to be written."""
         self.tensor, self.seen = self.tensor.detach().clone(), None
 
     def value(self) -> Tensor:
-        """Return the tensor, refusing one that was written to since it was read."""
+        """Return the tensor, after a check that it was not written to since the step read it."""
         self.check()
         return self.tensor.detach()
 
 
 def marks(tensor: Tensor) -> tuple[int, int]:
-    """Return what tells that a contiguous tensor was written: its version, and for writes through `.data` a sum."""
+    """Return two marks that show writes to a contiguous tensor: its version, and a sum for writes through `.data`."""
     with torch._C.DisableTorchFunction(), torch.no_grad():
         words = tensor.detach().view(-1).view(torch.uint8)
         rest = words.numel() % 8
@@ -109,14 +109,14 @@ def marks(tensor: Tensor) -> tuple[int, int]:
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """A stretch of one generator's stream in which every step is known to draw so and so much.
+    """A part of one generator's stream, in which the number of draws of every step is known.
 
     Attributes:
         device: The generator's device type.
-        state: The true state at its start, or None while it is not known.
-        behind: The position and the step that lead to its start, where the state is found by executing the step.
-        known: States on the way, by their offsets, in ascending order.
-        number: Runs are numbered as they begin.
+        state: The true state at the run's start, or None while it is not known.
+        behind: The position and the step before the run's start, if executing the step gives the state there.
+        known: Known states inside of the run, by their offsets, in ascending order.
+        number: The run's number, in the order in which runs begin.
     """
 
     device: str
@@ -126,7 +126,7 @@ class Run:
     number: int = field(default_factory=count().__next__)
 
     def nearest(self, offset: int) -> tuple[int, Tensor]:
-        """Return the last known state that does not lie behind `offset`, and where it is."""
+        """Return the offset of the last known state at or before `offset`, and that state."""
         assert self.state is not None
         place = bisect_right(self.known, offset, key=_offset)
         return self.known[place - 1] if place else (0, self.state)
@@ -136,7 +136,7 @@ class Run:
         insort(self.known, (offset, state), key=_offset)
 
     def forget(self, offset: int) -> None:
-        """Take the known state at `offset` away."""
+        """Remove the known state at `offset`."""
         del self.known[bisect_right(self.known, offset, key=_offset) - 1]
 
 
@@ -145,17 +145,18 @@ class Position:
     """A place in the stream of one generator.
 
     Attributes:
-        run: The run it is in.
-        offset: How far from the run's start: in 32-bit draws on the CPU, elsewhere as the device counts.
+        run: The run that the position is in.
+        offset: The distance from the run's start, in 32-bit draws on the CPU and in the device's own unit elsewhere.
     """
 
     run: Run
     offset: int
 
     def describe(self) -> tuple[str, int, int]:
-        """Return the start of its run, as a fingerprint or as the step behind which it lies (else -1), and the offset.
+        """Return a fingerprint of the run's start, the index of the step before that start, and the offset.
 
-        Equal on all ranks that stand at the same place, but for the step's number.
+        The fingerprint is empty if there is such a step; else the index is -1. Except for the step's index, the result
+        is equal on all ranks at the same place.
         """
         if self.run.behind is not None:
             return "", self.run.behind[1].index, self.offset
@@ -169,18 +170,18 @@ class Step:
     """One recorded operation.
 
     Attributes:
-        index: Its place on the tape.
+        index: The step's place on the tape.
         func: The aten overload, or a Python function that is replayed whole (an opaque step).
         args: Positional arguments, with `TensorRef` and `Constant` for tensors.
         kwargs: Keyword arguments, likewise.
-        outputs: One entry per tensor it returned.
-        reads: Storages whose content it needs.
-        written: The tensors it changes in place.
-        creates: Storages that it makes.
-        overwrites: Storages of `written` whose old content it replaces entirely without looking at it.
+        outputs: One entry for each tensor that the operation returned.
+        reads: The storages whose content it needs.
+        written: The tensors that it changes in place.
+        creates: The storages that it makes.
+        overwrites: The storages of `written` whose whole content it replaces without reading it.
         default_dtype: torch's default dtype at that time.
-        position: For a random step, where in the random program it stands.
-        uninitialized: Whether what it creates is memory with nothing in it (`empty`).
+        position: The position of a random step in the random program.
+        uninitialized: Whether the created memory is uninitialized (`empty`).
     """
 
     index: int
@@ -198,11 +199,11 @@ class Step:
 
     @property
     def writes(self) -> tuple[int, ...]:
-        """The storages that existed before and that it changes."""
+        """The existing storages that the step changes."""
         return tuple(dict.fromkeys(ref.storage for ref in self.written))
 
     def renumber(self, first_step: int, first_storage: int) -> None:
-        """Count steps and storages from other numbers on."""
+        """Add `first_step` to the step's index, and `first_storage` to the numbers of its storages."""
 
         def moved(leaf: Any) -> Any:
             return replace(leaf, storage=leaf.storage + first_storage) if isinstance(leaf, TensorRef) else leaf

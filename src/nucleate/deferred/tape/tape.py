@@ -1,9 +1,9 @@
-"""The tape: which operations made and wrote which storages, as plain data.
+"""The tape: the operations that made and wrote each storage, as plain data.
 
-Deferred tensors are meta tensors, and what identifies a value is its *storage*. The tape keeps every storage
-that the constructor made alive (so that its address is never reused), numbers it, and lists the steps that
-read, wrote and created it. Views, `detach`, `.data`, `Parameter(...)` and ties need no step: the geometry of
-the tensor that survives says all. `recording/` writes the tape, `replay/` runs it again.
+Deferred tensors are meta tensors, and a *storage* identifies a value. The tape keeps every storage of the constructor
+alive, so that its address is never reused. It numbers the storages and lists the steps that read, wrote and created
+them. Views, `detach`, `.data`, `Parameter(...)` and ties need no step: the geometry of the final tensor is enough.
+`recording/` writes the tape, and `replay/` runs it again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from nucleate.deferred.elements.source import Given, take
+from nucleate.deferred.elements.element_source import ElementSource, fill_from
 from nucleate.deferred.tape.leaves import map_leaves
 from nucleate.deferred.tape.steps import Constant, Position, Step, TensorRef
 
@@ -36,11 +36,11 @@ class Tape:
         self._storages: list[torch.UntypedStorage] = []
         self._writers: list[list[int]] = []
         self._made: dict[int, StorageWeakRef] = {}
-        #: Whether some step takes its values from outside of the tape, such as from a file.
+        #: Whether some step reads an element source, such as a file.
         self.takes_given = False
-        # The last step that read a storage, by its number.
+        # The index of the last step that read a storage, by the storage's number.
         self._last_reads: dict[int, int] = {}
-        #: Who wrote storages that the constructor left without a value, by number; for reports.
+        #: The writers of storages that the constructor left without a value, by the storages' numbers; for reports.
         self.writer_names: dict[int, str] = {}
 
     def number(self, tensor: Tensor) -> int | None:
@@ -59,7 +59,7 @@ class Tape:
         return number
 
     def forget(self, tensor: Tensor) -> None:
-        """Do not know a tensor any more, nor those that share its storage."""
+        """Forget a tensor and all tensors that share its storage."""
         number = self.number(tensor)
         if number is not None:
             address = self._storages[number]._cdata
@@ -71,19 +71,19 @@ class Tape:
         return self._storages[number]
 
     def addresses(self) -> list[int]:
-        """Return what tells each storage also on another tape, in the order of their numbers."""
+        """Return the addresses that identify the storages on any tape, in the order of the storages' numbers."""
         return [storage._cdata for storage in self._storages]
 
     def is_alive(self, storage: int) -> bool:
         """Return whether a tensor on the storage exists."""
-        # One use is the tape's own.
+        # One use is that of the tape itself.
         return bool(torch._C._storage_Use_Count(self._storages[storage]._cdata) > 1)
 
     def size_bytes(self, storage: int) -> int:
-        """Return how large the storage is now, in bytes."""
+        """Return the present size of the storage in bytes."""
         return self._storages[storage].nbytes()
 
-    def step(  # noqa: PLR0913 - one call says all there is to say of an operation
+    def step(  # noqa: PLR0913 - one call describes an operation completely
         self,
         func: Callable[..., Any],
         args: tuple[Any, ...],
@@ -97,7 +97,7 @@ class Tape:
         position: Position | None = None,
         uninitialized: bool = False,
     ) -> Step:
-        """Return the step of an operation that is done now, to be appended; see `Step` for the arguments."""
+        """Return the step of an operation that is recorded now, for `append`; see `Step` for the arguments."""
         return Step(
             index=len(self.steps),
             func=func,
@@ -123,7 +123,7 @@ class Tape:
         outputs: tuple[TensorRef, ...] = (),
         position: Position | None = None,
     ) -> Step:
-        """Append a step that gives all elements of a tensor other values and does not look at the old ones."""
+        """Append a step that replaces all elements of a tensor without reading them."""
         storage = (ref.storage,)
         is_full = ref.fills(self.size_bytes(ref.storage))
         step = self.step(
@@ -143,37 +143,37 @@ class Tape:
         """Append the step that was made last, and return it."""
         assert step.index == len(self.steps), "another step was appended meanwhile"
         self.steps.append(step)
-        self.takes_given = self.takes_given or step.func is take
+        self.takes_given = self.takes_given or step.func is fill_from
         for storage in step.reads:
             self._last_reads[storage] = step.index
         for storage in {*step.writes, *step.creates}:
             self._writers[storage].append(step.index)
         return step
 
-    def givens(self, steps: Iterable[Step]) -> Iterator[Given]:
-        """Yield what steps take from outside of the tape."""
+    def givens(self, steps: Iterable[Step]) -> Iterator[ElementSource]:
+        """Yield the element sources that steps read."""
         for step in steps:
-            if step.func is take and step.args:
+            if step.func is fill_from and step.args:
                 yield step.args[1]
 
     def forget_given(self, storage: int) -> None:
-        """Let go of what a storage was given last, because it is going to be overwritten and nothing has read it."""
+        """Release the element source that wrote a storage last, unless a step has read the storage since then."""
         last = self._writers[storage][-1] if self._writers[storage] else -1
-        if last >= 0 and self.steps[last].func is take and self._last_reads.get(storage, -1) < last:
-            # It stays among the writers: their number tells of edits that were not recorded.
+        if last >= 0 and self.steps[last].func is fill_from and self._last_reads.get(storage, -1) < last:
+            # The step stays among the writers, because their number shows edits that were not recorded.
             self.steps[last].args = ()
 
     def drop(self, step: Step) -> None:
-        """Take a step off the tape that only says what a storage's content is anyway."""
+        """Drop a step that only repeats the present content of the storages that it writes."""
         for storage in step.writes:
             self._writers[storage].remove(step.index)
         step.args, step.outputs = (), ()
 
     def absorb(self, other: Tape) -> None:
-        """Append another tape, which must not be used any more: its steps and storages get new numbers.
+        """Append another tape, which must not be used any more. Its steps and storages get new numbers.
 
-        Until now neither tape has read or written what is on the other, so that all of one may follow all of the
-        other.
+        Until now, neither tape has read or written storages of the other. So all steps of one may follow all steps of
+        the other.
         """
         first_step, first_storage = len(self.steps), len(self._storages)
         for step in other.steps:
@@ -189,11 +189,11 @@ class Tape:
         self._writers.extend([index + first_step for index in writers] for writers in other._writers)
 
     def keep_made(self, storage: int, real: torch.UntypedStorage) -> None:
-        """Remember, weakly, the real storage that took the place of one of these."""
+        """Remember weakly the real storage that replaced a storage of the tape."""
         self._made[storage] = StorageWeakRef(real)
 
     def made(self, storage: int) -> torch.UntypedStorage | None:
-        """Return the real storage that took the place of one, if it is still used."""
+        """Return the real storage that replaced a storage of the tape, or None if it is not used any more."""
         weak = self._made.get(storage)
         return None if weak is None else torch.UntypedStorage._new_with_weak_ptr(weak.cdata)
 
@@ -211,11 +211,11 @@ class Tape:
             return TensorRef(number, tensor.dtype, size, stride, offset, tensor.is_conj(), tensor.is_neg())
 
     def digest(self, steps: Iterable[Step], numbers: dict[int, int]) -> str:
-        """Return a fingerprint of some steps that is equal on ranks that recorded the same, whatever else they did.
+        """Return a fingerprint of some steps, equal on ranks that recorded the same steps, whatever else they recorded.
 
         Args:
-            steps: The steps; those that the generator's states depend on count as well.
-            numbers: Filled with a number for each of their storages, in the order in which they are used.
+            steps: The steps. The steps that their generators' states depend on are included.
+            numbers: A dict that gets a number for each storage of the steps, in the order of use.
         """
         included = {step.index: step for step in steps}
         waiting = list(included.values())
@@ -231,7 +231,7 @@ class Tape:
             step = included[index]
             places[index] = len(places)
             start, before, offset = ("", -1, 0) if step.position is None else step.position.describe()
-            # A Python function's repr carries its address, which differs by process.
+            # The repr of a Python function contains its address, which differs between processes.
             func = str(step.func) if isinstance(step.func, torch._ops.OpOverload) else step.func.__qualname__
             values = _plain((step.args, step.kwargs, step.outputs), numbers)
             digest.update(repr((func, values, start, places[before], offset)).encode())
@@ -246,14 +246,14 @@ def tape_of(tensor: Tensor) -> Tape | None:
 
 def _address(tensor: Tensor) -> int | None:
     """Return the address of a meta tensor's storage, or None for any other tensor."""
-    # Subclasses may answer for themselves (guarded ones say they are not meta, lazy ones raise): look behind them.
+    # Bypass the answers of subclasses: guarded tensors say that they are not meta, and lazy ones raise.
     with torch._C.DisableTorchFunction():
         if not tensor.is_meta or tensor.layout != torch.strided:
             return None
         try:
             address: int = tensor.untyped_storage()._cdata
         except NotImplementedError:
-            return None  # Inside `vmap` and the like; what they hand on to dispatch has a storage.
+            return None  # Inside `vmap` and the like; the tensors that they pass on to dispatch have storages.
     return address
 
 
@@ -270,7 +270,7 @@ def _plain(value: Any, numbers: dict[int, int]) -> Any:
     def describe(leaf: Any) -> Any:
         if isinstance(leaf, TensorRef):
             return replace(leaf, storage=numbers.setdefault(leaf.storage, len(numbers)))
-        if isinstance(leaf, Given):
+        if isinstance(leaf, ElementSource):
             return ("given", leaf.describe())
         if isinstance(leaf, Constant):
             return ("constant", leaf.tensor.dtype, tuple(leaf.tensor.shape), _content(leaf.tensor))

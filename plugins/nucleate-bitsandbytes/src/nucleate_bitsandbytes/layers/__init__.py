@@ -1,4 +1,4 @@
-"""Linear layers whose weight is quantized: plain parameters inside, bitsandbytes' kernels and state dicts outside."""
+"""Quantized linear layers: they hold plain parameters, and use the kernels and state dicts of bitsandbytes."""
 
 from nucleate_bitsandbytes.layers.four_bit_weight import FourBitWeight
 from nucleate_bitsandbytes.layers.linear4bit import Linear4bit

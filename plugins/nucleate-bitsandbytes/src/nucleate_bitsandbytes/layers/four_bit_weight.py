@@ -1,4 +1,4 @@
-"""What a weight becomes when it is quantized to four bits, and what bitsandbytes calls it when it is saved."""
+"""Four-bit weights: the tensors and values of a quantized weight, and their form in bitsandbytes' state dicts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from nucleate.errors import ConfigurationError
 from nucleate_bitsandbytes.library import bitsandbytes
 from nucleate_bitsandbytes.quantizers.four_bit import QuantType
 
-#: What can be quantized, computed with, and dequantized to; bitsandbytes' kernels leave others unwritten.
+#: Dtypes to quantize from, compute in, and dequantize to. For others, bitsandbytes' kernels leave the output unwritten.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANT_TYPES = get_args(QuantType)
-#: How many absmax share one of `nested_absmax`; bitsandbytes knows no other number.
+#: The number of `absmax` elements that share one element of `nested_absmax`; bitsandbytes supports only this number.
 NESTED_BLOCKSIZE = 256
 
 
@@ -29,12 +29,12 @@ class FourBitWeight:
 
     Attributes:
         codes: Two elements in a byte, uint8 `((n + 1) // 2, 1)`.
-        absmax: The scale of each block, float32 `(num_blocks,)`; with double quantization its own codes, uint8.
+        absmax: The scale of each block, float32 `(num_blocks,)`. With double quantization, the scales' codes, uint8.
         quant_type: `"nf4"` or `"fp4"`.
-        blocksize: How many elements share a scale.
-        dtype: What the weight was before, and becomes by `dequantize`.
-        nested_absmax: With double quantization the scales of the scales, float32 `(ceil(num_blocks / 256),)`.
-        offset: With double quantization the mean of the scales, float32 `()`.
+        blocksize: The number of elements that share a scale.
+        dtype: The dtype of the weight before quantization and after `dequantize`.
+        nested_absmax: With double quantization, the scales of the scales, float32 `(ceil(num_blocks / 256),)`.
+        offset: With double quantization, the mean of the scales, float32 `()`.
     """
 
     codes: Tensor
@@ -46,17 +46,17 @@ class FourBitWeight:
     offset: Tensor | None = None
 
     def check(self, shape: tuple[int, int]) -> None:
-        """Refuse what cannot be a quantized weight of a shape. Looks at no value.
+        """Check that this can be a quantized weight of the given shape, without reading tensor values.
 
         Raises:
-            ConfigurationError: It is not one.
+            ConfigurationError: It cannot be one.
         """
         problem = self.problem(shape)
         if problem is not None:
             raise ConfigurationError(f"a 4-bit weight of shape {shape}: {problem}")
 
     def problem(self, shape: tuple[int, int]) -> str | None:
-        """Return why this cannot be a quantized weight of a shape, or None."""
+        """Return why this cannot be a quantized weight of the given shape, or None."""
         if self.quant_type not in QUANT_TYPES:
             return f"quant_type is {self.quant_type!r}, not one of {', '.join(QUANT_TYPES)}."
         if not isinstance(self.blocksize, int) or self.blocksize < 32 or self.blocksize & (self.blocksize - 1):
@@ -79,7 +79,7 @@ class FourBitWeight:
 
 
 def packed_values(weight: FourBitWeight, shape: tuple[int, int]) -> dict[str, Any]:
-    """Return what bitsandbytes saves of a weight besides tensors, in its order; reads the offset.
+    """Return the values that bitsandbytes saves beside a weight's tensors, in its order. This reads the offset.
 
     Args:
         weight: The weight.
@@ -118,18 +118,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def quant_map(quant_type: str, device: torch.device) -> Tensor:
-    """Return the sixteen values that 4-bit codes stand for, float32 `(16,)`. It is shared: clone it before saving."""
+    """Return the sixteen values of 4-bit codes, float32 `(16,)`. The tensor is shared: clone it before saving."""
     return _constant(quant_type, device)
 
 
 def nested_quant_map(device: torch.device) -> Tensor:
-    """Return the values that the codes of doubly quantized scales stand for, float32 `(256,)`. It is shared."""
+    """Return the values of the codes of doubly quantized scales, float32 `(256,)`. The tensor is shared."""
     return _constant("dynamic", device)
 
 
 @cache
 def _constant(name: str, device: torch.device) -> Tensor:
-    # Whoever asks first may be recording, in inference mode, or have another default dtype or device.
+    # The first caller may be recording, be in inference mode, or have another default dtype or device.
     with eager(), torch.inference_mode(False), torch.device("cpu"):
         functional = bitsandbytes().functional
         before = torch.get_default_dtype()

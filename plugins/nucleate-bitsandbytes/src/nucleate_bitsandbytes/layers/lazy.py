@@ -1,6 +1,6 @@
-"""What the quantized layers are filled with from a checkpoint whose tensors nobody has read yet.
+"""Element sources for quantized layers, from a checkpoint whose tensors have not been read yet.
 
-The counterpart of `loading4bit` and `loading8bit`, which take tensors. Here every large tensor stays in its file, and a
+`loading4bit` and `loading8bit` do the same with tensors. Here every large tensor stays in its file, and a
 full-precision weight is quantized while it is read.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint import Taken
-from nucleate.deferred import ConvertedGiven, Given
+from nucleate.checkpoint import StoredSources
+from nucleate.deferred import ConvertedSource, ElementSource
 from nucleate.errors import CheckpointError, name_list
 from nucleate_bitsandbytes.layers.four_bit_weight import NESTED_BLOCKSIZE, nested_quant_map, quant_map, unpacked
 from nucleate_bitsandbytes.layers.quantized import EightBitLinear, FourBitLinear, QuantizedLinear
@@ -21,8 +21,8 @@ from nucleate_bitsandbytes.quantizers import DoubleQuant, FourBit, Int8Rows
 _PACKED = "weight.quant_state.bitsandbytes__"
 
 
-class Known(Given):
-    """A small tensor in memory.
+class Known(ElementSource):
+    """An element source that reads from a small tensor in memory.
 
     Args:
         tensor: The tensor.
@@ -41,23 +41,23 @@ class Known(Given):
         return f"{self.dtype} {self._tensor.tolist()}"
 
 
-def take4bit(layer: FourBitLinear, stored: Mapping[str, Given]) -> Taken:
-    """Say what a 4-bit layer is filled with: codes and statistics of its own format, or a full-precision weight.
+def take4bit(layer: FourBitLinear, stored: Mapping[str, ElementSource]) -> StoredSources:
+    """Return the element sources for a 4-bit layer: codes and statistics in its format, or a full-precision weight.
 
     Raises:
-        CheckpointError: What is stored is neither.
+        CheckpointError: The checkpoint has neither of these.
     """
     given, missing = _bias(layer, stored)
     if not any(name.startswith("weight.") for name in stored):
         if "weight" not in stored:
-            return Taken(given, frozenset(given), (*missing, "weight"))
+            return StoredSources(given, frozenset(given), (*missing, "weight"))
         weight = _full(stored["weight"], (layer.out_features, layer.in_features), "absmax, quant_map, quant_state")
         conversion, dtype = FourBit(layer.quant_type, layer.blocksize), layer.quantized_dtype
-        given["weight"], given["absmax"] = (ConvertedGiven(weight, conversion, number, dtype) for number in range(2))
+        given["weight"], given["absmax"] = (ConvertedSource(weight, conversion, number, dtype) for number in range(2))
         if layer.nested:
             for number, name in enumerate(("absmax", "nested_absmax", "nested_offset")):
-                given[name] = ConvertedGiven(ConvertedGiven(weight, conversion, 1, dtype), DoubleQuant(), number)
-        return Taken(given, frozenset(("weight", "bias")) & stored.keys(), missing)
+                given[name] = ConvertedSource(ConvertedSource(weight, conversion, 1, dtype), DoubleQuant(), number)
+        return StoredSources(given, frozenset(("weight", "bias")) & stored.keys(), missing)
     held = _format(layer)
     values = description(stored)
     there: dict[str, object] = {"quant_type": values.get("quant_type"), "blocksize": values.get("blocksize")}
@@ -70,11 +70,11 @@ def take4bit(layer: FourBitLinear, stored: Mapping[str, Given]) -> Taken:
     if differing:
         raise CheckpointError(
             f"the stored weight has another format than this layer, {held}: {name_list(differing)}. Set the model up "
-            "with the precision that the checkpoint was made with, or load the full-precision weights."
+            "with the precision of the checkpoint, or load the full-precision weights."
         )
     shape = (layer.out_features, layer.in_features)
     if values.get("shape") != list(shape):
-        raise CheckpointError(f"it was quantized from the shape {values.get('shape')} and is {shape} here.")
+        raise CheckpointError(f"it was quantized from the shape {values.get('shape')}, but the layer has {shape}.")
     names = {"weight": "weight", "weight.absmax": "absmax"}
     maps = {"weight.quant_map": quant_map(layer.quant_type, torch.device("cpu"))}
     if layer.nested:
@@ -83,45 +83,45 @@ def take4bit(layer: FourBitLinear, stored: Mapping[str, Given]) -> Taken:
         given["nested_offset"] = Known(torch.tensor(float(str(values.get("nested_offset"))), dtype=torch.float32))
     lacking = [name for name in (*names, *maps) if name not in stored]
     if lacking:
-        raise CheckpointError(f"the codes of its weight are there, but {name_list(lacking)} are not.")
+        raise CheckpointError(f"the checkpoint has the codes of its weight, but not {name_list(lacking)}.")
     for name, known in maps.items():
         if not torch.equal(_read(stored[name]).float(), known):
-            raise CheckpointError(f"{name} holds other values than the codes of {layer.quant_type} stand for.")
+            raise CheckpointError(f"{name} holds other values than those of the format {layer.quant_type}.")
     for name, own in names.items():
         given[own] = _fitting(name, stored[name], getattr(layer, own))
     used = {*names, *maps, "bias", next(name for name in stored if name.startswith(_PACKED))}
-    return Taken(given, frozenset(used) & stored.keys(), missing)
+    return StoredSources(given, frozenset(used) & stored.keys(), missing)
 
 
-def take8bit(layer: EightBitLinear, stored: Mapping[str, Given]) -> Taken:
-    """Say what an 8-bit layer is filled with: codes and scales, or a full-precision weight.
+def take8bit(layer: EightBitLinear, stored: Mapping[str, ElementSource]) -> StoredSources:
+    """Return the element sources for an 8-bit layer: codes and scales, or a full-precision weight.
 
     Raises:
-        CheckpointError: What is stored is neither.
+        CheckpointError: The checkpoint has neither of these.
     """
     given, missing = _bias(layer, stored)
     used = frozenset(("weight", "SCB", "weight_format", "bias")) & stored.keys()
     if "weight" not in stored:
-        return Taken(given, frozenset(given), (*missing, "weight"))
+        return StoredSources(given, frozenset(given), (*missing, "weight"))
     if "SCB" not in stored:
         weight = _full(stored["weight"], (layer.out_features, layer.in_features), "SCB")
-        # As it would be if it had been loaded before the layer was quantized.
+        # The same result as loading the weight before the layer is quantized.
         given["weight"], given["SCB"] = (
-            ConvertedGiven(weight, Int8Rows(), number, layer.compute_dtype) for number in range(2)
+            ConvertedSource(weight, Int8Rows(), number, layer.compute_dtype) for number in range(2)
         )
-        return Taken(given, used, missing)
+        return StoredSources(given, used, missing)
     if "weight_format" in stored and int(_read(stored["weight_format"])) != 0:
         raise CheckpointError("weight_format is not 0: the codes are stored in an order that is no longer in use.")
     for name in ("weight", "SCB"):
         given[name] = _fitting(name, stored[name], getattr(layer, name))
-    return Taken(given, used, missing)
+    return StoredSources(given, used, missing)
 
 
-def description(stored: Mapping[str, Given]) -> Mapping[str, object]:
-    """Return what bitsandbytes says of a 4-bit weight, from what is stored for its layer.
+def description(stored: Mapping[str, ElementSource]) -> Mapping[str, object]:
+    """Return bitsandbytes' description of a 4-bit weight, from the element sources of its layer.
 
     Raises:
-        CheckpointError: It is not there, or nothing that can be read.
+        CheckpointError: The description is missing or cannot be read.
     """
     names = [name for name in stored if name.startswith(_PACKED)]
     if len(names) != 1:
@@ -138,7 +138,9 @@ def description(stored: Mapping[str, Given]) -> Mapping[str, object]:
     return values
 
 
-def _bias(layer: QuantizedLinear, stored: Mapping[str, Given]) -> tuple[dict[str, Given], tuple[str, ...]]:
+def _bias(
+    layer: QuantizedLinear, stored: Mapping[str, ElementSource]
+) -> tuple[dict[str, ElementSource], tuple[str, ...]]:
     if layer.bias is None:
         return {}, ()
     if "bias" not in stored:
@@ -151,18 +153,18 @@ def _bias(layer: QuantizedLinear, stored: Mapping[str, Given]) -> tuple[dict[str
     return {"bias": stored["bias"]}, ()
 
 
-def _full(weight: Given, shape: tuple[int, int], statistics: str) -> Given:
+def _full(weight: ElementSource, shape: tuple[int, int], statistics: str) -> ElementSource:
     if not weight.dtype.is_floating_point:
         raise CheckpointError(
             f"weight is {weight.dtype} {weight.shape} in the checkpoint, without the statistics ({statistics}) that "
-            f"say what it means. Allowed is a whole quantized state, or a floating point weight of shape {shape}."
+            f"give it a meaning. Give a complete quantized state, or a floating point weight of shape {shape}."
         )
     if tuple(weight.shape) != shape:
         raise CheckpointError(f"weight is {tuple(weight.shape)} in the checkpoint and {shape} here.")
     return weight
 
 
-def _fitting(name: str, given: Given, tensor: Tensor) -> Given:
+def _fitting(name: str, given: ElementSource, tensor: Tensor) -> ElementSource:
     if given.shape != tuple(tensor.shape) or given.dtype != tensor.dtype:
         raise CheckpointError(
             f"{name} is {given.dtype} {given.shape} in the checkpoint and {tensor.dtype} {tuple(tensor.shape)} here."
@@ -174,7 +176,7 @@ def _format(layer: FourBitLinear) -> str:
     return f"{layer.quant_type}{'-dq' if layer.nested else ''} with blocksize {layer.blocksize}"
 
 
-def _read(given: Given) -> Tensor:
+def _read(given: ElementSource) -> Tensor:
     out = torch.empty(given.shape, dtype=given.dtype, device="cpu")
     given.read(0, out.view(-1))
     return out

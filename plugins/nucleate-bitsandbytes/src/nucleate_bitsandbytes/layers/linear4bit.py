@@ -1,8 +1,8 @@
 """A linear layer whose weight has four bits per element.
 
-The codes and their scales are parameters like any others, so they are sharded, moved, copied and deferred as those
-are. This file decides how they are multiplied with and how the layer looks from outside; what a state dict may hold is
-`loading4bit`'s to decide, which order the codes have in memory `packing`'s.
+The codes and their scales are ordinary parameters, so they are sharded, moved, copied and deferred like others. This
+file decides how the layer multiplies with them and how it looks from outside. `loading4bit` decides the allowed content
+of a state dict. `packing` decides the order of the codes in memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nucleate.checkpoint import Taken
-from nucleate.deferred import Given, eager, record_of
+from nucleate.checkpoint import StoredSources
+from nucleate.deferred import ElementSource, eager, record_of
 from nucleate.errors import ConfigurationError, UsageError
 from nucleate_bitsandbytes.layers.four_bit_weight import (
     DTYPES,
@@ -45,22 +45,22 @@ from nucleate_bitsandbytes.library import bitsandbytes
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
-#: What the statistics are called as parameters; in a state dict they stand behind `weight.`.
+#: The names of the statistics as parameters; in a state dict they have the prefix `weight.`.
 _STATISTICS = ("absmax", "nested_absmax")
 
 
 class Linear4bit(FourBitLinear):
-    """Computes `input @ weight.T + bias` for a weight of four bits per element, which is frozen.
+    """A layer that computes `input @ weight.T + bias` for a frozen weight of four bits per element.
 
-    Outputs, gradients and state dict are those of `bitsandbytes.nn.Linear4bit`, bit for bit, except where that one
-    depends on earlier calls, or destroys something. In eval mode on CPUs with AVX512-BF16 it computes in bfloat16
-    whatever was asked for; this layer uses the same kernel, but only where bfloat16 is the compute dtype.
+    Outputs, gradients and state dict are bit-identical to those of `bitsandbytes.nn.Linear4bit`, except where the
+    latter depends on earlier calls or destroys something. In eval mode on CPUs with AVX512-BF16, bitsandbytes' layer
+    always computes in bfloat16. This layer uses the same kernel only if bfloat16 is the compute dtype.
 
     Args:
-        in_features: How many columns the weight has.
-        out_features: How many rows it has.
-        weight: The quantized weight. Its tensors may be deferred: nothing looks at a value.
-        bias: `(out_features,)`; trained if it is a parameter that is.
+        in_features: The number of columns of the weight.
+        out_features: The number of rows of the weight.
+        weight: The quantized weight. Its tensors may be deferred: the constructor reads no value.
+        bias: `(out_features,)`. It trains if it is a parameter that requires gradients.
         compute_dtype: The dtype to multiply in; None takes autocast's, or else the input's.
 
     Raises:
@@ -68,7 +68,7 @@ class Linear4bit(FourBitLinear):
     """
 
     fixed_dtype = ("weight", "absmax", "nested_absmax")
-    #: The scales as the kernel reads them, and what they were made from.
+    #: The scales in the kernel's form, and the tensors that they were made from.
     _scales: tuple[tuple[Any, ...], Tensor] | None = None
 
     def __init__(
@@ -80,7 +80,7 @@ class Linear4bit(FourBitLinear):
         *,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # that of nn.Linear would make a weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would make a weight
         if compute_dtype not in (None, *DTYPES):
             raise ConfigurationError(
                 f"compute_dtype={compute_dtype} must be None or one of {', '.join(map(str, DTYPES))}."
@@ -101,15 +101,15 @@ class Linear4bit(FourBitLinear):
         self.quantized_dtype = weight.dtype
         self.absmax = frozen(weight.absmax)
         self.register_parameter("nested_absmax", None if weight.nested_absmax is None else frozen(weight.nested_absmax))
-        # Persistent, though a state dict has it as text: libraries take other buffers for what a constructor computes.
+        # Persistent, although a state dict has it as text: libraries assume that constructors compute other buffers.
         self.register_buffer("nested_offset", weight.offset)
         self._scales = None
 
-    # -- what it holds -------------------------------------------------------------------------------------
+    # -- the weight ----------------------------------------------------------------------------------------
 
     @property
     def quantized(self) -> FourBitWeight:
-        """The quantized weight as it is now; with parameters as they are, sharded ones too."""
+        """The quantized weight in its current state; its parameters may be sharded."""
         self._put_in_order()
         return self._described()
 
@@ -126,10 +126,10 @@ class Linear4bit(FourBitLinear):
 
     @property
     def quant_state(self) -> QuantState:
-        """The statistics as bitsandbytes' functions take them; made anew from the tensors that are there.
+        """The statistics in the form that bitsandbytes' functions take, made from the current tensors at each call.
 
         Raises:
-            UsageError: They are sharded now.
+            UsageError: The weight is sharded now.
         """
         refuse_sharded(self.weight)
         refuse_cast(self, self.absmax, torch.uint8 if self.nested else torch.float32)
@@ -152,7 +152,7 @@ class Linear4bit(FourBitLinear):
         return state_type(self.absmax, offset=self.nested_offset, state2=nested, **state)
 
     def dequantize(self) -> Tensor:
-        """Return the weight `(out_features, in_features)` that the codes stand for, in the dtype it was quantized from.
+        """Return the dequantized weight `(out_features, in_features)`, in the dtype that it was quantized from.
 
         Raises:
             UsageError: The weight is sharded now.
@@ -161,16 +161,16 @@ class Linear4bit(FourBitLinear):
         return dequantized4bit(self._put_in_order(), state)
 
     def _put_in_order(self) -> Tensor:
-        """Return the codes in the order in which they are saved, and keep them so until the kernel needs another."""
+        """Return the codes in the saved order, and keep them so until the kernel needs its own order."""
         if is_packed(self.weight):
-            # What was handed out in the packed order keeps its memory: nothing is overwritten.
+            # Tensors that were handed out in the packed order keep their memory: nothing is overwritten.
             with torch.inference_mode(False), torch.no_grad():
                 self.weight.data = unpack(self.weight.data)
         self._scales = None
         return self.weight
 
     def _packed(self) -> Tensor:
-        """Return the codes in the kernel's order, and keep them so in place of the others."""
+        """Return the codes in the kernel's order, and keep them in this order."""
         codes = self.weight.data
         if is_packed(codes):
             return codes
@@ -193,14 +193,14 @@ class Linear4bit(FourBitLinear):
             `(..., out_features)`, in the dtype of the input.
 
         Raises:
-            UsageError: The input has another width, device or kind of dtype, or the weight is sharded now.
+            UsageError: The input has a wrong width, device or dtype, or the weight is sharded now.
         """
         refuse_mismatch(self, input)
         refuse_sharded(self.weight)
         values = compute_input(input, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(values.dtype)
         if not input.numel():
-            # In the graph, as nn.Linear's is.
+            # The output is in autograd's graph, as with nn.Linear.
             zeros = values.new_zeros(1, 1).expand(self.out_features, self.in_features)
             return nn.functional.linear(values, zeros, bias).to(input.dtype)
         if self._uses_kernel(values):
@@ -256,13 +256,13 @@ class Linear4bit(FourBitLinear):
         held = {name: destination.pop(prefix + name, None) for name in (*_STATISTICS, "nested_offset")}
         device = self.absmax.device
         destination[f"{prefix}weight.absmax"] = held["absmax"]
-        # Clones, as safetensors refuses tensors that share memory.
+        # Clones, because safetensors refuses tensors that share memory.
         destination[f"{prefix}weight.quant_map"] = quant_map(self.quant_type, device).clone()
         if self.nested:
             destination[f"{prefix}weight.nested_absmax"] = held["nested_absmax"]
             destination[f"{prefix}weight.nested_quant_map"] = nested_quant_map(device).clone()
             if self.nested_offset is not None and record_of(self.nested_offset) is not None:
-                return  # the values below are not known before the offset is made
+                return  # the values below are not known before the offset is materialized
         with eager(), torch.device("cpu"):
             values = packed_values(self._described(), (self.out_features, self.in_features))
             destination[f"{prefix}weight.quant_state.bitsandbytes__{self.quant_type}"] = (
@@ -280,13 +280,13 @@ class Linear4bit(FourBitLinear):
                 state_dict[f"{prefix}nested_offset"] = self.nested_offset
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
-    def take_stored(self, stored: Mapping[str, Given]) -> Taken:
-        """Say what is read from a checkpoint, while it is still in its files."""
+    def bind_stored(self, stored: Mapping[str, ElementSource]) -> StoredSources:
+        """Return the element sources for this layer, from a checkpoint whose tensors are still in its files."""
         self._put_in_order()
         return take4bit(self, stored)
 
     def reset_parameters(self) -> None:
-        """Refuse: there is nothing that could be initialized in place.
+        """Refuse to initialize: a quantized weight cannot be initialized in place.
 
         Raises:
             UsageError: Always.
@@ -296,7 +296,7 @@ class Linear4bit(FourBitLinear):
         )
 
     def extra_repr(self) -> str:
-        """Describe the layer as nn.Linear does, and its format."""
+        """Describe the layer as nn.Linear does, and add its format."""
         nested = "-dq" if self.nested else ""
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
         return f"{super().extra_repr()}, {self.quant_type}{nested}, blocksize={self.blocksize}{compute}"

@@ -1,6 +1,6 @@
 """A linear layer whose weight has eight bits per element and a scale per row (LLM.int8()).
 
-Codes and scales are parameters like any others. What a state dict may hold is `loading8bit`'s to decide.
+Codes and scales are ordinary parameters. `loading8bit` decides the allowed content of a state dict.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nucleate.checkpoint import Taken
-from nucleate.deferred import Given
+from nucleate.checkpoint import StoredSources
+from nucleate.deferred import ElementSource
 from nucleate.errors import ConfigurationError, UsageError
 from nucleate_bitsandbytes.layers.frozen import (
     compute_input,
@@ -31,19 +31,19 @@ from nucleate_bitsandbytes.layers.quantized import EightBitLinear
 
 
 class Linear8bit(EightBitLinear):
-    """Computes `input @ weight.T + bias` for an int8 weight, which is frozen.
+    """A layer that computes `input @ weight.T + bias` for a frozen int8 weight.
 
-    Outputs, gradients and state dict are those of `bitsandbytes.nn.Linear8bitLt(has_fp16_weights=False)`, bit for bit.
-    In eval mode the input is quantized too, and integers are multiplied. In train mode on a CPU, as there, the weight
-    is dequantized.
+    Outputs, gradients and state dict are bit-identical to those of
+    `bitsandbytes.nn.Linear8bitLt(has_fp16_weights=False)`. In eval mode the layer quantizes the input too, and
+    multiplies integers. In train mode on a CPU it dequantizes the weight, as bitsandbytes does.
 
     Args:
-        in_features: How many columns the weight has.
-        out_features: How many rows it has.
+        in_features: The number of columns of the weight.
+        out_features: The number of rows of the weight.
         codes: int8 `(out_features, in_features)`; may be deferred.
         scales: The largest magnitude of each row, float32 `(out_features,)`; may be deferred.
-        bias: `(out_features,)`; trained if it is a parameter that is.
-        threshold: Columns in which an input's magnitude reaches this are not quantized; 0 quantizes all.
+        bias: `(out_features,)`. It trains if it is a parameter that requires gradients.
+        threshold: Input columns with a magnitude of at least this are not quantized; 0 quantizes all.
         compute_dtype: The dtype to compute in; None takes autocast's, or else the input's.
 
     Raises:
@@ -63,7 +63,7 @@ class Linear8bit(EightBitLinear):
         threshold: float = 0.0,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # that of nn.Linear would make a weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would make a weight
         for name, tensor, dtype, shape in (
             ("codes", codes, torch.int8, (out_features, in_features)),
             ("scales", scales, torch.float32, (out_features,)),
@@ -85,10 +85,10 @@ class Linear8bit(EightBitLinear):
         self.register_parameter("bias", None if bias is None else trained(bias))
 
     def dequantize(self, dtype: torch.dtype = torch.float16) -> Tensor:
-        """Return the weight `(out_features, in_features)` that the codes stand for.
+        """Return the dequantized weight `(out_features, in_features)`.
 
         Args:
-            dtype: Its dtype.
+            dtype: The dtype of the result.
 
         Raises:
             UsageError: The weight is sharded now.
@@ -108,7 +108,7 @@ class Linear8bit(EightBitLinear):
             `(..., out_features)`, in the dtype of the input.
 
         Raises:
-            UsageError: The input has another width, device or kind of dtype, or the weight is sharded now.
+            UsageError: The input has a wrong width, device or dtype, or the weight is sharded now.
         """
         refuse_mismatch(self, input)
         refuse_sharded(self.weight)
@@ -119,9 +119,9 @@ class Linear8bit(EightBitLinear):
         if not rows.shape[0]:
             zeros = values.new_zeros(1, 1).expand(self.out_features, self.in_features)
             return nn.functional.linear(values, zeros, bias).to(input.dtype)
-        # Whoever exchanges the parameter's memory before backward does not exchange that of these.
+        # Detached: code that exchanges the parameter's memory before backward does not change these tensors.
         codes, scales = self.weight.detach(), self.SCB.detach()
-        # bitsandbytes has no quick integer kernels for training on these devices, and dequantizes.
+        # bitsandbytes has no fast integer kernels for training on these devices, and dequantizes.
         threshold = None if self.training and input.device.type in ("cpu", "xpu") else self.threshold
         product: Tensor = Product8bit.apply(rows, bias, None, codes, scales, threshold)  # type: ignore[no-untyped-call]
         return product.view(*input.shape[:-1], self.out_features).to(input.dtype)
@@ -132,8 +132,8 @@ class Linear8bit(EightBitLinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}SCB"] = destination.pop(f"{prefix}SCB")  # behind the bias, as bitsandbytes has it
-        # By rows: the only order that is left of those that bitsandbytes once had.
+        destination[f"{prefix}SCB"] = destination.pop(f"{prefix}SCB")  # after the bias, as in bitsandbytes
+        # 0 means by rows, the only order that bitsandbytes still supports.
         destination[f"{prefix}weight_format"] = torch.zeros((), dtype=torch.uint8, device="cpu")
 
     def _load_from_state_dict(
@@ -144,12 +144,12 @@ class Linear8bit(EightBitLinear):
         if state_dict is not None:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
-    def take_stored(self, stored: Mapping[str, Given]) -> Taken:
-        """Say what is read from a checkpoint, while it is still in its files."""
+    def bind_stored(self, stored: Mapping[str, ElementSource]) -> StoredSources:
+        """Return the element sources for this layer, from a checkpoint whose tensors are still in its files."""
         return take8bit(self, stored)
 
     def reset_parameters(self) -> None:
-        """Refuse: there is nothing that could be initialized in place.
+        """Refuse to initialize: a quantized weight cannot be initialized in place.
 
         Raises:
             UsageError: Always.
@@ -159,6 +159,6 @@ class Linear8bit(EightBitLinear):
         )
 
     def extra_repr(self) -> str:
-        """Describe the layer as nn.Linear does, and its format."""
+        """Describe the layer as nn.Linear does, and add its format."""
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
         return f"{super().extra_repr()}, int8, threshold={self.threshold}{compute}"

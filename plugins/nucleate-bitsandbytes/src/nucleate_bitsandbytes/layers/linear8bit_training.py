@@ -1,4 +1,4 @@
-"""A linear layer that is trained in full or half precision, and computes with its weight rounded to eight bits."""
+"""A linear layer that trains in full or half precision, and computes with its weight rounded to eight bits."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from nucleate_bitsandbytes.library import bitsandbytes
 
 
 class Linear8bitTraining(nn.Linear):
-    """Computes `input @ int8(weight).T + bias`; the gradient of the weight is as if it had not been rounded.
+    """A layer that computes `input @ int8(weight).T + bias`; the weight's gradient ignores the rounding.
 
-    Outputs and gradients are those of a fresh `bitsandbytes.nn.Linear8bitLt(has_fp16_weights=True)`, bit for bit. That
-    one keeps the codes of an earlier forward while the weight has a gradient, and in eval mode always; this layer
-    rounds the weight that it has. Its state dict is that of nn.Linear.
+    Outputs and gradients are bit-identical to those of a fresh
+    `bitsandbytes.nn.Linear8bitLt(has_fp16_weights=True)`. bitsandbytes' layer keeps the codes of an earlier forward
+    while the weight has a gradient, and always in eval mode. This layer rounds the current weight at each forward. Its
+    state dict is that of nn.Linear.
 
     Args:
-        in_features: How many columns the weight has.
-        out_features: How many rows it has.
+        in_features: The number of columns of the weight.
+        out_features: The number of rows of the weight.
         weight: `(out_features, in_features)`, float32, bfloat16 or float16; may be deferred.
         bias: `(out_features,)`.
-        threshold: Columns in which an input's magnitude reaches this are not quantized; 0 quantizes all.
+        threshold: Input columns with a magnitude of at least this are not quantized; 0 quantizes all.
         compute_dtype: The dtype to compute in; None takes autocast's, or else the input's.
     """
 
@@ -36,7 +37,7 @@ class Linear8bitTraining(nn.Linear):
         threshold: float = 0.0,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # that of nn.Linear would make a weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would make a weight
         self.in_features = in_features
         self.out_features = out_features
         self.threshold = threshold
@@ -55,7 +56,7 @@ class Linear8bitTraining(nn.Linear):
             `(..., out_features)`, in the dtype of the input.
 
         Raises:
-            UsageError: The input has another width, device or kind of dtype.
+            UsageError: The input has a wrong width, device or dtype.
         """
         refuse_mismatch(self, input)
         values = compute_input(input, self.compute_dtype)
@@ -74,7 +75,7 @@ class Linear8bitTraining(nn.Linear):
         return product.view(*input.shape[:-1], self.out_features).to(input.dtype)
 
     def _product_by_kernels(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """Let bitsandbytes quantize input and gradients as well, by columns and rows, which it can on such devices."""
+        """Let bitsandbytes multiply: on these devices it quantizes input and gradients too, by columns and rows."""
         library = bitsandbytes()
         state = library.MatmulLtState()
         state.threshold = self.threshold
@@ -82,6 +83,6 @@ class Linear8bitTraining(nn.Linear):
         return product
 
     def extra_repr(self) -> str:
-        """Describe the layer as nn.Linear does, and its format."""
+        """Describe the layer as nn.Linear does, and add its format."""
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
         return f"{super().extra_repr()}, int8 training, threshold={self.threshold}{compute}"

@@ -1,7 +1,7 @@
-"""What a 4-bit layer takes from a state dict: quantized weights in any of bitsandbytes' forms, or full ones.
+"""Loading of 4-bit layers from state dicts: quantized weights in any form of bitsandbytes, or full-precision weights.
 
-Everything is checked before anything changes, and what does not fit is refused by name, whether loading is strict or
-not: codes without their statistics, or another tensor's bytes, would be garbage.
+All checks happen before any change. Content that does not fit is refused by name, whether loading is strict or not:
+codes without their statistics, or another tensor's bytes, would be garbage.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ def load_weight(
     unexpected: list[str],
     errors: list[str],
 ) -> dict[str, Any] | None:
-    """Check what a state dict holds for a layer's weight, and return it under the names of the layer's parameters.
+    """Check a state dict's content for a layer's weight, and return it under the names of the layer's parameters.
 
     Args:
-        layer: The layer; where the format is another than its own, it takes that over.
+        layer: The layer. If the state dict has another format than the layer, the layer takes over that format.
         state_dict: The state dict; it is not changed.
         prefix: The layer's name with a dot.
-        local_metadata: Torch's.
-        missing: Receives names that are not there.
-        unexpected: Torch's.
-        errors: Receives what does not fit.
+        local_metadata: Torch's metadata of the module.
+        missing: Torch's list; receives the missing names.
+        unexpected: Torch's list; receives the unexpected names.
+        errors: Torch's list; receives a message for content that does not fit.
 
     Returns:
-        What torch is to load into the layer's parameters; None if the layer is to be left as it is.
+        The state dict that torch must load into the layer; None if the layer must stay unchanged.
     """
     behind = f"{prefix}weight."
     inside = {key[len(behind) :]: value for key, value in state_dict.items() if key.startswith(behind)}
     rest = {key: value for key, value in state_dict.items() if not key.startswith(behind)}
     held = rest.pop(f"{prefix}weight", None)
     for name in ("absmax", "nested_absmax"):
-        # Under the parameters' own names there is nothing that a state dict would hold; torch lists it.
+        # A state dict never holds entries under these parameter names, so torch must list them as unexpected.
         if f"{prefix}{name}" in rest:
             unexpected.append(f"{prefix}{name}")
             del rest[f"{prefix}{name}"]
@@ -68,7 +68,7 @@ def load_weight(
     try:
         check_bias(layer, rest.get(f"{prefix}bias"))
         if held is None and inside:
-            raise RefusedError(f"there are {name_list(sorted(inside))} but no codes, `weight`.")
+            raise RefusedError(f"there are {name_list(sorted(inside))} but no codes (`weight`).")
         if held is not None:
             weight = _weight(layer, held, inside)
             own = _placed(layer, weight, prefix, bool(local_metadata.get("assign_to_params_buffers")))
@@ -92,7 +92,7 @@ def _weight(layer: FourBitLinear, held: Any, inside: Mapping[str, Any]) -> FourB
         what = "has the codes of a quantized weight" if is_own else f"is {held.dtype} {tuple(held.shape)}"
         raise RefusedError(
             f"it {what}, without the statistics (weight.absmax, weight.quant_map, weight.quant_state.bitsandbytes__*) "
-            f"that say what it means. Allowed is a whole quantized state, or a floating point weight of shape {shape}."
+            f"that give it a meaning. Give a complete quantized state, or a floating point weight of shape {shape}."
         )
     if tuple(held.shape) != shape:
         raise RefusedError(f"it has the shape {tuple(held.shape)} there and {shape} here, and no statistics.")
@@ -107,7 +107,7 @@ def quantize(weight: Tensor, quant_type: QuantType, blocksize: int, nested: bool
     """
     if isinstance(weight, DTensor) or record_of(weight) is not None or weight.is_meta:
         kind = "sharded" if isinstance(weight, DTensor) else "without values yet"
-        raise ConversionError(f"a full-precision weight that is {kind} cannot be quantized here; give it whole.")
+        raise ConversionError(f"a full-precision weight that is {kind} cannot be quantized here; give a whole one.")
     codes, absmax = convert(weight, FourBit(quant_type, blocksize))
     statistics: dict[str, Tensor] = {}
     if nested:
@@ -122,7 +122,7 @@ def _quantized(held: Tensor, inside: Mapping[str, Any], shape: tuple[int, int]) 
     packed = [key for key in inside if key.startswith("quant_state.bitsandbytes__")]
     if len(packed) != 1:
         raise RefusedError(
-            f"there should be one weight.quant_state.bitsandbytes__nf4 or __fp4 beside it, but there are "
+            f"there must be one weight.quant_state.bitsandbytes__nf4 or __fp4 beside it, but there are "
             f"{name_list(sorted(inside))}."
         )
     needed = {"absmax", "quant_map"}
@@ -131,7 +131,8 @@ def _quantized(held: Tensor, inside: Mapping[str, Any], shape: tuple[int, int]) 
     lacking, strange = sorted(needed - inside.keys()), sorted(inside.keys() - needed - {packed[0]})
     if lacking or strange:
         raise RefusedError(
-            f"its statistics lack {name_list(lacking) or 'nothing'} and have {name_list(strange) or 'nothing'} besides."
+            f"its statistics lack {name_list(lacking) or 'nothing'} and have {name_list(strange) or 'nothing'} in "
+            "addition."
         )
     try:
         values = dict(unpacked(inside[packed[0]]))
@@ -145,9 +146,11 @@ def _quantized(held: Tensor, inside: Mapping[str, Any], shape: tuple[int, int]) 
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RefusedError(f"weight.{packed[0]} cannot be read: {type(error).__name__}: {error}.") from error
     if there != shape:
-        raise RefusedError(f"it was quantized from the shape {there} and is {shape} here.")
+        raise RefusedError(f"it was quantized from the shape {there}, but the layer has {shape}.")
     if nested not in (None, (NESTED_BLOCKSIZE, "float32")):
-        raise RefusedError(f"nested_blocksize and nested_dtype are {nested}; known is {(NESTED_BLOCKSIZE, 'float32')}.")
+        raise RefusedError(
+            f"nested_blocksize and nested_dtype are {nested}, but must be {(NESTED_BLOCKSIZE, 'float32')}."
+        )
     if packed[0] != f"quant_state.bitsandbytes__{quant_type}":
         raise RefusedError(f"weight.{packed[0]} says that quant_type is {quant_type!r}.")
     weight = FourBitWeight(
@@ -170,7 +173,7 @@ def _quantized(held: Tensor, inside: Mapping[str, Any], shape: tuple[int, int]) 
 
 
 def _as_bytes(held: Tensor) -> Tensor:
-    """Return codes as bytes: in a state dict they may be stored as another dtype (`quant_storage`)."""
+    """Return codes as bytes. A state dict may store them in another dtype (`quant_storage`)."""
     return (
         held
         if held.dtype == torch.uint8 or isinstance(held, DTensor)
@@ -182,11 +185,11 @@ def _check_map(name: str, found: Tensor, known: Tensor) -> None:
     if found.is_meta or record_of(found) is not None:
         return
     if found.shape != known.shape or not torch.equal(found.detach().to("cpu", torch.float32), known):
-        raise RefusedError(f"weight.{name} holds other values than the codes of this format stand for.")
+        raise RefusedError(f"weight.{name} holds other values than those of this format.")
 
 
 def _placed(layer: FourBitLinear, weight: FourBitWeight, prefix: str, assign: bool) -> dict[str, Tensor]:
-    """Prepare the layer's parameters for a weight, and return what torch is to copy or assign to each."""
+    """Prepare the layer's parameters for a weight, and return the tensors that torch must copy or assign to them."""
     new = {"weight": weight.codes, "absmax": weight.absmax}
     if weight.nested_absmax is not None:
         new["nested_absmax"] = weight.nested_absmax
@@ -198,8 +201,8 @@ def _placed(layer: FourBitLinear, weight: FourBitWeight, prefix: str, assign: bo
         if isinstance(layer.weight, DTensor) or layer.is_sharded or record_of(layer.weight) is not None:
             state = "deferred" if record_of(layer.weight) is not None else "sharded"
             raise RefusedError(
-                f"it is {_format(weight)} there, and {_format(layer.quantized)} here, which a {state} layer cannot "
-                "change. Set the model up with the format of the checkpoint, or load the full-precision weight."
+                f"it is {_format(weight)} there, and {_format(layer.quantized)} here. A {state} layer cannot change "
+                "its format. Set the model up with the format of the checkpoint, or load the full-precision weight."
             )
         device = layer.weight.device
         empty = {name: torch.empty_like(tensor, device=device) for name, tensor in new.items()}

@@ -1,4 +1,4 @@
-"""What an int8 layer takes from a state dict: a quantized weight, or a full one, which it quantizes."""
+"""Loading of int8 layers from state dicts: a quantized weight, or a full-precision weight that is then quantized."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def load_weight(
     unexpected: list[str],
     errors: list[str],
 ) -> dict[str, Any] | None:
-    """Check what a state dict holds for a layer's weight, and return what torch is to load into its parameters.
+    """Check a state dict's content for a layer's weight, and return the state dict that torch must load.
 
     Args:
         layer: The layer.
         state_dict: The state dict; it is not changed.
         prefix: The layer's name with a dot.
-        missing: Receives names that are not there.
-        unexpected: Torch's.
-        errors: Receives what does not fit.
+        missing: Torch's list; receives the missing names.
+        unexpected: Torch's list.
+        errors: Torch's list; receives a message for content that does not fit.
 
     Returns:
-        What torch is to load; None if the layer is to be left as it is.
+        The state dict that torch must load; None if the layer must stay unchanged.
     """
     rest = dict(state_dict)
     held = rest.pop(f"{prefix}weight", None)
@@ -45,7 +45,7 @@ def load_weight(
     try:
         check_bias(layer, rest.get(f"{prefix}bias"))
         if held is None and scales is not None:
-            raise RefusedError("there are scales, SCB, but no codes, `weight`.")
+            raise RefusedError("there are scales (SCB) but no codes (`weight`).")
         if held is None:
             missing.append(f"{prefix}weight")
         else:
@@ -70,12 +70,12 @@ def _weight(layer: EightBitLinear, held: Any, scales: Any, order: Any) -> tuple[
     if held.dtype != torch.int8:
         raise RefusedError(f"it is {held.dtype}; allowed are int8 codes with SCB, and floating point weights.")
     if not isinstance(scales, Tensor):
-        raise RefusedError("it has the codes of a quantized weight, without the scales (SCB) that say what they mean.")
+        raise RefusedError("it has the codes of a quantized weight, without the scales (SCB) that give them a meaning.")
     if scales.dtype != torch.float32 or tuple(scales.shape) != shape[:1]:
         raise RefusedError(f"SCB is {scales.dtype} {tuple(scales.shape)} instead of {torch.float32} {shape[:1]}.")
-    # As a number or a word: 0 and "row" are by rows, the others are of GPUs long past.
+    # A number or a word: 0 and "row" mean by rows. The other orders belong to old GPUs.
     if order is not None and (order.item() if isinstance(order, Tensor) else order) not in (0, "row"):
-        raise RefusedError(f"weight_format is {order}; only rows, 0, are known.")
+        raise RefusedError(f"weight_format is {order}; only rows (0) are supported.")
     return held, scales
 
 
@@ -87,5 +87,5 @@ def quantize(weight: Tensor) -> tuple[Tensor, ...]:
     """
     if isinstance(weight, DTensor) or record_of(weight) is not None or weight.is_meta:
         kind = "sharded" if isinstance(weight, DTensor) else "without values yet"
-        raise ConversionError(f"a full-precision weight that is {kind} cannot be quantized here; give it whole.")
+        raise ConversionError(f"a full-precision weight that is {kind} cannot be quantized here; give a whole one.")
     return convert(weight, Int8Rows())

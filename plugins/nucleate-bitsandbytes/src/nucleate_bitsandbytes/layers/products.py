@@ -1,8 +1,8 @@
-"""Products with quantized weights, by bitsandbytes' operators, with gradients for what can be trained.
+"""Products with quantized weights, by bitsandbytes' operators, with gradients for everything that can train.
 
-bitsandbytes' own autograd functions give wrong or no gradients for a bias under inputs of one dimension and for weights
-under inputs of three, and keep weights in a way that in-place changes go unnoticed. Where theirs are right, these
-give the same bits.
+bitsandbytes' own autograd functions give wrong gradients or none for a bias if the input has one dimension, and for
+weights if the input has three. They also save weights in a way that hides in-place changes. Where their gradients are
+right, the functions here give the same bits.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Product4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, codes: Tensor, state: QuantState) -> Tensor:
-        """Compute it.
+        """Compute the product.
 
         Args:
-            ctx: Torch's.
+            ctx: Torch's context.
             input: `(..., in_features)`, in the dtype to compute in.
             bias: `(out_features,)`, in the same dtype.
-            codes: `((n + 1) // 2, 1)`; not a parameter itself, whose memory may be exchanged before backward.
+            codes: `((n + 1) // 2, 1)`. Not the parameter itself, whose memory may be exchanged before backward.
             state: The statistics.
         """
         scales = (state.state2.absmax,) if state.nested else (state.absmax,)
@@ -70,17 +70,17 @@ class Product8bit(torch.autograd.Function):
         scales: Tensor,
         threshold: float | None,
     ) -> Tensor:
-        """Compute it.
+        """Compute the product.
 
         Args:
-            ctx: Torch's.
+            ctx: Torch's context.
             input: `(rows, in_features)`.
             bias: `(out_features,)`.
-            weight: What was quantized, if it is to have a gradient.
+            weight: The unquantized weight, if it needs a gradient.
             codes: int8 `(out_features, in_features)`.
             scales: float32 `(out_features,)`.
-            threshold: Quantize the input too and multiply integers, except for columns with a value beyond this (0: no
-                exceptions). None dequantizes the weight and multiplies floating point numbers.
+            threshold: Quantize the input too and multiply integers, except for columns with a magnitude of at least
+                this (0: no exceptions). None dequantizes the weight and multiplies floating point numbers.
         """
         if threshold is None:
             product = torch.nn.functional.linear(input, dequantized8bit(codes, scales, input.dtype), bias)
@@ -117,12 +117,12 @@ class Product8bit(torch.autograd.Function):
 
 
 def dequantized8bit(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight that int8 codes and the scales of their rows stand for, `(out_features, in_features)`."""
+    """Return the weight `(out_features, in_features)` from int8 codes and the scales of their rows."""
     return codes.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
 
 
 def dequantized4bit(codes: Tensor, state: QuantState) -> Tensor:
-    """Return the weight that 4-bit codes stand for, in the dtype that it was quantized from."""
+    """Return the weight from 4-bit codes, in the dtype that it was quantized from."""
     weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         codes, scales4bit(state), state.blocksize, state.quant_type, state.shape, state.dtype
     )
@@ -130,7 +130,7 @@ def dequantized4bit(codes: Tensor, state: QuantState) -> Tensor:
 
 
 def scales4bit(state: QuantState) -> Tensor:
-    """Return the scale of each block, float32 `(num_blocks,)`, of doubly quantized ones too."""
+    """Return the scale of each block, float32 `(num_blocks,)`, also if the scales are quantized."""
     if not state.nested:
         return state.absmax  # type: ignore[no-any-return]
     return bitsandbytes().functional.dequantize_blockwise(state.absmax, state.state2) + state.offset  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Quantized linear layers, as those see them who fill them from a state dict or from a checkpoint."""
+"""Base classes of quantized linear layers, for the code that fills them from a state dict or a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class QuantizedLinear(nn.Linear, FixedDtype, StoredForm):
 
 
 class FourBitLinear(QuantizedLinear):
-    """A layer of four bits for each weight. `Linear4bit` is the only one.
+    """A layer with four bits for each weight. `Linear4bit` is the only subclass.
 
     Attributes:
         quant_type: `"nf4"` or `"fp4"`.
-        blocksize: How many weights share a scale.
-        quantized_dtype: What the weight was quantized from.
+        blocksize: The number of weights that share a scale.
+        quantized_dtype: The dtype that the weight was quantized from.
         absmax: The scales, or their codes.
-        nested_absmax: The scales of the scales, if these are quantized.
-        nested_offset: What is added to quantized scales.
+        nested_absmax: The scales of the scales, if the scales are quantized.
+        nested_offset: The number that is added to quantized scales.
     """
 
     quant_type: QuantType
@@ -39,12 +39,12 @@ class FourBitLinear(QuantizedLinear):
     absmax: nn.Parameter
     nested_absmax: nn.Parameter | None
     nested_offset: Tensor | None
-    #: Set by FSDP's first exchange of the parameter: the memory of such a one is not this layer's to exchange.
+    #: Set when FSDP first exchanges the parameter. From then on the layer must not exchange the parameter's memory.
     is_sharded = False
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantized themselves."""
+        """Whether the scales are quantized too."""
         return self.nested_absmax is not None
 
     @property
@@ -53,15 +53,15 @@ class FourBitLinear(QuantizedLinear):
         raise NotImplementedError
 
     def take_statistics(self, weight: FourBitWeight) -> None:
-        """Have the statistics of a weight."""
+        """Take over the statistics of a weight."""
         raise NotImplementedError
 
 
 class EightBitLinear(QuantizedLinear):
-    """A layer of eight bits for each weight, with a scale for each row. `Linear8bit` is the only one.
+    """A layer with eight bits for each weight, and a scale for each row. `Linear8bit` is the only subclass.
 
     Attributes:
-        SCB: The scales, `(out_features,)`, by the name that bitsandbytes gives them.
+        SCB: The scales, `(out_features,)`, under bitsandbytes' name.
     """
 
     SCB: nn.Parameter

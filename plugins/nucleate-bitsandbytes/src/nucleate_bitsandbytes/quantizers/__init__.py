@@ -1,6 +1,6 @@
-"""Conversions that make the bits of bitsandbytes, some blocks of a weight at a time.
+"""Conversions that are bit-identical to bitsandbytes, and convert a few blocks of a weight at a time.
 
-On the CPU they are torch code; on other devices bitsandbytes' own kernels run on the blocks.
+On the CPU they are torch code. On other devices bitsandbytes' own kernels convert the blocks.
 """
 
 from nucleate_bitsandbytes.quantizers.double_quant import DoubleQuant

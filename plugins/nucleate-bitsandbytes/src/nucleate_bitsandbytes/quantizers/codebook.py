@@ -1,14 +1,14 @@
-"""The sixteen values of a 4-bit type, and how a scaled value's code is found without comparing it with all of them.
+"""Codebooks of the 4-bit types: the sixteen values, and a table that gives the code of most scaled values directly.
 
 bitsandbytes sorts the sixteen values and searches for each scaled value `s` of [-1, 1] among the fifteen midpoints: the
-code is that of as many midpoints as are less than `s`. Here `s` times `SCALE`, cut to an integer, is a bin's name,
-and a table holds the code of each. A bin with a midpoint in it (15 of 80 875) has no code; the table says `UNSURE`,
-and values that fall there are searched for like bitsandbytes does.
+number of midpoints less than `s` gives the code. Here `s` times `SCALE`, cut to an integer, is the number of a bin, and
+a table holds the code of each bin. A bin that contains a midpoint (15 of 80 875) has no code. Its entry in the table is
+`UNSURE`, and values in that bin are searched for as in bitsandbytes.
 
-For bfloat16 even those bins are sure: a value and the largest of its block have 8 significant bits each, so their ratio
-is one of 128 x 128 numbers times a power of two, and `SCALE` is chosen so that no bin has such numbers on both sides of
-a midpoint of nf4. (No pair of values comes closer to another code's bin than 4e-6 of itself, twenty times what
-rounding does.) fp4 has midpoints that are such ratios themselves, so its bins stay unsure.
+For bfloat16 even those bins are sure. A value and the largest of its block have 8 significant bits each, so their ratio
+is one of 128 x 128 numbers times a power of two. `SCALE` is chosen so that no bin has such numbers on both sides of a
+midpoint of nf4. (No pair of values comes closer to another code's bin than 4e-6 of itself, twenty times the rounding
+error.) Some midpoints of fp4 are such ratios themselves, so their bins stay unsure.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
-#: Bins for a scaled value of 1.
+#: The number of bins from a scaled value of 0 to a scaled value of 1.
 SCALE = 40437.6
-#: The middle bin's place in the table.
+#: The middle bin's index in the table.
 MIDDLE = int(SCALE)
-#: Or more: a bin without a code.
+#: An entry of at least this marks a bin without a code.
 UNSURE = 16
-#: What bitsandbytes takes for the largest value of a block if it is less (`quantize_4bit` in backends/default/ops.py of
+#: bitsandbytes uses at least this as the largest value of a block (`quantize_4bit` in backends/default/ops.py of
 #: bitsandbytes 0.50.2).
 SMALLEST = 1e-38
 
-# More than what rounding changes on the way to a bin, relative: four operations in float32.
+# A relative bound, larger than the rounding error of the four float32 operations that lead to a bin.
 _ROUNDING = 1e-6
 
 VALUES = {
@@ -51,20 +51,20 @@ VALUES = {
         0.7229568362236023,
         1.0,
     ),
-    # Codes are sign, then three bits; the values are those of twelfths.
+    # A code is a sign and three bits; the values below are in twelfths.
     "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Codebook:
-    """How a 4-bit type's codes are found, for values of one dtype.
+    """The tables that give a 4-bit type's codes, for values of one dtype.
 
     Attributes:
-        midpoints: Between the values, ascending, `(15,)` of float32.
-        codes: Of the values, ascending, `(16,)` of uint8.
-        table: The code of each bin, `(2 * MIDDLE + 1,)` of uint8.
-        is_sure: Whether all bins have one.
+        midpoints: The midpoints between the values, ascending, float32 `(15,)`.
+        codes: The codes of the values, in ascending order of the values, uint8 `(16,)`.
+        table: The code of each bin, uint8 `(2 * MIDDLE + 1,)`.
+        is_sure: Whether all bins have a code.
     """
 
     midpoints: Tensor
@@ -73,7 +73,7 @@ class Codebook:
     is_sure: bool
 
     def search(self, scaled: Tensor) -> Tensor:
-        """Return the codes of scaled values like bitsandbytes does: exact, and slow."""
+        """Return the codes of scaled values by searching, as bitsandbytes does. This is exact but slow."""
         return self.codes[torch.bucketize(scaled, self.midpoints)]
 
 
@@ -82,12 +82,12 @@ def codebook(quant_type: str, dtype: torch.dtype) -> Codebook:
     """Return the codebook of a 4-bit type (a key of `VALUES`) for values of `dtype`."""
     with torch.inference_mode(False):
         values = torch.tensor(VALUES[quant_type], dtype=torch.float32, device="cpu")
-        # fp4 has two zeros, and which comes first is up to the sort: so it is sorted as bitsandbytes does.
+        # fp4 has two zeros, whose order depends on the sort. So the values are sorted as bitsandbytes sorts them.
         order = torch.argsort(values)
         midpoints = (values[order[:-1]] + values[order[1:]]) / 2
         unsure = Codebook(midpoints, order.to(torch.uint8), torch.empty(0, dtype=torch.uint8), False)
         bins = torch.arange(-MIDDLE, MIDDLE + 1, dtype=torch.float64, device="cpu")
-        # Half a bin from the edge that is nearer to zero. The middle bin reaches from -1 to 1.
+        # The middle of each bin: half a bin from the edge nearer to zero. The middle bin reaches from -1 to 1.
         table = unsure.search(((bins + bins.sign() / 2) / SCALE).float())
         for midpoint in midpoints.tolist():
             for index in _bins_near(midpoint):
@@ -98,14 +98,14 @@ def codebook(quant_type: str, dtype: torch.dtype) -> Codebook:
 
 
 def _make_sure(table: Tensor, book: Codebook) -> None:
-    """Write the codes of bins that are unsure in general, but not for ratios of bfloat16 values."""
+    """Write the codes of bins that are unsure in general, but sure for ratios of bfloat16 values."""
     ratios = _bfloat16_ratios()
     for rank, midpoint in enumerate(book.midpoints.tolist()):
         above = int(torch.searchsorted(ratios, midpoint, right=True))
         lower, upper = abs(ratios[above - 1].item()) * SCALE, abs(ratios[above].item()) * SCALE
         nearer, farther = min(lower, upper), max(lower, upper)
         edge = int(farther * (1 - _ROUNDING))
-        # Huge scales have inverses of few bits, which move a value across a midpoint that it was as good as on.
+        # Inverses of huge scales have few bits, and can move a value across a midpoint that is very close to it.
         is_apart = nearer * (1 + _ROUNDING) < abs(midpoint) * SCALE < farther * (1 - _ROUNDING)
         if is_apart and nearer * (1 + _ROUNDING) < edge:
             for index in _bins_near(midpoint):
@@ -118,11 +118,11 @@ def _bins_near(midpoint: float) -> set[int]:
 
 
 def _bfloat16_ratios() -> Tensor:
-    """Return scaled values as bitsandbytes rounds them, ascending: all but those between zero and the next midpoint."""
+    """Return scaled values as bitsandbytes rounds them, ascending, without those between zero and the next midpoint."""
     significands = torch.arange(128, 256, device="cpu").float()
     ratios = (significands.unsqueeze(1) * (1 / significands)).reshape(-1)
     ratios = torch.cat([ratios / 2**power for power in range(11)])
-    # The largest value of a block may be less than what bitsandbytes divides by at least.
+    # The largest value of a block may be less than `SMALLEST`, the smallest divisor of bitsandbytes.
     subnormal = torch.arange(128, device="cpu").float() * 2.0**-133 * (1 / torch.tensor(SMALLEST))
     smallest = torch.tensor([2.0**-149], device="cpu")
     scaled = torch.cat([ratios, subnormal, smallest])

@@ -1,4 +1,4 @@
-"""The scales of 4-bit blocks, quantized to eight bits themselves: what bitsandbytes calls double quantization."""
+"""Double quantization: the scales of 4-bit blocks are quantized to eight bits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nucleate_bitsandbytes.library import bitsandbytes
 
 @dataclass(frozen=True)
 class DoubleQuant(Conversion):
-    """Makes of scales `(n,)` the codes `(n,)` of uint8, the scales `(ceil(n / blocksize),)`, and the offset `()`.
+    """A conversion from scales `(n,)` to uint8 codes `(n,)`, scales `(ceil(n / blocksize),)`, and an offset `()`.
 
-    The bits are those of `bitsandbytes.functional.quantize_4bit(..., compress_statistics=True)` (0.50.2). The offset is
-    the mean, so all scales of a weight are converted together. They are so few, and the rounding of bitsandbytes'
-    kernel depends so much on how it was compiled, that the kernel itself is called.
+    The result is bit-identical to `bitsandbytes.functional.quantize_4bit(..., compress_statistics=True)` (0.50.2). The
+    offset is the mean, so all scales of a weight are converted together. This class calls the kernel of bitsandbytes,
+    because the scales are few and the kernel's rounding depends on its compilation.
 
     Attributes:
-        blocksize: How many scales share one of their own.
+        blocksize: The number of scales that share one scale.
     """
 
     blocksize: int = 256
@@ -35,7 +35,7 @@ class DoubleQuant(Conversion):
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         numel = torch.Size(shape).numel()
         if len(shape) != 1 or numel == 0 or dtype != torch.float32:
-            raise ConversionError(f"scales are a vector of float32 with elements, not {shape} of {dtype}.")
+            raise ConversionError(f"scales must be a non-empty vector of float32, not {shape} of {dtype}.")
         nested = -(-numel // self.blocksize)
         return Layout(
             numel,
@@ -52,10 +52,10 @@ class DoubleQuant(Conversion):
         mean = values.mean()
         if not mean.isfinite():
             raise ConversionError(
-                f"the mean of the {values.numel()} scales is {mean.item()}, and cannot be the offset of their codes. "
+                f"the mean of the {values.numel()} scales is {mean.item()}, which cannot be the offset of their codes. "
                 "Repair the weight, or quantize it without double quantization."
             )
-        code = _code(values.device)  # before the operator is looked up, which it registers
+        code = _code(values.device)  # First: this registers the operator of the next line.
         made = torch.ops.bitsandbytes.quantize_blockwise.default(values - mean, code, self.blocksize)
         codes.copy_(made[0])
         nested.copy_(made[1])
@@ -64,7 +64,7 @@ class DoubleQuant(Conversion):
 
 @cache
 def _code(device: torch.device) -> Tensor:
-    """Return the 256 values of the codes: one tensor, since the kernel on the CPU remembers what it made of it."""
+    """Return the 256 values of the codes, always the same tensor: the kernel on the CPU caches a result for it."""
     library = bitsandbytes()
     with torch.inference_mode(False):
         code: Tensor = library.functional.create_dynamic_map().to(device)

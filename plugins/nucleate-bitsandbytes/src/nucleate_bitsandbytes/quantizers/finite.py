@@ -1,4 +1,4 @@
-"""What is done about values that have no place in any code: they are counted, and refused."""
+"""Checks of values that no code can stand for: NaN and infinite values are counted and refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nucleate.errors import ConversionError
 
-#: What bitsandbytes takes.
+#: The dtypes that bitsandbytes quantizes.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -17,11 +17,11 @@ def check_dtype(dtype: torch.dtype, target: str) -> None:
     """Refuse a dtype that bitsandbytes does not quantize.
 
     Args:
-        dtype: Of what is to be quantized.
-        target: What it is to become, for the message.
+        dtype: The dtype of the tensor to quantize.
+        target: The name of the target format, for the message.
 
     Raises:
-        ConversionError: It is not one of `DTYPES`.
+        ConversionError: The dtype is not in `DTYPES`.
     """
     if dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -29,18 +29,18 @@ def check_dtype(dtype: torch.dtype, target: str) -> None:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Return whether there is neither a NaN nor an infinity, reading each value once."""
+    """Return whether all values are finite, reading each value once."""
     if values.numel() == 0:
         return True
     return all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(values)).tolist())
 
 
 def non_finite(values: Tensor, target: str) -> ConversionError:
-    """Return the error that tells which values are not finite.
+    """Return an error that tells how many values are not finite, and which is the first.
 
     Args:
-        values: Of any shape; some are NaN or infinite.
-        target: What they were to become, for the message.
+        values: A tensor of any shape, with some NaN or infinite values.
+        target: The name of the target format, for the message.
     """
     values = values.reshape(-1)
     num_nan = int(values.isnan().sum())
@@ -49,6 +49,6 @@ def non_finite(values: Tensor, target: str) -> ConversionError:
     counts = [f"{num_nan} NaN"] * (num_nan > 0) + [f"{num_inf} infinite"] * (num_inf > 0)
     return ConversionError(
         f"{' and '.join(counts)} of {values.numel()} values (the first is {values[first].item()}, element {first} of "
-        f"the blocks converted together) cannot be quantized to {target}: the scale of their block would be lost, and "
-        "with it every value there. Repair the weight, or leave its layer unquantized."
+        f"the blocks converted together) cannot be quantized to {target}: such a value destroys the scale of its "
+        "block, and so all values there. Repair the weight, or leave its layer unquantized."
     )

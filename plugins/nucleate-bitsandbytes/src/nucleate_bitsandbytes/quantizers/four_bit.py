@@ -1,4 +1,4 @@
-"""Four bits for a value, and a float32 for a block of them: what bitsandbytes calls nf4 and fp4."""
+"""Quantization to nf4 and fp4 of bitsandbytes: four bits for each value, and a float32 for each block of values."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from nucleate_bitsandbytes.quantizers.scratch import scratch
 QuantType = Literal["nf4", "fp4"]
 
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-# Blocks whose largest value is less, but not zero, are searched for: its inverse times SCALE may be infinite.
+# Codes of blocks whose largest value is less, but not zero, are searched for: its inverse times SCALE may be infinite.
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class FourBit(Conversion):
-    """Makes of a weight of `n` values the codes `(ceil(n / 2), 1)` of uint8, and the scales `(ceil(n / blocksize),)`.
+    """A conversion from `n` weights to uint8 codes `(ceil(n / 2), 1)` and scales `(ceil(n / blocksize),)`.
 
-    The bits are those of `bitsandbytes.functional.quantize_4bit` (0.50.2) of the whole weight.
+    The result is bit-identical to `bitsandbytes.functional.quantize_4bit` (0.50.2) on the whole weight.
 
     Attributes:
         quant_type: `"nf4"` or `"fp4"`.
-        blocksize: How many values share a scale, which is the largest of their magnitudes.
+        blocksize: The number of values that share a scale. The scale is the largest of their magnitudes.
     """
 
     quant_type: QuantType
@@ -41,9 +41,9 @@ class FourBit(Conversion):
 
     def __post_init__(self) -> None:
         if self.quant_type not in get_args(QuantType):
-            raise ConfigurationError(f"quant_type={self.quant_type!r} is unknown: 'nf4' or 'fp4'.")
+            raise ConfigurationError(f"quant_type={self.quant_type!r} is unknown. Give 'nf4' or 'fp4'.")
         if self.blocksize not in _BLOCKSIZES:
-            raise ConfigurationError(f"blocksize={self.blocksize!r} is none of {', '.join(map(str, _BLOCKSIZES))}.")
+            raise ConfigurationError(f"blocksize={self.blocksize!r} must be one of {', '.join(map(str, _BLOCKSIZES))}.")
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         check_dtype(dtype, self.quant_type)
@@ -66,7 +66,7 @@ class FourBit(Conversion):
             self._convert_rest(values[whole.numel() :], codes[whole.numel() // 2 :], scales[num_whole:])
 
     def _convert_by_kernel(self, values: Tensor, codes: Tensor, scales: Tensor) -> None:
-        # The kernels take a maximum that passes over NaN.
+        # The kernels compute a maximum that ignores NaN.
         if not is_finite(values):
             raise non_finite(values, self.quant_type)
         bitsandbytes()
@@ -108,7 +108,7 @@ class FourBit(Conversion):
             codes.view(-1, self.blocksize // 2)[tiny] = _packed(book.search(scaled))
 
     def _convert_rest(self, rest: Tensor, codes: Tensor, scales: Tensor) -> None:
-        """Convert the end of a tensor: bitsandbytes divides it, where it multiplies whole blocks by an inverse."""
+        """Convert the end of a tensor. bitsandbytes divides it, but multiplies whole blocks by an inverse."""
         values = rest.float()
         largest = values.abs().amax().clamp(min=SMALLEST)
         if not largest.isfinite():
@@ -121,5 +121,5 @@ class FourBit(Conversion):
 
 
 def _packed(found: Tensor) -> Tensor:
-    """Return codes with two in a byte, the first in the upper half."""
+    """Return two codes in each byte, the first in the upper half."""
     return found[..., ::2] * 16 + found[..., 1::2]

@@ -1,4 +1,4 @@
-"""Eight bits for a value, and a float32 for a row: what bitsandbytes calls LLM.int8()."""
+"""Quantization to LLM.int8() of bitsandbytes: eight bits for each value, and a float32 for each row."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from nucleate_bitsandbytes.quantizers.kernels import int8_codes, without_lock
 from nucleate_bitsandbytes.quantizers.rows import rows_per_chunk, write_largest
 from nucleate_bitsandbytes.quantizers.scratch import scratch
 
-# bitsandbytes rounds to float16 first. Of a bfloat16 value that changes only what is less than 2**-17, and that has
-# the code 0 in a row with a value of at least this, rounded or not.
+# bitsandbytes rounds to float16 first. This changes only bfloat16 values less than 2**-17. In a row with a value of at
+# least the number below, these have the code 0, rounded or not.
 _ROUNDING_IS_NO_MATTER = 2.0**-9
 
 
 @dataclass(frozen=True)
 class Int8Rows(Conversion):
-    """Makes of a weight `(out, in)` the codes `(out, in)` of int8, and the largest magnitudes of the rows `(out,)`.
+    """A conversion from a weight `(out, in)` to int8 codes `(out, in)` and the largest magnitudes of the rows `(out,)`.
 
-    The bits are those of `bitsandbytes.nn.Int8Params` (0.50.2) of the whole weight, which casts to float16 and calls
-    `bitsandbytes.functional.int8_vectorwise_quant`.
+    The result is bit-identical to `bitsandbytes.nn.Int8Params` (0.50.2) on the whole weight. That class casts to
+    float16 and calls `bitsandbytes.functional.int8_vectorwise_quant`.
     """
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         check_dtype(dtype, "int8")
         if len(shape) != 2 or shape[1] == 0:
-            raise ConversionError(f"a tensor {shape} cannot be quantized to int8, only a matrix with columns can.")
+            raise ConversionError(f"a tensor {shape} cannot be quantized to int8, only a matrix with columns can be.")
         return Layout(shape[1], (Output(shape, torch.int8, shape[1]), Output((shape[0],), torch.float32, 1)))
 
     @torch.no_grad()
@@ -48,11 +48,11 @@ class Int8Rows(Conversion):
         is_rounded = rows.dtype == torch.float16 or (
             rows.dtype == torch.bfloat16 and scales.amin().item() >= _ROUNDING_IS_NO_MATTER
         )
-        # Rounding keeps the order, so the largest magnitude rounded is the largest of the rounded.
+        # Rounding keeps the order, so the rounded largest magnitude is also the largest rounded magnitude.
         scales.copy_(scales.half())
         if not scales.amax().item() <= torch.finfo(torch.float16).max:
-            raise non_finite(rows.half(), "int8 (which goes by float16, up to 65504)")
-        # A row of zeros has codes of zero: 0 times infinity is no number, and its cast is up to the machine.
+            raise non_finite(rows.half(), "int8 (through float16, up to 65504)")
+        # A row of zeros has codes of zero. Without this, 0 times infinity is NaN, whose cast depends on the machine.
         factors = (127.0 / scales).masked_fill_(scales == 0, 0).unsqueeze(1)
         per_chunk, columns = rows_per_chunk(rows), rows.shape[1]
         scaled = scratch("scaled", per_chunk * columns, torch.float32).view(per_chunk, columns)
@@ -62,9 +62,9 @@ class Int8Rows(Conversion):
 
 def _convert_by_kernel(rows: Tensor, codes: Tensor, scales: Tensor) -> None:
     halves = rows.half()
-    # The kernels take a maximum that passes over NaN.
+    # The kernels compute a maximum that ignores NaN.
     if not is_finite(halves):
-        raise non_finite(halves, "int8 (which goes by float16, up to 65504)")
+        raise non_finite(halves, "int8 (through float16, up to 65504)")
     bitsandbytes()
     made = torch.ops.bitsandbytes.int8_vectorwise_quant.default(halves, 0.0)
     codes.copy_(made[0].view(-1))

@@ -1,9 +1,10 @@
-"""The loops over a weight, chunk by chunk: code that Python can run, and that TorchScript runs without Python's lock.
+"""Loops over the chunks of a weight, for Python and for TorchScript, which runs them without Python's lock.
 
-Each chunk takes a dozen operations of some microseconds. Threads that go back to Python after each one spend their time
-on handing the lock to one another: two are slower than one. As TorchScript one call does all chunks, and two threads
-take half the time. TorchScript is deprecated, but nothing else in torch does that without a compiler at hand; where it
-is gone, Python runs the same functions and gets the same bits.
+A chunk is a number of rows that are converted together. Each chunk takes a dozen operations of a few microseconds.
+Threads that return to Python after each operation spend their time on handing the lock to each other: two threads are
+slower than one. With TorchScript, one call converts all chunks, and two threads take half the time. TorchScript is
+deprecated, but nothing else in torch does this without a compiler. If torch has no TorchScript, Python runs the same
+functions and gets the same bits.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ _P = ParamSpec("_P")
 def largest_of_rows(rows: Tensor, mask: int, per_chunk: int, magnitudes: Tensor, largest: Tensor) -> None:
     """Write the largest magnitude of each row.
 
-    Magnitudes of floats are in the same order as their bits without the sign, NaN is the largest of them, and for
-    integers it is several times as fast.
+    The bits of floats without the sign, read as integers, have the same order as the magnitudes, and NaN is the
+    largest. The maximum of integers is several times as fast.
 
     Args:
-        rows: The bits of floats, integers `(rows, columns)`.
-        mask: All bits but the sign's.
-        per_chunk: How many rows are done at a time.
+        rows: The bits of floats, as integers `(rows, columns)`.
+        mask: All bits except the sign.
+        per_chunk: The number of rows in a chunk.
         magnitudes: Scratch for a chunk, `(per_chunk, columns)`.
-        largest: Where they go, `(rows,)`.
+        largest: Receives the magnitudes, `(rows,)`.
     """
     num, chunk = 0, magnitudes
     for first in range(0, rows.size(0), per_chunk):
@@ -54,13 +55,13 @@ def four_bit_codes(
 
     Args:
         blocks: Floats `(blocks, blocksize)`.
-        to_bins: What makes a block's values numbers of bins, `(blocks, 1)`.
-        inverses: What makes a block's values scaled ones, `(blocks,)`.
+        to_bins: Factors that turn a block's values into bin numbers, `(blocks, 1)`.
+        inverses: Factors that turn a block's values into scaled values, `(blocks,)`.
         book: The table, midpoints and codes of a codebook.
         is_sure: Whether each bin of the table has a code.
-        scratch: For a chunk of blocks: floats `(chunk, blocksize)`, and flat int32, uint8, and int16 in the same
-            memory as uint8.
-        codes: Where they go, `(blocks * blocksize / 2,)`.
+        scratch: Scratch for a chunk of blocks: floats `(chunk, blocksize)`, flat int32, flat uint8, and flat int16 in
+            the same memory as uint8.
+        codes: Receives the codes, `(blocks * blocksize / 2,)`.
     """
     table, midpoints, sorted_codes = book[0], book[1], book[2]
     columns = blocks.size(1)
@@ -70,7 +71,7 @@ def four_bit_codes(
     flat = scaled
     for first in range(0, blocks.size(0), per_chunk):
         if min(per_chunk, blocks.size(0) - first) != num:
-            # Only in the first round and the last: each operation costs a microsecond, however little it does.
+            # Only in the first iteration and the last: each operation costs a microsecond, however little it does.
             num = min(per_chunk, blocks.size(0) - first)
             scaled = scratch[0].narrow(0, 0, num)
             flat = scaled.view(-1)
@@ -82,14 +83,14 @@ def four_bit_codes(
         bins.copy_(flat).add_(middle)
         torch.index_select(table, 0, bins, out=found)
         if not is_sure and int(found.amax()) > 15:
-            # Bins with a midpoint in them.
+            # Bins that contain a midpoint.
             unsure = torch.nonzero(found > 15).squeeze(1)
             values = torch.index_select(chunk.view(-1), 0, unsure).float()
             rows = torch.div(unsure, columns, rounding_mode="floor")
             exact = values * torch.index_select(inverses.narrow(0, first, num), 0, rows)
             found.index_copy_(0, unsure, torch.index_select(sorted_codes, 0, torch.bucketize(exact, midpoints)))
-        # Two codes to a byte, the first in the upper half: of the 16 bits `b a` (a comes first in memory), times
-        # 0x1001, the bits 8 to 15 are `a b`.
+        # Two codes in each byte, the first in the upper half. The 16 bits `b a` (a comes first in memory), times
+        # 0x1001, have `a b` in the bits 8 to 15.
         pairs.mul_(4097).bitwise_right_shift_(8)
         codes.narrow(0, first * columns // 2, num * columns // 2).copy_(pairs)
 
@@ -97,16 +98,16 @@ def four_bit_codes(
 def int8_codes(rows: Tensor, factors: Tensor, halves: Tensor, scaled: Tensor, bits: Tensor, codes: Tensor) -> None:
     """Write the 8-bit codes of rows.
 
-    Adding 1.5 * 2^23 to a float32 of less than 2^22 rounds it to an integer, halves to even as `round` does, and leaves
-    that in the lowest bits. torch's `round` splits its work over threads of its own however little that is.
+    Adding 1.5 * 2^23 to a float32 of less than 2^22 rounds it to an integer, halves to even as `round` does, and puts
+    the integer in the lowest bits. torch's `round` splits even very little work over its own threads.
 
     Args:
         rows: Floats `(rows, columns)`.
-        factors: What makes a row's values codes before rounding, `(rows, 1)`.
-        halves: Scratch for a chunk of rows of float16; without any, rows are not rounded to float16 first.
-        scaled: Scratch for a chunk of rows of float32.
-        bits: The same memory as int32.
-        codes: Where they go, `(rows, columns)`.
+        factors: Factors that turn a row's values into unrounded codes, `(rows, 1)`.
+        halves: Scratch for a chunk of float16 rows. If it is empty, rows are not rounded to float16 first.
+        scaled: Scratch for a chunk of float32 rows.
+        bits: The same memory as `scaled`, as int32.
+        codes: Receives the codes, `(rows, columns)`.
     """
     per_chunk = scaled.size(0)
     num, products, results, rounded = 0, scaled, bits, halves
@@ -125,9 +126,9 @@ def int8_codes(rows: Tensor, factors: Tensor, halves: Tensor, scaled: Tensor, bi
 
 @cache
 def without_lock(kernel: Callable[_P, None]) -> Callable[_P, None]:
-    """Return a function of this file as TorchScript; as it is where there is none."""
+    """Return a function of this file as TorchScript, or unchanged if torch has no TorchScript."""
     try:
-        # From its text, since `torch.jit.script` warns.
+        # From the function's text, because `torch.jit.script` warns.
         unit = torch.jit.CompilationUnit(inspect.getsource(kernel))
         script: Callable[_P, None] = getattr(unit, kernel.__name__)
     except Exception:

@@ -1,4 +1,4 @@
-"""Memory for what lies between a weight and its codes: kept by each thread, since new memory costs page faults."""
+"""Scratch memory for the conversion of weights: each thread keeps its own, because new memory costs page faults."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor
 
 _kept = threading.local()
 
-# A few chunks. A row may ask for more; that much is not kept.
+# A few chunks. A long row may need more memory, which is not kept.
 _KEPT_NUMEL = 1 << 18
 
 
 def scratch(name: str, numel: int, dtype: torch.dtype) -> Tensor:
-    """Return memory of this thread, one-dimensional, with whatever is left in it.
+    """Return one-dimensional memory of this thread, with the values that earlier calls left in it.
 
     Args:
-        name: Who asks. The same name and dtype mean the same memory.
-        numel: How many elements.
-        dtype: Their dtype.
+        name: The name of the use. The same name and dtype mean the same memory.
+        numel: The number of elements.
+        dtype: The dtype of the elements.
     """
     held: dict[tuple[str, torch.dtype], Tensor] = _kept.__dict__.setdefault("held", {})
     buffer = held.get((name, dtype))
     if buffer is None or buffer.numel() < numel:
-        # In inference mode it would be memory that nobody can write to outside of that mode.
+        # Memory made in inference mode could not be written to outside of that mode.
         with torch.inference_mode(False):
             buffer = torch.empty(numel, dtype=dtype, device="cpu")
         if numel <= _KEPT_NUMEL:

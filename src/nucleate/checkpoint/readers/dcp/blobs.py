@@ -1,7 +1,7 @@
-"""A file of a torch.distributed.checkpoint folder: tensors one after another, each an archive of its own.
+"""A data file of a torch.distributed.checkpoint folder: one tensor after another, each in its own archive.
 
-Thousands of them must be found in a moment: the two ends of an archive are read and no more, and the pickle of each
-shape is taken apart once.
+Finding thousands of tensors must not take long. So this module reads only the two ends of an archive, and parses the
+pickle of each shape once.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from nucleate.checkpoint.readers.safetensors_file import SafetensorsFile
 from nucleate.checkpoint.readers.torch.pickled import Unpickler
 from nucleate.checkpoint.readers.torch.torch_archive import TorchArchive, ZipTorchArchive, lies_row_by_row, prefix_of
-from nucleate.checkpoint.readers.torch.torch_pickle import StorageRef, TensorRef, find, storage_of
+from nucleate.checkpoint.readers.torch.torch_pickle import PickledTensor, StorageRef, find, storage_of
 from nucleate.checkpoint.readers.torch.zip_directory import ZipDirectory
 from nucleate.checkpoint.stored.data_file import DataFile
 from nucleate.errors import CheckpointError
 
-# Enough for what torch writes before and after the numbers of one tensor.
+# Enough for the records that torch writes before and after the numbers of one tensor.
 _HEAD_BYTES = 2048
 _TAIL_BYTES = 2048
 
 
 class BlobFile:
-    """A file, and where the numbers of each tensor in it begin.
+    """A data file, and the places where the numbers of its tensors begin.
 
     Attributes:
         file: The file itself.
@@ -38,17 +38,17 @@ class BlobFile:
     def place(
         self, key: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int, size_bytes: int
     ) -> tuple[int, tuple[int, ...] | None]:
-        """Return where the numbers of a tensor begin in the file, and their strides if they are not row by row.
+        """Return where the numbers of a tensor begin in the file, and their strides if they do not lie row by row.
 
         Args:
-            key: The tensor's.
-            dtype: The one that it has according to the index.
-            shape: Likewise.
-            offset: Where its archive begins.
-            size_bytes: How long that is.
+            key: The tensor's key.
+            dtype: The tensor's dtype according to the index.
+            shape: The tensor's shape according to the index.
+            offset: The place where the tensor's archive begins.
+            size_bytes: The length of the archive.
 
         Raises:
-            CheckpointError: There is something else there, or the file is cut short.
+            CheckpointError: The file holds something else at this place, or is cut short.
         """
         if offset + size_bytes > self.file.size_bytes:
             raise CheckpointError(
@@ -64,10 +64,10 @@ class BlobFile:
             raise CheckpointError(f"{key} at bytes {offset} to {offset + size_bytes}: {error}") from error
 
     def archive(self, offset: int, size_bytes: int) -> TorchArchive:
-        """Return a value that was saved at some place in the file.
+        """Return the archive at some place in the file.
 
         Raises:
-            CheckpointError: It is damaged, or no archive.
+            CheckpointError: The archive is damaged, or the bytes are not an archive.
         """
         return ZipTorchArchive(self.file, offset, size_bytes)
 
@@ -95,8 +95,10 @@ class BlobFile:
         if pickled not in self._values:
             self._values[pickled] = Unpickler(pickled, find, _storage, name=self.file.name).load()
         tensor = self._values[pickled]
-        if not isinstance(tensor, TensorRef) or tensor.dtype is not dtype or tensor.shape != shape:
-            found = f"{tensor.dtype} of shape {tensor.shape}" if isinstance(tensor, TensorRef) else "no plain tensor"
+        if not isinstance(tensor, PickledTensor) or tensor.dtype is not dtype or tensor.shape != shape:
+            found = (
+                f"{tensor.dtype} of shape {tensor.shape}" if isinstance(tensor, PickledTensor) else "not a plain tensor"
+            )
             raise CheckpointError(
                 f"{key} is {dtype} of shape {shape} according to the index, but {found} in {self.file.name}. The files "
                 "do not belong together, or are damaged."
@@ -121,8 +123,8 @@ class BlobFile:
         if stored is None or stored.dtype is not dtype or stored.shape != shape:
             found = "nothing" if stored is None else f"{stored.dtype} of shape {stored.shape}"
             raise CheckpointError(
-                f"{key} is {dtype} of shape {shape} according to the index, but {self.file.name} holds {found} of that "
-                "name."
+                f"{key} is {dtype} of shape {shape} according to the index, but {self.file.name} holds {found} under "
+                "that name."
             )
         return stored.chunks[0].offset, None
 

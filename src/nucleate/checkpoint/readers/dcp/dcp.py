@@ -1,4 +1,4 @@
-"""The reader of torch.distributed.checkpoint (DCP) folders: nucleate's own, and anybody's."""
+"""The reader of torch.distributed.checkpoint (DCP) folders, both those of nucleate and all others."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ SUFFIX = ".distcp"
 
 @final
 class DCPReader(Reader):
-    """Reads folders with a `.metadata` and the files that it names."""
+    """The reader of folders that hold a `.metadata` and the files that it names."""
 
     name = "dcp"
 
     def claims(self, path: Path) -> bool:
-        """Claim a folder with an index, or with what is left of one."""
+        """Claim a folder that holds an index, or other files of a DCP checkpoint."""
         if not path.is_dir():
             return False
         names = {item.name for item in path.iterdir()}
         return bool(names & {METADATA, MARKER}) or any(name.endswith(SUFFIX) for name in names)
 
     def read(self, path: Path) -> Contents:
-        """Read the index, and of each part the header that says where its numbers begin."""
+        """Read the index, and the header of each chunk, which says where the numbers begin."""
         if not (path / METADATA).exists():
             raise CheckpointError(
-                f"the checkpoint at {path} has no {METADATA}, which is written last: saving it did not end, or it was "
-                "copied without hidden files. Copy all of it, or use an earlier checkpoint."
+                f"the checkpoint at {path} has no {METADATA}, which is written last: the save did not end, or the "
+                "folder was copied without hidden files. Copy the whole folder, or use an earlier checkpoint."
             )
         is_ours = check_marker(path)
         metadata = DCPMetadata.read(path)
@@ -81,11 +81,11 @@ class DCPReader(Reader):
             try:
                 values[place] = structure.skeleton(files[blob.file].archive(blob.offset, blob.size_bytes), place)
             except CheckpointError as error:
-                # Loaders and the like leave pickled code there. The tensors can be read all the same.
+                # Objects such as data loaders leave pickled code there. The tensors can be read all the same.
                 skipped[key] = str(error)
         keys = {metadata.paths.get(key, (key,)): key for key in tensors}
         if len(keys) != len(tensors):
-            raise CheckpointError(f"{path / METADATA} is damaged: two tensors have one place. Copy it again.")
+            raise CheckpointError(f"{path / METADATA} is damaged: two tensors have the same place. Copy it again.")
         skeleton = _nested({**dict.fromkeys(keys), **values}, path)
         notes = {"not read": f"{name_list(skipped)}: {next(iter(skipped.values()))}"} if skipped else {}
         modules = ((),) if all(len(place) == 1 for place in keys) else ()
@@ -96,14 +96,14 @@ def _open(folder: Path, metadata: DCPMetadata) -> dict[str, BlobFile]:
     """Open all files that the index names.
 
     Raises:
-        CheckpointError: Some are missing, or the index names files elsewhere.
+        CheckpointError: A file is missing, or the index names files outside of its folder.
     """
     names = {part.blob.file for tensor in metadata.tensors.values() for part in tensor.parts}
     names |= {blob.file for blob in metadata.values.values()}
     if outside := sorted(name for name in names if Path(name).name != name or name in ("", ".", "..")):
         raise CheckpointError(
-            f"{folder / METADATA} names files outside of its folder: {name_list(map(repr, outside))}. It is damaged, "
-            "or somebody's trap."
+            f"{folder / METADATA} names files outside of its folder: {name_list(map(repr, outside))}. It is damaged "
+            "or malicious."
         )
     files: dict[str, BlobFile] = {}
     missing: list[str] = []
@@ -115,14 +115,14 @@ def _open(folder: Path, metadata: DCPMetadata) -> dict[str, BlobFile]:
     if missing:
         raise CheckpointNotFoundError(
             f"the checkpoint at {folder} is damaged: {name_list(missing)} of {len(names)} files "
-            f"{'is' if len(missing) == 1 else 'are'} missing. If it was copied, copy it again; if several nodes wrote "
+            f"{'is' if len(missing) == 1 else 'are'} missing. If it was copied, copy it again. If several nodes wrote "
             "it, they must share the file system."
         )
     return files
 
 
 def _nested(items: dict[KeyPath, Any], path: Path) -> dict[str, Any]:
-    """Return values nested as their places say."""
+    """Return the values, nested by their places."""
     root: dict[Any, Any] = {}
     lists: list[tuple[dict[Any, Any], Any]] = []
     for place, value in items.items():
@@ -134,11 +134,11 @@ def _nested(items: dict[KeyPath, Any], path: Path) -> dict[str, Any]:
                     lists.append((node, part))
             node = node[part]
             if not isinstance(node, _Node):
-                raise CheckpointError(f"{path / METADATA} is damaged: {part!r} is both a value and holds others.")
+                raise CheckpointError(f"{path / METADATA} is damaged: {part!r} is a value and also holds other values.")
         if place[-1] in node:
-            raise CheckpointError(f"{path / METADATA} is damaged: {place[-1]!r} is there twice.")
+            raise CheckpointError(f"{path / METADATA} is damaged: it holds {place[-1]!r} twice.")
         node[place[-1]] = value
-    # From the inside out, so that a list in a list is one already.
+    # The innermost lists come first, so that a list in a list is a list already.
     for holder, part in reversed(lists):
         if holder[part].keys() == set(range(len(holder[part]))):
             holder[part] = [holder[part][place] for place in range(len(holder[part]))]
@@ -146,7 +146,7 @@ def _nested(items: dict[KeyPath, Any], path: Path) -> dict[str, Any]:
 
 
 class _Node(dict[Any, Any]):
-    """A dict that was made for its items, unlike one that was saved."""
+    """A dict that `_nested` made for its items, unlike a dict that was saved."""
 
 
 def _plain(node: Any) -> Any:

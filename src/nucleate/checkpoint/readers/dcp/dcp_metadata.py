@@ -1,7 +1,7 @@
 """The index of a torch.distributed.checkpoint folder, its `.metadata`, read as data.
 
-It is a pickle; what it is made of (torch/distributed/checkpoint/{metadata,filesystem}.py, 2.13) becomes plain records
-here, and nothing that it names is called.
+The index is a pickle. Its objects (torch/distributed/checkpoint/{metadata,filesystem}.py, 2.13) become plain records
+here. This module calls nothing that the pickle names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CLASSES = {
 
 
 class _Record:
-    """An object of one of the classes above, by the name of its class."""
+    """A pickled object of one of the classes above, with the name of its class."""
 
     __slots__ = ("name", "state")
 
@@ -48,12 +48,12 @@ class _Record:
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """Where one part of a tensor, or one value, lies.
+    """The place of one chunk of a tensor, or of one value.
 
     Attributes:
         file: The name of the file in the folder.
-        offset: Where it begins there.
-        size_bytes: How long it is.
+        offset: The place in the file where the chunk or value begins.
+        size_bytes: The length of the chunk or value in the file.
     """
 
     file: str
@@ -62,13 +62,13 @@ class Blob:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A part of a tensor.
+class DCPChunk:
+    """A chunk of a tensor.
 
     Attributes:
         begin: Its first index in the tensor, for each dim.
-        shape: How long it is in each dim.
-        blob: Where it lies.
+        shape: Its size in each dim.
+        blob: Its place.
     """
 
     begin: tuple[int, ...]
@@ -78,27 +78,27 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A tensor as the index tells of it.
+    """A tensor as the index describes it.
 
     Attributes:
-        dtype: Of its elements.
-        shape: Of the whole.
-        parts: What it consists of.
+        dtype: The dtype of its elements.
+        shape: The shape of the whole tensor.
+        parts: Its chunks.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: list[Part]
+    parts: list[DCPChunk]
 
 
 @dataclass(frozen=True)
 class DCPMetadata:
-    """What a folder holds.
+    """The index of a folder.
 
     Attributes:
-        tensors: By key.
-        values: Where each value that is no tensor lies, by key.
-        paths: The place of each key in the state that was saved, as far as the index tells.
+        tensors: The tensors by key.
+        values: The place of each value that is not a tensor, by key.
+        paths: The place of each key in the saved state, as far as the index contains it.
     """
 
     tensors: dict[str, Described]
@@ -110,7 +110,7 @@ class DCPMetadata:
         """Read the index of `folder`.
 
         Raises:
-            CheckpointError: It is missing or damaged.
+            CheckpointError: The index is missing or damaged.
         """
         file = DataFile(folder / METADATA)
         root = Unpickler(file.read(0, file.size_bytes), _find, name=file.name).load()
@@ -130,7 +130,7 @@ class DCPMetadata:
             offset = index.state.get("offset")
             place = (_text(index.state["fqn"]), None if offset is None else _sizes(offset))
             if place in blobs:
-                raise ValueError(f"{place[0]} is there twice")
+                raise ValueError(f"it holds {place[0]} twice")
             if info.state.get("transform_descriptors"):
                 raise ValueError(f"{place[0]} was transformed by {info.state['transform_descriptors']!r:.100}")
             offset_bytes, size_bytes = _sizes((info.state["offset"], info.state["length"]))
@@ -159,7 +159,7 @@ def _described(key: str, entry: _Record, blobs: dict[tuple[str, tuple[int, ...] 
         begin, shape = _sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])
         if (key, begin) not in blobs:
             raise ValueError(f"nothing says where the part of {key} that begins at {begin} lies")
-        parts.append(Part(begin, shape, blobs[key, begin]))
+        parts.append(DCPChunk(begin, shape, blobs[key, begin]))
     return Described(dtype, _sizes(entry.state["size"]), parts)
 
 
@@ -185,7 +185,7 @@ def _paths(paths: dict[Any, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        raise ValueError("a name in it is no text")
+        raise ValueError("a name in it is not a string")
     return value
 
 

@@ -1,9 +1,9 @@
-"""A pickle read as data: what it would call is written down, never called.
+"""A pickle read as data: the unpickler notes the calls that the pickle asks for, and makes only those of `Maker`s.
 
 torch's own `weights_only` unpickler is safe from code, but not from a damaged file: it makes `bytearray(n)` as long as
-the file says, and its faster cousin in C takes memory for as many memo entries as the file names. This one makes
-containers, numbers and strings, takes no more memory than a multiple of the pickle's own length, and leaves it to the
-caller what a name stands for: `Maker`s are called, all other names and calls stay notes of what the file asks for.
+the file says, and its faster cousin in C takes memory for as many memo entries as the file names. This unpickler makes
+containers, numbers and strings, and takes no more memory than a multiple of the pickle's length. The caller decides
+the meaning of each name. The unpickler calls `Maker`s. All other names and calls stay notes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Maker:
     """A function that the pickle may call, or a class that it may make objects of.
 
     Args:
-        function: Is given what the file says, so it must check everything.
+        function: The function. Its arguments come from the file, so it must check all of them.
     """
 
     __slots__ = ("function",)
@@ -29,10 +29,10 @@ class Maker:
 
 
 class Global:
-    """A name that the pickle asks for, and that is not looked up.
+    """A name that the pickle asks for, and that the unpickler does not look up.
 
     Attributes:
-        name: With its module.
+        name: The name with its module.
     """
 
     __slots__ = ("name",)
@@ -42,10 +42,10 @@ class Global:
 
 
 class Unmade:
-    """An object that the pickle would have made by running code.
+    """An object that only running code could make.
 
     Attributes:
-        function: What would have been called.
+        function: The function that the pickle wanted to call.
     """
 
     __slots__ = ("function",)
@@ -55,7 +55,7 @@ class Unmade:
 
     @property
     def name(self) -> str:
-        """The name of what would have been called."""
+        """The name of the function that the pickle wanted to call."""
         inner = self.function
         while isinstance(inner, Unmade):
             inner = inner.function
@@ -63,7 +63,7 @@ class Unmade:
 
 
 class Buildable(Protocol):
-    """What a `Maker` returns if the pickle may give it a state afterwards."""
+    """An object from a `Maker` that the pickle may give a state afterwards."""
 
     def build(self, state: Any) -> None:
         """Take the state."""
@@ -71,14 +71,14 @@ class Buildable(Protocol):
 
 
 class Unpickler:
-    """Reads one pickle, of protocols 2 to 5.
+    """A reader of one pickle, of protocols 2 to 5.
 
     Args:
-        data: Where the pickle is.
-        find: Returns what a module and a name stand for.
-        persistent: Returns what a persistent id stands for.
-        name: What messages call the pickle.
-        start: Where it begins in `data`.
+        data: The bytes that hold the pickle.
+        find: Returns the object for a module and a name.
+        persistent: Returns the object for a persistent id.
+        name: The name of the pickle in messages.
+        start: The place in `data` where the pickle begins.
     """
 
     def __init__(
@@ -98,15 +98,15 @@ class Unpickler:
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
-        # Calls may copy their arguments, which may be one and the same long list each time.
+        # A call may copy its arguments, and many calls may copy the same long list.
         self._budget = 1000 + 16 * len(data)
 
     def load(self) -> Any:
-        """Return what was pickled; `position` is where the pickle ends.
+        """Return the pickled value, and move `position` to the end of the pickle.
 
         Raises:
             EndOfPickleError: `data` ends before the pickle does.
-            CheckpointError: It is damaged.
+            CheckpointError: The pickle is damaged.
         """
         data, handlers = self._data, _HANDLERS
         try:
@@ -121,7 +121,7 @@ class Unpickler:
         except Exception as error:
             if self.position >= len(data) and isinstance(error, IndexError):
                 raise EndOfPickleError(f"{self._name} is damaged: its pickle was cut short. Copy it again.") from error
-            # Bytes at random can go wrong in any way.
+            # Random bytes can cause any error.
             raise CheckpointError(
                 f"{self._name} is damaged: its pickle cannot be read at byte {self.position} ({_short(error)}). Copy "
                 "it again."
@@ -311,7 +311,7 @@ class Unpickler:
     def _stack_global(self) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if type(module) is not str or type(name) is not str:
-            raise ValueError("it asks for a name that is no text")
+            raise ValueError("it asks for a name that is not a string")
         self._stack.append(self._find(module, name))
 
     def _call(self) -> None:
@@ -326,7 +326,7 @@ class Unpickler:
             if isinstance(arg, (str, bytes, bytearray, tuple, list, dict)):
                 self._budget -= len(arg)
         if self._budget < 0:
-            raise ValueError("it copies one thing over and over")
+            raise ValueError("it copies the same value over and over")
         self._stack[-1] = function.function(*args)
 
     def _call_with_keywords(self) -> None:
@@ -356,14 +356,14 @@ class Unpickler:
 
 
 class EndOfPickleError(CheckpointError):
-    """There are fewer bytes than the pickle needs."""
+    """The error for data that ends before its pickle does."""
 
 
 def check_key(key: Any, depth: int = 0) -> None:
-    """Make sure that `key` may be the key of a dict: hashing what is nested without end would end the process.
+    """Make sure that `key` may be the key of a dict. Hashing an endlessly nested value would end the process.
 
     Raises:
-        ValueError: It may not.
+        ValueError: `key` has a type that is not allowed, or is nested too deep.
     """
     if type(key) in _PLAIN or getattr(type(key), "__hash__", None) is object.__hash__:
         return
@@ -373,7 +373,7 @@ def check_key(key: Any, depth: int = 0) -> None:
         return
     if type(key).__module__ == "torch":  # a dtype, a device, a size
         return
-    raise ValueError(f"a {type(key).__name__} is no key")
+    raise ValueError(f"a {type(key).__name__} cannot be a key")
 
 
 _PLAIN: Final = frozenset({str, int, float, bool, bytes, complex, type(None)})

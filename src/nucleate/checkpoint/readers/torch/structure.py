@@ -1,4 +1,4 @@
-"""Nested values with tensors in them, as torch files hold them, taken apart into a skeleton and stored tensors."""
+"""The nested values of torch files, split into a skeleton and stored tensors."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any
 
 from nucleate.checkpoint.readers.torch.pickled import Global, Unmade
 from nucleate.checkpoint.readers.torch.torch_archive import TorchArchive
-from nucleate.checkpoint.readers.torch.torch_pickle import Refused, StateDict, StorageRef, TensorRef, unwrapped
+from nucleate.checkpoint.readers.torch.torch_pickle import PickledTensor, Refused, StateDict, StorageRef, unwrapped
 from nucleate.checkpoint.state.tree import KeyPath, key_of
 from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.errors import CheckpointError
 
-# Deeper, a skeleton could not be walked through without running out of stack.
+# A walk through a deeper skeleton would run out of stack.
 _MAX_DEPTH = 100
-# What tensors that repeat their elements may take in memory, where the file is small.
+# The memory that tensors with repeated elements may take, if the file is small.
 _EXPANDED_BYTES = 1 << 20
 
 
 class Structure:
-    """Receives values from archives, and what is in them.
+    """The tensors and modules that were found in archives.
 
     Attributes:
-        tensors: Each tensor by key.
-        keys: The place of each tensor to its key.
-        modules: The places of what `Module.state_dict` returned.
-        versions: For each of these, the versions of the modules in it by name.
+        tensors: The tensors by key.
+        keys: The key of each tensor, by the tensor's place.
+        modules: The places of the dicts that `Module.state_dict` returned.
+        versions: For each of these places, the versions of the modules there, by name.
     """
 
     def __init__(self) -> None:
@@ -35,27 +35,28 @@ class Structure:
         self.versions: dict[KeyPath, dict[str, int]] = {}
 
     def skeleton(self, archive: TorchArchive, path: KeyPath = ()) -> Any:
-        """Return what an archive holds with None where tensors stand, and take those.
+        """Return the value of an archive with None in place of each tensor, and add the tensors to this structure.
 
         Args:
-            archive: What to take apart.
-            path: Where its value belongs.
+            archive: The archive.
+            path: The place of its value in the checkpoint.
 
         Raises:
-            CheckpointError: Something in it cannot be read without running code, is damaged, or has the key of
-                something else.
+            CheckpointError: A part of the value cannot be read without running code, is damaged, or has the key of
+                another tensor.
         """
         walk = _Walk(self, archive)
         return walk.split(archive.value, path)
 
 
 class _Walk:
-    """Goes through what one archive holds."""
+    """The walk through the value of one archive."""
 
     def __init__(self, structure: Structure, archive: TorchArchive) -> None:
         self._structure = structure
         self._archive = archive
-        # A list may stand in a list many times, and so on: small in the file, without end when it is walked through.
+        # A list may hold another list many times, which again holds a list many times, and so on. That is small in the
+        # file, but a walk through it never ends.
         self._num_left = 100_000 + archive.file.size_bytes
         self._expanded_left = max(archive.file.size_bytes, _EXPANDED_BYTES)
 
@@ -63,7 +64,7 @@ class _Walk:
         self._num_left -= 1
         if depth > _MAX_DEPTH or self._num_left < 0:
             raise CheckpointError(f"{self._name} is nested too deep, or holds itself, at {_at(path)}.")
-        if isinstance(value, TensorRef):
+        if isinstance(value, PickledTensor):
             self._take(value, path)
             return None
         if isinstance(value, dict) and not isinstance(value, Counter):
@@ -83,7 +84,7 @@ class _Walk:
     def _name(self) -> str:
         return self._archive.file.name
 
-    def _take(self, tensor: TensorRef, path: KeyPath) -> None:
+    def _take(self, tensor: PickledTensor, path: KeyPath) -> None:
         key = key_of(path)
         if key in self._structure.tensors:
             raise CheckpointError(f"{self._name} holds two tensors called {key}. Rename one and save it again.")
@@ -93,15 +94,15 @@ class _Walk:
             self._expanded_left -= more
             if self._expanded_left < 0:
                 raise CheckpointError(
-                    f"{key} in {self._name} has the shape {stored.shape}, {stored.size_bytes} bytes, of which the file "
-                    f"holds {stored.chunks[0].extent_bytes(stored.dtype)}: an expanded tensor, or a damaged file. Save "
-                    "what it was expanded from."
+                    f"{key} in {self._name} has the shape {stored.shape}, {stored.size_bytes} bytes, but the file "
+                    f"holds {stored.chunks[0].extent_bytes(stored.dtype)}: it is an expanded tensor, or the file is "
+                    "damaged. Save the tensor that it was expanded from."
                 )
         self._structure.tensors[key] = stored
         self._structure.keys[path] = key
 
     def _check(self, value: Any, path: KeyPath) -> None:
-        """Raise if a value that is no dict, list or tuple is no plain value either."""
+        """Raise an error if `value`, which is not a dict, list or tuple, is not a plain value."""
         if isinstance(value, (Global, Unmade)):
             raise self._code(value, path)
         if isinstance(value, Refused):
@@ -115,9 +116,9 @@ class _Walk:
                 self._check_key(item, path)
 
     def _check_key(self, value: Any, path: KeyPath) -> None:
-        """Raise if what is in a set, or a key, is no plain value."""
+        """Raise an error if `value`, an item of a set or a key, is not a plain value."""
         self._num_left -= 1
-        if isinstance(value, (TensorRef, dict, list)):
+        if isinstance(value, (PickledTensor, dict, list)):
             raise CheckpointError(f"{_at(path)} in {self._name} holds tensors or containers in a set, or as keys.")
         if isinstance(value, tuple):
             for part in value:
@@ -127,12 +128,12 @@ class _Walk:
 
     def _code(self, value: Global | Unmade, path: KeyPath) -> CheckpointError:
         return CheckpointError(
-            f"{_at(path)} in {self._name} is a {value.name}, and a file can only bring it back by running code, "
-            "which is not done: it may be anybody's. If you trust the file, load it with `torch.load(path, "
-            "weights_only=False)` and save only tensors and plain values, such as `model.state_dict()`; or allow the "
-            "class with `torch.serialization.add_safe_globals`."
+            f"{_at(path)} in {self._name} is a {value.name}. It cannot be restored without running code that the file "
+            "names. nucleate refuses this, because anybody may have written the file. If you trust it, load it with "
+            "`torch.load(path, weights_only=False)` and save only tensors and plain values, such as "
+            "`model.state_dict()`; or allow the class with `torch.serialization.add_safe_globals`."
         )
 
 
 def _at(path: KeyPath) -> str:
-    return key_of(path) or "what is saved"
+    return key_of(path) or "the saved value"

@@ -1,7 +1,7 @@
-"""What `torch.save` wrote, one file or a part of one: its pickle as data, and where each storage's bytes lie.
+"""Archives of `torch.save`, each one file or a part of a file: the pickle as data, and the place of each storage.
 
-Nothing is mapped and nothing is loaded: `torch.load(mmap=True)` would tell the same, but a file that is cut short
-while it is mapped kills the process, and its unpickler takes as much memory as a damaged file says.
+This module maps no file and loads no tensor. `torch.load(mmap=True)` would find the same places. But a file that is
+cut short while it is mapped kills the process, and torch's unpickler takes as much memory as a damaged file asks for.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from typing import Any
 import torch
 
 from nucleate.checkpoint.readers.torch.pickled import EndOfPickleError, Unpickler
-from nucleate.checkpoint.readers.torch.torch_pickle import StorageRef, TensorRef, find, storage_of
-from nucleate.checkpoint.readers.torch.zip_directory import Record, ZipDirectory
+from nucleate.checkpoint.readers.torch.torch_pickle import PickledTensor, StorageRef, find, storage_of
+from nucleate.checkpoint.readers.torch.zip_directory import ZipDirectory, ZipEntry
 from nucleate.checkpoint.stored.data_file import Bytes, HeldBytes
 from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
 from nucleate.errors import CheckpointError
 
-# The number that files before torch 1.6 begin with, as a pickle (torch/serialization.py, MAGIC_NUMBER).
+# The number at the start of files from before torch 1.6, as a pickle (torch/serialization.py, MAGIC_NUMBER).
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class TorchArchive(ABC):
-    """One archive.
+    """An archive.
 
     Attributes:
-        value: What was saved, with a `TensorRef` for each tensor.
-        file: Where it is.
+        value: The saved value, with a `PickledTensor` for each tensor.
+        file: The file that holds the archive.
     """
 
     value: Any
     file: Bytes
 
-    def chunk(self, tensor: TensorRef) -> tuple[int, tuple[int, ...] | None]:
+    def chunk(self, tensor: PickledTensor) -> tuple[int, tuple[int, ...] | None]:
         """Return the place of a tensor's first element in the file, and its strides if it does not lie row by row.
 
         Raises:
-            CheckpointError: Its storage is missing or too short.
+            CheckpointError: The tensor's storage is missing or too short.
         """
         storage = tensor.storage
         offset, size_bytes = self.record(storage.key)
@@ -49,13 +49,13 @@ class TorchArchive(ABC):
         begin = offset + storage.begin_bytes + tensor.offset * tensor.dtype.itemsize
         return begin, None if lies_row_by_row(tensor) else tensor.stride
 
-    def stored(self, key: str, tensor: TensorRef) -> StoredTensor:
-        """Return a tensor as it lies in the file, called `key`."""
+    def stored(self, key: str, tensor: PickledTensor) -> StoredTensor:
+        """Return the stored tensor for a pickled tensor, with the key `key`."""
         offset, stride = self.chunk(tensor)
         chunk = Chunk(self.file, offset, (0,) * len(tensor.shape), tensor.shape, stride)
         stored = StoredTensor(key, tensor.dtype, tensor.shape, (chunk,))
         if (tensor.is_conjugate or tensor.is_negative) and 0 not in tensor.shape:
-            # torch marks it instead of computing it. All that is stored is computed, in case it does not lie in a row.
+            # torch marked the tensor instead of computing it. Compute all stored elements, as the tensor may have gaps.
             extent = chunk.extent_bytes(tensor.dtype)
             numbers = torch.empty(extent // tensor.dtype.itemsize, dtype=tensor.dtype, device="cpu")
             self.file.read_into(numbers.data_ptr(), extent, offset)
@@ -67,19 +67,19 @@ class TorchArchive(ABC):
 
     @abstractmethod
     def record(self, key: str) -> tuple[int, int]:
-        """Return where the bytes of a storage begin in the file, and how many there are."""
+        """Return the place where the bytes of a storage begin in the file, and their number."""
 
 
 class ZipTorchArchive(TorchArchive):
-    """An archive as torch writes it since 1.6.
+    """An archive as torch has written it since 1.6.
 
     Args:
-        file: Where it is.
-        begin: Where it begins there.
-        size_bytes: How long it is; to the end of the file by default.
+        file: The file that holds the archive.
+        begin: The place in the file where the archive begins.
+        size_bytes: The length of the archive. By default, it reaches to the end of the file.
 
     Raises:
-        CheckpointError: It is damaged, or something else than what `torch.save` writes.
+        CheckpointError: The archive is damaged, or `torch.save` did not write it.
     """
 
     def __init__(self, file: Bytes, begin: int = 0, size_bytes: int | None = None) -> None:
@@ -88,7 +88,7 @@ class ZipTorchArchive(TorchArchive):
         size_bytes = file.size_bytes - begin if size_bytes is None else size_bytes
         self._directory = ZipDirectory(lambda offset, size: file.read(begin + offset, size), size_bytes, file.name)
         self._prefix = prefix_of(self._directory, file.name)
-        self._records: dict[str, Record] = {}
+        self._records: dict[str, ZipEntry] = {}
         data = self._bytes("data.pkl")
         if f"{self._prefix}byteorder" in self._directory and self._bytes("byteorder") != b"little":
             raise CheckpointError(
@@ -111,16 +111,16 @@ class ZipTorchArchive(TorchArchive):
 
 
 class LegacyTorchArchive(TorchArchive):
-    """An archive as torch wrote it before 1.6, and does with `_use_new_zipfile_serialization=False`.
+    """An archive as torch wrote it before 1.6, and still writes it with `_use_new_zipfile_serialization=False`.
 
-    Five pickles follow one another: a number, a version, the machine's properties, what was saved, and the keys of the
-    storages. Then each storage: how many elements it has in 8 bytes, and the elements.
+    It begins with five pickles: a number, a version, the machine's properties, the saved value, and the keys of the
+    storages. The storages follow. Each consists of its number of elements in 8 bytes, and the elements.
 
     Args:
-        file: Where it is, from the first byte on.
+        file: The file, which begins with the archive.
 
     Raises:
-        CheckpointError: It is damaged, or something else than what `torch.save` writes.
+        CheckpointError: The archive is damaged, or `torch.save` did not write it.
     """
 
     def __init__(self, file: Bytes) -> None:
@@ -152,7 +152,7 @@ class LegacyTorchArchive(TorchArchive):
             position = unpickler.position
         _, version, system, self.value, keys = found
         if version != 1001 or not isinstance(system, dict) or not isinstance(keys, list):
-            raise CheckpointError(f"{self.file.name} is damaged: it is no file of version 1001. Copy it again.")
+            raise CheckpointError(f"{self.file.name} is damaged: it is not a file of version 1001. Copy it again.")
         if system.get("little_endian") is not True:
             raise CheckpointError(
                 f"{self.file.name} was written on a big-endian machine. Load it with `torch.load` and save it again."
@@ -164,16 +164,16 @@ class LegacyTorchArchive(TorchArchive):
         for key in keys:
             storage = self._storages.get(key) if isinstance(key, str) else None
             if storage is None or key in places:
-                raise CheckpointError(f"{self.file.name} is damaged: its storages have no place. Copy it again.")
+                raise CheckpointError(f"{self.file.name} is damaged: its list of storages is wrong. Copy it again.")
             numel = int.from_bytes(self.file.read(position, 8), "little")
             position += 8
             if numel * storage.dtype.itemsize != storage.size_bytes or position + storage.size_bytes > (
                 self.file.size_bytes
             ):
                 raise CheckpointError(
-                    f"{self.file.name} is damaged: its storage {key} has {storage.size_bytes} bytes, but "
-                    f"{numel} elements of {storage.dtype} are announced and {self.file.size_bytes - position} bytes "
-                    "are left. Copy it again."
+                    f"{self.file.name} is damaged: its storage {key} has {storage.size_bytes} bytes, but it announces "
+                    f"{numel} elements of {storage.dtype}, and {self.file.size_bytes - position} bytes are left. Copy "
+                    "it again."
                 )
             places[key] = position, storage.size_bytes
             position += storage.size_bytes
@@ -189,10 +189,10 @@ class LegacyTorchArchive(TorchArchive):
 
 
 def open_archive(file: Bytes) -> TorchArchive:
-    """Return what `torch.save` wrote to `file`.
+    """Return the archive that `torch.save` wrote to `file`.
 
     Raises:
-        CheckpointError: It is damaged, or no such file.
+        CheckpointError: The file is damaged, or `torch.save` did not write it.
     """
     start = file.read(0, min(64, file.size_bytes))
     if not start:
@@ -203,29 +203,29 @@ def open_archive(file: Bytes) -> TorchArchive:
         return ZipTorchArchive(file)
     if start[:1] == b"\x80":
         raise CheckpointError(
-            f"{file.name} is a pickle that `torch.save` did not write: to load it is to run the code that it names. If "
+            f"{file.name} is a pickle that `torch.save` did not write. Loading it would run the code that it names. If "
             "you trust it, load it with `pickle` and save a state dict of tensors with `torch.save`."
         )
     raise CheckpointError(
-        f"{file.name} is no file of `torch.save`: it begins with {start[:8]!r}. It is damaged or of another format; "
+        f"{file.name} is not a file of `torch.save`: it begins with {start[:8]!r}. It is damaged or of another format; "
         "copy it again, or give the name of its reader."
     )
 
 
 def is_legacy(start: bytes) -> bool:
-    """Return whether a file that begins so was written as before torch 1.6."""
+    """Return whether a file that begins with `start` has the format from before torch 1.6."""
     return start[:1] == b"\x80" and _MAGIC.to_bytes(10, "little") in start[:40]
 
 
 def prefix_of(directory: ZipDirectory, name: str) -> str:
-    """Return what the names of all records begin with.
+    """Return the prefix of the names of all records.
 
     Raises:
-        CheckpointError: The archive was not made by `torch.save`.
+        CheckpointError: `torch.save` did not make the archive.
     """
     found = [record for record in directory.names() if record.endswith("data.pkl") and record.count("/") <= 1]
     if len(found) != 1 or found[0].rpartition("/")[2] != "data.pkl":
-        raise directory.damaged("it is a zip archive, but no file of `torch.save`: it has no data.pkl")
+        raise directory.damaged("it is a zip archive, but not a file of `torch.save`: it has no data.pkl")
     prefix = found[0].removesuffix("data.pkl")
     if f"{prefix}constants.pkl" in directory:
         raise CheckpointError(
@@ -234,7 +234,7 @@ def prefix_of(directory: ZipDirectory, name: str) -> str:
     return prefix
 
 
-def lies_row_by_row(tensor: TensorRef) -> bool:
+def lies_row_by_row(tensor: PickledTensor) -> bool:
     """Return whether the elements of a tensor follow one another in the order of their indices."""
     expected = 1
     for length, step in zip(reversed(tensor.shape), reversed(tensor.stride), strict=True):

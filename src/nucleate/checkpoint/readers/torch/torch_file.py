@@ -1,4 +1,4 @@
-"""The reader of torch files: one that `torch.save` wrote, or a folder with shards and an index."""
+"""The reader of torch files: a file of `torch.save`, or a folder with shards and an index."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from nucleate.errors import CheckpointError, name_list
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX_SUFFIX = ".bin.index.json"
-#: What `save` adds to the state.
+#: The entry that `save` adds to the state.
 ENTRY = "nucleate"
 
 
 @final
 class TorchReader(Reader):
-    """Reads `.pt`, `.pth`, `.bin` and `.ckpt` files, and folders of them with an index."""
+    """The reader of `.pt`, `.pth`, `.bin` and `.ckpt` files, and of folders of them with an index."""
 
     name = "torch"
 
     def claims(self, path: Path) -> bool:
-        """Claim what is named so, a folder of it, and a file that begins like one."""
+        """Claim a file with one of these suffixes, a folder of such files, and a file that begins like one."""
         if path.is_dir():
             return bool(indexes_in(path, INDEX_SUFFIX) or _files(path))
         return path.name.endswith((*SUFFIXES, INDEX_SUFFIX)) or _begins_like_one(first_bytes(path, 256))
 
     def read(self, path: Path) -> Contents:
-        """Read the pickles of all files that belong to the checkpoint, as data."""
+        """Read, as data, the pickles of all files that belong to the checkpoint."""
         if path.name.endswith(INDEX_SUFFIX):
             return self._read_shards(path.parent, path)
         if not path.is_dir():
@@ -56,8 +56,8 @@ class TorchReader(Reader):
         if not isinstance(skeleton, dict):
             what = f"a {type(skeleton).__name__}" if skeleton is not None else "one tensor"
             raise CheckpointError(
-                f"{path} holds {what}; a checkpoint is a dict, such as `model.state_dict()`, so that what is in it has "
-                'a name. Save `{"name": value}` instead.'
+                f"{path} holds {what}. A checkpoint must be a dict, such as `model.state_dict()`, so that each item "
+                'has a name. Save `{"name": value}` instead.'
             )
         if isinstance(own := skeleton.get(ENTRY), dict) and "version" in own:
             return self._complete(path, structure, {k: v for k, v in skeleton.items() if k != ENTRY}, own)
@@ -78,7 +78,7 @@ class TorchReader(Reader):
             raise CheckpointError(
                 f"`{ENTRY}` in {path} is damaged: {type(error).__name__}: {error}. Copy the file again."
             ) from error
-        # Tied tensors share their bytes, and are known by the name of the first, as in every other format.
+        # Tied tensors share their bytes, and have the name of the first one as their key, as in every other format.
         first: dict[Any, str] = {}
         keys: dict[KeyPath, str] = {}
         for place, key in structure.keys.items():
@@ -98,13 +98,13 @@ class TorchReader(Reader):
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the torch files in a folder; only the model's where one has its usual name."""
+    """Return the torch files in a folder, or only the model's file if it has its usual name."""
     found = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and not path.is_dir())
     return [path for path in found if path.name == "pytorch_model.bin"] or found
 
 
 def _begins_like_one(start: bytes) -> bool:
-    """Return whether a file of another name is torch's: its first record is the pickle."""
+    """Return whether a file without a torch suffix is a torch file: its first record must be the pickle."""
     if is_legacy(start):
         return True
     name = start[30 : 30 + int.from_bytes(start[26:28], "little")]

@@ -1,7 +1,7 @@
-"""What the names in torch's pickles stand for: tensors become notes of where they lie, and nothing else is made.
+"""The meaning of the names in torch's pickles: tensors become notes of their places, and unknown names stay notes.
 
-The names are those that `torch.load(weights_only=True)` knows (torch/_weights_only_unpickler.py, 2.13), besides what
-the user added with `torch.serialization.add_safe_globals`.
+The known names are those of `torch.load(weights_only=True)` (torch/_weights_only_unpickler.py, 2.13), and the names
+that the user added with `torch.serialization.add_safe_globals`.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ STORAGES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StorageRef:
-    """A storage that a pickle speaks of.
+    """A storage that a pickle refers to.
 
     Attributes:
         key: Its name in the archive.
-        dtype: Of its elements.
-        size_bytes: How large it is.
-        begin_bytes: Where it begins in the record, for views of older files.
+        dtype: The dtype of its elements.
+        size_bytes: Its size.
+        begin_bytes: The place in the record where it begins, for the views of older files.
     """
 
     key: str
@@ -55,17 +55,17 @@ class StorageRef:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TensorRef:
-    """A tensor that a pickle speaks of.
+class PickledTensor:
+    """A tensor that a pickle refers to.
 
     Attributes:
-        storage: Where its elements are.
-        dtype: Of its elements.
-        offset: Of the first one in the storage, in elements.
+        storage: The storage that holds its elements.
+        dtype: The dtype of its elements.
+        offset: The place of its first element in the storage, in elements.
         shape: Its shape.
         stride: Its strides, in elements.
-        is_conjugate: Whether its numbers are the conjugates of those that are stored.
-        is_negative: Whether its numbers are the negatives of those that are stored.
+        is_conjugate: Whether its numbers are the conjugates of the stored numbers.
+        is_negative: Whether its numbers are the negatives of the stored numbers.
     """
 
     storage: StorageRef
@@ -77,14 +77,14 @@ class TensorRef:
     is_negative: bool = False
 
     def build(self, state: Any) -> None:
-        """Take attributes, which have no place in a checkpoint."""
+        """Ignore the attributes of the tensor, which have no place in a checkpoint."""
 
 
 class Refused:
     """A tensor of a kind that cannot be read.
 
     Attributes:
-        what: What it is, for a message.
+        what: The kind of the tensor, for a message.
     """
 
     __slots__ = ("what",)
@@ -97,11 +97,11 @@ class Refused:
 
 
 class StateDict(OrderedDict[Any, Any]):
-    """An ordered dict that may have been made by `Module.state_dict`.
+    """An ordered dict that `Module.state_dict` may have made.
 
     Attributes:
-        is_of_module: Whether it was.
-        versions: The name of each module in it to the version of its format, as far as that was saved.
+        is_of_module: Whether `Module.state_dict` made the dict.
+        versions: The version of each module's format, by the module's name, as far as the file contains it.
     """
 
     is_of_module = False
@@ -111,7 +111,7 @@ class StateDict(OrderedDict[Any, Any]):
         self.versions: dict[str, int] = {}
 
     def build(self, state: Any) -> None:
-        """Take attributes; only modules leave one called `_metadata`."""
+        """Take the attributes of the dict. Only modules leave an attribute called `_metadata`."""
         self.is_of_module = isinstance(state, dict) and "_metadata" in state
         found = state["_metadata"] if self.is_of_module else None
         for name, one in found.items() if isinstance(found, dict) else ():
@@ -121,7 +121,7 @@ class StateDict(OrderedDict[Any, Any]):
 
 
 class _Allowed:
-    """An object of a class that the user allowed."""
+    """An object whose class the user allowed."""
 
     __slots__ = ("value",)
 
@@ -137,7 +137,7 @@ class _Allowed:
 
 
 def find(module: str, name: str) -> Any:
-    """Return what a name in a pickle stands for; a `Global` where it stands for code."""
+    """Return the object for a name in a pickle, or a `Global` if the name stands for code."""
     known = _KNOWN.get((module, name))
     if known is not None:
         return known
@@ -156,7 +156,7 @@ def find(module: str, name: str) -> Any:
 
 
 def unwrapped(value: Any) -> Any:
-    """Return the object itself where its class was allowed by the user."""
+    """Return the object itself if `value` is an object whose class the user allowed, or else `value`."""
     return value.value if type(value) is _Allowed else value
 
 
@@ -164,10 +164,10 @@ def storage_of(persistent_id: Any) -> StorageRef:
     """Return the storage that a persistent id names.
 
     Raises:
-        ValueError: It names none.
+        ValueError: The persistent id does not name a storage.
     """
     if type(persistent_id) is not tuple or persistent_id[0] not in ("storage", b"storage"):
-        raise ValueError("it asks for something that is no storage")
+        raise ValueError("it asks for something that is not a storage")
     dtype, key, numel = persistent_id[1], persistent_id[2], persistent_id[4]
     if not isinstance(dtype, torch.dtype) or type(key) is not str or type(numel) is not int or not 0 <= numel < 1 << 60:
         raise ValueError("it asks for a storage without a name, a dtype or a size")
@@ -177,7 +177,7 @@ def storage_of(persistent_id: Any) -> StorageRef:
     _, begin, length = view
     begin, length = _sizes((begin, length))
     if begin + length > numel:
-        raise ValueError("a view of a storage reaches beyond it")
+        raise ValueError("a view of a storage reaches beyond the storage")
     return StorageRef(key, dtype, length * dtype.itemsize, begin * dtype.itemsize)
 
 
@@ -185,25 +185,25 @@ def _sizes(numbers: Any) -> tuple[int, ...]:
     if not isinstance(numbers, (tuple, list)) or len(numbers) > 64:
         raise ValueError("a tensor has no shape or strides")
     if not all(type(number) is int and 0 <= number < 1 << 60 for number in numbers):
-        raise ValueError("a tensor has a shape, strides or an offset that are no sizes")
+        raise ValueError("a tensor has a shape, strides or an offset that are not sizes")
     return tuple(numbers)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorRef:
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> PickledTensor:
     return _tensor_of(storage, storage.dtype, offset, shape, stride, None)
 
 
-def _tensor_v2(storage: Any, offset: Any, shape: Any, stride: Any, _1: Any, _2: Any, bits: Any = None) -> TensorRef:
+def _tensor_v2(storage: Any, offset: Any, shape: Any, stride: Any, _1: Any, _2: Any, bits: Any = None) -> PickledTensor:
     return _tensor_of(storage, storage.dtype, offset, shape, stride, bits)
 
 
 def _tensor_v3(
     storage: Any, offset: Any, shape: Any, stride: Any, _1: Any, _2: Any, dtype: Any, bits: Any = None
-) -> TensorRef:
+) -> PickledTensor:
     return _tensor_of(storage, dtype, offset, shape, stride, bits)
 
 
-def _tensor_of(storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any, bits: Any) -> TensorRef:
+def _tensor_of(storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any, bits: Any) -> PickledTensor:
     if not isinstance(storage, StorageRef) or not isinstance(dtype, torch.dtype):
         raise ValueError("a tensor has no storage or no dtype")
     shape, stride, (offset,) = _sizes(shape), _sizes(stride), _sizes((offset,))
@@ -217,12 +217,12 @@ def _tensor_of(storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any, b
                 f"which has {storage.size_bytes} bytes"
             )
     bits = bits if isinstance(bits, dict) else {}
-    return TensorRef(storage, dtype, offset, shape, stride, bits.get("conj") is True, bits.get("neg") is True)
+    return PickledTensor(storage, dtype, offset, shape, stride, bits.get("conj") is True, bits.get("neg") is True)
 
 
 def _same(tensor: Any, *_: Any) -> Any:
     """Return the tensor of a parameter."""
-    if not isinstance(tensor, (TensorRef, Refused, Unmade)):
+    if not isinstance(tensor, (PickledTensor, Refused, Unmade)):
         raise ValueError("a parameter has no tensor")
     return tensor
 
@@ -232,12 +232,12 @@ def _typed(function: Any, kind: Any, args: Any, _state: Any) -> Any:
     if type(kind) is Global and kind.name not in ("torch.Tensor", "torch.nn.parameter.Parameter"):
         return Refused(f"a {kind.name}, whose numbers only that class understands")
     if type(function) is not Maker or type(args) is not tuple:
-        raise ValueError("a tensor is made by no function")
+        raise ValueError("a tensor has no function that makes it")
     return function.function(*args)
 
 
 def _from_cpu(tensor: Any, dtype: Any, *_: Any) -> Any:
-    if isinstance(tensor, TensorRef) and tensor.dtype is not dtype:
+    if isinstance(tensor, PickledTensor) and tensor.dtype is not dtype:
         return Refused(f"saved as {tensor.dtype} for a {dtype}")
     return _same(tensor)
 
@@ -260,7 +260,7 @@ def _ordered(items: Any = ()) -> StateDict:
 
 def _counter(items: Any = None) -> Counter[Any]:
     if items is not None and type(items) is not dict:
-        raise ValueError("a Counter is made of no dict")
+        raise ValueError("a Counter is not made from a dict")
     made: Counter[Any] = Counter()
     made.update(items or {})
     return made
@@ -268,7 +268,7 @@ def _counter(items: Any = None) -> Counter[Any]:
 
 def _set(items: Any = ()) -> set[Any]:
     if type(items) is not list:
-        raise ValueError("a set is made of no list")
+        raise ValueError("a set is not made from a list")
     for item in items:
         check_key(item)
     return set(items)
@@ -276,24 +276,24 @@ def _set(items: Any = ()) -> set[Any]:
 
 def _complex(real: Any, imaginary: Any) -> complex:
     if type(real) is not float or type(imaginary) is not float:
-        raise ValueError("a complex number is made of no floats")
+        raise ValueError("a complex number is not made from floats")
     return complex(real, imaginary)
 
 
 def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
-        raise ValueError("bytes are made of no text")
+        raise ValueError("bytes are not made from text")
     return text.encode("latin-1")
 
 
 def _bytearray(data: Any = b"", encoding: Any = "latin-1") -> bytearray:
-    # Never of a number: that many bytes would be taken.
+    # Never from a number, because `bytearray(n)` takes n bytes.
     return bytearray(data if type(data) is bytes else _encoded(data, encoding))
 
 
 def _bytes(data: Any = b"") -> bytes:
     if type(data) is not bytes:
-        raise ValueError("bytes are made of no bytes")
+        raise ValueError("bytes are not made from bytes")
     return data
 
 
@@ -310,7 +310,7 @@ def _device(kind: Any, number: Any = None) -> torch.device:
 def _layout(name: Any) -> torch.layout:
     found = vars(torch).get(str(name).removeprefix("torch."))
     if not isinstance(found, torch.layout):
-        raise ValueError("there is no such layout")
+        raise ValueError("torch does not have the layout of a tensor")
     return found
 
 
@@ -323,9 +323,9 @@ def _calling(function: Any) -> Callable[..., _Allowed]:
 
 
 def _check_plain(value: Any, depth: int = 0) -> None:
-    """Make sure that an object of the user's gets values, not our notes of what a file holds."""
-    if isinstance(value, (TensorRef, StorageRef, Refused, Global, Unmade)) or depth > 20:
-        raise ValueError("an object of a class that was allowed holds tensors, or objects of one that was not")
+    """Make sure that an object of an allowed class gets plain values, and not the notes of this module."""
+    if isinstance(value, (PickledTensor, StorageRef, Refused, Global, Unmade)) or depth > 20:
+        raise ValueError("an object of an allowed class holds tensors, or objects of a class that was not allowed")
     if isinstance(value, dict):
         _check_plain([*value, *value.values()], depth + 1)
     elif isinstance(value, (list, tuple, set)):
@@ -349,7 +349,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("builtins", "complex"): Maker(_complex),
     ("__builtin__", "bytearray"): Maker(_bytearray),
     ("builtins", "bytearray"): Maker(_bytearray),
-    # How protocol 2 writes b"".
+    # Protocol 2 writes b"" this way.
     ("__builtin__", "bytes"): Maker(_bytes),
     ("_codecs", "encode"): Maker(_encoded),
     ("torch", "Size"): Maker(_size),

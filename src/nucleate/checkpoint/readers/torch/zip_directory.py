@@ -1,7 +1,8 @@
-"""The directory of a zip archive, as `torch.save` writes it: where each record's bytes lie in the file.
+"""The directory of a zip archive, as `torch.save` writes it: the place of each record's bytes in the file.
 
-Only what torch writes is read: records that are stored as they are, a directory at the very end. The `zipfile` module
-does more and takes ten times as long, which counts where each of thousands of tensors is an archive of its own.
+This module reads only archives as torch writes them: the records are not compressed, and the directory is at the very
+end. The `zipfile` module does more and takes ten times as long. That matters if each of thousands of tensors has its
+own archive.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ _LOCAL = struct.Struct("<4s5H3I2H")
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ZipEntry:
     """A file inside of the archive.
 
     Attributes:
-        offset: Where its bytes begin in the archive.
-        size_bytes: How many there are.
+        offset: The place in the archive where its bytes begin.
+        size_bytes: The number of its bytes.
     """
 
     offset: int
@@ -36,19 +37,19 @@ class ZipDirectory:
     """The records of one archive, by name.
 
     Args:
-        read: Returns bytes of the archive, given an offset in it and how many.
-        size_bytes: How long the archive is.
-        name: What messages call it.
+        read: Returns bytes of the archive, given an offset and a length.
+        size_bytes: The length of the archive.
+        name: The name of the archive in messages.
 
     Raises:
-        CheckpointError: It is damaged, or was not written by torch.
+        CheckpointError: The archive is damaged, or torch did not write it.
     """
 
     def __init__(self, read: Callable[[int, int], bytes], size_bytes: int, name: str) -> None:
         self._read = read
         self._size_bytes = size_bytes
         self._name = name
-        # Where the header of each record is, how long the record is, and whether it is packed.
+        # The place of each record's header, the length of the record, and whether the record is packed.
         self._headers: dict[str, tuple[int, int, bool]] = {}
         try:
             self._read_directory()
@@ -66,11 +67,11 @@ class ZipDirectory:
         """Return the names of all records."""
         return list(self._headers)
 
-    def record(self, name: str) -> Record:
-        """Return where a record lies.
+    def record(self, name: str) -> ZipEntry:
+        """Return the place of a record.
 
         Raises:
-            CheckpointError: There is no such record, or it is damaged.
+            CheckpointError: The archive does not have the record, or the record is damaged.
         """
         if name not in self._headers:
             raise self.damaged(f"it has no record {name}")
@@ -86,7 +87,7 @@ class ZipDirectory:
         offset = header_offset + _LOCAL.size + header[9] + header[10]
         if header[0] != b"PK\x03\x04" or offset + size_bytes > self._size_bytes:
             raise self.damaged(f"its record {name} is not where its directory says")
-        return Record(offset, size_bytes)
+        return ZipEntry(offset, size_bytes)
 
     def _read_directory(self) -> None:
         if self._size_bytes < _END.size:
@@ -102,27 +103,27 @@ class ZipDirectory:
             if locator[0] == b"PK\x06\x07":
                 end_offset = locator[2]
                 if end_offset > locator_offset - _END_64.size:
-                    raise ValueError(f"its end is said to be at byte {end_offset}")
+                    raise ValueError(f"it places its end at byte {end_offset}")
                 end_64 = _END_64.unpack(self._read(end_offset, _END_64.size))
                 if end_64[0] != b"PK\x06\x06":
                     raise ValueError("its end is not where it should be")
                 num_entries, size_bytes, offset = end_64[7], end_64[8], end_64[9]
         if offset + size_bytes > end_offset or num_entries * _ENTRY.size > size_bytes:
-            raise ValueError(f"{num_entries} entries are said to be in {size_bytes} bytes at {offset}")
+            raise ValueError(f"it places {num_entries} entries in {size_bytes} bytes at {offset}")
         directory = self._read(offset, size_bytes)
         place = 0
         for _ in range(num_entries):
             place = self._read_entry(directory, place)
 
     def _read_entry(self, directory: bytes, place: int) -> int:
-        """Note the entry at `place`, and return where the next one is."""
+        """Note the entry at `place`, and return the place of the next entry."""
         entry = _ENTRY.unpack_from(directory, place)
         flags, method, packed_bytes, size_bytes = entry[3], entry[4], entry[8], entry[9]
         name_end = place + _ENTRY.size + entry[10]
         extra_end = name_end + entry[11]
         end: int = extra_end + entry[12]
         if entry[0] != b"PK\x01\x02" or end > len(directory):
-            raise ValueError(f"no entry is at byte {place} of it")
+            raise ValueError(f"it has no entry at its byte {place}")
         name: str = directory[place + _ENTRY.size : name_end].decode("utf-8")
         header_offset = entry[16]
         if 0xFFFFFFFF in (packed_bytes, size_bytes, header_offset):
@@ -130,13 +131,13 @@ class ZipDirectory:
                 directory[name_end:extra_end], packed_bytes, size_bytes, header_offset
             )
         if name in self._headers:
-            raise ValueError(f"{name[:100]!r} stands in it twice")
+            raise ValueError(f"it holds {name[:100]!r} twice")
         self._headers[name] = header_offset, size_bytes, bool(method or flags & 1 or packed_bytes != size_bytes)
         return end
 
 
 def _long_fields(extra: bytes, packed_bytes: int, size_bytes: int, header_offset: int) -> tuple[int, int, int]:
-    """Return the fields of an entry, those that do not fit into 4 bytes from its extra field."""
+    """Return the fields of an entry. Fields that do not fit into 4 bytes come from its extra field."""
     place = 0
     while place + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, place)
@@ -150,4 +151,4 @@ def _long_fields(extra: bytes, packed_bytes: int, size_bytes: int, header_offset
                 fields.append(number)
             return fields[1], fields[0], fields[2]
         place += length
-    raise ValueError("an entry of more than 4 GiB does not say how long it is")
+    raise ValueError("an entry of more than 4 GiB does not contain its length")

@@ -1,8 +1,8 @@
-"""What a deferred tensor's content may be besides a recipe: elements that somebody else has, such as a file.
+"""Element sources: values of a deferred tensor that come from outside of its recipe, such as from a file.
 
-`give` records that a tensor is overwritten by them, as one step on the tape like any other. So what the tensor is
-afterwards cast to, tied to, copied into or edited by needs no special case, what it held before is dead and never
-made, and a rank that owns a part of it reads that part and nothing else.
+`bind` records that an element source overwrites a tensor. That is one step on the tape like any other. So later casts,
+ties, copies and edits of the tensor need no special case. The tensor's earlier value is dead and is never made. A rank
+that keeps a part of the tensor reads only that part.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from nucleate.devices import Staging, casts_there, slabs
 
 #: Elements that are cast at a time: torch does not split the work over threads of its own (`at::internal::GRAIN_SIZE`).
 _CAST_NUMEL = 1 << 15
-#: Elements that are read at a time where they go through a buffer.
+#: Elements that are read at a time through a buffer.
 _BUFFER_NUMEL = 1 << 18
-# Each thread keeps its buffers: new memory would have to be found and cleared by the system for every tensor.
+# Each thread keeps its buffers: else the system would have to find and clear new memory for every tensor.
 _kept = threading.local()
 
 
-class Given(ABC):
+class ElementSource(ABC):
     """The elements of a tensor that can be read in ranges, from any thread.
 
     Attributes:
@@ -41,48 +41,48 @@ class Given(ABC):
         """Read a range of the elements, in the order of their indices.
 
         Args:
-            start: The first one.
-            out: One-dimensional, contiguous, on the CPU and of this dtype: as many as are wanted.
+            start: The first element.
+            out: The memory to fill, as long as the range: one-dimensional, contiguous, on the CPU and of this dtype.
         """
 
     @abstractmethod
     def order(self, start: int) -> tuple[int, int]:
-        """Return a key by which ranges that begin at `start` are read in the best order."""
+        """Return the sort key of a range that begins at `start`; reading in the order of the keys is fastest."""
 
     @abstractmethod
     def describe(self) -> str:
-        """Return what is equal on ranks that are given the same elements, and else is not."""
+        """Return a text that is equal on ranks with the same elements, and differs on other ranks."""
 
     def memory(self) -> torch.UntypedStorage | None:
-        """Return memory that holds the elements already and may become the tensor's own, or None."""
+        """Return memory that already holds the elements and may become the tensor's own, or None."""
         return None
 
     def resident(self, device: torch.device) -> Tensor | None:
-        """Return a tensor of the shape with the elements that is on this kind of device already, or None."""
+        """Return a tensor of the same shape and elements that is already on this kind of device, or None."""
         return None
 
     def expect(self, numel: int) -> None:
-        """Know that so many elements more are going to be read; said before the first is read."""
+        """Prepare for `numel` more elements to be read. The caller calls this before the first read."""
 
     def is_far(self) -> bool:
-        """Return whether reading waits for something slow, such as a disk."""
+        """Return whether a read waits for something slow, such as a disk."""
         return False
 
     def check_unchanged(self) -> None:
-        """Make sure that the elements are those that were given, as far as that is seen without reading them.
+        """Make sure that the elements have not changed, as far as that shows without reading them.
 
         Raises:
-            NucleateError: They were changed; the message begins with what was changed.
+            NucleateError: They were changed. The message begins with the changed tensor or file.
         """
 
 
 @torch.no_grad()
-def take(tensor: Tensor, given: Given) -> None:
-    """Fill a real tensor of any layout, dtype and device with what is given, in a buffer of a few MiB at most.
+def fill_from(tensor: Tensor, given: ElementSource) -> None:
+    """Fill a real tensor of any layout, dtype and device from an element source, with a buffer of a few MiB at most.
 
     Args:
-        tensor: It has the shape of what is given.
-        given: The elements, which are cast to the tensor's dtype.
+        tensor: A tensor with the shape of the element source.
+        given: The element source. Its elements are cast to the tensor's dtype.
     """
     assert tuple(tensor.shape) == tuple(given.shape)
     out = tensor.detach()
@@ -90,7 +90,7 @@ def take(tensor: Tensor, given: Given) -> None:
         _take_on_device(out, given)
     elif out.is_contiguous() and not (out.is_conj() or out.is_neg()):
         if out.numel():
-            take_range(out.view(-1), given, 0)
+            fill_range_from(out.view(-1), given, 0)
     else:
         held = torch.empty(min(out.numel(), _BUFFER_NUMEL), dtype=given.dtype, device="cpu")
         for start, part in slabs(out, _BUFFER_NUMEL):
@@ -99,7 +99,7 @@ def take(tensor: Tensor, given: Given) -> None:
             part.copy_(values.view(part.shape))
 
 
-def _take_on_device(out: Tensor, given: Given) -> None:
+def _take_on_device(out: Tensor, given: ElementSource) -> None:
     resident = given.resident(out.device)
     if resident is not None:
         out.copy_(resident)
@@ -108,12 +108,12 @@ def _take_on_device(out: Tensor, given: Given) -> None:
     with Staging(out.device, out.numel() * dtype.itemsize) as staging:
         for start, part in slabs(out, staging.buffer_bytes // dtype.itemsize):
             values = staging.buffer()[: part.numel() * dtype.itemsize].view(dtype)
-            take_range(values, given, start)
+            fill_range_from(values, given, start)
             staging.send(values, part)
 
 
-def take_range(out: Tensor, given: Given, start: int) -> None:
-    """Fill contiguous memory on the CPU with the elements from `start` on, cast to its dtype."""
+def fill_range_from(out: Tensor, given: ElementSource, start: int) -> None:
+    """Fill contiguous memory on the CPU with the elements from `start` on, cast to the dtype of `out`."""
     if out.dtype == given.dtype:
         given.read(start, out)
         return
@@ -128,15 +128,12 @@ def take_range(out: Tensor, given: Given, start: int) -> None:
 
 @contextmanager
 def _buffer(numel: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Lend memory of this thread, with anything in it.
-
-    Reading into it may need such memory as well, which is other memory then.
-    """
+    """Lend uninitialized memory of this thread. A read into it may cast as well, and then gets memory of its own."""
     size_bytes = numel * dtype.itemsize
     free: list[Tensor] = _kept.__dict__.setdefault("free", [])
     memory = free.pop() if free else None
     if memory is None or memory.numel() < size_bytes:
-        with torch.inference_mode(False):  # It is used outside of that as well.
+        with torch.inference_mode(False):  # The buffer is also used outside of inference mode.
             memory = torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
     try:
         yield memory[:size_bytes].view(dtype)

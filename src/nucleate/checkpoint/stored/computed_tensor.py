@@ -1,4 +1,4 @@
-"""Tensors that are computed of stored ones: a loader treats them as if they stood in the checkpoint."""
+"""Tensors that are computed from stored tensors. A loader treats them like tensors of the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor
 
 from nucleate.checkpoint.stored.data_file import Bytes
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.deferred import Given
-from nucleate.deferred.replay import Derived, Source, derived_source
+from nucleate.deferred import ElementSource
+from nucleate.deferred.replay import Derived, TensorView, derived_source
 
 
 @dataclass(frozen=True, eq=False)
 class ComputedTensor(StoredTensor, Derived):
-    """A tensor that torch code makes of tensors in a checkpoint, when it is read.
+    """A tensor that torch code computes from tensors of a checkpoint while it is read.
 
     Attributes:
-        given: Makes ranges of the elements.
-        made_of: The tensors in the checkpoint, as far as they are known.
+        given: The element source that computes ranges of the tensor.
+        made_of: The tensors of the checkpoint, as far as they are known.
     """
 
-    given: Given
+    given: ElementSource
     made_of: tuple[StoredTensor, ...] = ()
 
     @classmethod
-    def of(cls, key: str, given: Given, made_of: tuple[StoredTensor, ...] = ()) -> ComputedTensor:
-        """Return what is computed, under a name for messages."""
+    def of(cls, key: str, given: ElementSource, made_of: tuple[StoredTensor, ...] = ()) -> ComputedTensor:
+        """Return the tensor of an element source, with the key `key` for messages."""
         return cls(key, given.dtype, tuple(given.shape), (), given, made_of)
 
     @property
@@ -47,7 +47,7 @@ class ComputedTensor(StoredTensor, Derived):
         return False
 
     def check(self) -> None:
-        """Do nothing: the tensors that it is computed of were checked."""
+        """Do nothing, because the tensors that it is computed from were checked."""
 
     def check_unchanged(self) -> None:
         self.given.check_unchanged()
@@ -58,7 +58,7 @@ class ComputedTensor(StoredTensor, Derived):
     def describe(self) -> str:
         return self.given.describe()
 
-    def source(self) -> Source | None:
+    def source(self) -> TensorView | None:
         return derived_source(self.given)
 
     def read(self, start: int, out: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""The elements of a real tensor, by reference: a state dict's tensor as the source of a deferred parameter.
+"""Tensor sources: a real tensor, such as one of a state dict, as the element source of a deferred parameter.
 
-Nothing is copied before the parameter is made. So the tensor must still hold the same values then. Its version counter
-tells of most writes and a sum of its memory of the others; for a tensor in the pages of a file, the file is watched.
+Nothing is copied before the parameter is made, so the tensor must still hold the same values then. The tensor's version
+counter shows most writes, and a sum of its memory shows the others. For a tensor in the pages of a file, the file is
+watched.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nucleate.deferred.elements.element_source import ElementSource
 from nucleate.deferred.elements.mapped_files import FileMark, place_of
-from nucleate.deferred.elements.source import Given
 from nucleate.deferred.torch_modes import plain_modes
 from nucleate.devices import hooks_of, slabs
 from nucleate.errors import DeferredEditError
 
-#: Elements of a tensor that does not lie row by row, or on another device, that are copied at a time.
+#: Elements that are copied at a time from a tensor that does not lie row by row or is on another device.
 _CHUNK_NUMEL = 1 << 18
 
-#: Of a mapped file, so many windows of so many elements tell ranks whether they have the same one.
+#: Ranks compare this many windows of this many elements to see whether they have the same mapped file.
 _NUM_WINDOWS = 8
 _WINDOW_NUMEL = 256
 
-#: Integers as large as an element.
+#: The integer dtype for each size of an element in bytes.
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _numbers = count(1 << 32)
 
 
-class TensorGiven(Given):
-    """The elements of a real tensor, which is kept and read when they are wanted.
+class TensorSource(ElementSource):
+    """The elements of a real tensor, which is kept and read on demand.
 
     Args:
         tensor: A strided tensor with memory, of any device and strides.
@@ -47,7 +48,7 @@ class TensorGiven(Given):
         assert tensor.layout == torch.strided
         self.dtype = tensor.dtype
         self.shape = tuple(tensor.shape)
-        # The user's tensor tells of writes by its version. An alias keeps the memory, whatever becomes of the tensor.
+        # The version of the user's tensor shows writes. An alias keeps the memory, whatever happens to the tensor.
         self._tensor: Tensor | None = tensor
         self._version = _version(tensor)
         self._number = next(_numbers)
@@ -55,14 +56,14 @@ class TensorGiven(Given):
             alias = tensor.detach()
             on_cpu = alias.device.type == "cpu"
             self._is_plain = on_cpu and alias.is_contiguous() and not (alias.is_conj() or alias.is_neg())
-            # Memory that torch may resize is its own.
+            # Memory that torch may resize belongs to torch, not to a file.
             foreign = on_cpu and alias.numel() > 0 and not alias.untyped_storage().resizable()
             place = place_of(alias.data_ptr(), _extent(alias) * alias.element_size(), alias) if foreign else None
         self._place = place if self._is_plain else None
         self._mark: FileMark | None = place.mark if place is not None else None
         self._alias = alias
         self._size_bytes = alias.untyped_storage().nbytes()
-        # Writes through `.data` or by NumPy move no version.
+        # Writes through `.data` or by NumPy do not change the version.
         self._sum = _sum_of_words(alias) if self._mark is None else 0
 
     @property
@@ -71,11 +72,11 @@ class TensorGiven(Given):
         return self._place is not None
 
     def keep_copy(self) -> None:
-        """Keep a copy from here on, because the tensor is about to be written."""
+        """Keep a copy from now on, because the tensor is about to be written."""
         if self._tensor is not None and _version(self._tensor) == self._version:
             with torch.no_grad():
                 self._alias = self._alias.clone(memory_format=torch.contiguous_format)
-            # Nobody else has it.
+            # Nobody else has the copy, so there is nothing to watch.
             self._tensor = None
             self._size_bytes = self._alias.untyped_storage().nbytes()
             self._is_plain = self._alias.device.type == "cpu"
@@ -103,7 +104,7 @@ class TensorGiven(Given):
             ctypes.memmove(out.data_ptr(), self._alias.data_ptr() + start * size, out.numel() * size)
             return
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            # A dim of one element in front would make one row of all.
+            # A leading dim of size 1 would make one row of all elements.
             _read_rows(self._alias.squeeze(), start, out)
 
     def _refuse_lost(self) -> None:
@@ -124,7 +125,8 @@ class TensorGiven(Given):
                 self.read(first, part)
                 digest.update(repr(_sums(part)).encode())
         else:
-            # As ranks see one file, wherever each finds it. Some windows tell another file of that name and size.
+            # Without the folder, since ranks may see one file at different paths. A few windows of elements show
+            # whether it is another file with this name and size.
             digest.update(repr((Path(self._place.mark.path).name, self._place.offset)).encode())
             for first in range(0, numel, max(_WINDOW_NUMEL, numel // _NUM_WINDOWS)):
                 part = torch.empty(min(_WINDOW_NUMEL, numel - first), dtype=self.dtype, device="cpu")
@@ -145,7 +147,7 @@ def _read_rows(tensor: Tensor, start: int, out: Tensor) -> None:
     rows = tensor if tensor.dim() else tensor.view(1)
     row_numel = math.prod(rows.shape[1:])
     stop = start + out.numel()
-    # Rows that are long themselves are read one at a time, part by part.
+    # Long rows are read one at a time, part by part.
     step = max(1, _CHUNK_NUMEL // row_numel)
     for first in range(start // row_numel, -(-stop // row_numel), step):
         begin = first * row_numel
@@ -159,21 +161,21 @@ def _read_rows(tensor: Tensor, start: int, out: Tensor) -> None:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Return how many elements lie between the first and the last one in memory, with both of them."""
+    """Return the number of elements in memory from the first to the last one, including both."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _sum_of_words(tensor: Tensor) -> int:
-    """Return the sum of a tensor's memory as integers, where the tensor is: exact, whatever the order of addition."""
+    """Return the sum of a tensor's memory as integers, computed on its device. It is exact in any order of addition."""
     if not tensor.numel():
         return 0
-    # While something is recorded, computing on a device's tensors would be recorded too.
+    # While a recording is on, it would also record computations on a device's tensors.
     modes = plain_modes() if tensor.device.type != "cpu" else nullcontext()
     with torch._C.DisableTorchFunction(), torch.no_grad(), modes:
         memory = tensor.conj() if tensor.is_conj() else tensor
         memory = torch._neg_view(memory) if memory.is_neg() else memory
         if not memory.is_contiguous():
-            # As its elements follow one another in memory, each of them once.
+            # View the elements in the order in which they lie in memory, each once.
             dims = sorted(zip(memory.stride(), memory.shape, strict=True), reverse=True)
             dims = [(stride, size) for stride, size in dims if stride and size > 1]
             memory = memory.as_strided([size for _, size in dims], [stride for stride, _ in dims])
@@ -186,15 +188,15 @@ def _sum_of_words(tensor: Tensor) -> int:
         stop = octets.numel() - (octets.numel() - head) % 8
         rests = [octets[first:last] for first, last in ((0, head), (stop, octets.numel())) if first < last]
         words = octets[head:stop] if rests else octets
-        # One number is read, from a device as well.
+        # Only one number is read back, even from a device.
         return int(sum((rest.sum() for rest in rests), words.view(torch.int64).sum()))
 
 
 def _keep_for_current_stream(tensor: Tensor) -> None:
-    """Let freed memory of a tensor wait for the work that the current stream has now or gets until then."""
+    """Keep the memory of the tensor, once freed, until the work that the current stream then has is done."""
     if tensor.device.type == "cpu":
         return
-    with plain_modes(), suppress(RuntimeError):  # NotImplementedError, where the device has no such thing, is one.
+    with plain_modes(), suppress(RuntimeError):  # NotImplementedError of a device without streams is one.
         tensor.record_stream(hooks_of(tensor.device).current_stream(tensor.device))
 
 

@@ -1,4 +1,4 @@
-"""Elements that are converted while they are read: a full-precision file as the codes that a quantized layer holds."""
+"""Converted sources: elements that are converted while they are read, such as a file of full precision to codes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import torch
 from torch import Tensor
 
 from nucleate.deferred.elements.conversion import Conversion
-from nucleate.deferred.elements.source import Given, take_range
+from nucleate.deferred.elements.element_source import ElementSource, fill_range_from
 
 
-class ConvertedGiven(Given):
-    """One output of a conversion of what is given.
+class ConvertedSource(ElementSource):
+    """One output of the conversion of another element source.
 
     Args:
-        given: What is converted.
-        conversion: What is made of it.
-        number: Which output.
-        dtype: What the elements are cast to before; by default, nothing.
+        given: The element source that is converted.
+        conversion: The conversion.
+        number: The number of the output in the conversion's layout.
+        dtype: The dtype to which the elements are cast before the conversion; by default, they are not cast.
 
     Raises:
-        ConversionError: It cannot be converted.
+        ConversionError: The elements cannot be converted.
     """
 
-    def __init__(self, given: Given, conversion: Conversion, number: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, given: ElementSource, conversion: Conversion, number: int, dtype: torch.dtype | None = None
+    ) -> None:
         self._given = given
         self._conversion = conversion
         self._number = number
@@ -42,7 +44,7 @@ class ConvertedGiven(Given):
             last = min(last_block, first + layout.chunk_blocks)
             begin, end = first * layout.block_numel, min(numel, last * layout.block_numel)
             values = torch.empty(end - begin, dtype=self._source_dtype, device="cpu")
-            take_range(values, self._given, begin)
+            fill_range_from(values, self._given, begin)
             ranges = [output.range(first, last) for output in layout.outputs]
             made = [
                 torch.empty(stop - low, dtype=output.dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""Cursors: where one thread stands in the random streams that it makes numbers of."""
+"""Stream cursors: the places of one thread in the random streams that it draws from."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from nucleate.deferred.randomness.mersenne_twister import Stream, Workspace
 from nucleate.deferred.randomness.program import RandomProgram
 from nucleate.deferred.tape.steps import Position, Run
 
-# An operation on several random tensors reads as many places of the stream in turn.
+# An operation on several random tensors draws from several places of the stream in turn.
 _NUM_STREAMS = 4
 
 
-class Cursors:
-    """Generators at a few places of the random streams, of which the nearest is moved to where numbers are wanted.
+class StreamCursors:
+    """Generators at a few places of the random streams. Each request moves the nearest one to the wanted place.
 
-    Not to be used by two threads at a time.
+    Two threads must not use one object at the same time.
 
     Args:
-        program: Knows the states to begin at; None where nothing is drawn.
+        program: The random program that has the states to begin at, or None if nothing is drawn.
     """
 
     def __init__(self, program: RandomProgram | None) -> None:
@@ -31,8 +31,8 @@ class Cursors:
 
         Args:
             position: A position on a CPU generator.
-            offset: How many draws behind it.
-            count: How many draws the caller is going to take.
+            offset: The number of draws behind it.
+            count: The number of draws that the caller then takes.
         """
         run, target = position.run, position.offset + offset
         near = [item for item in self._streams if item[0] is run and item[1].offset <= target]
@@ -42,7 +42,7 @@ class Cursors:
             known, state = self._program.nearest(Position(run, target))
             if best is None or best[1].offset < known:
                 best = (run, Stream(state, known))
-        # The one used last is the last one.
+        # The list is in the order of the last use.
         self._streams = [*(item for item in self._streams if item is not best), best][-_NUM_STREAMS:]
         stream = best[1]
         stream.seek(target, self._workspace)
@@ -50,7 +50,7 @@ class Cursors:
         return stream.generator
 
     def remember(self) -> None:
-        """Tell the program where the streams have come to."""
+        """Give the program the states that the streams have reached."""
         for run, stream in self._streams:
             assert self._program is not None
             self._program.remember(run, stream.offset, stream.generator.get_state())
