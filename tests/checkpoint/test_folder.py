@@ -186,7 +186,7 @@ def test_a_checkpoint_is_not_lost_when_its_name_was_taken_after_a_kill(folder: C
     fill(folder.previous, "one")
     folder.path.mkdir()
     (folder.path / "config.json").write_text("")
-    with pytest.raises(CheckpointError, match=r"its last whole checkpoint is .*\.last\.previous; but meanwhile"):
+    with pytest.raises(CheckpointError, match=r"its last whole checkpoint is .*\.last\.previous; but then"):
         CheckpointFolder(folder.path, takes_along=True).draft()
     assert text(folder.previous) == "one"
     assert (folder.path / "config.json").exists()

@@ -244,14 +244,14 @@ def test_what_cannot_be_is_refused_before_anything_changes(
 def test_a_file_that_is_cut_short_is_an_error_before_anything_changes(runtime: Runtime, path: Path) -> None:
     model = Fused()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    real = plans.Plan.check
+    real = plans.LoadPlan.check
 
     def cut(self: Any, strict: bool) -> None:
         with open(path, "r+b") as file:
             file.truncate(path.stat().st_size - 100)
         real(self, strict)
 
-    with mock.patch.object(plans.Plan, "check", cut), pytest.raises(CheckpointError):
+    with mock.patch.object(plans.LoadPlan, "check", cut), pytest.raises(CheckpointError):
         runtime.load_raw(path, model, keys=RULES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
