@@ -81,7 +81,7 @@ for name in sys.argv[1:]:
     for verify in (True, "all"):
         # In a shard the rank with the mistake says which element of the whole it is; a replica's buffer is one, too.
         row = 0 if name == "ddp" else 50  # Two shards of 100 rows.
-        found = rf"layers\.0\.weight on rank {last} differs from its recipe.*element \({row + 1}, 2\) is .* but should be"
+        found = rf"layers\.0\.weight on rank {last} differs from its recipe.*element \({row + 1}, 2\) is .* but should"
         expect(Meddler(make_strategy(name), "layers.0.weight", last, 130), verify, found, last)
         expect(Meddler(make_strategy(name), "layers.1.weight", 0, 7), verify, r"1\.weight on rank 0.*\(0, 7\)", 0)
         expect(Meddler(make_strategy(name), "table", last, 3), verify, rf"table on rank {last}.*element \(3,\)", last)

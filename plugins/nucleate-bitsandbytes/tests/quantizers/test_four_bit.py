@@ -199,7 +199,7 @@ def test_a_dtype_that_bitsandbytes_does_not_take_is_refused(dtype) -> None:
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"quant_type='nf5' is unknown. Give 'nf4' or 'fp4'"):
         FourBit("nf5")
-    with pytest.raises(ConfigurationError, match=r"blocksize=100 is none of 32, 64, "):
+    with pytest.raises(ConfigurationError, match=r"blocksize=100 must be one of 32, 64, "):
         FourBit("nf4", blocksize=100)
 
 
