@@ -1,4 +1,4 @@
-"""How far one weight travels: what runs of nucleate from `init_module` to the end of `setup`, as Python counts it."""
+"""The way of one weight: the functions of nucleate that run from `init_module` to the end of `setup`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print("\\n".join(calls))
 
 @pytest.fixture(scope="module")
 def calls() -> Counter[tuple[str, str]]:
-    """How often each function ran, by its file and its name; a generator counts once more for each item."""
+    """The number of calls of each function, by its file and its name. A generator counts again for each item."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
     return Counter(tuple(line.split(" ", 1)) for line in done.stdout.splitlines())  # type: ignore[misc]
 

@@ -263,6 +263,11 @@ def test_keys_are_renamed_behind_a_prefix(tmp_path: Path, training: Path) -> Non
         (Selection(only="model", keys={".*weight": "w"}), CheckpointKeyError, "both become w"),
         (Selection(only="model", keys={"(": "w"}), ConfigurationError, "not a regular expression"),
         (Selection(only="model", keys=lambda key: None), CheckpointKeyError, "no key"),
+        (
+            Selection(only="model", keys=lambda key: "" if key == "norm.weight" else key),
+            CheckpointKeyError,
+            "becomes empty",
+        ),
     ],
 )
 def test_a_selection_that_cannot_be_is_refused_before_anything_is_written(

@@ -67,3 +67,11 @@ def test_who_waits_gets_the_lock_when_it_is_free(tmp_path: Path) -> None:
     thread.join(10)
     assert order == ["first", "second"]
     assert os.listdir(tmp_path) == []
+
+
+def test_a_holder_whose_name_cannot_be_read_is_another_process(tmp_path: Path) -> None:
+    lock = SaveLock(tmp_path / "c")
+    (tmp_path / ".c.lock").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="under way, by another process"):
+        SaveLock(tmp_path / "c")
+    lock.release()

@@ -1,4 +1,4 @@
-"""What a type checker knows of `Runtime`. Nothing here runs: mypy checks it, as a part of its configuration."""
+"""The types of `Runtime`. mypy checks this file, and nothing runs it."""
 
 from __future__ import annotations
 

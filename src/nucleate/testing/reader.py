@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
 
@@ -35,6 +35,17 @@ ALL_DTYPES = (
 )
 #: The seconds that a reader may take for one small checkpoint: an endless file, or a pipe, must not block it.
 SECONDS = 10.0
+
+
+def random_bits(dtypes: Iterable[torch.dtype]) -> dict[str, Tensor]:
+    """Return a tensor `(2, 3)` of random bits for each dtype, by the dtype's name. Every call returns the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for dtype in dtypes:
+        data = torch.randint(256, (6 * dtype.itemsize,), dtype=torch.uint8, generator=generator, device="cpu")
+        data = data & 1 if dtype is torch.bool else data
+        tensors[str(dtype).removeprefix("torch.")] = data.view(dtype).view(2, 3)
+    return tensors
 
 
 class ReaderSuite(ABC):
@@ -75,12 +86,7 @@ class ReaderSuite(ABC):
 
     def sample(self) -> dict[str, Tensor]:
         """Return tensors of every dtype on the CPU, with random bits, and an empty tensor and a scalar."""
-        generator = torch.Generator().manual_seed(0)
-        tensors = {}
-        for dtype in self.dtypes:
-            data = torch.randint(256, (6 * dtype.itemsize,), dtype=torch.uint8, generator=generator, device="cpu")
-            data = data & 1 if dtype is torch.bool else data
-            tensors[f"layer.{str(dtype).removeprefix('torch.')}"] = data.view(dtype).view(2, 3)
+        tensors = {f"layer.{name}": tensor for name, tensor in random_bits(self.dtypes).items()}
         first = self.dtypes[0]
         tensors["layer.empty"] = torch.zeros(0, 3, dtype=first, device="cpu")
         tensors["layer.scalar"] = torch.ones(1, dtype=first, device="cpu").view(())

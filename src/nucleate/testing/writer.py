@@ -25,7 +25,7 @@ from nucleate.cluster.environment import Environment
 from nucleate.cluster.save_group import SaveGroup
 from nucleate.errors import CheckpointError
 from nucleate.testing.models import TinyTransformer
-from nucleate.testing.reader import ALL_DTYPES
+from nucleate.testing.reader import ALL_DTYPES, random_bits
 
 
 class WriterSuite(ABC):
@@ -79,12 +79,7 @@ class WriterSuite(ABC):
 
     def sample(self) -> dict[str, Tensor]:
         """Return tensors of every dtype with random bits, and of several layouts."""
-        generator = torch.Generator().manual_seed(0)
-        tensors = {}
-        for dtype in self.dtypes:
-            data = torch.randint(256, (6 * dtype.itemsize,), dtype=torch.uint8, generator=generator, device="cpu")
-            data = data & 1 if dtype is torch.bool else data
-            tensors[str(dtype).removeprefix("torch.")] = data.view(dtype).view(2, 3)
+        tensors = random_bits(self.dtypes)
         first = torch.arange(60, device="cpu").to(self.dtypes[0])
         tensors |= {
             "empty": first[:0].view(0, 3),

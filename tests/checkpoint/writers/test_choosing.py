@@ -1,4 +1,4 @@
-"""Which writer saves: by what is asked for, by the ending of a path, and from a package of somebody else."""
+"""The choice of a writer: by `format=`, by the ending of a path, and among the writers of other packages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from nucleate import Runtime
 from nucleate.checkpoint.saving.snapshot import Snapshot
-from nucleate.checkpoint.writers import Writer
+from nucleate.checkpoint.writers import Writer, choosing
 from nucleate.checkpoint.writers.choosing import choose, format_of
 from nucleate.cluster.save_group import SaveGroup
 from nucleate.errors import CheckpointError, ConfigurationError
@@ -84,6 +84,10 @@ def test_a_folder_of_somebody_elses_format_is_a_checkpoint(installed: object, tm
 @pytest.mark.parametrize(("name", "format"), [("model.pt", "torch"), ("model.safetensors", "safetensors")])
 def test_the_endings_of_built_in_formats_stay_theirs(installed: object, tmp_path: Path, name: str, format: str) -> None:
     assert format_of(str(tmp_path / name)) == format
+
+
+def test_the_endings_that_are_known_without_an_import_are_those_of_the_writers() -> None:
+    assert {name: WRITERS.get(name).suffixes for name in WRITERS.builtins} == {"dcp": (), **choosing._SUFFIXES}
 
 
 def test_its_format_is_one_file(installed: object, tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ class SaveLock:
                 return  # Some network file systems have no locks.
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
+            holder = ""
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 holder = os.pread(self._descriptor, 200, 0).decode()
             raise CheckpointError(

@@ -7,7 +7,7 @@ never depends on the format of the checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nucleate.checkpoint.stored.data_file import Bytes, DataFile
 from nucleate.deferred import ElementSource
+from nucleate.deferred.replay import boxes
 from nucleate.errors import CheckpointError, name_list
 
 # Elements that do not lie row by row are read through a buffer of at most this size, whatever the tensor's size.
@@ -195,7 +196,7 @@ class StoredTensor(ElementSource):
             chunk.file.read_into(out.data_ptr(), out.numel() * itemsize, chunk.offset + start * itemsize)
             return
         done = 0
-        for begin, shape in _boxes(self.shape, start, start + out.numel()):
+        for begin, shape in boxes(self.shape, start, start + out.numel()):
             numel = math.prod(shape)
             self.read_box(begin, out[done : done + numel].view(shape))
             done += numel
@@ -225,31 +226,6 @@ class StoredTensor(ElementSource):
                 target = target.narrow(dim, first - begin[dim], end - first)
                 offset += (first - chunk.begin[dim]) * strides[dim] * self.dtype.itemsize
             _read_strided(chunk.file, offset, strides, target)
-
-
-def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield the boxes, as first index and shape, that make up a range of the elements, in order.
-
-    >>> list(_boxes((3, 4), 2, 9))
-    [((0, 2), (1, 2)), ((1, 0), (1, 4)), ((2, 0), (1, 1))]
-    """
-    if start >= stop:
-        return
-    if not shape:
-        yield (), ()
-        return
-    row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row
-    if first > last:  # all in one row
-        for begin, lengths in _boxes(shape[1:], start - last * row, stop - last * row):
-            yield (last, *begin), (1, *lengths)
-        return
-    for begin, lengths in _boxes(shape[1:], start - (first - 1) * row, row) if start < first * row else ():
-        yield (first - 1, *begin), (1, *lengths)
-    if first < last:
-        yield (first, *(0,) * len(shape[1:])), (last - first, *shape[1:])
-    for begin, lengths in _boxes(shape[1:], 0, stop - last * row):
-        yield (last, *begin), (1, *lengths)
 
 
 def _row_by_row(shape: Sequence[int]) -> tuple[int, ...]:

@@ -122,8 +122,10 @@ def _stripped(contents: Contents, prefix: str) -> dict[str, str]:
 def _renamed(contents: Contents, key_map: KeyMap) -> Contents:
     names = {str(place[0]): contents.tensors[key] for place, key in contents.keys.items()}
     new = map_tensors(names, key_map, str(contents.path))
-    if not new or "" in new:
-        raise CheckpointKeyError(f"with these names, {'a' if new else 'no'} key of {contents.path} is left empty.")
+    if not new:
+        raise CheckpointKeyError(f"with these names, no key of {contents.path} is left. Keep at least one.")
+    if "" in new:
+        raise CheckpointKeyError(f"with these names, a key of {contents.path} becomes empty. Give it another name.")
     # A tensor that rules make has another shape, and was never sharded.
     keys = {id(tensor): key for key, tensor in contents.tensors.items()}
     sharded = {
