@@ -290,20 +290,23 @@ class Runtime:
                 model = integration.setup(model)
             self._note_nothing_to_set_up(model)
             vacant = [vacancy.fqn for vacancy in vacancies(model)]
-            facts = None if vacant else self._facts(model)
+            plan, facts = (None, None) if vacant else self._plan(model)
         self._compare_ranks(facts, vacant)
-        if vacant:
-            self._reset(model)
+        if plan is None:
+            plan = self._reset(model)
         with self._communicator.all_or_none("setup"):
             # Recording is on: the precision's operations on deferred parameters become part of their recipes.
             with resumed(model):
                 model = self._precision.setup(model)
             model = self._accelerator.setup(model)
+            plan.renew(model)
         # This is a separate block: a strategy exchanges tensors, and would wait for a rank that failed before.
         with self._communicator.all_or_none("setup"):
-            verification = Verification(model, self._verify == "all", self._device) if self._verify else None
+            verification = Verification(model, plan, self._verify == "all", self._device) if self._verify else None
             with metered(self.is_global_zero), made_current(self._device):
-                forward_module = self._strategy.setup(model)
+                # A strategy with a `setup` of its own makes its own plan.
+                has_own = type(self._strategy).setup is not Strategy.setup
+                forward_module = self._strategy.setup(model) if has_own else self._strategy.finish(model, plan)
             renewed = dict(model.named_parameters(remove_duplicate=False))
             for optimizer in optimizers:
                 repoint(optimizer, names, renewed)
@@ -380,7 +383,7 @@ class Runtime:
             raise UsageError(f"backward() takes the loss, a tensor; got {type(loss).__name__}.")
         if loss.is_meta:
             raise DeferredUseError("this loss has no value: its model is deferred. Call `runtime.setup(model)` first.")
-        with backward_allowed():
+        with backward_allowed(), self._strategy.step_context():
             self._strategy.backward(self._precision.scale(loss))
 
     def clip_gradients(
@@ -411,8 +414,6 @@ class Runtime:
             ConfigurationError: Both or neither of `clip_val` and `max_norm` were given, or the limit is negative.
             NonFiniteGradientError: The norm is NaN or infinite; see `error_if_nonfinite`.
         """
-        from nucleate.strategies.clip import clip_by_norm, clip_by_value
-
         if (clip_val is None) == (max_norm is None):
             raise ConfigurationError(
                 f"give exactly one of clip_val and max_norm, not clip_val={clip_val!r} and max_norm={max_norm!r}."
@@ -422,11 +423,13 @@ class Runtime:
         if error_if_nonfinite is None:
             error_if_nonfinite = not self._precision.scales_gradients
         parameters = [p for group in inner.param_groups for p in group["params"]]
-        if max_norm is not None:
-            return clip_by_norm(parameters, max_norm, norm_type, error_if_nonfinite)
-        assert clip_val is not None
-        clip_by_value(parameters, clip_val)
-        return None
+        return self._strategy.clip_gradients(
+            parameters,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            clip_val=clip_val,
+            error_if_nonfinite=error_if_nonfinite,
+        )
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the precision's context for a forward pass, for computation outside of a model."""
@@ -649,30 +652,30 @@ class Runtime:
             return
         share_generators(self._communicator, self._accelerator.random_state, self._accelerator.set_random_state)
 
-    def _facts(self, model: nn.Module) -> tuple[str, Numerics | None]:
-        """Return a fingerprint of a model's recipes and, with other ranks, the facts that their bits depend on."""
-        # The plan is not kept, because it lists the tensors as they are now.
+    def _plan(self, model: nn.Module) -> tuple[Plan, tuple[str, Numerics | None]]:
+        """Return a model's plan, its fingerprint and, with other ranks, the facts that its bits depend on."""
         plan = Plan.of(model)
         plan.check_device(self._device)
-        return (plan.digest(), numerics_of(plan, self._device)) if self.world_size > 1 else ("", None)
+        return plan, (plan.digest(), numerics_of(plan, self._device)) if self.world_size > 1 else ("", None)
 
     def _compare_ranks(self, facts: tuple[str, Numerics | None] | None, vacant: Sequence[str] = ()) -> None:
-        """Compare the results of `_facts`, and the lists of tensors without a recipe, between the ranks."""
+        """Compare the facts of a plan, and the lists of tensors without a recipe, between the ranks."""
         if self.world_size > 1:
             digest, numerics = facts or ("", None)
             settings = {"verify": self._verify, "precision": repr(self._precision)}
             settings["the list of tensors without a recipe"] = name_list(vacant)
             verify_same_model(digest, self._communicator, numerics, settings)
 
-    def _reset(self, model: nn.Module) -> None:
-        """Give recipes to the tensors without one. Every rank has found the same tensors."""
+    def _reset(self, model: nn.Module) -> Plan:
+        """Give recipes to the tensors without one, and return the plan. Every rank has found the same tensors."""
         self._agree_on_generators()
         with self._communicator.all_or_none("setup"):
             resets = reset(model, self._device)
             if self.is_global_zero:
                 resets.report()
-            facts = self._facts(model)
+            plan, facts = self._plan(model)
         self._compare_ranks(facts)
+        return plan
 
     def _note_nothing_to_set_up(self, model: nn.Module) -> None:
         """Warn about a model without parameters and buffers. It is set up anyway, because it may be a loss function."""

@@ -98,6 +98,7 @@ class Plan:
     """
 
     groups: list[Group]
+    _state: object = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Plan:
@@ -117,7 +118,24 @@ class Plan:
             plan = cls._find(_held(model))
         plan._refuse_changed()
         plan._refuse_unwritten()
+        plan._state = plan._state_of(model)
         return plan
+
+    def renew(self, model: nn.Module) -> None:
+        """Bring the plan up to date, if operations were recorded on the model or modules replaced since it was made.
+
+        Args:
+            model: The model of the plan, or the one that has taken its place.
+
+        Raises:
+            UninitializedError: See `of`.
+        """
+        if self._state != self._state_of(model):
+            renewed = Plan.of(model)
+            self.groups, self._state = renewed.groups, renewed._state
+
+    def _state_of(self, model: nn.Module) -> object:
+        return [len(record.tape.steps) for record in self.records], [id(module) for module in model.modules()]
 
     @classmethod
     def of_tensors(cls, held: Iterable[tuple[Holder, Tensor]]) -> Plan:

@@ -57,6 +57,7 @@ class Verification:
 
     Args:
         model: The model, with its precision applied and still deferred.
+        plan: The model's plan.
         everything: Whether to check every tensor; else a sample. For each kind of recipe (its operations, its dtype,
             tied or not) the sample has the smallest, the largest and the last tensor. Others follow, spread over the
             model, as long as all take at most `SAMPLE_NUMEL` elements. Larger tensors are checked in windows, except
@@ -64,9 +65,9 @@ class Verification:
         device: The device on which the strategy makes values.
     """
 
-    def __init__(self, model: nn.Module, everything: bool, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, everything: bool, device: torch.device) -> None:
         self._model = model
-        self._plan = Plan.of(model)
+        self._plan = plan
         self._everything = everything
         self._device = device
         self._places = {id(target.tensor): _places(target) for target in self._plan.targets}

@@ -1,25 +1,38 @@
-"""The base class of strategies: the layout of a model over ranks, and its effect on backward."""
+"""The base class of strategies: the layout of a model over ranks, and its effect on backward, clipping and saving."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
+from nucleate.materialize import Plan
 from nucleate.plugin import Plugin
+from nucleate.strategies.clip import clip_by_norm, clip_by_value
+from nucleate.strategies.finish import finish
 
 
 class Strategy(Plugin):
     """A plugin that decides how a model is laid out over the ranks.
 
-    Required: the contract's two methods. `setup(model)` receives the model, deferred or real, after accelerator and
-    precision have been applied. It returns the module whose forward the user calls, with all tensors materialized
-    (`nucleate.materialize`). Everything else has a working default.
+    Required: the contract's two methods, `module_init_context()` and `setup(model)`. `setup` receives the model,
+    deferred or real, after accelerator and precision have been applied. It returns the module whose forward the user
+    calls, with all tensors materialized.
+
+    A strategy that lays tensors out by torch's own means leaves `setup` as it is and implements `lay_out`. The core then
+    does the rest for it: it plans, keeps ties, attributes and hooks, materializes this rank's part of each tensor, and
+    compares replicas. A strategy whose library has an engine of its own writes its own `setup`
+    (`nucleate.materialize`).
+
+    Everything else has a working default.
 
     Attributes:
         device: This process's device, set by `connect`.
@@ -47,9 +60,63 @@ class Strategy(Plugin):
     def module_init_context(self) -> AbstractContextManager[object]:
         """Return the context in which a model is constructed for this strategy."""
 
-    @abstractmethod
     def setup(self, model: nn.Module) -> nn.Module:
-        """Lay the model out, materialize its deferred tensors, and return the module to call."""
+        """Lay the model out by `lay_out`, materialize its deferred tensors, and return the module to call.
+
+        Raises:
+            ConfigurationError: `check_model` refuses the model. Nothing has been changed.
+            RankDisagreementError: Replicas made from the same recipes differ.
+            UninitializedError: See `nucleate.materialize.Plan.of`.
+        """
+        return self.finish(model, Plan.of(model))
+
+    @final
+    def finish(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Set a model up with a plan that was made before.
+
+        Args:
+            model: The model.
+            plan: The plan of the model as it is now.
+        """
+        return finish(self, model, plan)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that `lay_out` cannot lay out, before anything is changed. By default, do nothing.
+
+        Args:
+            model: The model. Its deferred tensors appear as meta tensors.
+
+        Raises:
+            ConfigurationError: The strategy cannot lay this model out; the message gives the FQNs.
+        """
+
+    def lay_out(self, model: nn.Module) -> None:
+        """Replace parameters by their parts, such as DTensors, in place. By default, do nothing: every rank keeps all.
+
+        Deferred tensors are on the meta device here, and have no values. This method must not make values, and must not
+        exchange any. Real tensors are equal on all ranks.
+
+        Args:
+            model: The model.
+        """
+
+    def enclose(self, model: nn.Module) -> nn.Module:
+        """Return the module whose forward the user calls: by default the model itself.
+
+        Args:
+            model: The model, laid out, with the values of all its tensors.
+        """
+        return model
+
+    @property
+    def storage_device(self) -> torch.device:
+        """The device that keeps the tensors that `lay_out` has sharded."""
+        return self.device
+
+    @property
+    def communicator(self) -> Communicator:
+        """The communicator of this process."""
+        return Communicator(self.environment, self.device)
 
     @property
     def data_parallel_size(self) -> int:
@@ -64,6 +131,10 @@ class Strategy(Plugin):
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of `loss`."""
         loss.backward()
+
+    def step_context(self) -> AbstractContextManager[object]:
+        """Return the context that surrounds each forward and each backward."""
+        return nullcontext()
 
     def no_backward_sync(self, module: nn.Module) -> AbstractContextManager[object]:
         """Return a context in which backward accumulates gradients without exchanging them.
@@ -84,3 +155,57 @@ class Strategy(Plugin):
     def guards_methods(self, module: nn.Module) -> bool:
         """Return whether a method that calls forward itself would bypass this strategy."""
         return False
+
+    def regain_shards(self, module: nn.Module) -> None:
+        """Put parameters that a forward has gathered back into the form that they have between two steps.
+
+        Code that looks at `parameters()` then sees the tensors that optimizers and checkpoints know.
+
+        Args:
+            module: The module that `setup` returned.
+        """
+
+    def setup_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that this strategy cannot step, before its first step. By default, do nothing.
+
+        Args:
+            optimizer: The user's optimizer, on the parameters that `setup` has left.
+
+        Raises:
+            ConfigurationError: The optimizer cannot step these parameters; the message says which one can.
+        """
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state of an optimizer to save, in the form of torch's `state_dict`."""
+        return optimizer.state_dict()
+
+    def clip_gradients(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        clip_val: float | None = None,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor | None:
+        """Clip the gradients of some parameters, by their norm over all ranks or by value.
+
+        Args:
+            parameters: The parameters.
+            max_norm: The largest allowed norm; None clips by value.
+            norm_type: The order of the norm.
+            clip_val: The largest allowed absolute value of an element.
+            error_if_nonfinite: Refuse a norm that is NaN or infinite, before any gradient is changed.
+
+        Returns:
+            The norm before clipping, equal on every rank, or None when clipping by value.
+
+        Raises:
+            ConfigurationError: The limit is negative or NaN.
+            NonFiniteGradientError: See `error_if_nonfinite`.
+        """
+        if max_norm is not None:
+            return clip_by_norm(parameters, max_norm, norm_type, error_if_nonfinite)
+        assert clip_val is not None
+        clip_by_value(parameters, clip_val)
+        return None

@@ -9,9 +9,6 @@ from inspect import signature
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nucleate.cluster.communicator import Communicator
-from nucleate.layout.agreement import broadcast_real, verify_replicas
-from nucleate.materialize import Plan, execute
 from nucleate.strategies.base import Strategy
 
 
@@ -54,22 +51,8 @@ class DDPStrategy(Strategy):
         """Return a context without effect: construction needs nothing special."""
         return nullcontext()
 
-    def setup(self, model: nn.Module) -> nn.Module:
-        """Materialize the deferred tensors, check that replicas are equal, and wrap the model in DDP.
-
-        A model without trained parameters is returned unwrapped, because DDP refuses it.
-
-        Raises:
-            RankDisagreementError: Replicas made from the same recipes differ.
-        """
-        communicator = Communicator(self.environment, self.device)
-        plan = Plan.of(model)
-        plan.release()
-        broadcast_real(model, communicator)
-        # If one rank cannot read a file, the other ranks must not wait for it below.
-        with communicator.all_or_none("making parameters"):
-            execute(plan, model, self.device)
-        verify_replicas(model, communicator)
+    def enclose(self, model: nn.Module) -> nn.Module:
+        """Wrap the model in DDP. A model without trained parameters stays unwrapped, because DDP refuses it."""
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model
         return DistributedDataParallel(

@@ -10,18 +10,15 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nucleate.cluster.communicator import Communicator
 from nucleate.devices import hooks_of
-from nucleate.errors import ConfigurationError, name_list
-from nucleate.layout.agreement import broadcast_real, verify_replicas
-from nucleate.materialize import Plan, execute
+from nucleate.errors import ConfigurationError
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.sharded_class import make_shardable
+from nucleate.strategies.unshardable import refuse_unshardable
 from nucleate.strategies.wrap_policy import WrapPolicy, find_units
 
 if TYPE_CHECKING:
@@ -93,15 +90,15 @@ class FSDPStrategy(Strategy):
 
     @property
     def mesh(self) -> DeviceMesh:
-        """The device mesh, with the axis `shard`; with replicas, the axis `replicate` comes first."""
+        """The device mesh, with the axis `dp_shard`; with replicas, the axis `dp_replicate` comes first."""
         if self._mesh is None:
             from torch.distributed.device_mesh import init_device_mesh
 
             world_size = self.environment.world_size
             if self.num_replicas == 1:
-                shape, names = (world_size,), ("shard",)
+                shape, names = (world_size,), ("dp_shard",)
             else:
-                shape, names = (self.num_replicas, world_size // self.num_replicas), ("replicate", "shard")  # type: ignore[assignment]
+                shape, names = (self.num_replicas, world_size // self.num_replicas), ("dp_replicate", "dp_shard")  # type: ignore[assignment]
             self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         return self._mesh
 
@@ -109,44 +106,36 @@ class FSDPStrategy(Strategy):
         """Return a context without effect: construction is already cheap because it is deferred."""
         return nullcontext()
 
-    def setup(self, model: nn.Module) -> nn.Module:
-        """Shard the model, and materialize this rank's part of every parameter.
+    @property
+    def storage_device(self) -> torch.device:
+        """The device that keeps the shards: the host with `cpu_offload`."""
+        return torch.device("cpu") if self.cpu_offload else self.device
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse parameters that FSDP2 cannot shard.
 
         Raises:
             ConfigurationError: A parameter cannot be sharded. Nothing has been changed.
-            UninitializedError: See `nucleate.materialize.Plan.of`.
         """
-        import torch
+        refuse_unshardable(model, find_units(model, self.wrap))
+
+    def lay_out(self, model: nn.Module) -> None:
+        """Shard the parameters of each unit and of the root. Parameters without a dimension stay whole."""
         from torch.distributed.fsdp import fully_shard
 
-        plan = Plan.of(model)
         units = find_units(model, self.wrap)
-        # The checks need only metadata, so they read the underlying meta tensors without the cost of the guards.
-        with torch._C.DisableTorchFunctionSubclass():
-            _refuse_unshardable(model, units, plan)
-        communicator = Communicator(self.environment, self.device)
-        plan.release()
-        # Each rank cuts its shard from its own copy of a real parameter, so all copies must be equal.
-        broadcast_real(model, communicator)
-        hooks = {name: p._post_accumulate_grad_hooks for name, p in model.named_parameters(remove_duplicate=False)}
-        attributes = {name: _attributes(p) for name, p in model.named_parameters(remove_duplicate=False)}
         scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
         for module in (*(unit for _, unit in units), model):
             make_shardable(module)
         for _, unit in units:
             fully_shard(unit, **self._arguments(root=False), ignored_params=scalars)
         fully_shard(model, **self._arguments(root=True), ignored_params=scalars)
-        # If one rank cannot read a file, the other ranks must not wait for it below.
-        with communicator.all_or_none("making parameters"):
-            execute(plan, model, self.device, torch.device("cpu") if self.cpu_offload else self.device)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            for key, value in attributes[name].items():
-                setattr(parameter, key, value)
-            if hooks[name]:
-                parameter._post_accumulate_grad_hooks = hooks[name]
-        for parameter in scalars:
-            self._average_gradient(parameter, weakref.ref(model))
-        verify_replicas(model, communicator)
+
+    def enclose(self, model: nn.Module) -> nn.Module:
+        """Average the gradients of the parameters that every rank keeps whole, as FSDP averages those of shards."""
+        for parameter in model.parameters():
+            if parameter.dim() == 0:
+                self._average_gradient(parameter, weakref.ref(model))
         return model
 
     @contextmanager
@@ -195,49 +184,3 @@ class FSDPStrategy(Strategy):
         if self.cpu_offload:
             arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=hooks_of(self.device).pins_memory)
         return arguments
-
-
-def _attributes(parameter: nn.Parameter) -> dict[str, Any]:
-    """Return the attributes that users set on a parameter; FSDP makes a new object without them."""
-    return {key: value for key, value in vars(parameter).items() if not key.startswith("_nucleate")}
-
-
-def _refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]], plan: Plan) -> None:
-    parameters = dict(model.named_parameters())
-    strided = [name for name, p in parameters.items() if not p.is_contiguous()]
-    if strided:
-        raise ConfigurationError(
-            f"FSDP cannot shard parameters that are not contiguous: {name_list(strided)}. Make them contiguous in the "
-            "constructor, or use strategy='ddp'."
-        )
-    hooked = [name for name, p in parameters.items() if p._backward_hooks]
-    if hooked:
-        raise ConfigurationError(
-            f"{name_list(hooked)} have hooks on their gradient (`register_hook`), which FSDP never calls. Use "
-            "`register_post_accumulate_grad_hook`, which FSDP calls, or strategy='ddp'."
-        )
-    owner = {id(p): name for name, unit in [("", model), *reversed(units)] for p in unit.parameters()}
-    dtypes: dict[str, dict[torch.dtype, str]] = {}
-    for name, parameter in parameters.items():
-        # Frozen parameters may have any dtype: only gradients must have the same dtype
-        # (`FSDPParamGroup._init_mp_dtypes` in torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, 2.13). Each
-        # parameter is gathered as bytes.
-        if parameter.requires_grad and parameter.dim() > 0:
-            dtypes.setdefault(owner[id(parameter)], {}).setdefault(parameter.dtype, name)
-    for unit_name, found in dtypes.items():
-        if len(found) > 1:
-            listed = ", ".join(f"{name} is {dtype}" for dtype, name in found.items())
-            raise ConfigurationError(
-                "the trained parameters of one FSDP unit must have one dtype, but in "
-                f"{unit_name or 'the root'} {listed}. Cast them to one dtype, freeze those of one dtype, or name a "
-                "module that holds only one dtype in `wrap`."
-            )
-    for group in plan.groups:
-        views = [t for t in group.targets if any(holder.kind == "parameter" for holder in t.holders)]
-        spans = sorted((t.ref.offset * t.ref.dtype.itemsize, t.size_bytes, t.fqn) for t in views)
-        for (start, size, first), (following, _, second) in pairwise(spans):
-            if start + size > following:
-                raise ConfigurationError(
-                    f"{first} and {second} are different parameters that share memory, which shards cannot do. Tie "
-                    "them by assigning the same parameter, or use strategy='ddp'."
-                )

@@ -5,10 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from nucleate.errors import ConfigurationError
-from nucleate.materialize import Plan, execute
 from nucleate.strategies.base import Strategy
 
 if TYPE_CHECKING:
@@ -36,11 +33,3 @@ class SingleDeviceStrategy(Strategy):
     def module_init_context(self) -> AbstractContextManager[object]:
         """Return an empty context: construction needs nothing special."""
         return nullcontext()
-
-    def setup(self, model: nn.Module) -> nn.Module:
-        """Materialize the deferred tensors on the device."""
-        plan = Plan.of(model)
-        plan.check_device(self.device)
-        plan.release()
-        execute(plan, model, self.device)
-        return model

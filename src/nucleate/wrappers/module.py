@@ -129,6 +129,7 @@ class ModuleWrapper(nn.Module):
         try:
             with (
                 nullcontext() if self._run_device is None else made_current(self._run_device),
+                self._strategy.step_context(),
                 precision.forward_context(),
             ):
                 output = function(*args, **kwargs)
