@@ -59,7 +59,10 @@ PUBLIC = {
         made_current move slabs take_device use_hooks
     """,
     "nucleate.integrations": "Integration",
-    "nucleate.layout": "Dealer cut flat_start is_sharded merged offsets_of runs scattered zeros_beside",
+    "nucleate.layout": """
+        Box Dealer Layout LiveLayout Mesh Partial Placement Replicate Shard TensorLayout boxes_of cut flat_start
+        is_partial is_sharded is_writer layout_of local_of merged offsets_of runs whole_of zeros_beside
+    """,
     "nucleate.materialize": "Plan execute materialize reset",
     "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",

@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
@@ -30,6 +31,7 @@ from nucleate.devices import made_current
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.integrations.active import Integrations
 from nucleate.integrations.base import Integration
+from nucleate.layout import Layout, LiveLayout
 from nucleate.materialize import Plan, reset
 from nucleate.materialize.block import Block
 from nucleate.materialize.dependence import numerics_of
@@ -109,7 +111,7 @@ class Runtime:
         self._integrations = Integrations(plugins, parts.shown)
         self._launched = False
         # The original models that were set up.
-        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._layouts: weakref.WeakKeyDictionary[nn.Module, LiveLayout] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"Runtime({self._parts})"
@@ -281,7 +283,7 @@ class Runtime:
         """
         self.launch()
         with self._communicator.all_or_none("setup"):
-            refuse_set_up(model, self._models)
+            refuse_set_up(model, self._layouts)
             names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
             for optimizer in optimizers:
                 check_optimizer(optimizer, names, model, self._strategy.shards)
@@ -300,6 +302,7 @@ class Runtime:
                 model = self._precision.setup(model)
             model = self._accelerator.setup(model)
             plan.renew(model)
+            converted = plan.converted()
         # This is a separate block: a strategy exchanges tensors, and would wait for a rank that failed before.
         with self._communicator.all_or_none("setup"):
             verification = Verification(model, plan, self._verify == "all", self._device) if self._verify else None
@@ -312,11 +315,12 @@ class Runtime:
                 repoint(optimizer, names, renewed)
         if verification is not None:
             verification.run(self._communicator)
-        wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy, self._device)
+        regain = partial(_regain_shards, self._strategy, weakref.ref(forward_module))
+        self._layouts[model] = live = LiveLayout(model, self.world_size, converted, regain)
+        wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy, self._device, live)
         for integration in integrations:
             for method in integration.inference_methods(model):
                 wrapped.mark_inference_method(method)
-        self._models.add(model)
         if not optimizers:
             return wrapped
         return (wrapped, *(OptimizerWrapper(optimizer, self._precision) for optimizer in optimizers))
@@ -337,11 +341,14 @@ class Runtime:
         """
         if not optimizers:
             raise UsageError("setup_optimizers() was called without an optimizer.")
+        layouts = list(self._layouts.values())
+        for live in layouts:
+            live.check()
         for optimizer in optimizers:
             if isinstance(optimizer, OptimizerWrapper):
                 raise UsageError("this optimizer has been set up already; use the optimizer that was returned then.")
-            known = {id(p) for model in self._models for p in model.parameters()}
-            strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            strangers = [p for p in parameters if not any(live.name_of(p) for live in layouts)]
             if strangers:
                 shapes = name_list(str(tuple(p.shape)) for p in strangers)
                 raise UsageError(
@@ -383,6 +390,9 @@ class Runtime:
             raise UsageError(f"backward() takes the loss, a tensor; got {type(loss).__name__}.")
         if loss.is_meta:
             raise DeferredUseError("this loss has no value: its model is deferred. Call `runtime.setup(model)` first.")
+        for live in list(self._layouts.values()):
+            if not live.take_checked():
+                live.check()
         with backward_allowed(), self._strategy.step_context():
             self._strategy.backward(self._precision.scale(loss))
 
@@ -418,6 +428,8 @@ class Runtime:
             raise ConfigurationError(
                 f"give exactly one of clip_val and max_norm, not clip_val={clip_val!r} and max_norm={max_norm!r}."
             )
+        for live in self._live_in(model):
+            live.refuse_emptied("clip_gradients")
         inner = optimizer.optimizer if isinstance(optimizer, OptimizerWrapper) else optimizer
         self._precision.unscale(inner)
         if error_if_nonfinite is None:
@@ -537,6 +549,8 @@ class Runtime:
         from nucleate.checkpoint import save
 
         self.launch()
+        for live in self._live_in(state):
+            live.refuse_emptied("save")
         with metered(self.is_global_zero):
             return save(
                 path,
@@ -634,11 +648,38 @@ class Runtime:
                 prepare=self._prepare_to_load,
             )
 
+    # -- layout --------------------------------------------------------------------------------------------
+
+    def layout(self, model: nn.Module) -> Layout:
+        """Return the layout of a model that was set up: each tensor's dtype, shape and placements, and whether it trains.
+
+        `print(runtime.layout(model))` shows it as a table.
+
+        Args:
+            model: The model that `setup` returned, or the user's model itself.
+
+        Raises:
+            UsageError: The model was not set up by this runtime, or parameters came into it since then.
+        """
+        for live in self._live_in(model):
+            return live.layout
+        raise UsageError(f"this {type(model).__name__} has no layout: it was not set up. Call `setup` first.")
+
     # -- inside --------------------------------------------------------------------------------------------
+
+    def _live_in(self, state: Any) -> Iterator[LiveLayout]:
+        """Yield the layouts of the models in a state."""
+        if isinstance(state, dict):
+            for value in state.values():
+                yield from self._live_in(value)
+        elif isinstance(state, nn.Module):
+            live = self._layouts.get(state.module if isinstance(state, ModuleWrapper) else state)
+            if live is not None:
+                yield live
 
     def _prepare_to_load(self, model: nn.Module, stored: Mapping[str, ElementSource]) -> None:
         """Let the precision change a model that is not set up to the form of its stored tensors."""
-        if not isinstance(model, ModuleWrapper) and model not in self._models:
+        if not isinstance(model, ModuleWrapper) and model not in self._layouts:
             if not is_recording():
                 # Tensors that were built on the meta device by hand are bound to files like deferred tensors.
                 adopt_vacancies(model, self._device)
@@ -697,3 +738,9 @@ class Runtime:
             seed_workers=last_seed() is None or seeds_workers(),
             use_distributed_sampler=use_sampler,
         )
+
+
+def _regain_shards(strategy: Strategy, module: weakref.ref[nn.Module]) -> None:
+    living = module()
+    if living is not None:
+        strategy.regain_shards(living)

@@ -1,15 +1,50 @@
-"""The layout of tensors: the part of each tensor that a rank holds. Only `agreement` communicates with other ranks."""
+"""The layout of a model: its tensors, the part of each that a rank holds, and whether it trains.
 
-from nucleate.layout.holders import Dealer
-from nucleate.layout.placements import (
+`mesh`, `placements`, `boxes`, `holders` and `layout` are plain data and arithmetic. `reading` reads live tensors, and
+`live` follows a model that trains. Only `agreement` communicates with other ranks.
+"""
+
+from nucleate.layout.boxes import Box, merged, runs
+from nucleate.layout.holders import Dealer, is_writer
+from nucleate.layout.layout import Layout, TensorLayout
+from nucleate.layout.live import LiveLayout
+from nucleate.layout.mesh import Mesh
+from nucleate.layout.placements import Partial, Placement, Replicate, Shard
+from nucleate.layout.reading import (
+    boxes_of,
     cut,
     flat_start,
+    is_partial,
     is_sharded,
-    merged,
+    layout_of,
+    local_of,
     offsets_of,
-    runs,
-    scattered,
+    whole_of,
     zeros_beside,
 )
 
-__all__ = ["Dealer", "cut", "flat_start", "is_sharded", "merged", "offsets_of", "runs", "scattered", "zeros_beside"]
+__all__ = [
+    "Box",
+    "Dealer",
+    "Layout",
+    "LiveLayout",
+    "Mesh",
+    "Partial",
+    "Placement",
+    "Replicate",
+    "Shard",
+    "TensorLayout",
+    "boxes_of",
+    "cut",
+    "flat_start",
+    "is_partial",
+    "is_sharded",
+    "is_writer",
+    "layout_of",
+    "local_of",
+    "merged",
+    "offsets_of",
+    "runs",
+    "whole_of",
+    "zeros_beside",
+]

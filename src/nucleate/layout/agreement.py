@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nucleate.cluster.communicator import Communicator
 from nucleate.errors import RankDisagreementError, name_list
-from nucleate.layout.placements import is_sharded
+from nucleate.layout.reading import boxes_of, is_sharded, local_of
 
 #: The number of elements in the sample for a fingerprint. Another seed or kernel changes nearly every element.
 SAMPLE_SIZE = 4096
@@ -102,15 +102,14 @@ def _held(model: nn.Module) -> Iterable[tuple[tuple[Any, ...], Tensor]]:
     named: Iterable[tuple[str, Any]] = (*model.named_parameters(), *model.named_buffers())
     for name, tensor in named:
         if is_sharded(tensor):
-            chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.__create_chunk_list__()]
-            yield (name, *chunks), tensor.to_local().detach()
+            yield (name, *((box.begin, box.size) for box in boxes_of(tensor))), local_of(tensor)
         elif not tensor.is_meta:
             yield (name,), tensor.detach()
 
 
 def _replicated(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not tensor.is_meta and not hasattr(tensor, "device_mesh"):
+        if not tensor.is_meta and not is_sharded(tensor):
             yield name, tensor.detach()
 
 

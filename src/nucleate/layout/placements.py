@@ -1,184 +1,182 @@
-"""Placements: the part of a tensor that this rank holds, for DTensors of any placement, as boxes and as ranges.
+"""Placements: the part of a tensor that a rank of a mesh holds, by arithmetic on plain numbers.
 
-A method for torch.distributed.checkpoint identifies a DTensor. A test of the class would import
-torch.distributed.tensor, also where nothing is distributed, and the import takes longer than constructing most models.
+A tensor has one placement for each axis of its mesh, as a DTensor has. Where several axes split the same dim, their
+order counts: each axis splits what the axes before it have left. torch notes the order in `_StridedShard`
+(torch/distributed/tensor/placement_types.py, 2.13). `fully_shard` splits what tensor parallelism has left, although its
+axis is the outer one: it notes the number of parts that exist already as the split factor.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
 
-import torch
-from torch import Tensor
+from nucleate.layout.boxes import Box
 
-
-def is_sharded(tensor: Any) -> bool:
-    """Return whether a tensor is a DTensor."""
-    return hasattr(tensor, "__create_chunk_list__")
-
-
-def offsets_of(shard: Any) -> tuple[int, ...] | None:
-    """Return the first index of this rank's part of a DTensor, or None if the part is not a box of the whole."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if hasattr(shard._local_tensor, "__create_chunk_list__") or any(map(_is_partial, shard.placements)):
-        # The shard consists of several parts, or the function below refuses it.
-        chunks = shard.__create_chunk_list__()
-        if len(chunks) > 1:
-            return None
-        offsets = tuple(chunks[0].offsets) if chunks else (0,) * shard.dim()
-    else:
-        # `__create_chunk_list__` calls this function too (torch/distributed/tensor/_api.py, 2.13), but it first imports
-        # torch.distributed.checkpoint for a class.
-        _, offsets = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
-    for axis, placement in enumerate(shard.placements):
-        # The part of a `_StridedShard` (torch/distributed/tensor/placement_types.py, 2.13) is a box if later axes split
-        # the same dim into `split_factor` parts. Else it consists of several separate parts.
-        split_factor = getattr(placement, "split_factor", 1)
-        later = [
-            shard.device_mesh.size(other)
-            for other in range(axis + 1, len(shard.placements))
-            if split_factor > 1 and shard.placements[other].is_shard(placement.dim)
-        ]
-        if split_factor != math.prod(later):
-            return None
-    return tuple(offsets)
+#: Consecutive indices of one dim: the first one and their number.
+Span: TypeAlias = tuple[int, int]
 
 
-def scattered(shard: Any, local: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
-    """Return the boxes of a shard that consists of several boxes of the whole, each with its first index."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.placement_types import _StridedShard
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Each rank of the axis holds the same values."""
 
-    ranges: list[list[tuple[int, int, int]]] = []
-    for dim, length in enumerate(shard.shape):
-        placements = [
-            Replicate()
-            if placement.is_replicate() or placement.dim != dim
-            else _StridedShard(0, split_factor=placement.split_factor)
-            if isinstance(placement, _StridedShard)
-            else Shard(0)
-            for placement in shard.placements
-        ]
-        places = torch.arange(length, device=local.device)
-        mine: Any = distribute_tensor(places, shard.device_mesh, placements, src_data_rank=None)
-        ranges.append(_ranges(mine.to_local().tolist()))
-    boxes = []
-    for parts in itertools.product(*ranges):
-        values = local
-        for dim, (_, begin, length) in enumerate(parts):
-            values = values.narrow(dim, begin, length)
-        boxes.append((tuple(begin for begin, _, _ in parts), values))
-    return boxes
+    def __str__(self) -> str:
+        return "replicate"
 
 
-def flat_start(shard: Any) -> int | None:
-    """Return the first element of this rank's part of a DTensor in the whole, or None if the part is not one range."""
-    offsets = offsets_of(shard)
-    if offsets is None:
-        return None
-    whole, first, _ = merged(shard.shape, offsets, shard.to_local().shape)
-    return first[0] if len(whole) == 1 else None
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The ranks of the axis split a dim into consecutive parts, as `torch.chunk` does; the last parts may be empty.
+
+    Attributes:
+        dim: The dim.
+        split_factor: The number of parts that the dim was split into before, as in torch's `_StridedShard`. If no other
+            axis makes these parts, each rank holds a slice of each of them, as of the parts of a fused weight.
+    """
+
+    dim: int
+    split_factor: int = 1
+
+    def __str__(self) -> str:
+        return f"shard dim {self.dim}" + (f" of {self.split_factor} parts" if self.split_factor > 1 else "")
 
 
-def cut(shard: Any, whole: Tensor) -> Tensor:
-    """Return this rank's part of a whole value.
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Each rank of the axis holds a summand; the value is their reduction.
+
+    Attributes:
+        op: The name of the reduction.
+    """
+
+    op: str = "sum"
+
+    def __str__(self) -> str:
+        return f"partial {self.op}"
+
+
+Placement: TypeAlias = Replicate | Shard | Partial
+
+
+@lru_cache(maxsize=4096)
+def boxes_at(
+    shape: tuple[int, ...], sizes: tuple[int, ...], placements: tuple[Placement, ...], coordinate: tuple[int, ...]
+) -> tuple[Box, ...]:
+    """Return the boxes that the rank at a coordinate of a mesh holds, in the order of their places in its memory.
 
     Args:
-        shard: A DTensor of the shape of the whole.
-        whole: The whole value.
+        shape: The shape of the whole tensor.
+        sizes: The size of each axis of the mesh.
+        placements: The placement on each axis.
+        coordinate: The rank's coordinate on each axis.
+
+    Returns:
+        The boxes; one empty box if the rank holds no element.
     """
-    offsets = offsets_of(shard)
-    if offsets is None:
-        from torch.distributed.tensor import distribute_tensor
+    spans = [spans_at(dim, length, sizes, placements, coordinate) for dim, length in enumerate(shape)]
+    starts = [list(itertools.accumulate((length for _, length in found), initial=0)) for found in spans]
+    return tuple(
+        Box(
+            tuple(found[number][0] for found, number in zip(spans, numbers, strict=True)),
+            tuple(found[number][1] for found, number in zip(spans, numbers, strict=True)),
+            tuple(start[number] for start, number in zip(starts, numbers, strict=True)),
+        )
+        for numbers in itertools.product(*(range(len(found)) for found in spans))
+    )
 
-        part: Any = distribute_tensor(whole, shard.device_mesh, shard.placements, src_data_rank=None)
-        return part.to_local()  # type: ignore[no-any-return]
-    for dim, (offset, length) in enumerate(zip(offsets, shard.to_local().shape, strict=True)):
-        whole = whole.narrow(dim, offset if length else 0, length)
-    return whole
+
+def local_shape_at(
+    shape: tuple[int, ...], sizes: tuple[int, ...], placements: tuple[Placement, ...], coordinate: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the shape of the tensor that the rank at a coordinate holds; see `boxes_at`."""
+    return tuple(
+        sum(number for _, number in spans_at(dim, length, sizes, placements, coordinate))
+        for dim, length in enumerate(shape)
+    )
 
 
-def zeros_beside(parameter: Tensor, shape: torch.Size, dtype: torch.dtype, dims: list[int]) -> Tensor:
-    """Return zeros on the mesh of a sharded parameter, sharded like the parameter in the dims that allow it.
+def spans_at(
+    dim: int, length: int, sizes: Sequence[int], placements: Sequence[Placement], coordinate: Sequence[int]
+) -> list[Span]:
+    """Return the indices of one dim that the rank at a coordinate holds, in their order in its memory.
 
     Args:
-        parameter: A sharded tensor.
-        shape: The whole shape of the result, such as that of one statistic for each row of the parameter.
-        dtype: The dtype of the result.
-        dims: The dims in which the result may be sharded.
+        dim: The dim.
+        length: The dim's length in the whole tensor.
+        sizes: The size of each axis of the mesh.
+        placements: The placement on each axis.
+        coordinate: The rank's coordinate on each axis.
+
+    Returns:
+        Spans that do not touch each other; one empty span if the rank holds no index.
     """
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    assert isinstance(parameter, DTensor)
-    whole = torch.zeros(shape, dtype=dtype, device=parameter.to_local().device)
-    everywhere = [Replicate()] * parameter.device_mesh.ndim
-    wanted = [
-        placement if isinstance(placement, (Shard, _StridedShard)) and placement.dim in dims else Replicate()
-        for placement in parameter.placements
-    ]
-    return DTensor.from_local(whole, parameter.device_mesh, everywhere, run_check=False).redistribute(placements=wanted)
-
-
-# -- boxes and ranges ---------------------------------------------------------------------------------------
+    spans = [(0, length)]
+    for axis, parts in order_of(dim, sizes, placements):
+        held = sum(number for _, number in spans)
+        taken: list[Span] = []
+        for part in range(parts):
+            begin, end = _chunk(held, parts, part)
+            first, last = _chunk(end - begin, sizes[axis], coordinate[axis])
+            taken += _slice(spans, begin + first, begin + last)
+        spans = _joined(taken)
+    return spans
 
 
-def merged(
-    shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
-) -> tuple[list[int], list[int], list[int]]:
-    """Merge each dim that the box covers into the dim before it."""
-    whole, first, size = [1], [0], [1]
-    for length, offset, wanted in zip(shape, offsets, sizes, strict=True):
-        covers = wanted == length
-        if covers or whole[-1] == 1:
-            whole[-1], first[-1], size[-1] = whole[-1] * length, first[-1] * length + offset, size[-1] * wanted
+def order_of(dim: int, sizes: Sequence[int], placements: Sequence[Placement]) -> list[tuple[int, int]]:
+    """Return the axes that split a dim, in the order in which they split it.
+
+    Args:
+        dim: The dim.
+        sizes: The size of each axis of the mesh.
+        placements: The placement on each axis.
+
+    Returns:
+        For each axis its number, and the number of equal parts that it splits one by one: 1, except for parts that no
+        axis makes.
+    """
+    order: list[tuple[int, int]] = []
+    for axis in reversed(range(len(placements))):
+        placement = placements[axis]
+        if not isinstance(placement, Shard) or placement.dim != dim:
+            continue
+        # An axis with a split factor comes after the axes that make as many parts.
+        made = [math.prod(sizes[other] for other, _ in order[:place]) for place in range(1, len(order) + 1)]
+        if placement.split_factor == 1:
+            order.insert(0, (axis, 1))
+        elif placement.split_factor in made:
+            order.insert(made.index(placement.split_factor) + 1, (axis, 1))
         else:
-            whole.append(length)
-            first.append(offset)
-            size.append(wanted)
-    return whole, first, size
+            order.insert(0, (axis, placement.split_factor))
+    return order
 
 
-def runs(begin: Sequence[int], shape: Sequence[int], whole: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of a box in a tensor that is stored row by row, as (first element, number of elements).
-
-    Args:
-        begin: The box's first index in each dim.
-        shape: The box's shape; not empty.
-        whole: The tensor's shape.
-
-    Examples:
-        >>> list(runs((1, 0), (2, 4), (5, 4)))  # rows: one run
-        [(4, 8)]
-        >>> list(runs((0, 2), (2, 2), (2, 4)))  # columns
-        [(2, 2), (6, 2)]
-    """
-    inner = len(shape)
-    while inner > 0 and shape[inner - 1] == whole[inner - 1]:
-        inner -= 1
-    # The box covers the dims from `inner` on, so the dim before them is one range for each index of the dims before it.
-    outer = max(0, inner - 1)
-    strides = [math.prod(whole[dim + 1 :]) for dim in range(len(whole))]
-    numel = math.prod(shape[outer:])
-    last = sum(first * stride for first, stride in zip(begin[outer:], strides[outer:], strict=True))
-    for index in itertools.product(*(range(b, b + n) for b, n in zip(begin[:outer], shape[:outer], strict=True))):
-        yield last + sum(place * stride for place, stride in zip(index, strides, strict=False)), numel
+def _chunk(length: int, parts: int, number: int) -> tuple[int, int]:
+    """Return the first index of a part of `torch.chunk`, and the index behind its last one."""
+    size = -(-length // parts)
+    return min(length, number * size), min(length, (number + 1) * size)
 
 
-def _is_partial(placement: Any) -> bool:
-    return bool(placement.is_partial())
+def _slice(spans: Sequence[Span], begin: int, end: int) -> list[Span]:
+    """Return the indices from position `begin` to position `end` of a list of spans."""
+    taken, position = [], 0
+    for first, number in spans:
+        low, high = max(begin, position), min(end, position + number)
+        if low < high:
+            taken.append((first + low - position, high - low))
+        position += number
+    return taken
 
 
-def _ranges(places: list[int]) -> list[tuple[int, int, int]]:
-    """Return runs of consecutive numbers as (first number, its position, length)."""
-    runs: list[tuple[int, int, int]] = []
-    for position, place in enumerate(places):
-        if runs and place == runs[-1][0] + runs[-1][2]:
-            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    joined: list[Span] = []
+    for first, number in spans:
+        if joined and first == sum(joined[-1]):
+            joined[-1] = (joined[-1][0], joined[-1][1] + number)
         else:
-            runs.append((place, position, 1))
-    return runs
+            joined.append((first, number))
+    return joined or [(0, 0)]

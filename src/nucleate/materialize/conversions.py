@@ -20,7 +20,7 @@ from nucleate.deferred.tape import Step, TensorRef
 from nucleate.devices import Staging, casts_there
 from nucleate.devices.staging import fits
 from nucleate.errors import ConversionError
-from nucleate.layout import flat_start
+from nucleate.layout import flat_start, local_of
 from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.parts import Part, Range
@@ -107,7 +107,7 @@ class Job:
         for target in self.groups[number].targets:
             shards = target.shards()
             for shard in shards:
-                local, ref = shard.to_local().detach(), target.ref
+                local, ref = local_of(shard), target.ref
                 start = flat_start(shard)
                 plain = local.is_contiguous() and local.dtype == ref.dtype == self.layout.outputs[number].dtype
                 if start is None or not plain or not is_contiguous(ref) or local.device != self.device:

@@ -234,6 +234,16 @@ class Plan:
         """One recording for each tape of the plan."""
         return list({id(group.source.record.tape): group.source.record for group in self.groups}.values())
 
+    def converted(self) -> set[str]:
+        """Return the FQNs of the tensors that a conversion makes, such as a quantization."""
+        return {
+            holder.fqn
+            for group in self.groups
+            if group.source.conversion() is not None
+            for target in group.targets
+            for holder in target.holders
+        }
+
     def origins(self) -> dict[str, str]:
         """Return the origin of each tensor's value, by the tensor's first name.
 

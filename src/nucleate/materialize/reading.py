@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
-
 import torch
 from torch import Tensor
 
 from nucleate.deferred import ElementSource, RangeMaker, StreamCursors
 from nucleate.deferred.elements import fill_from
 from nucleate.deferred.replay import boxes
-from nucleate.layout import is_sharded, offsets_of
+from nucleate.layout import boxes_of, is_sharded, local_of
 from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.parts import Part, parts_of
-from nucleate.materialize.shards import fill
 
 
 class GivenBox(ElementSource):
@@ -63,11 +60,13 @@ def read_into(pairs: Sequence[tuple[Tensor, ElementSource]]) -> None:
     parts: list[Part] = []
     rest: list[tuple[Tensor, ElementSource]] = []
     for tensor, given in pairs:
-        local = _local(tensor)
-        offsets = offsets_of(tensor) if is_sharded(tensor) else (0,) * tensor.dim()
-        plain = local.is_contiguous() and not (local.is_conj() or local.is_neg())
-        if offsets is not None and (plain or local.device.type != "cpu"):
-            parts.extend(parts_on(RangeMaker.of(given, local.dtype), 0, given.shape, offsets, local))
+        local = local_of(tensor)
+        places = _places(tensor, local)
+        plain = not (local.is_conj() or local.is_neg()) and all(place.is_contiguous() for _, place in places)
+        if plain or local.device.type != "cpu":
+            maker = RangeMaker.of(given, local.dtype)
+            for begin, place in places:
+                parts.extend(parts_on(maker, 0, given.shape, begin, place))
         else:
             rest.append((tensor, given))
     make_parts(parts, torch.get_num_threads())
@@ -76,20 +75,16 @@ def read_into(pairs: Sequence[tuple[Tensor, ElementSource]]) -> None:
 
 
 def _take(tensor: Tensor, given: ElementSource) -> None:
-    local = _local(tensor)
+    local = local_of(tensor)
     if not is_sharded(tensor):
         fill_from(local, given)
         return
-    offsets = offsets_of(tensor)
-    if offsets is not None:
-        fill_from(local, GivenBox(given, offsets, local.shape))
-    else:
-        # Not a box of the whole. This is rare, so the whole is made and cut.
-        whole = torch.empty(tuple(given.shape), dtype=tensor.dtype, device=local.device)
-        fill_from(whole, given)
-        fill(tensor, whole)
+    for begin, place in _places(tensor, local):
+        fill_from(place, GivenBox(given, begin, place.shape))
 
 
-def _local(tensor: Tensor) -> Tensor:
-    local: Tensor = cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
-    return local.detach()
+def _places(tensor: Tensor, local: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Return the first index of each box that this rank holds, with the memory of the box."""
+    if not is_sharded(tensor):
+        return [((0,) * tensor.dim(), local)]
+    return [(box.begin, box.of_local(local)) for box in boxes_of(tensor)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nucleate.deferred import RangeMaker
 from nucleate.deferred.randomness import is_contiguous
 from nucleate.deferred.tape import TensorRef
-from nucleate.layout import cut, is_sharded, offsets_of
+from nucleate.layout import boxes_of, cut, is_sharded, local_of
 from nucleate.materialize.device_parts import parts_on
 from nucleate.materialize.parts import Part
 
@@ -18,7 +18,7 @@ from nucleate.materialize.parts import Part
 @torch.no_grad()
 def fill(shard: Any, whole: Tensor) -> None:
     """Copy this rank's part of a whole value into a DTensor's local tensor."""
-    shard.to_local().copy_(cut(shard, whole))
+    local_of(shard).copy_(cut(shard, whole))
 
 
 def parts_of_shard(maker: RangeMaker, ref: TensorRef, shard: Any) -> list[Part] | None:
@@ -29,13 +29,13 @@ def parts_of_shard(maker: RangeMaker, ref: TensorRef, shard: Any) -> list[Part] 
         ref: The whole tensor on this storage.
         shard: The DTensor.
     """
-    local, offsets = shard.to_local().detach(), offsets_of(shard)
-    same_dtype = local.dtype == maker.dtype == ref.dtype
-    if offsets is None or not same_dtype or not is_contiguous(ref):
+    local = local_of(shard)
+    if not local.dtype == maker.dtype == ref.dtype or not is_contiguous(ref):
         return None
-    if not local.is_contiguous() and local.device.type == "cpu":
+    places = [(box.begin, box.of_local(local)) for box in boxes_of(shard)]
+    if local.device.type == "cpu" and not all(place.is_contiguous() for _, place in places):
         return None
-    return list(parts_on(maker, ref.offset, ref.size, offsets, local))
+    return [part for begin, place in places for part in parts_on(maker, ref.offset, ref.size, begin, place)]
 
 
 def allocate_shards(model: nn.Module, device: torch.device, addresses: set[int]) -> list[torch.UntypedStorage]:
@@ -55,7 +55,7 @@ def allocate_shards(model: nn.Module, device: torch.device, addresses: set[int])
         if not is_sharded(tensor) or not tensor.is_meta:
             return tensor  # type: ignore[no-any-return]
         new: Any = torch.empty_like(tensor, device=device)
-        storages.append(new.to_local().untyped_storage())
+        storages.append(local_of(new).untyped_storage())
         addresses.add(storages[-1].data_ptr())
         return new  # type: ignore[no-any-return]
 
@@ -70,7 +70,7 @@ def take_back_shards(model: nn.Module, addresses: set[int]) -> None:
 
     def emptied(tensor: Any) -> Tensor:
         made_here = is_sharded(tensor) and not tensor.is_meta
-        if not made_here or tensor.to_local().untyped_storage().data_ptr() not in addresses:
+        if not made_here or local_of(tensor).untyped_storage().data_ptr() not in addresses:
             return tensor  # type: ignore[no-any-return]
         return torch.empty_like(tensor, device="meta")
 

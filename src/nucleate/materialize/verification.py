@@ -11,8 +11,6 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +20,9 @@ from nucleate.deferred.randomness import is_contiguous
 from nucleate.deferred.replay import backward_slice, view
 from nucleate.deferred.tape import TensorRef
 from nucleate.errors import VerificationError, name_list
-from nucleate.layout import cut, is_sharded, offsets_of
+from nucleate.layout import is_sharded, local_of
 from nucleate.layout.agreement import differing_copies
+from nucleate.layout.second_look import indices_of
 from nucleate.materialize.parts import parts_of
 from nucleate.materialize.plan import Group, Plan, Target
 from nucleate.materialize.reference import Reference
@@ -123,10 +122,10 @@ class Verification:
         if actual.shape != ref.size or actual.dtype != ref.dtype:
             yield Mismatch(fqn, _other_layout(actual, ref.dtype, ref.size))
             return
-        offsets = offsets_of(actual) if is_sharded(actual) else (0,) * actual.dim()
+        local = local_of(actual)
+        offsets = _begin(indices_of(actual)) if is_sharded(actual) else (0,) * actual.dim()
         if offsets is None or not is_contiguous(ref) or ref.dtype != maker.dtype:
             return
-        local = (cast(Any, actual).to_local() if is_sharded(actual) else actual).detach()
         for row, rows in _windows(local.shape):
             begin = (offsets[0] + row, *offsets[1:])
             part = local.narrow(0, row, rows).cpu()
@@ -253,11 +252,34 @@ def _difference(actual: Tensor, expected: Tensor, device: torch.device) -> str:
     """Describe the first difference between a rank's tensor and the whole value, or return an empty text."""
     if actual.dtype != expected.dtype or actual.shape != expected.shape:
         return _other_layout(actual, expected.dtype, expected.shape)
+    local = local_of(actual).to(device)
     if not is_sharded(actual):
-        return _first_difference(actual.detach().to(device), expected, (0,) * actual.dim())
-    local = cast(Any, actual).to_local().detach().to(device)
-    # If the part is not a box of the whole, the index is the one in this rank's part.
-    return _first_difference(local, cut(actual, expected), offsets_of(actual) or (0,) * actual.dim())
+        return _first_difference(local, expected, (0,) * actual.dim())
+    indices = indices_of(actual)
+    if local.shape != tuple(map(len, indices)):
+        return f"this rank holds a part of shape {tuple(local.shape)} but should hold {tuple(map(len, indices))}"
+    begin = _begin(indices)
+    for dim, wanted in enumerate(indices):
+        if len(wanted) == expected.shape[dim]:
+            continue
+        first = int(wanted[0]) if len(wanted) else 0
+        is_slice = begin is not None
+        expected = (
+            expected.narrow(dim, first, len(wanted)) if is_slice else expected.index_select(dim, wanted.to(device))
+        )
+    # If the part is not one box of the whole, the index is the one in this rank's part.
+    return _first_difference(local, expected, begin or (0,) * actual.dim())
+
+
+def _begin(indices: Iterable[Tensor]) -> tuple[int, ...] | None:
+    """Return the first index in each dim, or None if the indices of some dim do not follow one another."""
+    begin = []
+    for found in indices:
+        first = int(found[0]) if len(found) else 0
+        if len(found) and int(found[-1]) - first != len(found) - 1:
+            return None
+        begin.append(first)
+    return tuple(begin)
 
 
 def _windows(shape: torch.Size) -> list[tuple[int, int]]:

@@ -156,6 +156,15 @@ class Strategy(Plugin):
         """Return whether a method that calls forward itself would bypass this strategy."""
         return False
 
+    def renew(self, model: nn.Module, module: nn.Module) -> nn.Module:
+        """Return the module to call after other parameters of the model came to require gradients than before.
+
+        Args:
+            model: The user's model.
+            module: The module that was called until now.
+        """
+        return module
+
     def regain_shards(self, module: nn.Module) -> None:
         """Put parameters that a forward has gathered back into the form that they have between two steps.
 

@@ -66,6 +66,13 @@ class DDPStrategy(Strategy):
             **self._buffer_arguments(),  # type: ignore[arg-type]
         )
 
+    def renew(self, model: nn.Module, module: nn.Module) -> nn.Module:
+        """Wrap the model anew: DDP exchanges the gradients of the parameters that it saw when it was made."""
+        if isinstance(module, DistributedDataParallel):
+            # The old exchange hooks onto the gradients until its last reference is gone.
+            module.logger = module.reducer = None
+        return self.enclose(model)
+
     def _buffer_arguments(self) -> dict[str, bool]:
         if self.sync_buffers:
             return {}

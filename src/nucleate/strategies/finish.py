@@ -6,13 +6,14 @@ attributes and hooks. This file gives these back, and materializes this rank's p
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from nucleate.cluster.communicator import Communicator
 from nucleate.errors import ConfigurationError, name_list
+from nucleate.layout import layout_of
 from nucleate.layout.agreement import broadcast_real, verify_replicas
 from nucleate.materialize import Plan, execute
 
@@ -127,6 +128,6 @@ class _Before:
                 parameter._post_accumulate_grad_hooks = self._hooks[name]
 
 
-def _form(parameter: Any) -> str:
-    placements = getattr(parameter, "placements", None)
-    return "whole" if placements is None else f"{placements} on {parameter.device_mesh}"
+def _form(parameter: nn.Parameter) -> str:
+    found = layout_of(parameter, 1)
+    return f"{list(found.shape)} {found.where()} on {found.mesh}"

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError
@@ -74,6 +75,8 @@ class FSDPStrategy(Strategy):
         self._mesh: DeviceMesh | None = None
         # Models whose gradients are accumulated without exchange.
         self._accumulating: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        # Parameters that every rank keeps whole and whose gradients are averaged.
+        self._averaged = WeakIdKeyDictionary()
 
     def check(self, composition: Composition) -> None:
         """Refuse a number of replicas that does not divide the number of processes.
@@ -138,6 +141,10 @@ class FSDPStrategy(Strategy):
                 self._average_gradient(parameter, weakref.ref(model))
         return model
 
+    def renew(self, model: nn.Module, module: nn.Module) -> nn.Module:
+        """Average the gradients of whole parameters that require gradients only now."""
+        return self.enclose(model)
+
     @contextmanager
     def no_backward_sync(self, module: nn.Module) -> Iterator[None]:
         """Accumulate gradients; meanwhile every rank keeps them whole."""
@@ -165,7 +172,8 @@ class FSDPStrategy(Strategy):
                 dist.all_reduce(parameter.grad)
                 parameter.grad.div_(self.environment.world_size)
 
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter not in self._averaged:
+            self._averaged[parameter] = True
             handle = parameter.register_post_accumulate_grad_hook(average)
             hooks = parameter._post_accumulate_grad_hooks
             # Before the user's own hooks, which must see the same gradient as the optimizer.

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from nucleate.devices import made_current
 from nucleate.devices.kinds import module_moves
 from nucleate.errors import UsageError, name_list
+from nucleate.layout import LiveLayout
 from nucleate.precision.base import Precision
 from nucleate.strategies.base import Strategy
 
@@ -50,6 +51,7 @@ class ModuleWrapper(nn.Module):
         precision: Converts inputs and outputs, and surrounds forward.
         strategy: Decides which methods must go through it.
         device: The device that is made current during forward; None does not change the current device.
+        live: The layout of the model, which is brought up to date before each forward that trains.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class ModuleWrapper(nn.Module):
         precision: Precision,
         strategy: Strategy,
         device: torch.device | None = None,
+        live: LiveLayout | None = None,
     ) -> None:
         super().__init__()
         # In `__dict__`, not in `_modules`: keys must not get a prefix. The registries are the model's own objects, so
@@ -68,6 +71,7 @@ class ModuleWrapper(nn.Module):
             _precision=precision,
             _strategy=strategy,
             _run_device=device,
+            _live=live,
             _forward_methods=set(),
             _inference_methods=set(),
             _forward_depth=0,
@@ -92,7 +96,17 @@ class ModuleWrapper(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward with precision and strategy."""
+        self._follow_changes()
         return self._run(self.forward_module, args, kwargs)
+
+    def _follow_changes(self) -> None:
+        """Refuse new parameters; and let the strategy exchange the gradients of those that train since the last call."""
+        live: LiveLayout | None = self._live
+        if live is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        live.check()
+        if live.take_change():
+            self.__dict__["_forward_module"] = self._strategy.renew(self.module, self.forward_module)
 
     def mark_forward_method(self, method: str | MethodType) -> None:
         """Let a method of the model go through precision and strategy, as forward does.
@@ -145,6 +159,7 @@ class ModuleWrapper(nn.Module):
     def _run_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a marked method. If a strategy wraps the model, run the method inside the strategy's forward."""
         original = self.module
+        self._follow_changes()
         if self.forward_module is original:
             return self._run(getattr(original, name), args, kwargs)
         own_forward = original.__dict__.get("forward")
@@ -237,8 +252,17 @@ class ModuleWrapper(nn.Module):
         memo[id(self)] = clone
         for plugin in (self._precision, self._strategy):
             memo[id(plugin)] = plugin
+        live = self._live
+        if live is not None:
+            memo[id(live)] = None
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if live is not None:
+            clone.__dict__["_live"] = live.of_copy(clone.module)
         return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the layout: it refers to the tensors of this process."""
+        return {**super().__getstate__(), "_live": None}  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return f"ModuleWrapper({self.module!r})"

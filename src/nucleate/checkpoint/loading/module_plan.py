@@ -20,7 +20,7 @@ from nucleate.checkpoint.state.tree import KeyPath, check_loadable, key_of
 from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.deferred import ElementSource, record_of
 from nucleate.errors import CheckpointError, ConversionError
-from nucleate.layout import is_sharded
+from nucleate.layout import local_of
 
 #: Brings a module into the form of its stored tensors, which are given by the module's own names.
 Prepare = Callable[[nn.Module, Mapping[str, ElementSource]], None]
@@ -195,10 +195,9 @@ def _own(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _memory(tensor: Any) -> int:
-    local = tensor.to_local() if is_sharded(tensor) else tensor
     with torch._C.DisableTorchFunction():
         try:
-            return int(local.untyped_storage()._cdata)
+            return int(local_of(tensor).untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError):
             return id(tensor)  # a subclass without memory
 

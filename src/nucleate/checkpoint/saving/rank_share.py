@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nucleate.deferred import ElementSource
 from nucleate.errors import CheckpointError
-from nucleate.layout import Dealer, is_sharded, offsets_of, scattered
+from nucleate.layout import Dealer, Mesh, Replicate, Shard, boxes_of, is_partial, is_sharded, is_writer, local_of
+from nucleate.layout.reading import mesh_of, placements_of
 from nucleate.materialize.memory import FreshMemory
 
 
@@ -76,8 +77,8 @@ def hold(tensors: Mapping[str, Tensor], rank: int) -> list[SavedTensor]:
     Raises:
         CheckpointError: A tensor consists of several tensors, or it is not reduced over the ranks yet.
     """
-    dealer = Dealer(rank)
-    return [_hold(key, tensor, dealer) for key, tensor in tensors.items()]
+    dealer, meshes = Dealer(), dict[Any, Mesh]()
+    return [_hold(key, tensor, rank, dealer, meshes) for key, tensor in tensors.items()]
 
 
 def frozen(tensors: list[SavedTensor]) -> list[SavedTensor]:
@@ -101,34 +102,34 @@ def frozen(tensors: list[SavedTensor]) -> list[SavedTensor]:
     ]
 
 
-def _hold(key: str, tensor: Tensor, dealer: Dealer) -> SavedTensor:
+def _hold(key: str, tensor: Any, rank: int, dealer: Dealer, meshes: dict[Any, Mesh]) -> SavedTensor:
     shape = tuple(tensor.shape)
     if not is_sharded(tensor):
         _refuse_opaque(key, tensor)
-        boxes = (Box((0,) * len(shape), tensor.detach()),) if dealer.rank == 0 else ()
+        boxes = (Box((0,) * len(shape), tensor.detach()),) if rank == 0 else ()
         return SavedTensor(key, tensor.dtype, shape, None, boxes)
-    shard: Any = tensor
-    if any(placement.is_partial() for placement in shard.placements):
+    if is_partial(tensor):
         # The file would show one rank's summand as the whole tensor.
         raise CheckpointError(f"{key} is a DTensor that is not reduced yet. Save `tensor.full_tensor()`.")
-    dims = tuple(sorted({placement.dim for placement in shard.placements if hasattr(placement, "dim")}))
-    local = shard.to_local().detach()
+    local, placements = local_of(tensor), placements_of(tensor)
     _refuse_opaque(key, local)
-    if not dealer.takes(shard):
+    dims = tuple(sorted({placement.dim for placement in placements if isinstance(placement, Shard)}))
+    if tensor.device_mesh not in meshes:
+        meshes[tensor.device_mesh] = mesh_of(tensor.device_mesh)
+    mesh = meshes[tensor.device_mesh]
+    # The mesh of all groups has one more axis than the tensor's, along which the groups hold copies.
+    placements = (*(Replicate() for _ in mesh.axes[len(placements) :]), *placements)
+    writer = dealer.deal(mesh, placements, math.prod(shape) * tensor.dtype.itemsize)
+    coordinate = mesh.coordinate(rank)
+    if coordinate is None or not is_writer(placements, writer, coordinate):
         return SavedTensor(key, tensor.dtype, shape, dims, ())
     if not math.prod(shape):
         # No rank holds an element. One rank writes that the tensor exists.
-        first = all(
-            place == 0 or placement.is_replicate()
-            for place, placement in zip(shard.device_mesh.get_coordinate(), shard.placements, strict=True)
-        )
+        first = coordinate == writer
         boxes = (Box((0,) * len(shape), local.new_empty(shape)),) if first else ()
         return SavedTensor(key, tensor.dtype, shape, dims, boxes)
-    offsets = offsets_of(shard)
-    whole = [(offsets, local)] if offsets is not None else scattered(shard, local)
-    return SavedTensor(
-        key, tensor.dtype, shape, dims, tuple(Box(tuple(begin), values) for begin, values in whole if values.numel())
-    )
+    held = tuple(Box(box.begin, box.of_local(local)) for box in boxes_of(tensor) if box.numel)
+    return SavedTensor(key, tensor.dtype, shape, dims, held)
 
 
 def _refuse_opaque(key: str, tensor: Tensor) -> None:

@@ -6,14 +6,14 @@ another run that orders or shards the parameters differently.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nucleate.checkpoint.state.entries import Entry, ParameterNames
 from nucleate.errors import CheckpointError, UsageError, name_list
-from nucleate.layout import is_sharded
+from nucleate.layout import is_sharded, local_of
 
 
 def named_state(entry: Entry, names: ParameterNames) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _refuse_local_parts(where: str, fields: Any, parameter: Tensor) -> None:
     """Raise if a plain tensor in the state of a sharded parameter has the shape of this rank's shard."""
     if not is_sharded(parameter) or not isinstance(fields, dict):
         return
-    local_shape = cast(Any, parameter).to_local().shape
+    local_shape = local_of(parameter).shape
     if local_shape == parameter.shape:
         return
     for field, tensor in fields.items():

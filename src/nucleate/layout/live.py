@@ -1,0 +1,209 @@
+"""The layout of a live model, kept while the model trains, and the changes of the model since it was set up."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from nucleate.errors import UsageError, name_list
+from nucleate.layout.layout import Layout, TensorLayout
+from nucleate.layout.reading import layout_of, local_of
+
+
+class LiveLayout:
+    """The layout of a model that was set up. It does not keep the model or its tensors alive.
+
+    Args:
+        model: The model, after its strategy's `setup`.
+        world_size: The number of ranks.
+        converted: The FQNs of the tensors that a conversion made.
+        regain_shards: Puts parameters that a forward has gathered back into their lasting form. It must not keep the
+            model alive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world_size: int,
+        converted: Collection[str] = (),
+        regain_shards: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._world_size = world_size
+        self._converted = frozenset(converted)
+        self._regain_shards = regain_shards
+        self._known: list[_Known] = []
+        self._by_id: dict[int, _Known] = {}
+        self._has_changed = False
+        self._is_checked = False
+        self._note(model)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the model as it is now.
+
+        Raises:
+            UsageError: See `check`.
+        """
+        self.check()
+        self._regain_shards()
+        return Layout(self._read(self._living()), self._world_size)
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """Return the first FQN of a parameter of the model, or None if the model does not have it."""
+        known = self._by_id.get(id(tensor))
+        return known.fqn if known is not None and known.tensor() is tensor else None
+
+    def check(self) -> None:
+        """Compare the model's parameters with those that were set up. This costs a walk over the modules.
+
+        Raises:
+            UsageError: Parameters were added or replaced since then; the message gives their FQNs.
+        """
+        model = self._living()
+        known, number, changed = self._known, 0, False
+        for parameter in _parameters(model):
+            if number == len(known) or not known[number].matches(parameter):
+                self._compare(model)
+                break
+            if parameter.requires_grad is not known[number].trains:
+                changed = True
+            number += 1
+        else:
+            if number < len(known):
+                self._compare(model)
+            elif changed:
+                self._note(model)
+                self._has_changed = True
+        self._is_checked = True
+
+    def take_change(self) -> bool:
+        """Return, once, whether other parameters require gradients than before, or some are gone."""
+        changed, self._has_changed = self._has_changed, False
+        return changed
+
+    def take_checked(self) -> bool:
+        """Return, once, whether the model was checked since the last call."""
+        checked, self._is_checked = self._is_checked, False
+        return checked
+
+    def refuse_emptied(self, action: str) -> None:
+        """Refuse parameters that have lost their values to an engine that keeps them elsewhere, as DeepSpeed's does.
+
+        Args:
+            action: The action that needs the values, for the message.
+
+        Raises:
+            UsageError: A parameter has fewer elements than when it was set up; the message gives the FQNs.
+        """
+        emptied = [known.fqn for known in self._known if known.is_emptied()]
+        if emptied:
+            raise UsageError(
+                f"{action} needs the values of {name_list(emptied)}, but these parameters have become empty since "
+                "`setup`: the strategy keeps their values elsewhere. Use the engine of the strategy's library for it."
+            )
+
+    def of_copy(self, model: nn.Module) -> LiveLayout:
+        """Return the layout of a copy of the model."""
+        return LiveLayout(model, self._world_size, self._converted)
+
+    def _living(self) -> nn.Module:
+        model = self._model()
+        assert model is not None, "whoever asks holds the model"
+        return model
+
+    def _note(self, model: nn.Module) -> None:
+        names: dict[int, str] = {}
+        for fqn, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), fqn)
+        self._known = [_Known(names[id(parameter)], parameter) for parameter in _parameters(model)]
+        self._by_id = {}
+        for known, parameter in zip(self._known, _parameters(model), strict=True):
+            self._by_id.setdefault(id(parameter), known)
+
+    def _compare(self, model: nn.Module) -> None:
+        """Find the parameters that are new. A gathered parameter is the known one in another form."""
+        forms = dict(model.named_parameters(remove_duplicate=False))
+        self._regain_shards()
+        by_fqn = {known.fqn: known for known in self._known}
+        strange = []
+        for fqn, parameter in model.named_parameters(remove_duplicate=False):
+            known = self._by_id.get(id(parameter))
+            if known is None or known.tensor() is not parameter:
+                strange.append(fqn)
+            elif forms.get(fqn) is not parameter and fqn in forms:
+                by_fqn[known.fqn].gathered = weakref.ref(forms[fqn])
+        if strange:
+            raise UsageError(
+                f"{name_list(strange)} of {type(model).__name__} came into the model after `setup`, so the strategy "
+                "neither lays them out nor exchanges their gradients. Add and replace modules and parameters before "
+                "`setup`, for example inside `init_module`; then set the model up."
+            )
+        present = {id(parameter) for parameter in _parameters(model)}
+        gone = [known for known in self._known if id(known.tensor()) not in present]
+        trains = [parameter.requires_grad for parameter in _parameters(model)]
+        if gone or trains != [known.trains for known in self._known]:
+            self._has_changed = True
+            gathered = {known.fqn: known.gathered for known in self._known}
+            self._note(model)
+            for known in self._known:
+                known.gathered = gathered[known.fqn]
+
+    def _read(self, model: nn.Module) -> dict[str, TensorLayout]:
+        ties: dict[int, list[str]] = {}
+        found: dict[str, TensorLayout] = {}
+        tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        for fqn, tensor in (*tensors.items(), *buffers.items()):
+            ties.setdefault(id(tensor), []).append(fqn)
+            read = layout_of(tensor, self._world_size)
+            found[fqn] = replace(read, converted=fqn in self._converted, is_buffer=fqn in buffers)
+        for names in ties.values():
+            for fqn in names if len(names) > 1 else ():
+                found[fqn] = replace(found[fqn], tied_with=tuple(name for name in names if name != fqn))
+        return found
+
+
+class _Known:
+    """A parameter that was set up, in one of its places.
+
+    Attributes:
+        fqn: The parameter's first name.
+        tensor: The parameter.
+        gathered: The same parameter in the form that it has while it is gathered, once that was seen.
+        trains: Whether it required gradients at the last check.
+    """
+
+    __slots__ = ("_numel", "fqn", "gathered", "tensor", "trains")
+
+    def __init__(self, fqn: str, parameter: nn.Parameter) -> None:
+        self.fqn = fqn
+        self.tensor = weakref.ref(parameter)
+        self.gathered: weakref.ref[nn.Parameter] | None = None
+        self.trains = parameter.requires_grad
+        self._numel = local_of(parameter).numel()
+
+    def matches(self, parameter: nn.Parameter) -> bool:
+        return self.tensor() is parameter or (self.gathered is not None and self.gathered() is parameter)
+
+    def is_emptied(self) -> bool:
+        parameter = self.tensor()
+        return parameter is not None and self._numel > 0 and local_of(parameter).numel() == 0
+
+
+def _parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameter of each place, quicker than `named_parameters` and by what the registries hold."""
+    seen: set[nn.Module] = set()
+    left = [model]
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                yield parameter
+        left.extend(child for child in reversed(module._modules.values()) if child is not None)

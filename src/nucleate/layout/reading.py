@@ -1,0 +1,168 @@
+"""The reading of live tensors: the placements, the mesh and the local part of a DTensor, as plain data.
+
+Only this file asks a DTensor for them. A method for torch.distributed.checkpoint identifies a DTensor. A test of the
+class would import torch.distributed.tensor, also where nothing is distributed, and the import takes longer than
+constructing most models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nucleate.errors import ConfigurationError
+from nucleate.layout.boxes import Box, merged
+from nucleate.layout.layout import TensorLayout
+from nucleate.layout.mesh import Mesh
+from nucleate.layout.placements import Partial, Placement, Replicate, Shard, boxes_at, local_shape_at
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Return whether a tensor is a DTensor."""
+    return hasattr(tensor, "__create_chunk_list__")
+
+
+def local_of(tensor: Any) -> Tensor:
+    """Return the tensor that this rank holds, detached: the local part of a DTensor, or a plain tensor itself."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return local.detach()
+
+
+def whole_of(tensor: Any) -> Tensor:
+    """Return the whole value of a tensor. Every rank of a DTensor's mesh must call it."""
+    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return whole
+
+
+def placements_of(tensor: Any) -> tuple[Placement, ...]:
+    """Return the placement of a DTensor on each axis of its mesh.
+
+    Raises:
+        ConfigurationError: A placement is of an unknown kind.
+    """
+    return tuple(map(_placement, tensor.placements))
+
+
+def is_partial(tensor: Any) -> bool:
+    """Return whether a tensor is a DTensor that is not reduced over its ranks yet."""
+    return is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements)
+
+
+def boxes_of(tensor: Any) -> tuple[Box, ...]:
+    """Return the boxes that this rank holds of a DTensor; one empty box if it holds no element."""
+    if hasattr(tensor._local_tensor, "__create_chunk_list__"):
+        # The local part consists of several tensors itself.
+        chunks = tensor.__create_chunk_list__()
+        return tuple(Box(tuple(chunk.offsets), tuple(chunk.sizes), (0,) * tensor.dim()) for chunk in chunks)
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return ()
+    return boxes_at(tuple(tensor.shape), tuple(mesh.shape), placements_of(tensor), tuple(coordinate))
+
+
+def offsets_of(tensor: Any) -> tuple[int, ...] | None:
+    """Return the first index of this rank's part of a DTensor, or None if the part is not one box of the whole."""
+    boxes = boxes_of(tensor)
+    if not boxes:
+        return (0,) * tensor.dim()
+    return boxes[0].begin if len(boxes) == 1 else None
+
+
+def flat_start(tensor: Any) -> int | None:
+    """Return the first element of this rank's part of a DTensor in the whole, or None if the part is not one range."""
+    offsets = offsets_of(tensor)
+    if offsets is None:
+        return None
+    whole, first, _ = merged(tensor.shape, offsets, tensor.to_local().shape)
+    return first[0] if len(whole) == 1 else None
+
+
+def cut(tensor: Any, whole: Tensor) -> Tensor:
+    """Return this rank's part of a whole value.
+
+    Args:
+        tensor: A DTensor of the shape of the whole.
+        whole: The whole value.
+    """
+    boxes = boxes_of(tensor)
+    if len(boxes) == 1:
+        return boxes[0].of_whole(whole)
+    local = whole.new_empty(tensor.to_local().shape)
+    for box in boxes:
+        box.of_local(local).copy_(box.of_whole(whole))
+    return local
+
+
+def layout_of(tensor: Any, world_size: int) -> TensorLayout:
+    """Return the layout of one live tensor, without its ties.
+
+    Args:
+        tensor: A parameter, a buffer or any other tensor.
+        world_size: The number of ranks of the run.
+    """
+    shape, dtype, trains = tuple(tensor.shape), tensor.dtype, bool(tensor.requires_grad)
+    if not is_sharded(tensor):
+        mesh = Mesh(("world",), (world_size,)) if world_size > 1 else Mesh((), ())
+        return TensorLayout(dtype, shape, mesh, (Replicate(),) * len(mesh.axes), trains)
+    mesh = mesh_of(tensor.device_mesh)
+    placements = placements_of(tensor)
+    # The mesh of all groups has one more axis than that of one group.
+    rest = (Replicate(),) * (len(mesh.axes) - len(placements))
+    return TensorLayout(dtype, shape, mesh, (*rest, *placements), trains, is_plain=False)
+
+
+def mesh_of(device_mesh: Any) -> Mesh:
+    """Return a DeviceMesh as plain data.
+
+    A slice of a larger mesh, such as `mesh["tp"]`, has one group of ranks on each process. The result has all of them,
+    along a first axis that is called `groups`.
+    """
+    names = tuple(device_mesh.mesh_dim_names or (f"axis{number}" for number in range(device_mesh.ndim)))
+    # Private to torch (torch/distributed/device_mesh.py, 2.13), which has no other way to the groups of other ranks.
+    groups = device_mesh._layout.remap_to_tensor(device_mesh._rank_map)
+    ranks = tuple(groups.flatten().tolist())
+    is_ordered = ranks == tuple(range(len(ranks)))
+    if groups.shape[0] == 1:
+        return Mesh(names, tuple(groups.shape[1:]), None if is_ordered else ranks)
+    return Mesh(("groups", *names), tuple(groups.shape), None if is_ordered else ranks)
+
+
+def zeros_beside(parameter: Tensor, shape: torch.Size, dtype: torch.dtype, dims: Sequence[int]) -> Tensor:
+    """Return zeros on the mesh of a sharded parameter, sharded like the parameter in the dims that allow it.
+
+    Args:
+        parameter: A sharded tensor.
+        shape: The whole shape of the result, such as that of one statistic for each row of the parameter.
+        dtype: The dtype of the result.
+        dims: The dims in which the result may be sharded.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    assert isinstance(parameter, DTensor)
+    wanted = [
+        placement if isinstance(placement, (Shard, _StridedShard)) and placement.dim in dims else Replicate()
+        for placement in parameter.placements
+    ]
+    mesh = parameter.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a rank outside of the mesh has no state for the parameter"
+    local = local_shape_at(tuple(shape), tuple(mesh.shape), tuple(map(_placement, wanted)), tuple(coordinate))
+    zeros = torch.zeros(local, dtype=dtype, device=parameter.to_local().device)
+    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(zeros, mesh, wanted, run_check=False, shape=shape, stride=strides)
+
+
+def _placement(placement: Any) -> Placement:
+    if placement.is_replicate():
+        return Replicate()
+    if placement.is_partial():
+        return Partial(str(placement.reduce_op))
+    if not hasattr(placement, "dim"):
+        raise ConfigurationError(f"{placement!r} is a placement of an unknown kind: a shard, a replica or a summand.")
+    return Shard(placement.dim, int(getattr(placement, "split_factor", 1)))
