@@ -651,7 +651,7 @@ class Runtime:
     # -- layout --------------------------------------------------------------------------------------------
 
     def layout(self, model: nn.Module) -> Layout:
-        """Return the layout of a model that was set up: each tensor's dtype, shape and placements, and whether it trains.
+        """Return the layout of a model that was set up: the dtype, shape and placements of each tensor.
 
         `print(runtime.layout(model))` shows it as a table.
 

@@ -68,13 +68,13 @@ def parametrize(model: Net) -> None:
 
 
 DOORS: dict[Callable[[Net], None], str] = {
-    assign_a_module: "head.weight and head.bias",
-    assign_a_parameter: "head.weight of",
-    add_a_module: "head.weight and head.bias",
-    set_a_submodule: "head.weight and head.bias",
-    write_into_the_registry: "head.weight of",
-    register_a_parameter: "head.gain of",
-    fill_an_empty_place: "extra.weight and extra.bias",
+    assign_a_module: "head.weight, head.bias",
+    assign_a_parameter: "head.weight came",
+    add_a_module: "head.weight, head.bias",
+    set_a_submodule: "head.weight, head.bias",
+    write_into_the_registry: "head.weight came",
+    register_a_parameter: "head.gain came",
+    fill_an_empty_place: "extra.weight, extra.bias",
     parametrize: "head.parametrizations.weight.original",
 }
 
@@ -103,7 +103,7 @@ def test_parameters_that_came_after_setup_are_refused_by_name_whatever_door_they
 def test_a_change_through_the_wrapper_is_refused_as_well() -> None:
     _, model = trained()
     model.head = nn.Linear(4, 2)
-    with pytest.raises(UsageError, match="head.weight and head.bias"):
+    with pytest.raises(UsageError, match="head.weight, head.bias"):
         model(torch.ones(1, 4))
 
 

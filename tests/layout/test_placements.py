@@ -66,8 +66,8 @@ def test_three_axes_split_in_the_order_that_the_split_factors_tell() -> None:
 
 
 PLACEMENTS: list[tuple[Placement, ...]] = [
-    (Replicate(), Shard(0)), (Shard(1), Shard(0)), (Shard(0, 3), Shard(0)), (Shard(0), Shard(0)), (Shard(0, 2), Shard(1)),
-    (Replicate(), Replicate()), (Shard(1, 3), Shard(1)), (Shard(2), Replicate()),
+    (Replicate(), Shard(0)), (Shard(1), Shard(0)), (Shard(0, 3), Shard(0)), (Shard(0), Shard(0)),
+    (Shard(0, 2), Shard(1)), (Replicate(), Replicate()), (Shard(1, 3), Shard(1)), (Shard(2), Replicate()),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a layout equals what DTensor and FSDP2 hold, on 1, 2 and 4 ranks, and verification notices a fault."""
+"""The arithmetic of a layout equals what DTensor and FSDP2 hold, on 1, 2 and 4 ranks; verification notices a fault."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from nucleate import Runtime, Strategy
 from nucleate.errors import ConfigurationError
@@ -23,14 +25,21 @@ class Net(nn.Module):
         self.embed.weight.note = "kept"  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.embed(x))
-        return out
+        del x
+        return _whole(self.embed.weight).sum() + _whole(self.head.weight).sum()
+
+
+def _whole(parameter: Any) -> Tensor:
+    whole: Tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return whole
 
 
 class Replacing(Strategy):
-    """Puts new parameters in the place of all old ones, one for each name, as torch's own means do."""
+    """Puts DTensors in the place of all parameters, one for each name, as torch's own means do."""
 
     name = "replacing"
+    distributed = True
+    shards = True
 
     def __init__(self, fault: Callable[[nn.Module], None] | None = None) -> None:
         self.fault = fault
@@ -47,9 +56,12 @@ class Replacing(Strategy):
         self.steps.append("lay out")
         if self.fault is not None:
             self.fault(model)
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad))
+                if not isinstance(parameter, DTensor):
+                    part = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+                    setattr(module, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
     def enclose(self, model: nn.Module) -> nn.Module:
         assert not any(parameter.is_meta for parameter in model.parameters())
@@ -79,7 +91,7 @@ def test_ties_attributes_and_hooks_of_replaced_parameters_are_kept() -> None:
     assert model.head.weight is model.embed.weight
     assert model.embed.weight.note == "kept"  # type: ignore[attr-defined]
     torch.manual_seed(0)
-    assert torch.equal(model.head.weight, Net().head.weight)
+    assert torch.equal(_whole(model.head.weight), Net().head.weight)
     runtime.backward(wrapped(torch.tensor([1])).sum())
     assert len(seen) == 1
     assert strategy.steps == ["check", "lay out", "enclose", "step", "step"]
@@ -87,14 +99,14 @@ def test_ties_attributes_and_hooks_of_replaced_parameters_are_kept() -> None:
 
 def test_a_tie_that_is_laid_out_in_two_ways_is_refused_by_name() -> None:
     def fault(model: Any) -> None:
-        shape = model.head.weight.shape
-        del model.head.weight
-        model.head.weight = nn.Parameter(torch.empty(*shape[:-1], 2, device="meta"))
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        part = distribute_tensor(model.head.weight.detach(), mesh, [Shard(1)], src_data_rank=None)
+        model.head.weight = nn.Parameter(part)
 
     runtime = Runtime(accelerator="cpu", strategy=Replacing(fault))
     with runtime.init_module(empty_init=True):
         model = Net()
-    with pytest.raises(ConfigurationError, match=r"embed.weight and head.weight are tied"):
+    with pytest.raises(ConfigurationError, match=r"embed.weight, head.weight are tied"):
         runtime.setup(model)
 
 
@@ -111,7 +123,7 @@ def test_after_an_error_of_lay_out_the_model_is_deferred_as_before() -> None:
     assert "deferred" in repr(model.head.weight)
     again = Runtime(accelerator="cpu", strategy="single_device").setup(model)
     torch.manual_seed(0)
-    assert torch.equal(again.head.weight, Net().head.weight)
+    assert torch.equal(_whole(again.head.weight), Net().head.weight)
 
 
 @pytest.mark.parametrize("strategy", ["single_device", Replacing()], ids=["ours", "replacing"])

@@ -66,6 +66,11 @@ class TensorLayout:
             return None
         return local_shape_at(self.shape, self.mesh.sizes, self.placements, coordinate)
 
+    def local_bytes(self, rank: int) -> int:
+        """Return the bytes that a rank holds."""
+        shape = self.local_shape(rank)
+        return 0 if shape is None else math.prod(shape) * self.dtype.itemsize
+
     def where(self) -> str:
         """Return a description of the placements, such as `"dp_shard: shard dim 0"`."""
         named = zip(self.mesh.axes, self.mesh.sizes, self.placements, strict=True)
@@ -118,7 +123,7 @@ class Layout:
         """Return the boxes of a tensor that a rank holds; several for the parts of a fused weight.
 
         Raises:
-            UsageError: There is no tensor of that name.
+            UsageError: The layout has no such name.
         """
         return self[fqn].boxes(rank)
 
@@ -130,7 +135,7 @@ class Layout:
             box: A box that `boxes` returned.
 
         Raises:
-            UsageError: There is no tensor of that name, or no rank holds the box.
+            UsageError: The layout has no such name, or no rank holds the box.
         """
         tensor = self[fqn]
         return holders_of(tensor.mesh, tensor.placements, tensor.coordinate_of(box))
@@ -142,7 +147,7 @@ class Layout:
         tensors may differ.
 
         Raises:
-            UsageError: There is no tensor of that name, or no rank holds the box.
+            UsageError: The layout has no such name, or no rank holds the box.
         """
         tensor = self[fqn]
         coordinate = tensor.coordinate_of(box)
@@ -160,9 +165,7 @@ class Layout:
 
     def local_bytes(self, rank: int) -> int:
         """Return the bytes that a rank holds; a tied tensor counts once."""
-        return sum(
-            math.prod(tensor.local_shape(rank) or (0,)) * tensor.dtype.itemsize for tensor in self._distinct().values()
-        )
+        return sum(tensor.local_bytes(rank) for tensor in self._distinct().values())
 
     def _distinct(self) -> dict[str, TensorLayout]:
         """Return the tensors by their first names."""
@@ -185,11 +188,10 @@ class Layout:
         distinct = self._distinct()
         rows = [("name", "dtype", "shape", "placements", "trains", "bytes on rank 0")]
         for fqn, tensor in distinct.items():
-            local = math.prod(tensor.local_shape(0) or (0,)) * tensor.dtype.itemsize
             names = " = ".join((fqn, *tensor.tied_with))
             dtype = str(tensor.dtype).removeprefix("torch.") + (" (converted)" if tensor.converted else "")
             kind = "buffer" if tensor.is_buffer else "yes" if tensor.trains else "no"
-            rows.append((names, dtype, str(list(tensor.shape)), tensor.where(), kind, f"{local:,d}"))
+            rows.append((names, dtype, str(list(tensor.shape)), tensor.where(), kind, f"{tensor.local_bytes(0):,d}"))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = sum(tensor.size_bytes for tensor in distinct.values())

@@ -64,16 +64,15 @@ class LiveLayout:
             UsageError: Parameters were added or replaced since then; the message gives their FQNs.
         """
         model = self._living()
-        known, number, changed = self._known, 0, False
+        known, changed = iter(self._known), False
         for parameter in _parameters(model):
-            if number == len(known) or not known[number].matches(parameter):
+            place = next(known, None)
+            if place is None or not place.matches(parameter):
                 self._compare(model)
                 break
-            if parameter.requires_grad is not known[number].trains:
-                changed = True
-            number += 1
+            changed = changed or parameter.requires_grad is not place.trains
         else:
-            if number < len(known):
+            if next(known, None) is not None:
                 self._compare(model)
             elif changed:
                 self._note(model)
@@ -138,7 +137,7 @@ class LiveLayout:
                 by_fqn[known.fqn].gathered = weakref.ref(forms[fqn])
         if strange:
             raise UsageError(
-                f"{name_list(strange)} of {type(model).__name__} came into the model after `setup`, so the strategy "
+                f"{name_list(strange)} came into the model after `setup`, so the strategy "
                 "neither lays them out nor exchanges their gradients. Add and replace modules and parameters before "
                 "`setup`, for example inside `init_module`; then set the model up."
             )

@@ -68,9 +68,9 @@ def boxes_of(tensor: Any) -> tuple[Box, ...]:
 def offsets_of(tensor: Any) -> tuple[int, ...] | None:
     """Return the first index of this rank's part of a DTensor, or None if the part is not one box of the whole."""
     boxes = boxes_of(tensor)
-    if not boxes:
-        return (0,) * tensor.dim()
-    return boxes[0].begin if len(boxes) == 1 else None
+    if len(boxes) > 1:
+        return None
+    return boxes[0].begin if boxes else tuple(0 for _ in tensor.shape)
 
 
 def flat_start(tensor: Any) -> int | None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -256,6 +257,8 @@ def _difference(actual: Tensor, expected: Tensor, device: torch.device) -> str:
     if not is_sharded(actual):
         return _first_difference(local, expected, (0,) * actual.dim())
     indices = indices_of(actual)
+    if not local.numel() and not all(map(len, indices)):
+        return ""
     if local.shape != tuple(map(len, indices)):
         return f"this rank holds a part of shape {tuple(local.shape)} but should hold {tuple(map(len, indices))}"
     begin = _begin(indices)

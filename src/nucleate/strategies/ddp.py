@@ -70,7 +70,7 @@ class DDPStrategy(Strategy):
         """Wrap the model anew: DDP exchanges the gradients of the parameters that it saw when it was made."""
         if isinstance(module, DistributedDataParallel):
             # The old exchange hooks onto the gradients until its last reference is gone.
-            module.logger = module.reducer = None
+            del module.logger, module.reducer
         return self.enclose(model)
 
     def _buffer_arguments(self) -> dict[str, bool]:

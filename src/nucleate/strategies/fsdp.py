@@ -141,6 +141,14 @@ class FSDPStrategy(Strategy):
                 self._average_gradient(parameter, weakref.ref(model))
         return model
 
+    def regain_shards(self, module: nn.Module) -> None:
+        """Free the gathered parameters of all units, so that modules hold their shards."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
     def renew(self, model: nn.Module, module: nn.Module) -> nn.Module:
         """Average the gradients of whole parameters that require gradients only now."""
         return self.enclose(model)

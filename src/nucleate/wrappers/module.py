@@ -100,7 +100,7 @@ class ModuleWrapper(nn.Module):
         return self._run(self.forward_module, args, kwargs)
 
     def _follow_changes(self) -> None:
-        """Refuse new parameters; and let the strategy exchange the gradients of those that train since the last call."""
+        """Refuse new parameters, and let the strategy exchange the gradients of those that were unfrozen."""
         live: LiveLayout | None = self._live
         if live is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
@@ -149,6 +149,9 @@ class ModuleWrapper(nn.Module):
                 output = function(*args, **kwargs)
         finally:
             self.__dict__["_forward_depth"] -= 1
+        if self._strategy.shards and not _requires_gradients(output):
+            # No backward follows, which would free what forward has gathered.
+            self._strategy.regain_shards(self.forward_module)
         output = precision.convert_output(output)
         if precision.scales_gradients and torch.is_grad_enabled():
             from lightning_utilities.core.apply_func import apply_to_collection
@@ -266,6 +269,14 @@ class ModuleWrapper(nn.Module):
 
     def __repr__(self) -> str:
         return f"ModuleWrapper({self.module!r})"
+
+
+def _requires_gradients(output: Any) -> bool:
+    if isinstance(output, Tensor) or not torch.is_grad_enabled():
+        return isinstance(output, Tensor) and output.requires_grad
+    from torch.utils import _pytree
+
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(output))
 
 
 def _refuse_plain_backward(tensor: Tensor) -> None:
