@@ -61,7 +61,7 @@ PUBLIC = {
     "nucleate.integrations": "Integration",
     "nucleate.layout": """
         Box Dealer Layout LiveLayout Mesh Partial Placement Replicate Shard TensorLayout boxes_of cut flat_start
-        is_partial is_sharded is_writer layout_of local_of merged offsets_of runs whole_of zeros_beside
+        is_partial is_sharded is_writer laid_out_like layout_of local_of merged offsets_of runs whole_of zeros_beside
     """,
     "nucleate.materialize": "Plan execute materialize reset",
     "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",

@@ -34,3 +34,8 @@ def test_a_fault_in_placing_is_found_by_verification_and_the_other_way_round() -
 def test_parameters_that_are_frozen_and_unfrozen_train_as_in_one_process(num_ranks: int) -> None:
     done = fork_ranks(SCRIPT, num_ranks, "changes", timeout=240)
     assert done.stdout.count(": followed") == num_ranks
+
+
+def test_fsdp_over_a_fused_weight_is_made_saved_and_loaded_right(tmp_path: Path) -> None:
+    done = fork_ranks(SCRIPT, 4, "fused", tmp_path, timeout=240)
+    assert done.stdout.count(": fused") == 4

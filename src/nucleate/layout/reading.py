@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -98,6 +99,24 @@ def cut(tensor: Any, whole: Tensor) -> Tensor:
     return local
 
 
+def laid_out_like(parameter: Any, whole: Tensor) -> Tensor:
+    """Return a whole value as a DTensor that is laid out as a parameter is, or the value itself beside a plain one.
+
+    Nothing is exchanged: each rank keeps its part of its own copy.
+
+    Args:
+        parameter: A parameter of the value's shape.
+        whole: The whole value.
+    """
+    if not is_sharded(parameter) or is_sharded(whole):
+        return whole
+    from torch.distributed.tensor import DTensor
+
+    part = cut(parameter, whole).contiguous()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
 def layout_of(tensor: Any, world_size: int) -> TensorLayout:
     """Return the layout of one live tensor, without its ties.
 
@@ -116,6 +135,7 @@ def layout_of(tensor: Any, world_size: int) -> TensorLayout:
     return TensorLayout(dtype, shape, mesh, (*rest, *placements), trains, is_plain=False)
 
 
+@lru_cache(maxsize=16)
 def mesh_of(device_mesh: Any) -> Mesh:
     """Return a DeviceMesh as plain data.
 

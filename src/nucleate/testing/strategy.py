@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nucleate.accelerators.base import Accelerator
 from nucleate.errors import NonFiniteGradientError, UsageError
+from nucleate.layout import whole_of
 from nucleate.runtime import Runtime
 from nucleate.strategies.base import Strategy
 from nucleate.testing.models import MODELS, TinyConvNet, TinyModel, TinyOdd, TinyTransformer
@@ -307,9 +308,7 @@ def _factories_on(device: torch.device) -> AbstractContextManager[object]:
 
 def _full(tensor: Tensor) -> Tensor:
     """Return the whole tensor of a tensor that may be sharded. Every rank must call it."""
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    assert isinstance(full, Tensor)
-    return full.detach()
+    return whole_of(tensor).detach()
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,10 +249,70 @@ def changes(world_size: int) -> None:
     print(f"rank {dist.get_rank()}: followed", flush=True)
 
 
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(5, 24)
+        self.out = nn.Linear(8, 5)
+
+
+class FusedStrategy(Strategy):
+    """Splits each of the three parts of `qkv` over `tp`, and all tensors over `dp` by FSDP2."""
+
+    name = "fused"
+    distributed = True
+    shards = True
+
+    def module_init_context(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def lay_out(self, model: Any) -> None:
+        mesh = init_device_mesh(ACCELERATOR, (2, 2), mesh_dim_names=("dp", "tp"))
+        for name, parameter in list(model.qkv.named_parameters()):
+            part = distribute_tensor(
+                parameter.detach(), mesh["tp"], [_StridedShard(0, split_factor=3)], src_data_rank=None
+            )
+            setattr(model.qkv, name, nn.Parameter(part))
+        fully_shard(model, mesh=mesh["dp"])
+
+
+def fused(world_size: int) -> None:
+    """FSDP2 over a fused weight: the values, the boxes that are saved, and the values that are loaded."""
+    folder = Path(sys.argv[2])
+    torch.manual_seed(7)
+    eager = Fused()
+    runtime = Runtime(accelerator=ACCELERATOR, strategy=FusedStrategy(), verify="all")
+    torch.manual_seed(7)
+    with runtime.init_module(empty_init=True):
+        model = Fused()
+    wrapped = runtime.setup(model)
+    assert len(runtime.layout(wrapped).boxes("qkv.weight", 0)) == 2
+
+    def assert_equal() -> None:
+        # FSDP2 gathers its own way; what it gives back is a fused tensor-parallel parameter again.
+        model.unshard()  # type: ignore[operator]
+        for name, parameter in eager.named_parameters():
+            assert torch.equal(whole(model.get_parameter(name)).cpu(), parameter.detach().cpu()), name
+        model.reshard()  # type: ignore[operator]
+
+    assert_equal()
+    for path in (folder / "one.safetensors", folder / "dcp"):
+        runtime.save(path, {"model": wrapped})
+        loaded = runtime.load(path)["model"]
+        for name, parameter in eager.named_parameters():
+            assert torch.equal(loaded[name], parameter.detach().cpu()), f"{path.name}: {name}"
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                parameter.to_local().zero_()  # type: ignore[operator]
+        runtime.load(path, {"model": wrapped})
+        assert_equal()
+    print(f"rank {dist.get_rank()}: fused", flush=True)
+
+
 def main() -> None:
     start_group()
     world_size = dist.get_world_size()
-    {"held": held, "runtime": shown, "faults": faults, "changes": changes}[sys.argv[1]](world_size)
+    {"held": held, "runtime": shown, "faults": faults, "changes": changes, "fused": fused}[sys.argv[1]](world_size)
     dist.barrier()
     # As `nucleate.cluster.process_group` ends: gloo's threads may abort an exit that comes right after a collective.
     time.sleep(0.2)

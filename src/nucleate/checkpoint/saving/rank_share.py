@@ -10,15 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nucleate.deferred import ElementSource
 from nucleate.errors import CheckpointError
-from nucleate.layout import Dealer, Mesh, Replicate, Shard, boxes_of, is_partial, is_sharded, is_writer, local_of
-from nucleate.layout.reading import mesh_of, placements_of
+from nucleate.layout import Dealer, Shard, boxes_of, is_partial, is_sharded, is_writer, layout_of, local_of
 from nucleate.materialize.memory import FreshMemory
 
 
@@ -77,8 +75,8 @@ def hold(tensors: Mapping[str, Tensor], rank: int) -> list[SavedTensor]:
     Raises:
         CheckpointError: A tensor consists of several tensors, or it is not reduced over the ranks yet.
     """
-    dealer, meshes = Dealer(), dict[Any, Mesh]()
-    return [_hold(key, tensor, rank, dealer, meshes) for key, tensor in tensors.items()]
+    dealer = Dealer()
+    return [_hold(key, tensor, rank, dealer) for key, tensor in tensors.items()]
 
 
 def frozen(tensors: list[SavedTensor]) -> list[SavedTensor]:
@@ -102,7 +100,7 @@ def frozen(tensors: list[SavedTensor]) -> list[SavedTensor]:
     ]
 
 
-def _hold(key: str, tensor: Any, rank: int, dealer: Dealer, meshes: dict[Any, Mesh]) -> SavedTensor:
+def _hold(key: str, tensor: Tensor, rank: int, dealer: Dealer) -> SavedTensor:
     shape = tuple(tensor.shape)
     if not is_sharded(tensor):
         _refuse_opaque(key, tensor)
@@ -111,16 +109,12 @@ def _hold(key: str, tensor: Any, rank: int, dealer: Dealer, meshes: dict[Any, Me
     if is_partial(tensor):
         # The file would show one rank's summand as the whole tensor.
         raise CheckpointError(f"{key} is a DTensor that is not reduced yet. Save `tensor.full_tensor()`.")
-    local, placements = local_of(tensor), placements_of(tensor)
+    local, layout = local_of(tensor), layout_of(tensor, world_size=1)
     _refuse_opaque(key, local)
+    placements = layout.placements
     dims = tuple(sorted({placement.dim for placement in placements if isinstance(placement, Shard)}))
-    if tensor.device_mesh not in meshes:
-        meshes[tensor.device_mesh] = mesh_of(tensor.device_mesh)
-    mesh = meshes[tensor.device_mesh]
-    # The mesh of all groups has one more axis than the tensor's, along which the groups hold copies.
-    placements = (*(Replicate() for _ in mesh.axes[len(placements) :]), *placements)
-    writer = dealer.deal(mesh, placements, math.prod(shape) * tensor.dtype.itemsize)
-    coordinate = mesh.coordinate(rank)
+    writer = dealer.deal(layout.mesh, placements, layout.size_bytes)
+    coordinate = layout.mesh.coordinate(rank)
     if coordinate is None or not is_writer(placements, writer, coordinate):
         return SavedTensor(key, tensor.dtype, shape, dims, ())
     if not math.prod(shape):

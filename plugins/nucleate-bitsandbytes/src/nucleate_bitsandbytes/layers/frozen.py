@@ -7,8 +7,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from nucleate import layout
 from nucleate.errors import NucleateError, UsageError
 from nucleate_bitsandbytes.layers.four_bit_weight import DTYPES
 
@@ -65,8 +66,7 @@ def laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
     """Return a value in the layout of a parameter: if the parameter is sharded, only this rank's shard."""
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
-    whole = value.detach().to(parameter.device)
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return layout.laid_out_like(parameter, value.detach().to(parameter.device))
 
 
 def compute_input(input: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
