@@ -58,7 +58,7 @@ PUBLIC = {
         DeviceHooks Staging casts_there concrete default_generator devices_taken hooks_of is_present
         made_current move slabs take_device use_hooks
     """,
-    "nucleate.integrations": "Integration",
+    "nucleate.integrations": "Integration declare_shell",
     "nucleate.layout": """
         Box Dealer Layout LiveLayout Mesh Partial Placement Replicate Shard TensorLayout boxes_of cut flat_start
         is_partial is_sharded is_writer laid_out_like layout_of local_of merged offsets_of runs whole_of zeros_beside

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nucleate.errors import UsageError, name_list
 from nucleate.layout.layout import Layout, TensorLayout
 from nucleate.layout.reading import layout_of, local_of
+from nucleate.shells import named_buffers, named_parameters
 
 
 class LiveLayout:
@@ -116,7 +117,7 @@ class LiveLayout:
 
     def _note(self, model: nn.Module) -> None:
         names: dict[int, str] = {}
-        for fqn, parameter in model.named_parameters(remove_duplicate=False):
+        for fqn, parameter in named_parameters(model, remove_duplicate=False):
             names.setdefault(id(parameter), fqn)
         self._known = [_Known(names[id(parameter)], parameter) for parameter in _parameters(model)]
         self._by_id = {}
@@ -125,11 +126,11 @@ class LiveLayout:
 
     def _compare(self, model: nn.Module) -> None:
         """Find the parameters that are new. A gathered parameter is the known one in another form."""
-        forms = dict(model.named_parameters(remove_duplicate=False))
+        forms = dict(named_parameters(model, remove_duplicate=False))
         self._regain_shards()
         by_fqn = {known.fqn: known for known in self._known}
         strange = []
-        for fqn, parameter in model.named_parameters(remove_duplicate=False):
+        for fqn, parameter in named_parameters(model, remove_duplicate=False):
             known = self._by_id.get(id(parameter))
             if known is None or known.tensor() is not parameter:
                 strange.append(fqn)
@@ -154,8 +155,8 @@ class LiveLayout:
     def _read(self, model: nn.Module) -> dict[str, TensorLayout]:
         ties: dict[int, list[str]] = {}
         found: dict[str, TensorLayout] = {}
-        tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        buffers = dict(model.named_buffers(remove_duplicate=False))
+        tensors: dict[str, Tensor] = dict(named_parameters(model, remove_duplicate=False))
+        buffers = dict(named_buffers(model, remove_duplicate=False))
         for fqn, tensor in (*tensors.items(), *buffers.items()):
             ties.setdefault(id(tensor), []).append(fqn)
             read = layout_of(tensor, self._world_size)

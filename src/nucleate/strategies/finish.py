@@ -16,6 +16,7 @@ from nucleate.errors import ConfigurationError, name_list
 from nucleate.layout import layout_of
 from nucleate.layout.agreement import broadcast_real, verify_replicas
 from nucleate.materialize import Plan, execute
+from nucleate.shells import named_modules, named_parameters
 
 
 class Steps(Protocol):
@@ -80,7 +81,7 @@ class _Before:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        named = dict(model.named_parameters(remove_duplicate=False))
+        named = dict(named_parameters(model, remove_duplicate=False))
         self._objects = named
         self._hooks = {name: p._post_accumulate_grad_hooks for name, p in named.items()}
         # Attributes that users set, without our own.
@@ -101,10 +102,11 @@ class _Before:
         """
         if not self._ties:
             return
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = dict(named_modules(model, remove_duplicate=False))
         for names in self._ties:
             places = [(modules[prefix], key) for prefix, _, key in (name.rpartition(".") for name in names)]
-            found = [module._parameters[key] for module, key in places]
+            held = [module._parameters[key] for module, key in places]
+            found = [parameter for parameter in held if parameter is not None]
             distinct = {id(parameter): parameter for parameter in found}
             if len(distinct) == 1:
                 continue
@@ -119,7 +121,7 @@ class _Before:
 
     def restore(self, model: nn.Module) -> None:
         """Give new parameter objects the attributes and hooks of those in whose place they are."""
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in named_parameters(model, remove_duplicate=False):
             if name not in self._objects or self._objects[name] is parameter:
                 continue
             for key, value in self._attributes[name].items():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nucleate.errors import ConfigurationError, name_list
+from nucleate.shells import named_parameters
 
 
 def refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]]) -> None:
@@ -20,7 +21,7 @@ def refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]]) -> 
     Raises:
         ConfigurationError: A parameter cannot be sharded; the message gives its FQN.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     strided = [name for name, p in parameters.items() if not p.is_contiguous()]
     if strided:
         raise ConfigurationError(
