@@ -132,6 +132,11 @@ class ModuleWrapper(nn.Module):
                 precision.forward_context(),
             ):
                 output = function(*args, **kwargs)
+        except Exception as error:
+            explained = precision.explain(error, self.module)
+            if explained is None:
+                raise
+            raise explained from error
         finally:
             self.__dict__["_forward_depth"] -= 1
         output = precision.convert_output(output)
