@@ -61,7 +61,9 @@ PUBLIC = {
     "nucleate.integrations": "Integration",
     "nucleate.layout": "Dealer cut flat_start is_sharded merged offsets_of runs scattered zeros_beside",
     "nucleate.materialize": "Plan execute materialize reset",
-    "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",
+    "nucleate.precision": """
+        FixedDtype FullPrecision HalfPrecision MixedPrecision NoCastPrecision Precision layers_to_freeze
+    """,
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",
     "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy declare_units",
     "nucleate.testing": """
