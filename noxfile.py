@@ -189,8 +189,10 @@ def zoo(session: nox.Session) -> None:
 
 @nox.session(default=False, tags=["long"])
 def libraries(session: nox.Session) -> None:
-    """Run the tests of how timm loads its models."""
-    install(session, "-e", ".", group="libraries")
+    """Run the tests of how timm loads its models, and of PEFT's adapters on quantized layers."""
+    install(session, "-e", ".", "-e", "./plugins/nucleate-bitsandbytes", group="libraries")
+    # What it imports is there; it also asks for packages that it needs for other things.
+    session.install("-c", "constraints.txt", "--no-deps", "peft")
     pytest(session, "tests/libraries")
 
 

@@ -82,6 +82,7 @@ def load(way: str, config: LlamaConfig, weights: Path, device: str) -> nn.Module
         # Nothing is made: each parameter becomes a slice of a file. `setup` reads it, and quantizes it as it arrives.
         with runtime.init_module(empty_init=True):
             model = Llama(config)
+        model.requires_grad_(False)  # quantized weights do not train
         runtime.load_raw(weights, model)
     return runtime.setup_module(model)
 

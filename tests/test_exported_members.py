@@ -64,7 +64,9 @@ PUBLIC = {
         is_partial is_sharded is_writer laid_out_like layout_of local_of merged offsets_of runs whole_of zeros_beside
     """,
     "nucleate.materialize": "Plan execute materialize reset",
-    "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",
+    "nucleate.precision": """
+        FixedDtype FullPrecision HalfPrecision MixedPrecision NoCastPrecision Precision layers_to_freeze
+    """,
     "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",
     "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy declare_units",
     "nucleate.testing": """

@@ -83,7 +83,9 @@ def test_every_builtin_is_created_by_name(builtin: Registry) -> None:
 
 def test_the_builtin_names() -> None:
     assert {"cpu", "cuda"} <= set(ACCELERATORS.names())
-    assert {"32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"} <= set(PRECISIONS.names())
+    assert {"no-cast", "32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"} <= set(
+        PRECISIONS.names()
+    )
     assert {"single_device", "ddp", "fsdp"} <= set(STRATEGIES.names())
 
 

@@ -16,6 +16,8 @@ from nucleate.precision.base import Precision
 from nucleate.registry import PRECISIONS, STRATEGIES
 from nucleate.strategies.base import Strategy
 
+#: The precision of a `Runtime` without a choice.
+_DEFAULT_PRECISION = "no-cast"
 #: Names that scripts written for Lightning Fabric use.
 _PRECISION_ALIASES = {
     "32": "32-true",
@@ -47,7 +49,7 @@ class Components:
     def choose(
         cls,
         accelerator: str | Accelerator,
-        precision: str | int | Precision,
+        precision: str | int | Precision | None,
         strategy: str | Strategy,
         environment: Environment,
     ) -> Self:
@@ -65,6 +67,8 @@ class Components:
         """
         if strategy == "auto":
             strategy = "ddp" if environment.world_size > 1 else "single_device"
+        if precision is None:
+            precision = _DEFAULT_PRECISION
         if isinstance(precision, (str, int)):
             precision = _PRECISION_ALIASES.get(str(precision), str(precision))
         chosen = choose(accelerator)

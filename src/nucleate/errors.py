@@ -8,6 +8,7 @@ NucleateError
 │   └── PluginLoadError (ImportError)           a registered plugin cannot be imported
 ├── MissingDependencyError (ImportError)        an extra is not installed
 ├── UsageError (RuntimeError)                   a method called at the wrong time or on the wrong object
+├── DtypeMismatchError (RuntimeError, ValueError)  forward met a tensor of another dtype than the precision's
 ├── NonFiniteGradientError (ArithmeticError)    gradients are NaN or infinite
 ├── ConversionError (ValueError)                a weight cannot be quantized, for example one with a NaN
 ├── VerificationError (RuntimeError)            `verify` found a value that differs from its recipe
@@ -58,6 +59,13 @@ class MissingDependencyError(NucleateError, ImportError):
 
 class UsageError(NucleateError, RuntimeError):
     """A method was called at the wrong time or on the wrong object."""
+
+
+class DtypeMismatchError(NucleateError, RuntimeError, ValueError):
+    """Forward combined a tensor that the precision does not cast with tensors of the precision's dtype.
+
+    torch raises RuntimeError for such operations, and its recurrent layers raise ValueError.
+    """
 
 
 class NonFiniteGradientError(NucleateError, ArithmeticError):

@@ -155,6 +155,7 @@ PRECISIONS = Registry(
     group="nucleate.precision",
     base="nucleate.precision.base:Precision",
     builtins={
+        "no-cast": "nucleate.precision.no_cast:NoCastPrecision",
         "32-true": "nucleate.precision.full:FullPrecision",
         "64-true": "nucleate.precision.full:FullPrecision",
         "bf16-true": "nucleate.precision.half:HalfPrecision",

@@ -66,8 +66,9 @@ class Runtime:
         devices: The number of processes that each node must have. `"auto"` accepts the number that the launcher
             started.
         num_nodes: The number of nodes that the run must have.
-        precision: `"32-true"`, `"64-true"`, `"bf16-true"`, `"16-true"`, `"bf16-mixed"`, `"16-mixed"`, the name of an
-            installed plugin, or a `Precision`.
+        precision: None, the default, casts nothing: parameters, buffers, inputs and outputs keep the dtypes that the
+            constructor and the user chose. `"32-true"`, `"64-true"`, `"bf16-true"`, `"16-true"`, `"bf16-mixed"`,
+            `"16-mixed"`, the name of an installed plugin, or a `Precision` casts as its page says.
         plugins: Names of installed integrations, or `Integration` objects, which know how another library makes its
             models. None takes every installed integration whose library is imported when a model is constructed.
         verify: Whether `setup` makes parameters and buffers a second time, sequentially and whole, and compares them
@@ -97,7 +98,7 @@ class Runtime:
         strategy: str | Strategy = "auto",
         devices: int | str = "auto",
         num_nodes: int = 1,
-        precision: str | int | Precision = "32-true",
+        precision: str | int | Precision | None = None,
         plugins: Sequence[str | Integration] | None = None,
         verify: bool | str = False,
     ) -> None:
@@ -733,7 +734,7 @@ class Runtime:
         if not held and self.is_global_zero:
             warnings.warn(
                 f"setup: {type(model).__name__} has no parameter and no buffer. There is nothing to create, to shard "
-                "or to train; only its forward gets the precision's casts.",
+                "or to train; only its forward goes through the precision.",
                 stacklevel=3,
             )
 

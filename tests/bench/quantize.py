@@ -43,6 +43,7 @@ def nucleate(mode: str) -> Load:
     def load(files: Files) -> nn.Module:
         with runtime.init_module(empty_init=True):
             model: Any = LlamaForCausalLM(files.config())
+        model.requires_grad_(False)
         runtime.load_raw(files.folder, model)
         runtime.setup(model)
         loaded: nn.Module = model

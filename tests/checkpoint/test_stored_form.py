@@ -15,7 +15,7 @@ from nucleate import Runtime
 from nucleate.checkpoint import StoredForm, StoredSources
 from nucleate.deferred import ConvertedSource, ElementSource, convert, record_of
 from nucleate.errors import CheckpointError, CheckpointKeyError
-from nucleate.precision import FullPrecision
+from nucleate.precision import NoCastPrecision
 from tests.deferred.rows import Rows
 from tests.device import ACCELERATOR
 
@@ -143,17 +143,17 @@ def test_the_precision_sees_what_is_stored_before_it_is_compared(
     with runtime.init_module(empty_init=True):
         target = nn.ModuleDict({"first": nn.Linear(6, 4, bias=False), "norm": nn.LayerNorm(4)})
 
-    def before_load(self: FullPrecision, module: nn.Module, stored: Mapping[str, ElementSource]) -> None:
+    def before_load(self: NoCastPrecision, module: nn.Module, stored: Mapping[str, ElementSource]) -> None:
         assert stored["first.weight"].shape == (4, 6)
         module["first"] = Quantized(module["first"].weight)
 
-    monkeypatch.setattr(FullPrecision, "before_load", before_load)
+    monkeypatch.setattr(NoCastPrecision, "before_load", before_load)
     assert runtime.load_raw(tmp_path / "a.safetensors", target).is_exact
-    monkeypatch.setattr(FullPrecision, "setup", lambda self, module: module)
+    monkeypatch.setattr(NoCastPrecision, "setup", lambda self, module: module)
     target = runtime.setup(target)
     assert_equal(target, parts(source))
     # What is set up keeps its form.
-    monkeypatch.setattr(FullPrecision, "before_load", lambda *_: pytest.fail("it was asked again"))
+    monkeypatch.setattr(NoCastPrecision, "before_load", lambda *_: pytest.fail("it was asked again"))
     runtime.load_raw(tmp_path / "a.safetensors", target)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nucleate.accelerators import Accelerator
-from nucleate.precision import FullPrecision, HalfPrecision, MixedPrecision, Precision
+from nucleate.precision import FullPrecision, HalfPrecision, MixedPrecision, NoCastPrecision, Precision
 from nucleate.strategies import DDPStrategy, FSDPStrategy
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.single_device import SingleDeviceStrategy
@@ -20,6 +20,15 @@ class TestAccelerator(AcceleratorSuite):
 
     def make_accelerator(self) -> Accelerator:
         return make_accelerator()
+
+
+class TestNoCast(PrecisionSuite):
+    """The precision suite with `no-cast`, the default."""
+
+    accelerator = DEVICE_TYPE
+
+    def make_precision(self) -> Precision:
+        return NoCastPrecision()
 
 
 class Test32True(PrecisionSuite):

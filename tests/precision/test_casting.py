@@ -124,3 +124,24 @@ def test_what_needs_no_cast_is_the_same_object() -> None:
     data = {"cache": cache, "tensor": torch.ones(1), "kept": {"a": 1}}
     assert convert(data, torch.float32) is data
     assert convert(data, torch.float64)["cache"] is cache
+
+
+def test_the_parts_of_a_complex_tensor_keep_their_signs_and_their_memory() -> None:
+    whole = torch.complex(torch.arange(3.0), torch.arange(3.0) + 1)
+    model = nn.Module()
+    model.imaginary = nn.Parameter(whole.conj().imag)
+    model.real = nn.Parameter(whole.real)
+    model.alone = nn.Parameter(whole.clone().conj().imag)
+    assert model.imaginary.is_neg()
+    cast_parameters(model, torch.bfloat16)
+    assert model.real.tolist() == [0, 1, 2]
+    assert model.imaginary.tolist() == model.alone.tolist() == [-1, -2, -3]
+    assert model.imaginary.untyped_storage().data_ptr() == model.real.untyped_storage().data_ptr()
+
+
+def test_complex_numbers_are_kept() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(2, 2, dtype=torch.complex64))
+    cast_parameters(model, torch.bfloat16)
+    assert model.weight.dtype == torch.complex64
+    assert convert(model.weight, torch.float64) is model.weight

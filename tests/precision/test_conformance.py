@@ -1,8 +1,15 @@
 """Every built-in precision passes the suite that plugins inherit."""
 
-from nucleate.precision import FullPrecision, HalfPrecision, MixedPrecision, Precision
+from nucleate.precision import FullPrecision, HalfPrecision, MixedPrecision, NoCastPrecision, Precision
 from nucleate.testing import PrecisionSuite, TinyRecurrent
 from tests.device import ACCELERATOR
+
+
+class TestNoCast(PrecisionSuite):
+    accelerator = ACCELERATOR
+
+    def make_precision(self) -> Precision:
+        return NoCastPrecision.from_name("no-cast")
 
 
 class Test32True(PrecisionSuite):

@@ -16,7 +16,7 @@ SIM = torch.device("sim", 0)
 
 
 def build() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 64))
+    return nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 64)).requires_grad_(False)
 
 
 def is_description(name: str) -> bool:

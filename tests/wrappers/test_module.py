@@ -327,5 +327,43 @@ def test_a_copy_has_weights_of_its_own_and_the_same_plugins() -> None:
     assert clone._strategy is wrapper._strategy
 
 
+class Explaining(Precision):
+    """Explains errors by their messages."""
+
+    name = "explaining"
+    dtype = torch.float32
+    explained: Exception | None = None
+
+    def module_init_context(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def explain(self, error: Exception, model: nn.Module) -> Exception | None:
+        self.asked = (error, model)
+        return self.explained
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_the_precision_may_explain_an_error_of_forward(outer: bool) -> None:
+    precision = Explaining()
+    wrapper = wrap(precision, outer)
+    wrapper.mark_forward_method("fail")
+    with pytest.raises(ZeroDivisionError) as plain:
+        wrapper.fail()
+    assert precision.asked == (plain.value, wrapper.module)
+    assert plain.value.__cause__ is None
+    precision.explained = KeyError("why")
+    with pytest.raises(KeyError, match="why") as explained:
+        wrapper.fail()
+    assert isinstance(explained.value.__cause__, ZeroDivisionError)
+    precision.explained = None
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        wrapper(torch.ones(1, 3))
+    assert wrapper(ones()).shape == (1, 2)
+    assert wrapper._forward_depth == 0
+
+
 def test_its_repr_shows_the_model() -> None:
     assert repr(wrap()).startswith("ModuleWrapper(Model(\n  (layer): Linear")

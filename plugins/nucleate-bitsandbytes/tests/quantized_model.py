@@ -7,18 +7,25 @@ from torch import Tensor, nn
 
 
 class Adapter(nn.Module):
-    """Adds a product of two small matrices to a layer."""
+    """Adds the output of two small layers to that of a frozen layer."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
-        self.base = base
-        self.a = nn.Parameter(torch.empty(4, base.in_features))
-        self.b = nn.Parameter(torch.zeros(base.out_features, 4))
-        nn.init.normal_(self.a, std=0.1)
+        self.base = frozen(base)
+        self.a = nn.Linear(base.in_features, 4, bias=False)
+        self.b = nn.Linear(4, base.out_features, bias=False)
+        nn.init.normal_(self.a.weight, std=0.1)
+        nn.init.zeros_(self.b.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base(x) + (x @ self.a.T) @ self.b.T
+        out: Tensor = self.base(x) + self.b(self.a(x))
         return out
+
+
+def frozen(layer: nn.Linear) -> nn.Linear:
+    """Freeze a layer's weight, which is therefore quantized; its bias trains."""
+    layer.weight.requires_grad_(False)
+    return layer
 
 
 class Block(nn.Module):
@@ -31,8 +38,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(192)
         self.up = Adapter(nn.Linear(192, 320))
-        self.odd = nn.Linear(320, 33, bias=False)
-        self.down = nn.Linear(33, 192, bias=False)
+        self.odd = frozen(nn.Linear(320, 33, bias=False))
+        self.down = frozen(nn.Linear(33, 192, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.down(self.odd(torch.relu(self.up(self.norm(x)))))

@@ -19,13 +19,13 @@ from nucleate.deferred import handle_of
 from nucleate_transformers import TransformersIntegration
 
 
-def runtime_of(precision: str = "32-true") -> Runtime:
+def runtime_of(precision: str | None = "32-true") -> Runtime:
     return Runtime(
         accelerator="cpu", strategy="single_device", devices=1, precision=precision, plugins=[TransformersIntegration()]
     )
 
 
-def load(cls: Any, *args: Any, precision: str = "32-true", empty_init: bool | None = True, **kwargs: Any) -> Any:
+def load(cls: Any, *args: Any, precision: str | None = "32-true", empty_init: bool | None = True, **kwargs: Any) -> Any:
     """Load inside `init_module` and set up."""
     runtime = runtime_of(precision)
     torch.manual_seed(7)
@@ -207,6 +207,35 @@ def test_the_precision_is_the_dtype_unless_another_one_is_named(tmp_path: Path) 
         model = load(hf.LlamaForCausalLM, tmp_path, **option)
         assert model.lm_head.weight.dtype == torch.float32
         assert torch.equal(model.lm_head.weight, rounded.lm_head.weight)
+
+
+@pytest.mark.parametrize("in_the_configuration", [True, False])
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "bert", "t5"])
+def test_without_a_precision_the_checkpoint_decides_as_it_does_without_us(
+    name: str, in_the_configuration: bool, tmp_path: Path
+) -> None:
+    tiny.save(name, tmp_path / "float32")
+    cls = tiny.CLASSES[name]
+    cls.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
+    for dtype in ("float32", "bfloat16"):
+        path = tmp_path / dtype
+        if not in_the_configuration:
+            settings = json.loads((path / "config.json").read_text())
+            settings.pop("dtype", None)
+            (path / "config.json").write_text(json.dumps(settings))
+        torch.manual_seed(7)
+        expected = cls.from_pretrained(path)
+        model = load(cls, path, precision=None)
+        assert model.dtype == expected.dtype == getattr(torch, dtype)
+        tiny.assert_same(model, expected)
+        assert torch.equal(tiny.outputs_of(model, name), tiny.outputs_of(expected, name))
+
+
+def test_without_a_precision_a_dtype_that_is_named_decides(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    for option in ({"dtype": torch.float16}, {"torch_dtype": "float16"}):
+        model = load(hf.LlamaForCausalLM, tmp_path, precision=None, **option)
+        tiny.assert_same(model, hf.LlamaForCausalLM.from_pretrained(tmp_path, **option))
 
 
 def test_two_models_may_be_made_in_one_block_and_one_inside_of_another(tmp_path: Path) -> None:

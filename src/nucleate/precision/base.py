@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from nucleate.deferred import ElementSource
 from nucleate.plugin import Plugin
+from nucleate.precision.mismatch import explain_mismatch
 
 
 class Precision(Plugin):
@@ -25,6 +26,8 @@ class Precision(Plugin):
     """
 
     kind: ClassVar[str] = "precision"
+    #: Whether parameters, inputs and outputs stay as they are. Code that makes models may then choose their dtypes.
+    keeps_dtypes: bool = False
     #: Whether the user must call `runtime.backward` because the loss is scaled; `loss.backward()` is then refused.
     scales_gradients: bool = False
 
@@ -77,6 +80,20 @@ class Precision(Plugin):
     def convert_output(self, data: Any) -> Any:
         """Convert floating point tensors on their way out of forward."""
         return data
+
+    def explain(self, error: Exception, model: nn.Module) -> Exception | None:
+        """Return a more helpful error for one that forward raised.
+
+        By default, a dtype mismatch is explained by the buffers of another dtype, which the precision does not cast.
+
+        Args:
+            error: The error that forward raised.
+            model: The model.
+
+        Returns:
+            The error to raise from `error`. None raises `error` itself.
+        """
+        return None if self.keeps_dtypes else explain_mismatch(error, model, self.name, (self.dtype,))
 
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss for backward."""

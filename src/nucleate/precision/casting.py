@@ -66,10 +66,11 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 _set(parameter, parameter.data.to(dtype))
             continue
         # Views of one storage: cast the storage once, and make the same views again.
-        data = parameters[0].data
+        data = _flipped(parameters[0].data, parameters[0])
         whole = data.as_strided((data.untyped_storage().nbytes() // data.element_size(),), (1,), 0).to(dtype)
         for parameter in parameters:
-            _set(parameter, whole.as_strided(parameter.size(), parameter.stride(), parameter.storage_offset()))
+            view = whole.as_strided(parameter.size(), parameter.stride(), parameter.storage_offset())
+            _set(parameter, _flipped(view, parameter))
     for module in model.modules():
         if isinstance(module, _NormBase) and module.affine:
             for name in ("running_mean", "running_var"):
@@ -111,6 +112,11 @@ def convert(data: Any, dtype: torch.dtype) -> Any:
             return data
         return type(data)(*values) if hasattr(data, "_fields") else type(data)(values)
     return data
+
+
+def _flipped(view: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a view with the other sign if a parameter keeps its sign as a flag, as `x.conj().imag` does."""
+    return torch._neg_view(view) if parameter.is_neg() else view
 
 
 def _set(parameter: nn.Parameter, data: Tensor) -> None:

@@ -16,6 +16,7 @@ from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
 from nucleate.precision.casting import cast_parameters, convert, default_dtype
 from nucleate.precision.half import refuse_missing_bfloat16
+from nucleate.precision.mismatch import explain_mismatch
 
 _NAMES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -115,6 +116,10 @@ class MixedPrecision(Precision):
     def convert_output(self, data: Any) -> Any:
         """Cast floating point tensors to the default dtype."""
         return convert(data, torch.get_default_dtype())
+
+    def explain(self, error: Exception, model: nn.Module) -> Exception | None:
+        """Explain a mismatch by buffers that autocast does not cast, such as float64 tables."""
+        return explain_mismatch(error, model, self.name, (torch.float32, self.compute_dtype))
 
     def scale(self, loss: Tensor) -> Tensor:
         """Update the scale from the steps since the last backward, and return the loss times the scale."""

@@ -37,6 +37,8 @@ class PrecisionSuite(ABC):
     updates: float | None = 0.9
     cannot_run: tuple[type[TinyModel], ...] = ()
     quantizes: bool = False
+    # The suite freezes no layer before it sets a model up.
+    pytestmark = pytest.mark.filterwarnings("ignore:precision .* freezes them:UserWarning")
 
     @abstractmethod
     def make_precision(self) -> Precision:
@@ -116,6 +118,45 @@ class PrecisionSuite(ABC):
             assert parameter is before[name], f"{name} is another object: ties and optimizers lose it"
             assert parameter.dtype == precision.dtype, name
             assert parameter.requires_grad == flags[name], name
+
+    def test_setup_casts_every_parameter_or_none(self, precision: Precision) -> None:
+        other = torch.float32 if precision.dtype == torch.float64 else torch.float64
+        model = TinyOdd().to(other)
+        dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
+        precision.setup(model)
+        expected = other if precision.keeps_dtypes else precision.dtype
+        fixed = _fixed(model)
+        assert {p.dtype for name, p in model.named_parameters() if name not in fixed} == {expected}
+        assert {name: buffer.dtype for name, buffer in model.named_buffers() if name in dtypes} == dtypes
+        data = {"x": [torch.ones(2, dtype=other)]}
+        assert (precision.convert_input(data) is data) == precision.keeps_dtypes
+        assert (precision.convert_output(data) is data) or not precision.keeps_dtypes
+
+    def test_layers_that_train_beside_frozen_ones_are_left_alone(self, precision: Precision) -> None:
+        model = TinyTransformer(width=128).to(precision.dtype)
+        model.blocks[0].requires_grad_(False)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        precision.setup(model)
+        after = dict(model.named_parameters())
+        for name, parameter in trained.items():
+            assert after.get(name) is parameter, f"{name} trains, but it was replaced"
+            assert parameter.requires_grad, f"{name} trains, but it was frozen"
+            assert parameter.dtype == precision.dtype, name
+        assert bool(_fixed(model)) == self.quantizes
+
+    def test_complex_numbers_are_never_cast(self, precision: Precision) -> None:
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.randn(2, 2, dtype=torch.complex64))
+        model.register_buffer("table", torch.randn(3, dtype=torch.complex128))
+        parameter, value = model.weight, model.weight.detach().clone()
+        precision.setup(model)
+        assert model.weight is parameter
+        assert torch.equal(parameter, value)
+        assert parameter.dtype == torch.complex64
+        assert parameter.requires_grad
+        assert model.table.dtype == torch.complex128
+        for convert in (precision.convert_input, precision.convert_output):
+            assert convert(parameter) is parameter
 
     def test_it_makes_weights_smaller_if_it_quantizes(self, precision: Precision) -> None:
         model = TinyTransformer(width=128).to(precision.dtype)

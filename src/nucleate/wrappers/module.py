@@ -163,6 +163,11 @@ class ModuleWrapper(Delegating):
                 precision.forward_context(),
             ):
                 output = function(*args, **kwargs)
+        except Exception as error:
+            explained = precision.explain(error, self.module)
+            if explained is None:
+                raise
+            raise explained from error
         finally:
             self.__dict__["_forward_depth"] -= 1
         if self._strategy.shards and not _requires_gradients(output):

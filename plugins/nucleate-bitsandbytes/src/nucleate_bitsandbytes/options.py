@@ -26,3 +26,8 @@ class Options:
     skip: tuple[str, ...] | None
     blocksize: int
     threshold: float
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the mode keeps codes, which cannot train. `int8-training` keeps weights, which train."""
+        return self.mode != "int8-training"

@@ -23,7 +23,9 @@ class BitsandbytesPrecision(Precision):
 
     `setup` replaces the layers while the model is deferred. Each weight is quantized while it is read or made, a few
     rows at a time, so it never exists whole in full precision. The weights are frozen, except in mode
-    `"int8-training"`. Parameters that you add (LoRA) train.
+    `"int8-training"`. If you freeze layers of the model first, only frozen layers are quantized. So adapters train, of
+    PEFT or your own, and so do layers that you left trainable. If nothing is frozen, all layers are quantized, with a
+    warning. `"int8-training"` freezes nothing and takes all layers, frozen or not.
 
     Args:
         mode: `"nf4"` or `"fp4"`: 4 bits for each weight and a scale for each 64 (QLoRA, arXiv:2305.14314); with

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from nucleate.deferred import ElementSource, convert
 from nucleate.errors import CheckpointError, ConfigurationError, ConversionError, name_list
+from nucleate.precision import layers_to_freeze
 from nucleate_bitsandbytes.layers import FourBitWeight, Linear4bit, Linear8bit, Linear8bitTraining
 from nucleate_bitsandbytes.layers.lazy import description
+from nucleate_bitsandbytes.layers.quantized import QuantizedLinear
 from nucleate_bitsandbytes.options import Options
 from nucleate_bitsandbytes.quantizers import DoubleQuant, FourBit, Int8Rows
 from nucleate_bitsandbytes.quantizers.four_bit import QuantType
@@ -31,6 +33,9 @@ _WORTH_A_WARNING = 1 << 20
 def quantize(model: nn.Module, options: Options) -> nn.Module:
     """Replace the linear layers of a model, in place, and return it, or the layer that takes its place.
 
+    Beside frozen layers, layers that train are left alone; see `layers_to_freeze`. The mode `int8-training` freezes
+    nothing, so it replaces both.
+
     Args:
         model: The model.
         options: The format, and the modules to skip.
@@ -43,9 +48,12 @@ def quantize(model: nn.Module, options: Options) -> nn.Module:
     # The maker of a quantized checkpoint left the other layers in full precision on purpose.
     settled = {id(part) for module in model.modules() if _SETTLED in vars(module) for part in module.modules()}
     _warn_of_rest(model, options)
-    for fqn, linear in linears_of(model, options.skip):
-        if id(linear) in settled:
-            continue
+    linears = [(fqn, linear) for fqn, linear in linears_of(model, options.skip) if id(linear) not in settled]
+    if options.freezes:
+        has_frozen = any(isinstance(module, QuantizedLinear) for module in model.modules())
+        advice = "`skip` of BitsandbytesPrecision also leaves layers as they are."
+        linears = layers_to_freeze(linears, has_frozen=has_frozen, precision=options.name, advice=advice)
+    for fqn, linear in linears:
         try:
             layers[linear] = _layer(linear, options)
         except ConversionError as error:
@@ -64,7 +72,8 @@ def prepare(model: nn.Module, options: Options, stored: Mapping[str, ElementSour
         stored: The checkpoint's element sources, by the model's names.
 
     Raises:
-        CheckpointError: The checkpoint holds quantized weights for skipped layers, or in another format.
+        CheckpointError: The checkpoint holds quantized weights for skipped layers, for layers that train beside frozen
+            ones, or in another format.
     """
     found = {match["fqn"]: match["quant_type"] for name in stored if (match := _MARKS.fullmatch(name))}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -78,6 +87,14 @@ def prepare(model: nn.Module, options: Options, stored: Mapping[str, ElementSour
         raise CheckpointError(
             f"{name_list(alone)} of the checkpoint are quantized, but precision {options.name!r} does not quantize "
             f"these layers: they are {skip}, tied, or kept in full by the model. Give a `skip` without them."
+        )
+    frozen = {fqn for fqn, _ in layers_to_freeze((fqn, cast(nn.Linear, modules[fqn])) for fqn in plain)}
+    trained = [fqn for fqn in plain if fqn not in frozen]
+    if trained:
+        raise CheckpointError(
+            f"{name_list(trained)} of the checkpoint are quantized, but these layers train: their weights require "
+            "gradients, and other layers of the model are frozen. Quantized weights cannot train. Freeze these layers "
+            "(`requires_grad_(False)`), or load a checkpoint that has their weights in full."
         )
     family = options.mode.removesuffix("-dq")
     other = {fqn: quant_type or "int8" for fqn, quant_type in plain.items() if (quant_type or "int8") != family}

@@ -1,4 +1,4 @@
-"""Selection of the linear layers to quantize: all plain ones except those that are named, tied or used otherwise."""
+"""Selection of the linear layers to quantize: plain ones that nobody named, tied, uses otherwise or trains."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def linears_of(model: nn.Module, skip: Sequence[str] | None = None) -> Iterator[
             if parameter is not None:
                 holders.setdefault(id(parameter), set()).add((id(module), name))
     kept = tuple(_kept_in_full(model))
-    seen = {id(head) for head in _heads(model)} if skip is None else set[int]()
+    # With an adapter around it, a head is a module with several layers.
+    heads = () if skip is not None else _heads(model)
+    seen = {id(part) for head in heads for part in head.modules()}
     for fqn, module in modules.items():
         # A subclass may use its weight in its own way, as the output projection of attention does.
         if type(module) is not nn.Linear or id(module) in seen:

@@ -1,10 +1,10 @@
 """Patches of transformers while a model is constructed, and their removal.
 
-`PreTrainedModel.from_pretrained` and `_from_config` get the dtype of the runtime if the caller gives none, and refuse
-arguments that the runtime decides. transformers 5.23 has one place between reading files and converting their tensors:
-`_load_pretrained_model` opens the files and calls `convert_and_load_state_dict_in_model` with their tensors. Here that
-function gets deferred tensors (`binding.py`). From there on, transformers itself renames, merges, casts, ties and
-initializes them, and all these operations are recorded.
+`PreTrainedModel.from_pretrained` and `_from_config` get the dtype of the precision if the caller gives none and the
+precision casts. They refuse arguments that the runtime decides. transformers 5.23 has one place between reading files
+and converting their tensors: `_load_pretrained_model` opens the files and calls `convert_and_load_state_dict_in_model`
+with their tensors. Here that function gets deferred tensors (`binding.py`). From there on, transformers itself renames,
+merges, casts, ties and initializes them, and all these operations are recorded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def construction(communicator: Communicator, device: torch.device, precision: Pr
     Args:
         communicator: The ranks that construct the model together.
         device: The device of the deferred tensors.
-        precision: The precision, which may have layers for quantized checkpoints.
+        precision: The precision. It decides the dtype of models, and may have layers for quantized checkpoints.
     """
     if getattr(PreTrainedModel.from_pretrained, "__func__", None) in _ours:
         yield
@@ -45,8 +45,8 @@ def construction(communicator: Communicator, device: torch.device, precision: Pr
         for auto in (_BaseAutoModelClass, *_BaseAutoModelClass.__subclasses__()):
             if "from_pretrained" in vars(auto):
                 _patch(stack, auto, "from_pretrained", functools.partial(_from_auto, together))
-        _patch(stack, PreTrainedModel, "from_pretrained", functools.partial(_from_pretrained, together))
-        _patch(stack, PreTrainedModel, "_from_config", _from_config)
+        _patch(stack, PreTrainedModel, "from_pretrained", functools.partial(_from_pretrained, together, precision))
+        _patch(stack, PreTrainedModel, "_from_config", functools.partial(_from_config, precision))
         _patch(stack, PreTrainedModel, "_load_pretrained_model", functools.partial(_load, device, precision))
         _patch(stack, modeling_utils, "get_hf_quantizer", functools.partial(_quantizer, device, precision))
         _patch(stack, modeling_utils, "check_and_set_device_map", functools.partial(_device_map, device))
@@ -117,19 +117,26 @@ def _from_auto(together: _Together, plain: Callable[..., Any], cls: Any, *args: 
         return plain(cls, *args, **kwargs)
 
 
-def _from_pretrained(together: _Together, plain: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
+def _from_pretrained(
+    together: _Together, precision: Precision, plain: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any
+) -> Any:
     refuse_arguments(kwargs)
-    if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-        # The precision's dtype: its context has made it the default.
-        kwargs["dtype"] = torch.get_default_dtype()
+    _choose_dtype(precision, kwargs)
     with together.loading(cls, args, kwargs):
         return plain(cls, *args, **kwargs)
 
 
-def _from_config(plain: Callable[..., Any], cls: Any, config: Any, **kwargs: Any) -> Any:
-    if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-        kwargs["dtype"] = torch.get_default_dtype()
+def _from_config(precision: Precision, plain: Callable[..., Any], cls: Any, config: Any, **kwargs: Any) -> Any:
+    _choose_dtype(precision, kwargs)
     return plain(cls, config, **kwargs)
+
+
+def _choose_dtype(precision: Precision, kwargs: dict[str, Any]) -> None:
+    """Let a model be made in the precision's dtype, unless the caller gave a dtype or the precision casts nothing."""
+    # Without an argument, transformers takes the dtype of the configuration, or else of the weights.
+    if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and not precision.keeps_dtypes:
+        # The precision's context has made its dtype the default.
+        kwargs["dtype"] = torch.get_default_dtype()
 
 
 def _load(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from nucleate import Integration, Precision, Strategy
 from nucleate.cluster import Communicator
 from nucleate.plugin import Composition
-from nucleate.precision import FullPrecision
+from nucleate.precision import NoCastPrecision
 from nucleate.strategies import declare_units
 from nucleate_transformers.construction import construction
 from nucleate_transformers.folder import save_unsharded
@@ -28,7 +28,7 @@ class TransformersIntegration(Integration):
     def __init__(self) -> None:
         self._shards = False
         # Until `check` gives the runtime's precision, a precision without layers for quantized checkpoints.
-        self._precision: Precision = FullPrecision()
+        self._precision: Precision = NoCastPrecision()
 
     def check(self, composition: Composition) -> None:
         """Store the precision, and whether the strategy shards."""
