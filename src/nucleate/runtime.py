@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
@@ -40,8 +40,9 @@ from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
+from nucleate.wrappers.former import FormerParameters
 from nucleate.wrappers.module import ModuleWrapper, backward_allowed, refuse_set_up
-from nucleate.wrappers.optimizer import OptimizerWrapper, check_optimizer, repoint
+from nucleate.wrappers.optimizer import OptimizerWrapper, check_trainable
 
 if TYPE_CHECKING:
     from nucleate.checkpoint import KeyMap, LoadReport
@@ -271,8 +272,10 @@ class Runtime:
             The wrapped model. With optimizers, a tuple of the wrapped model and the wrapped optimizers.
 
         Raises:
-            UsageError: The model or an optimizer was set up before.
-            ConfigurationError: An optimizer has parameters of another model, or the strategy cannot take the model.
+            UsageError: The model or an optimizer was set up before, or they have parameters that an earlier `setup` has
+                replaced.
+            ConfigurationError: An optimizer has parameters of another model, or the strategy cannot take the model or
+                step the optimizer.
             UninitializedError: A parameter would be left without a value, because its module has no `reset_parameters`
                 or the like that writes it.
             RankDisagreementError: The ranks constructed different models, or have CPUs, thread counts or torch builds
@@ -282,9 +285,10 @@ class Runtime:
         self.launch()
         with self._communicator.all_or_none("setup"):
             refuse_set_up(model, self._models)
-            names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+            former = FormerParameters(model)
             for optimizer in optimizers:
-                check_optimizer(optimizer, names, model, self._strategy.shards)
+                former.check(optimizer, self._strategy.shards)
+                self._strategy.check_optimizer(optimizer)
             integrations = list(self._integrations)
             for integration in integrations:
                 model = integration.setup(model)
@@ -298,6 +302,7 @@ class Runtime:
             # Recording is on: the precision's operations on deferred parameters become part of their recipes.
             with resumed(model):
                 model = self._precision.setup(model)
+            former.refuse_frozen(optimizers, model)
             model = self._accelerator.setup(model)
             plan.renew(model)
         # This is a separate block: a strategy exchanges tensors, and would wait for a rank that failed before.
@@ -307,11 +312,12 @@ class Runtime:
                 # A strategy with a `setup` of its own makes its own plan.
                 has_own = type(self._strategy).setup is not Strategy.setup
                 forward_module = self._strategy.setup(model) if has_own else self._strategy.finish(model, plan)
-            renewed = dict(model.named_parameters(remove_duplicate=False))
+            former.repoint(optimizers, model)
             for optimizer in optimizers:
-                repoint(optimizer, names, renewed)
+                self._strategy.setup_optimizer(optimizer)
         if verification is not None:
             verification.run(self._communicator)
+        former.retire(model)
         wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy, self._device)
         for integration in integrations:
             for method in integration.inference_methods(model):
@@ -319,7 +325,7 @@ class Runtime:
         self._models.add(model)
         if not optimizers:
             return wrapped
-        return (wrapped, *(OptimizerWrapper(optimizer, self._precision) for optimizer in optimizers))
+        return (wrapped, *map(self._wrap_optimizer, optimizers))
 
     def setup_module(self, model: nn.Module) -> ModuleWrapper:
         """Set up a model without optimizers; see `setup`."""
@@ -328,28 +334,29 @@ class Runtime:
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Wrap optimizers on the parameters of models that are set up.
 
+        In one process an optimizer may also have parameters that no model has, such as a temperature of its own.
+
         Returns:
             The wrapped optimizer, or a tuple of them if there are several.
 
         Raises:
-            UsageError: An optimizer is set up already, or was built before its model was set up, so that it would train
-                tensors that are no longer in the model.
+            UsageError: An optimizer is set up already, or it has parameters that `setup` has replaced in their model,
+                that have no value yet, or, in several processes, that are in no model that was set up.
+            ConfigurationError: The strategy cannot step an optimizer.
         """
+        self.launch()
         if not optimizers:
             raise UsageError("setup_optimizers() was called without an optimizer.")
         for optimizer in optimizers:
             if isinstance(optimizer, OptimizerWrapper):
                 raise UsageError("this optimizer has been set up already; use the optimizer that was returned then.")
-            known = {id(p) for model in self._models for p in model.parameters()}
-            strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
-            if strangers:
-                shapes = name_list(str(tuple(p.shape)) for p in strangers)
-                raise UsageError(
-                    f"{type(optimizer).__name__} has {len(strangers)} parameters (of shapes {shapes}) that belong to "
-                    "no model that was set up: its steps would train nothing. Build the optimizer after `setup`, from "
-                    "the parameters of the returned model, or pass both: `runtime.setup(model, optimizer)`."
-                )
-        wrapped = tuple(OptimizerWrapper(optimizer, self._precision) for optimizer in optimizers)
+            if not isinstance(optimizer, Optimizer):
+                raise UsageError(f"setup_optimizers takes torch.optim.Optimizers; got {type(optimizer).__name__}.")
+            self._check_trainable(optimizer, (p for group in optimizer.param_groups for p in group["params"]))
+            self._strategy.check_optimizer(optimizer)
+        for optimizer in optimizers:
+            self._strategy.setup_optimizer(optimizer)
+        wrapped = tuple(map(self._wrap_optimizer, optimizers))
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def setup_dataloaders(
@@ -686,6 +693,14 @@ class Runtime:
                 "or to train; only its forward gets the precision's casts.",
                 stacklevel=3,
             )
+
+    def _check_trainable(self, optimizer: Optimizer, parameters: Iterable[Any]) -> None:
+        """Refuse parameters that an optimizer would train in vain, or differently on each rank."""
+        known = {id(p) for model in self._models for p in model.parameters()}
+        check_trainable(optimizer, parameters, known, self.world_size)
+
+    def _wrap_optimizer(self, optimizer: Optimizer) -> OptimizerWrapper:
+        return OptimizerWrapper(optimizer, self._precision, self._strategy, self._check_trainable)
 
     def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
         return prepare(
