@@ -7,7 +7,8 @@ import gc
 import pickle
 import random
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -308,9 +309,101 @@ def test_an_optimizer_that_keeps_its_own_list_is_pointed_to_the_new_parameters()
     assert closure().item() < before
 
 
-def test_an_optimizer_whose_model_is_not_set_up_is_refused(runtime: Runtime) -> None:
-    with pytest.raises(UsageError, match=r"belong to no model that was set up.*runtime.setup\(model, optimizer\)"):
-        runtime.setup_optimizers(torch.optim.SGD(Net().parameters(), lr=0.1))
+def test_an_optimizer_whose_model_has_no_values_yet_is_refused(runtime: Runtime) -> None:
+    with runtime.init_module(empty_init=True):
+        model = Net()
+    with pytest.raises(
+        UsageError, match=r"4 parameters without values: body\.weight, body\.bias.*runtime.setup\(model, o"
+    ):
+        runtime.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
+    on_meta = nn.Parameter(torch.empty(3, device="meta"))
+    with pytest.raises(UsageError, match=r"1 parameters without values: a parameter of shape \(3,\)"):
+        runtime.setup_optimizers(torch.optim.SGD([on_meta], lr=0.1))
+    with pytest.raises(UsageError, match=r"setup_optimizers takes torch\.optim\.Optimizers; got list"):
+        runtime.setup_optimizers([on_meta])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_parameters_that_no_model_has_train_in_one_process_as_in_plain_torch(precision: str) -> None:
+    runtime = Runtime(accelerator=ACCELERATOR, precision=precision)
+    values = []
+    for ours in (True, False):
+        log_alpha = nn.Parameter(torch.tensor(0.5))
+        optimizer = torch.optim.Adam([log_alpha], lr=0.1)
+        if ours:
+            optimizer = runtime.setup_optimizers(optimizer)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = (log_alpha.exp() * (step - 1.5)).square()
+            runtime.backward(loss) if ours else loss.backward()
+            optimizer.step()
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        values.append(log_alpha.detach().clone())
+    torch.testing.assert_close(*values, rtol=1e-3, atol=1e-4)
+
+
+class Noting(SingleDeviceStrategy):
+    """Notes the optimizers that it gets, and refuses those of class `SGD` with momentum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Any]] = []
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self.seen.append(("check", "deferred" in repr(optimizer.param_groups[0]["params"][0])))
+        if optimizer.defaults.get("momentum"):
+            raise ConfigurationError("no momentum")
+
+    def setup_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self.seen.append(("setup", "deferred" in repr(optimizer.param_groups[0]["params"][0])))
+        if len(optimizer.param_groups) > 2:
+            raise ConfigurationError("too many groups")
+
+    @contextmanager
+    def optimizer_step_context(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        self.seen.append(("before step", type(optimizer)))
+        yield
+        self.seen.append(("after step", type(optimizer)))
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        state = optimizer.state_dict()
+        state["param_groups"][0]["lr"] = 0.75
+        return state
+
+
+def test_the_strategy_checks_prepares_steps_and_reads_every_optimizer(tmp_path: Path) -> None:
+    strategy = Noting()
+    runtime = Runtime(accelerator=ACCELERATOR, strategy=strategy)
+    with runtime.init_module(empty_init=True):
+        net = Net()
+    with pytest.raises(ConfigurationError, match="no momentum"):
+        runtime.setup(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+    assert strategy.seen.pop() == ("check", True)
+    assert "deferred" in repr(net.body.weight)
+
+    model, optimizer = runtime.setup(net, torch.optim.SGD(net.body.parameters(), lr=0.1))
+    assert strategy.seen == [("check", True), ("setup", False)]
+    optimizer.step()
+    assert strategy.seen[2:] == [("before step", torch.optim.SGD), ("after step", torch.optim.SGD)]
+
+    strategy.seen.clear()
+    optimizer.add_param_group({"params": [net.head.bias]})
+    assert strategy.seen == [("setup", False)]
+    with pytest.raises(ConfigurationError, match="too many groups"):
+        optimizer.add_param_group({"params": [net.head.weight]})
+    assert len(optimizer.param_groups) == 2
+
+    strategy.seen.clear()
+    runtime.setup_optimizers(torch.optim.SGD(net.parameters(), lr=0.1))
+    assert strategy.seen == [("check", False), ("setup", False)]
+    with pytest.raises(ConfigurationError, match="no momentum"):
+        runtime.setup_optimizers(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.75
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    runtime.save(tmp_path / "state.pt", {"model": model, "optimizer": optimizer})
+    runtime.load(tmp_path / "state.pt", {"model": model, "optimizer": optimizer})
+    assert optimizer.param_groups[0]["lr"] == 0.75
 
 
 @pytest.mark.parametrize("wrong", [None, {"model": 1}, torch.ones(2), [nn.Linear(2, 2)]])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from os import PathLike
@@ -40,12 +40,13 @@ from nucleate.materialize.verification import Verification
 from nucleate.precision.base import Precision
 from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
-from nucleate.shells import apply_inside, inside, named_parameters, without_shells
+from nucleate.shells import apply_inside, inside, without_shells
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.compiled import uncompiled
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
+from nucleate.wrappers.former import FormerParameters
 from nucleate.wrappers.module import ModuleWrapper, backward_allowed, refuse_set_up
-from nucleate.wrappers.optimizer import OptimizerWrapper, check_optimizer, repoint
+from nucleate.wrappers.optimizer import OptimizerWrapper, check_trainable
 
 if TYPE_CHECKING:
     from nucleate.checkpoint import KeyMap, LoadReport
@@ -113,8 +114,8 @@ class Runtime:
         self._communicator = Communicator(environment, parts.device)
         self._integrations = Integrations(plugins, parts.shown)
         self._launched = False
-        # The models that were set up, without shells, with their layouts.
-        self._layouts: weakref.WeakKeyDictionary[nn.Module, LiveLayout] = weakref.WeakKeyDictionary()
+        # The models that were set up, without shells.
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"Runtime({self._parts})"
@@ -276,8 +277,10 @@ class Runtime:
             The wrapped model. With optimizers, a tuple of the wrapped model and the wrapped optimizers.
 
         Raises:
-            UsageError: The model or an optimizer was set up before.
-            ConfigurationError: An optimizer has parameters of another model, or the strategy cannot take the model.
+            UsageError: The model or an optimizer was set up before, or they have parameters that an earlier `setup` has
+                replaced.
+            ConfigurationError: An optimizer has parameters of another model, or the strategy cannot take the model or
+                step the optimizer.
             UninitializedError: A parameter would be left without a value, because its module has no `reset_parameters`
                 or the like that writes it.
             RankDisagreementError: The ranks constructed different models, or have CPUs, thread counts or torch builds
@@ -286,12 +289,13 @@ class Runtime:
         """
         self.launch()
         with self._communicator.all_or_none("setup"):
-            refuse_set_up(model, self._layouts)
+            refuse_set_up(model, self._models)
             # The strategy lays out the user's model; what it returns is compiled again.
             compiled, model = model, uncompiled(model)
-            names = {id(p): name for name, p in named_parameters(model, remove_duplicate=False)}
+            former = FormerParameters(model)
             for optimizer in optimizers:
-                check_optimizer(optimizer, names, model, self._strategy.shards)
+                former.check(optimizer, self._strategy.shards)
+                self._strategy.check_optimizer(optimizer)
             integrations = list(self._integrations)
             for integration in integrations:
                 model = apply_inside(model, integration.setup)
@@ -305,6 +309,7 @@ class Runtime:
             # Recording is on: the precision's operations on deferred parameters become part of their recipes.
             with resumed(model):
                 model = apply_inside(model, self._precision.setup)
+            former.refuse_frozen(optimizers, model)
             model = self._accelerator.setup(model)
             plan.renew(model)
             converted = plan.converted()
@@ -315,13 +320,15 @@ class Runtime:
                 # A strategy with a `setup` of its own makes its own plan.
                 has_own = type(self._strategy).setup is not Strategy.setup
                 forward_module = self._strategy.setup(model) if has_own else self._strategy.finish(model, plan)
-            renewed = dict(named_parameters(model, remove_duplicate=False))
+            former.repoint(optimizers, model)
             for optimizer in optimizers:
-                repoint(optimizer, names, renewed)
+                self._strategy.setup_optimizer(optimizer)
         if verification is not None:
             verification.run(self._communicator)
+        former.retire(model)
         regain = partial(_regain_shards, self._strategy, weakref.ref(forward_module))
-        self._layouts[inside(model)] = live = LiveLayout(inside(model), self.world_size, converted, regain)
+        live = LiveLayout.follow(inside(model), self.world_size, converted, regain)
+        self._models.add(inside(model))
         wrapped = ModuleWrapper(
             forward_module, model, self._precision, self._strategy, self._device, compiled=compiled, live=live
         )
@@ -330,7 +337,7 @@ class Runtime:
                 wrapped.mark_inference_method(method)
         if not optimizers:
             return wrapped
-        return (wrapped, *(OptimizerWrapper(optimizer, self._precision) for optimizer in optimizers))
+        return (wrapped, *map(self._wrap_optimizer, optimizers))
 
     def setup_module(self, model: nn.Module) -> ModuleWrapper:
         """Set up a model without optimizers; see `setup`."""
@@ -339,31 +346,31 @@ class Runtime:
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Wrap optimizers on the parameters of models that are set up.
 
+        In one process an optimizer may also have parameters that no model has, such as a temperature of its own.
+
         Returns:
             The wrapped optimizer, or a tuple of them if there are several.
 
         Raises:
-            UsageError: An optimizer is set up already, or was built before its model was set up, so that it would train
-                tensors that are no longer in the model.
+            UsageError: An optimizer is set up already, or it has parameters that `setup` has replaced in their model,
+                that have no value yet, or, in several processes, that are in no model that was set up.
+            ConfigurationError: The strategy cannot step an optimizer.
         """
+        self.launch()
         if not optimizers:
             raise UsageError("setup_optimizers() was called without an optimizer.")
-        layouts = list(self._layouts.values())
-        for live in layouts:
-            live.check()
+        for model in self._models:
+            LiveLayout.of(model).check()
         for optimizer in optimizers:
             if isinstance(optimizer, OptimizerWrapper):
                 raise UsageError("this optimizer has been set up already; use the optimizer that was returned then.")
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            strangers = [p for p in parameters if not any(live.name_of(p) for live in layouts)]
-            if strangers:
-                shapes = name_list(str(tuple(p.shape)) for p in strangers)
-                raise UsageError(
-                    f"{type(optimizer).__name__} has {len(strangers)} parameters (of shapes {shapes}) that belong to "
-                    "no model that was set up: its steps would train nothing. Build the optimizer after `setup`, from "
-                    "the parameters of the returned model, or pass both: `runtime.setup(model, optimizer)`."
-                )
-        wrapped = tuple(OptimizerWrapper(optimizer, self._precision) for optimizer in optimizers)
+            if not isinstance(optimizer, Optimizer):
+                raise UsageError(f"setup_optimizers takes torch.optim.Optimizers; got {type(optimizer).__name__}.")
+            self._check_trainable(optimizer, (p for group in optimizer.param_groups for p in group["params"]))
+            self._strategy.check_optimizer(optimizer)
+        for optimizer in optimizers:
+            self._strategy.setup_optimizer(optimizer)
+        wrapped = tuple(map(self._wrap_optimizer, optimizers))
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def setup_dataloaders(
@@ -397,9 +404,8 @@ class Runtime:
             raise UsageError(f"backward() takes the loss, a tensor; got {type(loss).__name__}.")
         if loss.is_meta:
             raise DeferredUseError("this loss has no value: its model is deferred. Call `runtime.setup(model)` first.")
-        for live in list(self._layouts.values()):
-            if not live.take_checked():
-                live.check()
+        for model in self._models:
+            LiveLayout.of(model).check_once()
         with backward_allowed(), self._strategy.step_context():
             self._strategy.backward(self._precision.scale(loss))
 
@@ -681,13 +687,13 @@ class Runtime:
             for value in state.values():
                 yield from self._live_in(value)
         elif isinstance(state, nn.Module):
-            live = self._layouts.get(inside(state))
-            if live is not None:
-                yield live
+            model = inside(state)
+            if model in self._models:
+                yield LiveLayout.of(model)
 
     def _prepare_to_load(self, model: nn.Module, stored: Mapping[str, ElementSource]) -> None:
         """Let the precision change a model that is not set up to the form of its stored tensors."""
-        if isinstance(inside(model, ModuleWrapper), ModuleWrapper) or inside(model) in self._layouts:
+        if isinstance(inside(model, ModuleWrapper), ModuleWrapper) or inside(model) in self._models:
             return
         with without_shells(model) as plain:
             if not is_recording():
@@ -737,6 +743,14 @@ class Runtime:
                 "or to train; only its forward goes through the precision.",
                 stacklevel=3,
             )
+
+    def _check_trainable(self, optimizer: Optimizer, parameters: Iterable[Any]) -> None:
+        """Refuse parameters that an optimizer would train in vain, or differently on each rank."""
+        known = set().union(*(LiveLayout.of(model).ids for model in self._models))
+        check_trainable(optimizer, parameters, known, self.world_size)
+
+    def _wrap_optimizer(self, optimizer: Optimizer) -> OptimizerWrapper:
+        return OptimizerWrapper(optimizer, self._precision, self._strategy, self._check_trainable)
 
     def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
         return prepare(

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
+from nucleate.errors import UsageError
 from nucleate.precision import FullPrecision, MixedPrecision
+from nucleate.strategies import SingleDeviceStrategy
 from nucleate.wrappers import OptimizerWrapper
+from nucleate.wrappers.optimizer import check_trainable
 from tests.device import ACCELERATOR
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
@@ -122,3 +125,121 @@ def test_an_overflow_skips_the_step_of_the_wrapper() -> None:
     precision.scale(model(torch.ones(1, 2)).sum() * float("inf")).backward()
     assert wrapper.step() is None
     assert torch.equal(model.weight, before)
+
+
+# -- the user's class ----------------------------------------------------------------------------------------
+
+
+def test_it_is_an_instance_of_the_users_class_and_of_its_own() -> None:
+    wrapper = wrapped()
+    assert isinstance(wrapper, torch.optim.AdamW)
+    assert isinstance(wrapper, torch.optim.Adam), "AdamW derives from Adam"
+    assert isinstance(wrapper, OptimizerWrapper)
+    assert isinstance(wrapper, Optimizer)
+    assert not isinstance(wrapper, torch.optim.SGD)
+    assert type(wrapper) is OptimizerWrapper
+    assert repr(wrapper).startswith("OptimizerWrapper(AdamW (")
+    clone = pickle.loads(pickle.dumps(wrapper))
+    assert isinstance(clone, torch.optim.AdamW)
+    assert type(clone) is OptimizerWrapper
+
+
+class WithMethods(torch.optim.SGD):
+    """Keeps an attribute of its own that its method writes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+def test_methods_and_attributes_of_the_users_class_are_the_optimizers_own() -> None:
+    inner = WithMethods([nn.Parameter(torch.ones(1))], lr=0.1)
+    wrapper = OptimizerWrapper(inner, FullPrecision())
+    wrapper.eval()
+    assert wrapper.mode == inner.mode == "eval"
+    wrapper.mode = "train"
+    assert inner.mode == "train"
+    del wrapper.mode
+    assert not hasattr(inner, "mode")
+    assert not hasattr(wrapper, "mode")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gradient_scaler_of_the_user_unscales_the_real_optimizer(fused: bool) -> None:
+    # torch's scaler gives a fused optimizer the scale as an attribute.
+    results = []
+    for wrap in (False, True):
+        parameter = nn.Parameter(torch.ones(2))
+        optimizer: Optimizer = torch.optim.Adam([parameter], lr=0.1, eps=1.0, fused=fused)
+        if wrap:
+            optimizer = OptimizerWrapper(optimizer, FullPrecision())
+        scaler = torch.amp.GradScaler(ACCELERATOR, init_scale=1024.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            scaler.scale(parameter.square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(parameter.detach())
+        assert not hasattr(optimizer, "grad_scale")
+    assert torch.equal(*results)
+
+
+def test_a_deep_copy_keeps_precision_and_strategy_but_copies_the_optimizer() -> None:
+    inner = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    precision, strategy = FullPrecision(), SingleDeviceStrategy()
+    wrapper = OptimizerWrapper(inner, precision, strategy)
+    for clone, same in ((copy.deepcopy(wrapper), False), (copy.copy(wrapper), True)):
+        assert clone.precision is precision
+        assert clone.strategy is strategy
+        assert (clone.optimizer is inner) is same
+    first, second = copy.deepcopy([wrapper, wrapper])
+    assert first is second
+    assert pickle.loads(pickle.dumps(wrapper)).strategy is None
+
+
+# -- parameters ----------------------------------------------------------------------------------------------
+
+
+def trainable(parameters: Any, known: Any = (), world_size: int = 1) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    check_trainable(optimizer, parameters, {id(p) for p in known}, world_size)
+
+
+def test_parameters_of_no_model_are_refused_in_several_processes_only() -> None:
+    free, known = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(1))
+    trainable([free, known], [known])
+    trainable([known], [known], world_size=2)
+    with pytest.raises(
+        UsageError, match=r"belong to no model that was set up: a parameter of shape \(2, 3\)\. The 2 pr"
+    ):
+        trainable([free, known], [known], world_size=2)
+
+
+def test_every_way_to_add_parameters_is_checked_before_the_optimizer_changes() -> None:
+    seen = []
+
+    def check(optimizer: Optimizer, parameters: Any) -> None:
+        seen.append(list(parameters))
+        raise UsageError("refused")
+
+    inner = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    wrapper = OptimizerWrapper(inner, FullPrecision(), check=check)
+    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    ways: list[Any] = [first, [first, second], iter([first, second]), [("a", first)]]
+    for way in ways:
+        with pytest.raises(UsageError, match="refused"):
+            wrapper.add_param_group({"params": way})
+    assert [len(parameters) for parameters in seen] == [1, 2, 2, 1]
+    assert all(parameters[0] is first for parameters in seen)
+    assert len(inner.param_groups) == 1
+
+
+@pytest.mark.parametrize("wrong", [None, {"lr": 0.1}, {"params": {nn.Parameter(torch.ones(1))}}, {"params": [1]}])
+def test_a_group_that_torch_refuses_is_refused_by_torch(wrong: Any) -> None:
+    wrapper = wrapped()
+    with pytest.raises((TypeError, KeyError)):
+        wrapper.add_param_group(wrong)
+    assert len(wrapper.param_groups) == 1

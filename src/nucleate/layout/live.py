@@ -13,9 +13,15 @@ from nucleate.layout.layout import Layout, TensorLayout
 from nucleate.layout.reading import layout_of, local_of
 from nucleate.shells import named_buffers, named_parameters
 
+#: The attribute of a model that holds its live layout, so that the two live equally long.
+_ATTRIBUTE = "_nucleate_layout"
+
 
 class LiveLayout:
-    """The layout of a model that was set up. It does not keep the model or its tensors alive.
+    """The layout of a model that was set up. The model keeps it, and it does not keep the model.
+
+    It refers to the parameters themselves: `torch.utils.swap_tensors`, which `model.to` uses for DTensors, refuses
+    tensors with weak references.
 
     Args:
         model: The model, after its strategy's `setup`.
@@ -42,6 +48,34 @@ class LiveLayout:
         self._is_checked = False
         self._note(model)
 
+    @classmethod
+    def follow(
+        cls,
+        model: nn.Module,
+        world_size: int,
+        converted: Collection[str] = (),
+        regain_shards: Callable[[], object] = lambda: None,
+    ) -> LiveLayout:
+        """Make the layout of a model, which keeps it from now on; see the class for the arguments."""
+        live = cls(model, world_size, converted, regain_shards)
+        model.__dict__[_ATTRIBUTE] = live
+        return live
+
+    @staticmethod
+    def of(model: nn.Module) -> LiveLayout:
+        """Return the layout that a model keeps. The model was set up."""
+        live: LiveLayout = model.__dict__[_ATTRIBUTE]
+        return live
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Pickle nothing: a model that was read from a pickle was not set up in this process."""
+        return type(None), ()
+
+    @property
+    def ids(self) -> set[int]:
+        """The ids of the parameters."""
+        return set(self._by_id)
+
     @property
     def layout(self) -> Layout:
         """The layout of the model as it is now.
@@ -56,7 +90,7 @@ class LiveLayout:
     def name_of(self, tensor: Tensor) -> str | None:
         """Return the first FQN of a parameter of the model, or None if the model does not have it."""
         known = self._by_id.get(id(tensor))
-        return known.fqn if known is not None and known.tensor() is tensor else None
+        return None if known is None else known.fqn
 
     def check(self) -> None:
         """Compare the model's parameters with those that were set up. This costs a walk over the modules.
@@ -85,10 +119,11 @@ class LiveLayout:
         changed, self._has_changed = self._has_changed, False
         return changed
 
-    def take_checked(self) -> bool:
-        """Return, once, whether the model was checked since the last call."""
-        checked, self._is_checked = self._is_checked, False
-        return checked
+    def check_once(self) -> None:
+        """Check the model, unless it was checked since the last call; see `check`."""
+        if not self._is_checked:
+            self.check()
+        self._is_checked = False
 
     def refuse_emptied(self, action: str) -> None:
         """Refuse parameters that have lost their values to an engine that keeps them elsewhere, as DeepSpeed's does.
@@ -108,7 +143,7 @@ class LiveLayout:
 
     def of_copy(self, model: nn.Module) -> LiveLayout:
         """Return the layout of a copy of the model."""
-        return LiveLayout(model, self._world_size, self._converted)
+        return LiveLayout.follow(model, self._world_size, self._converted)
 
     def _living(self) -> nn.Module:
         model = self._model()
@@ -132,10 +167,10 @@ class LiveLayout:
         strange = []
         for fqn, parameter in named_parameters(model, remove_duplicate=False):
             known = self._by_id.get(id(parameter))
-            if known is None or known.tensor() is not parameter:
+            if known is None:
                 strange.append(fqn)
             elif forms.get(fqn) is not parameter and fqn in forms:
-                by_fqn[known.fqn].gathered = weakref.ref(forms[fqn])
+                by_fqn[known.fqn].gathered = forms[fqn]
         if strange:
             raise UsageError(
                 f"{name_list(strange)} came into the model after `setup`, so the strategy "
@@ -143,7 +178,7 @@ class LiveLayout:
                 "`setup`, for example inside `init_module`; then set the model up."
             )
         present = {id(parameter) for parameter in _parameters(model)}
-        gone = [known for known in self._known if id(known.tensor()) not in present]
+        gone = [known for known in self._known if id(known.tensor) not in present]
         trains = [parameter.requires_grad for parameter in _parameters(model)]
         if gone or trains != [known.trains for known in self._known]:
             self._has_changed = True
@@ -181,17 +216,16 @@ class _Known:
 
     def __init__(self, fqn: str, parameter: nn.Parameter) -> None:
         self.fqn = fqn
-        self.tensor = weakref.ref(parameter)
-        self.gathered: weakref.ref[nn.Parameter] | None = None
+        self.tensor = parameter
+        self.gathered: nn.Parameter | None = None
         self.trains = parameter.requires_grad
         self._numel = local_of(parameter).numel()
 
     def matches(self, parameter: nn.Parameter) -> bool:
-        return self.tensor() is parameter or (self.gathered is not None and self.gathered() is parameter)
+        return self.tensor is parameter or self.gathered is parameter
 
     def is_emptied(self) -> bool:
-        parameter = self.tensor()
-        return parameter is not None and self._numel > 0 and local_of(parameter).numel() == 0
+        return self._numel > 0 and local_of(self.tensor).numel() == 0
 
 
 def _parameters(model: nn.Module) -> Iterator[nn.Parameter]:

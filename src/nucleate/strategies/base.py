@@ -174,8 +174,20 @@ class Strategy(Plugin):
             module: The module that `setup` returned.
         """
 
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer of a kind that this strategy cannot step, before `setup` changes anything.
+
+        By default, do nothing.
+
+        Args:
+            optimizer: The user's optimizer. Its parameters may still be deferred, and may not be laid out yet.
+
+        Raises:
+            ConfigurationError: The strategy cannot step this optimizer; the message says which one it can step.
+        """
+
     def setup_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that this strategy cannot step, before its first step. By default, do nothing.
+        """Prepare an optimizer before its first step, and again when parameters are added. By default, do nothing.
 
         Args:
             optimizer: The user's optimizer, on the parameters that `setup` has left.
@@ -183,6 +195,14 @@ class Strategy(Plugin):
         Raises:
             ConfigurationError: The optimizer cannot step these parameters; the message says which one can.
         """
+
+    def optimizer_step_context(self, optimizer: Optimizer) -> AbstractContextManager[object]:
+        """Return the context that surrounds each step of an optimizer.
+
+        Args:
+            optimizer: The user's optimizer.
+        """
+        return nullcontext()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the state of an optimizer to save, in the form of torch's `state_dict`."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nucleate.errors import ConfigurationError, NonFiniteGradientError
+from nucleate.errors import ConfigurationError, NonFiniteGradientError, name_list
 
 
 @torch.no_grad()
@@ -64,13 +64,19 @@ def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
         clip_value: The largest allowed absolute value.
 
     Raises:
-        ConfigurationError: `clip_value` is negative or NaN.
+        ConfigurationError: `clip_value` is negative or NaN, or a gradient is complex. No gradient has been changed.
     """
     if not clip_value >= 0:
         raise ConfigurationError(f"clip_val={clip_value!r} must be a number of at least 0.")
-    for parameter in parameters:
-        if parameter.grad is not None:
-            _local(parameter.grad).clamp_(-clip_value, clip_value)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    complex_shapes = [str(tuple(gradient.shape)) for gradient in gradients if gradient.is_complex()]
+    if complex_shapes:
+        raise ConfigurationError(
+            f"clip_val={clip_value!r} limits real numbers, but the gradients of shapes {name_list(complex_shapes)} are "
+            "complex. Clip by the norm instead: max_norm=..."
+        )
+    for gradient in gradients:
+        _local(gradient).clamp_(-clip_value, clip_value)
 
 
 def _layout(gradient: Tensor) -> Any:

@@ -81,8 +81,8 @@ class _Before:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        # The objects themselves are not kept: a real parameter's memory is free as soon as it is replaced.
         named = dict(named_parameters(model, remove_duplicate=False))
-        self._objects = named
         self._hooks = {name: p._post_accumulate_grad_hooks for name, p in named.items()}
         # Attributes that users set, without our own.
         self._attributes = {
@@ -122,12 +122,12 @@ class _Before:
     def restore(self, model: nn.Module) -> None:
         """Give new parameter objects the attributes and hooks of those in whose place they are."""
         for name, parameter in named_parameters(model, remove_duplicate=False):
-            if name not in self._objects or self._objects[name] is parameter:
-                continue
-            for key, value in self._attributes[name].items():
-                setattr(parameter, key, value)
-            if self._hooks[name]:
-                parameter._post_accumulate_grad_hooks = self._hooks[name]
+            for key, value in self._attributes.get(name, {}).items():
+                if key not in vars(parameter):
+                    setattr(parameter, key, value)
+            hooks = self._hooks.get(name)
+            if hooks and parameter._post_accumulate_grad_hooks is not hooks:
+                parameter._post_accumulate_grad_hooks = hooks
 
 
 def _form(parameter: nn.Parameter) -> str:

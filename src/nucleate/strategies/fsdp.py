@@ -19,7 +19,9 @@ from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.sharded_class import make_shardable
+from nucleate.strategies.sharded_step import sharded_step
 from nucleate.strategies.unshardable import refuse_unshardable
+from nucleate.strategies.unsteppable import refuse_unsteppable
 from nucleate.strategies.wrap_policy import WrapPolicy, find_units
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.optim import Optimizer
 
     from nucleate.plugin import Composition
 
@@ -169,6 +172,18 @@ class FSDPStrategy(Strategy):
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         register_fsdp_forward_method(module, name)
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that cannot step shards.
+
+        Raises:
+            ConfigurationError: The optimizer cannot step shards. Nothing has been changed.
+        """
+        refuse_unsteppable(optimizer)
+
+    def optimizer_step_context(self, optimizer: Optimizer) -> AbstractContextManager[object]:
+        """Return the context in which an optimizer steps shards."""
+        return sharded_step(optimizer)
 
     def _average_gradient(self, parameter: nn.Parameter, model: weakref.ref[nn.Module]) -> None:
         """Average the gradient of a parameter that every rank keeps whole, as FSDP averages gradients of shards."""

@@ -1,31 +1,53 @@
-"""A wrapped optimizer whose step goes through the precision; its groups and state are the user's optimizer's."""
+"""A wrapped optimizer whose step goes through precision and strategy; its groups and state are the user's optimizer's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Container, Iterable
 from typing import Any, final
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from nucleate.deferred import handle_of
-from nucleate.errors import ConfigurationError, UsageError, name_list
+from nucleate.errors import UsageError, name_list
 from nucleate.precision.base import Precision
+from nucleate.strategies.base import Strategy
+from nucleate.wrappers.replaced import refuse_replaced
+
+#: The attributes of the wrapper itself. Schedulers patch the `step` of the optimizer that they get, which is the wrapper.
+_OWN = ("optimizer", "precision", "strategy", "_check", "step")
 
 
 @final
 class OptimizerWrapper(Optimizer):
-    """A wrapper of the user's optimizer; a learning rate scheduler accepts it as an optimizer.
+    """A wrapper of the user's optimizer. `isinstance` takes it for an optimizer of the user's class, too.
 
     Args:
         optimizer: The user's optimizer.
         precision: Steps the optimizer, or skips a step whose gradients overflowed.
+        strategy: Surrounds each step and reads the state to save. None does neither.
+        check: Refuses parameters that the optimizer cannot train, before they are added. None accepts all that are in
+            their model.
     """
 
     # The base's __init__ is not called: it would make a second set of parameter groups, state and hooks.
-    def __init__(self, optimizer: Optimizer, precision: Precision) -> None:
-        self.optimizer = optimizer
-        self.precision = precision
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        precision: Precision,
+        strategy: Strategy | None = None,
+        check: Callable[[Optimizer, Iterable[Any]], None] | None = None,
+    ) -> None:
+        self.__dict__.update(optimizer=optimizer, precision=precision, strategy=strategy, _check=check)
+
+    # `isinstance` asks for the type first and for `__class__` second, so both answers are true. A subclass of the user's
+    # class would instead inherit its methods, which would write their attributes to the wrapper.
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Optimizer]:
+        """The class of the user's optimizer."""
+        # While unpickling there is no optimizer yet.
+        return type(self.__dict__.get("optimizer", self))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -63,19 +85,47 @@ class OptimizerWrapper(Optimizer):
         Returns:
             The result of the optimizer's step, or None if the step was skipped.
         """
-        return self.precision.step(self.optimizer, closure)
+        if self.strategy is None:
+            return self.precision.step(self.optimizer, closure)
+        with self.strategy.optimizer_step_context(self.optimizer):
+            return self.precision.step(self.optimizer, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the optimizer's parameters."""
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the optimizer."""
+        """Add parameters to the optimizer.
+
+        Args:
+            param_group: The parameters and their options, as torch takes them.
+
+        Raises:
+            UsageError: `setup` has replaced some of the parameters in their model, or they have no value yet, or no
+                model that was set up has them and there are several processes. Nothing has been changed.
+            ConfigurationError: The strategy cannot step the optimizer with these parameters. Nothing has been changed.
+        """
+        parameters = param_group.get("params") if isinstance(param_group, dict) else None
+        if isinstance(parameters, Iterable) and not isinstance(parameters, (Tensor, set)):
+            # An iterator can be read only once.
+            parameters = param_group["params"] = list(parameters)
+        if isinstance(parameters, Tensor):
+            parameters = [parameters]
+        added = [item[1] if isinstance(item, tuple) else item for item in parameters or ()]
+        refuse_replaced(type(self.optimizer).__name__, added)
+        if self._check is not None:
+            self._check(self.optimizer, added)
         self.optimizer.add_param_group(param_group)
+        if self.strategy is not None:
+            try:
+                self.strategy.setup_optimizer(self.optimizer)
+            except BaseException:
+                self.optimizer.param_groups.pop()
+                raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's own state dict."""
-        return self.optimizer.state_dict()
+        """Return the optimizer's own state dict, as the strategy reads it."""
+        return self.optimizer.state_dict() if self.strategy is None else self.strategy.optimizer_state(self.optimizer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the optimizer's own state dict."""
@@ -83,79 +133,79 @@ class OptimizerWrapper(Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         # While unpickling there is no optimizer yet, and the lookup would call this method without end.
-        if name == "optimizer":
+        if name in _OWN:
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out a `step` that a scheduler patched, as torch's optimizers do: it cannot be pickled."""
-        return {"optimizer": self.optimizer, "precision": self.precision}
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch's gradient scaler sets `grad_scale` on an optimizer that unscales gradients in its own step.
+        if name in _OWN or isinstance(getattr(OptimizerWrapper, name, None), property):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.optimizer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            object.__delattr__(self, name)
+        else:
+            delattr(self.optimizer, name)
+
+    def __copy__(self) -> OptimizerWrapper:
+        return OptimizerWrapper(self.optimizer, self.precision, self.strategy, self._check)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
+        """Copy the optimizer, but keep the same precision and strategy."""
+        memo[id(self)] = clone = copy.copy(self)
+        clone.optimizer = copy.deepcopy(self.optimizer, memo)
+        return clone
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Leave out the strategy, and a `step` that a scheduler patched, as torch's optimizers do."""
+        # pickle refuses the default way for an object whose `__class__` is not its type.
+        return _empty, (), {"optimizer": self.optimizer, "precision": self.precision}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"strategy": None, "_check": None, **state})
 
     def __repr__(self) -> str:
         return f"OptimizerWrapper({self.optimizer!r})"
 
 
-def check_optimizer(optimizer: Optimizer, names: Mapping[int, str], model: nn.Module, shards: bool) -> None:
-    """Refuse an optimizer that cannot be set up with a model, before any change.
+def _empty() -> OptimizerWrapper:
+    return object.__new__(OptimizerWrapper)
+
+
+def check_trainable(optimizer: Optimizer, parameters: Iterable[Any], known: Container[int], world_size: int) -> None:
+    """Refuse parameters that an optimizer would train in vain, or differently on each rank.
 
     Args:
         optimizer: The user's optimizer.
-        names: The FQN of each parameter of the model, by the parameter's id.
-        model: The model that is set up with the optimizer.
-        shards: Whether the strategy replaces the parameters.
+        parameters: Its parameters, or others that it will get.
+        known: The ids of the parameters of all models that were set up.
+        world_size: The number of ranks.
 
     Raises:
-        UsageError: The object is not an optimizer, is set up already, or has state for other tensors than it will
-            train.
-        ConfigurationError: The optimizer has parameters of another model.
+        UsageError: `setup` has replaced some of the parameters in their model, or they have no value yet, or no model
+            that was set up has them and there are several ranks.
     """
-    if isinstance(optimizer, OptimizerWrapper):
-        raise UsageError("this optimizer has been set up already. Use the optimizer that the first setup returned.")
-    if not isinstance(optimizer, Optimizer):
-        raise UsageError(f"setup takes optimizers after the model; got {type(optimizer).__name__}.")
-    strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
-    if strangers:
-        named = [handle.fqn for p in strangers if (handle := handle_of(p)) is not None]
-        described = name_list(named or (str(tuple(p.shape)) for p in strangers))
-        raise ConfigurationError(
-            f"{type(optimizer).__name__} has {len(strangers)} parameters that {type(model).__name__} does not have: "
-            f"{described}. Build the optimizer on the parameters of the model that you set up with it."
-        )
-    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    if state and (shards or any(tensor.is_meta or handle_of(tensor) for tensor in state)):
+    name = type(optimizer).__name__
+    strangers = [p for p in parameters if isinstance(p, Tensor) and id(p) not in known]
+    refuse_replaced(name, strangers)
+    deferred = [_describe(p) for p in strangers if handle_of(p) is not None or p.is_meta]
+    if deferred:
         raise UsageError(
-            f"{type(optimizer).__name__} already has state, which was made for other parameters than it will train. "
-            "Build it after setup, from the parameters of the model that `setup` returned, then call "
-            "`runtime.setup_optimizers(optimizer)`."
+            f"{name} has {len(deferred)} parameters without values: {name_list(deferred)}. Set up their model first, or "
+            "pass both: `model, optimizer = runtime.setup(model, optimizer)`."
+        )
+    if strangers and world_size > 1:
+        raise UsageError(
+            f"{name} has {len(strangers)} parameters that belong to no model that was set up: "
+            f"{name_list(map(_describe, strangers))}. The {world_size} processes would not exchange their gradients, and "
+            "each process would train values of its own. Put the parameters into a module, pass it to `runtime.setup`, "
+            "and build the optimizer on the parameters of the returned model."
         )
 
 
-def repoint(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Replace the optimizer's parameters by the current parameters of the same names.
-
-    Args:
-        optimizer: The user's optimizer.
-        names: The FQN of each parameter of the optimizer, by the parameter's id.
-        parameters: The parameters by FQN, after the strategy's `setup`.
-
-    Raises:
-        ConfigurationError: The precision has quantized a parameter, so that it no longer trains.
-    """
-    frozen = [
-        names[id(parameter)]
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad and not parameters[names[id(parameter)]].is_floating_point()
-    ]
-    if frozen:
-        raise ConfigurationError(
-            f"{type(optimizer).__name__} has {name_list(frozen)}, which the precision has quantized and which cannot "
-            "train. Set the model up alone, build the optimizer on the model's parameters that require gradients, and "
-            "call `runtime.setup_optimizers(optimizer)`."
-        )
-    for group in optimizer.param_groups:
-        # In place: some optimizers (LBFGS) keep the list itself.
-        group["params"][:] = [parameters[names[id(parameter)]] for parameter in group["params"]]
+def _describe(parameter: Tensor) -> str:
+    handle = handle_of(parameter)
+    return f"a parameter of shape {tuple(parameter.shape)}" if handle is None else handle.fqn
