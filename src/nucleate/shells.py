@@ -307,3 +307,9 @@ def is_compiled(module: nn.Module) -> bool:
         f"{base.__module__}.{base.__qualname__}" == "torch._dynamo.eval_frame.OptimizedModule"
         for base in type(module).__mro__
     )
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` was called with, or the module itself."""
+    held = content(module) if is_compiled(module) else None
+    return module if held is None else held

@@ -112,6 +112,6 @@ def _refuse_nested(model: nn.Module) -> None:
     if nested:
         raise ConfigurationError(
             f"{name_list(nested)} of this model is a DistributedDataParallel, and the strategy 'ddp' exchanges all "
-            "gradients itself. Two exchanges make wrong gradients where gradients accumulate. Give `setup` a model that "
-            "has the module inside (its attribute `module`) instead."
+            "gradients itself. Two exchanges make wrong gradients where gradients accumulate. Give `setup` a model "
+            "that has the module inside (its attribute `module`) instead."
         )
