@@ -58,7 +58,7 @@ PUBLIC = {
         DeviceHooks Staging casts_there concrete default_generator devices_taken hooks_of is_present
         made_current move slabs take_device use_hooks
     """,
-    "nucleate.integrations": "Integration",
+    "nucleate.integrations": "Integration declare_shell",
     "nucleate.layout": "Dealer cut flat_start is_sharded merged offsets_of runs scattered zeros_beside",
     "nucleate.materialize": "Plan execute materialize reset",
     "nucleate.precision": "FixedDtype FullPrecision HalfPrecision MixedPrecision Precision",

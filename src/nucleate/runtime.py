@@ -38,6 +38,7 @@ from nucleate.materialize.verification import Verification
 from nucleate.precision.base import Precision
 from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
+from nucleate.shells import apply_inside, inside, named_parameters, uncompiled, without_shells
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
 from nucleate.wrappers.module import ModuleWrapper, backward_allowed, refuse_set_up
@@ -108,7 +109,7 @@ class Runtime:
         self._communicator = Communicator(environment, parts.device)
         self._integrations = Integrations(plugins, parts.shown)
         self._launched = False
-        # The original models that were set up.
+        # The models that were set up, without shells.
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __repr__(self) -> str:
@@ -282,12 +283,14 @@ class Runtime:
         self.launch()
         with self._communicator.all_or_none("setup"):
             refuse_set_up(model, self._models)
-            names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+            # The strategy lays out the user's model; what it returns is compiled again.
+            compiled, model = model, uncompiled(model)
+            names = {id(p): name for name, p in named_parameters(model, remove_duplicate=False)}
             for optimizer in optimizers:
                 check_optimizer(optimizer, names, model, self._strategy.shards)
             integrations = list(self._integrations)
             for integration in integrations:
-                model = integration.setup(model)
+                model = apply_inside(model, integration.setup)
             self._note_nothing_to_set_up(model)
             vacant = [vacancy.fqn for vacancy in vacancies(model)]
             facts = None if vacant else self._facts(model)
@@ -297,23 +300,23 @@ class Runtime:
         with self._communicator.all_or_none("setup"):
             # Recording is on: the precision's operations on deferred parameters become part of their recipes.
             with resumed(model):
-                model = self._precision.setup(model)
+                model = apply_inside(model, self._precision.setup)
             model = self._accelerator.setup(model)
         # This is a separate block: a strategy exchanges tensors, and would wait for a rank that failed before.
         with self._communicator.all_or_none("setup"):
             verification = Verification(model, self._verify == "all", self._device) if self._verify else None
             with metered(self.is_global_zero), made_current(self._device):
                 forward_module = self._strategy.setup(model)
-            renewed = dict(model.named_parameters(remove_duplicate=False))
+            renewed = dict(named_parameters(model, remove_duplicate=False))
             for optimizer in optimizers:
                 repoint(optimizer, names, renewed)
         if verification is not None:
             verification.run(self._communicator)
-        wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy, self._device)
+        wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy, self._device, compiled)
         for integration in integrations:
-            for method in integration.inference_methods(model):
+            for method in integration.inference_methods(inside(model)):
                 wrapped.mark_inference_method(method)
-        self._models.add(model)
+        self._models.add(inside(model))
         if not optimizers:
             return wrapped
         return (wrapped, *(OptimizerWrapper(optimizer, self._precision) for optimizer in optimizers))
@@ -443,13 +446,14 @@ class Runtime:
         Raises:
             UsageError: The module was not set up.
         """
-        if not isinstance(module, ModuleWrapper):
+        model = inside(module, ModuleWrapper)
+        if not isinstance(model, ModuleWrapper):
             raise UsageError(
-                f"no_backward_sync takes the model that `setup` returned, not {type(module).__name__}. Set it up first."
+                f"no_backward_sync takes the model that `setup` returned, not {type(model).__name__}. Set it up first."
             )
         with ExitStack() as stack:
             if enabled:
-                stack.enter_context(self._strategy.no_backward_sync(module.forward_module))
+                stack.enter_context(self._strategy.no_backward_sync(model.forward_module))
             yield
 
     # -- ranks ---------------------------------------------------------------------------------------------
@@ -635,12 +639,14 @@ class Runtime:
 
     def _prepare_to_load(self, model: nn.Module, stored: Mapping[str, ElementSource]) -> None:
         """Let the precision change a model that is not set up to the form of its stored tensors."""
-        if not isinstance(model, ModuleWrapper) and model not in self._models:
+        if isinstance(inside(model, ModuleWrapper), ModuleWrapper) or inside(model) in self._models:
+            return
+        with without_shells(model) as plain:
             if not is_recording():
                 # Tensors that were built on the meta device by hand are bound to files like deferred tensors.
-                adopt_vacancies(model, self._device)
-            with resumed(model):
-                self._precision.before_load(model, stored)
+                adopt_vacancies(plain, self._device)
+            with resumed(plain):
+                self._precision.before_load(plain, stored)
 
     def _agree_on_generators(self) -> None:
         """Give every rank the generator states of rank 0."""

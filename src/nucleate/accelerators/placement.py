@@ -15,6 +15,7 @@ from nucleate.devices import Staging
 from nucleate.devices.staging import aligned
 from nucleate.errors import UsageError, name_list
 from nucleate.materialize.handover import swap
+from nucleate.shells import named_buffers, named_parameters
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -33,7 +34,7 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     """
     elsewhere = {
         tensor: name
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        for name, tensor in (*named_parameters(model), *named_buffers(model))
         if handle_of(tensor) is None and tensor.device != device and tensor.device.type != "meta"
     }
     if elsewhere:

@@ -18,10 +18,12 @@ from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.module_plan import Prepare, Ties, plan_module
 from nucleate.checkpoint.loading.optimizer_plan import plan_optimizer
 from nucleate.checkpoint.loading.report import Finding, LoadReport
+from nucleate.checkpoint.loading.shell_keys import plain_stored
 from nucleate.checkpoint.readers import Reader, open_checkpoint
 from nucleate.checkpoint.state.entries import Entry, Kind, ParameterNames, agree, entries_of
 from nucleate.checkpoint.state.tree import KeyPath, check_tensor, key_of, split
 from nucleate.layout import is_sharded
+from nucleate.shells import state_dict as plain_state_dict
 
 if TYPE_CHECKING:
     from nucleate.cluster.communicator import Communicator
@@ -83,8 +85,9 @@ def load(
         with communicator.all_or_none(f"{loading}: {entry.key}"):
             if entry.kind is Kind.MODULE:
                 if prepare is not None:
-                    prepare(entry.value, {n: plan.contents.tensors[k] for n, k in _stored(plan, entry.path).items()})
-                modules[entry.path] = (entry.value, entry.value.state_dict(keep_vars=True))
+                    stored = plain_stored(_stored(plan, entry.path), entry.value)
+                    prepare(entry.value, {name: plan.contents.tensors[key] for name, key in stored.items()})
+                modules[entry.path] = (entry.value, plain_state_dict(entry.value, keep_vars=True))
                 names = ParameterNames(modules)
             elif plan.contents.has(entry.path):
                 _PLANNERS[entry.kind](plan, entry, names)
@@ -129,7 +132,7 @@ def _plan_module(
     if not isinstance(saved, dict):
         plan.unfit.append(f"{key_of(path)} is a module here but not in the checkpoint")
         return
-    stored = _stored(plan, path)
+    stored = plain_stored(_stored(plan, path), module)
     used = plan_module(plan, module, state_dict, path, stored, path, names, ties)
     wanted = {used[fqn] for fqn in used if fqn in state_dict}
     for fqn in saved:

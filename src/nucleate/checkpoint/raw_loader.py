@@ -17,6 +17,7 @@ from nucleate.checkpoint.disk.series import resolve
 from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.module_plan import Prepare, Ties, plan_module
 from nucleate.checkpoint.loading.report import Finding, LoadReport
+from nucleate.checkpoint.loading.shell_keys import plain_stored
 from nucleate.checkpoint.loading.tensor_map import map_tensors
 from nucleate.checkpoint.readers import open_checkpoint
 from nucleate.checkpoint.rules.key_map import KeyMap
@@ -24,6 +25,7 @@ from nucleate.checkpoint.state.entries import ParameterNames
 from nucleate.checkpoint.state.tree import KeyPath, key_of
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.errors import CheckpointKeyError, CheckpointNotFoundError, UsageError, name_list
+from nucleate.shells import state_dict as plain_state_dict
 
 if TYPE_CHECKING:
     from nucleate.cluster.communicator import Communicator
@@ -84,10 +86,11 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
         contents = open_checkpoint(resolve(where), reader)
         prefix = prefix or _only_module(contents)
         contents, stored = _stored(contents, prefix, keys)
+        stored = plain_stored(stored, model)
         plan = LoadPlan(contents, maps=mmap)
         if prepare is not None:
             prepare(model, {name: plan.tensors[key] for name, key in stored.items()})
-        state_dict: dict[str, Any] = model.state_dict(keep_vars=True)
+        state_dict: dict[str, Any] = plain_state_dict(model, keep_vars=True)
         place = _place(plan.contents, prefix) if keys is None else None
         names = ParameterNames({(): (model, state_dict)})
         ties = Ties(compares=communicator.rank == 0)

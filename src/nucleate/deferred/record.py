@@ -32,6 +32,7 @@ from nucleate.deferred.tape.steps import Step
 from nucleate.deferred.tape.tape import Tape, tape_of
 from nucleate.devices import concrete, default_generator
 from nucleate.errors import DeferredUseError
+from nucleate.shells import named_modules
 
 # For each tape the records that share it. Process-wide: a tensor that one record meets may belong to another.
 _sharing: weakref.WeakKeyDictionary[Tape, weakref.WeakSet[Record]] = weakref.WeakKeyDictionary()
@@ -455,6 +456,7 @@ def _names(modules: list[nn.Module]) -> dict[int, str]:
     names: dict[int, str] = {}
     for root in modules:
         if id(root) not in children:
-            for name, module in root.named_modules():
+            names.setdefault(id(root), "")
+            for name, module in named_modules(root):
                 names.setdefault(id(module), name)
     return names

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nucleate.cluster.communicator import Communicator
 from nucleate.errors import RankDisagreementError, name_list
 from nucleate.layout.placements import is_sharded
+from nucleate.shells import named_buffers, named_parameters
 
 #: The number of elements in the sample for a fingerprint. Another seed or kernel changes nearly every element.
 SAMPLE_SIZE = 4096
@@ -99,7 +100,7 @@ def differing_copies(model: nn.Module, communicator: Communicator) -> dict[str, 
 
 def _held(model: nn.Module) -> Iterable[tuple[tuple[Any, ...], Tensor]]:
     """Yield the tensors of this rank, each with a key: the FQN, and for a shard also its boxes."""
-    named: Iterable[tuple[str, Any]] = (*model.named_parameters(), *model.named_buffers())
+    named: Iterable[tuple[str, Any]] = (*named_parameters(model), *named_buffers(model))
     for name, tensor in named:
         if is_sharded(tensor):
             chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.__create_chunk_list__()]
@@ -109,7 +110,7 @@ def _held(model: nn.Module) -> Iterable[tuple[tuple[Any, ...], Tensor]]:
 
 
 def _replicated(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in (*named_parameters(model), *named_buffers(model)):
         if not tensor.is_meta and not hasattr(tensor, "device_mesh"):
             yield name, tensor.detach()
 

@@ -31,6 +31,7 @@ from nucleate.materialize.reading import read_into
 from nucleate.materialize.recipe import is_moved_to
 from nucleate.materialize.resetting import reset
 from nucleate.materialize.shards import allocate_shards, fill, parts_of_shard, take_back_shards
+from nucleate.shells import named_buffers, named_parameters
 
 _logger = logging.getLogger(__name__)
 
@@ -226,7 +227,7 @@ def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
 
 
 def _verify(model: nn.Module) -> None:
-    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    left = [name for name, tensor in (*named_parameters(model), *named_buffers(model)) if tensor.is_meta]
     if left:
         raise UninitializedError(
             f"{name_list(left)} have no value after materialization. This is a fault of nucleate: please report it."

@@ -23,6 +23,7 @@ from nucleate.layout import is_sharded
 from nucleate.materialize.handover import mark_released, unmark_released
 from nucleate.materialize.recipe import Recipe
 from nucleate.materialize.vacancies import refuse_recording
+from nucleate.shells import named_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +298,6 @@ class Plan:
 def _held(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
     """Yield the tensors of a model, each with the place that holds it."""
     barren = set[int]()
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         for kind, name, tensor in held_tensors(module, barren):
             yield Holder(module, kind, name, f"{prefix}.{name}" if prefix else name), tensor

@@ -21,6 +21,7 @@ from nucleate.deferred.stand_ins import stand_ins
 from nucleate.errors import UninitializedError, name_list
 from nucleate.materialize.reset_methods import OWN_NAMES, ResetCall, reset_calls
 from nucleate.materialize.vacancies import Vacancy, adopt_vacancies, vacancies
+from nucleate.shells import without_shells
 
 _logger = logging.getLogger(__name__)
 
@@ -86,6 +87,11 @@ def reset(model: nn.Module, device: torch.device) -> Resets:
             meta device are then unchanged.
         UsageError: The model is being constructed.
     """
+    with without_shells(model) as plain:
+        return _reset(plain, device)
+
+
+def _reset(model: nn.Module, device: torch.device) -> Resets:
     found = adopt_vacancies(model, device)
     if not found:
         return Resets()

@@ -17,6 +17,7 @@ from nucleate.deferred.guards import is_edited
 from nucleate.deferred.tape import is_written
 from nucleate.errors import UsageError
 from nucleate.materialize.handover import is_released
+from nucleate.shells import named_modules
 
 
 @dataclass(slots=True)
@@ -50,7 +51,7 @@ def vacancies(model: nn.Module) -> list[Vacancy]:
     whole = set[int]()
     barren = set[int]()
     with torch._C.DisableTorchFunctionSubclass():
-        for prefix, module in model.named_modules():
+        for prefix, module in named_modules(model):
             for kind, name, tensor in held_tensors(module, barren):
                 if id(tensor) in whole:
                     continue

@@ -27,6 +27,7 @@ from nucleate.layout.agreement import differing_copies
 from nucleate.materialize.parts import parts_of
 from nucleate.materialize.plan import Group, Plan, Target
 from nucleate.materialize.reference import Reference
+from nucleate.shells import named_modules
 
 #: A sample makes at most so many elements again, intermediate results included.
 SAMPLE_NUMEL = 1 << 24
@@ -99,7 +100,7 @@ class Verification:
     def _compare(self, chosen: Iterable[tuple[Group, bool]]) -> Iterator[Mismatch]:
         """Compare the tensors of some groups with their recipes, in the given order: each whole, or in windows."""
         reference = Reference()
-        modules = dict(self._model.named_modules())
+        modules = dict(named_modules(self._model))
         for group, is_whole in chosen:
             held = [(fqn, actual, target) for target in group.targets for fqn, actual in self._held(target, modules)]
             recorded_for = group.source.record.device

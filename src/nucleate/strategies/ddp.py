@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nucleate.cluster.communicator import Communicator
+from nucleate.errors import ConfigurationError, name_list
 from nucleate.layout.agreement import broadcast_real, verify_replicas
 from nucleate.materialize import Plan, execute
+from nucleate.shells import plain_name
 from nucleate.strategies.base import Strategy
 
 
@@ -60,8 +62,10 @@ class DDPStrategy(Strategy):
         A model without trained parameters is returned unwrapped, because DDP refuses it.
 
         Raises:
+            ConfigurationError: A part of the model is a `DistributedDataParallel` already. Nothing has been changed.
             RankDisagreementError: Replicas made from the same recipes differ.
         """
+        _refuse_nested(model)
         communicator = Communicator(self.environment, self.device)
         plan = Plan.of(model)
         plan.release()
@@ -97,3 +101,17 @@ class DDPStrategy(Strategy):
     def guards_methods(self, module: nn.Module) -> bool:
         """Return True for a DDP module: its own forward prepares the exchange, so bypassing it loses gradients."""
         return isinstance(module, DistributedDataParallel)
+
+
+def _refuse_nested(model: nn.Module) -> None:
+    nested = [
+        plain_name(model, name) or "the root"
+        for name, module in model.named_modules()
+        if isinstance(module, DistributedDataParallel)
+    ]
+    if nested:
+        raise ConfigurationError(
+            f"{name_list(nested)} of this model is a DistributedDataParallel, and the strategy 'ddp' exchanges all "
+            "gradients itself. Two exchanges make wrong gradients where gradients accumulate. Give `setup` a model "
+            "that has the module inside (its attribute `module`) instead."
+        )

@@ -20,6 +20,7 @@ from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError, name_list
 from nucleate.layout.agreement import broadcast_real, verify_replicas
 from nucleate.materialize import Plan, execute
+from nucleate.shells import named_parameters
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.sharded_class import make_shardable
 from nucleate.strategies.wrap_policy import WrapPolicy, find_units
@@ -203,7 +204,7 @@ def _attributes(parameter: nn.Parameter) -> dict[str, Any]:
 
 
 def _refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]], plan: Plan) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     strided = [name for name, p in parameters.items() if not p.is_contiguous()]
     if strided:
         raise ConfigurationError(

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import nn
 
 from nucleate.errors import ConfigurationError, name_list
+from nucleate.shells import inside, named_modules
 
 WrapPolicy = Literal["auto"] | Iterable[type[nn.Module]] | Callable[[str, nn.Module], bool]
 
@@ -45,10 +46,11 @@ def find_units(model: nn.Module, policy: WrapPolicy) -> list[tuple[str, nn.Modul
     Raises:
         ConfigurationError: The policy contains something other than a module class, or a class that the model lacks.
     """
+    named = list(named_modules(model))
     if policy == "auto":
-        chosen = list(_declared_or_repeated(model))
+        chosen = _declared_or_repeated(model)
     elif callable(policy):
-        chosen = [(name, module) for name, module in model.named_modules() if policy(name, module)]
+        chosen = {name for name, module in named if policy(name, module)}
     else:
         classes = tuple(policy)
         wrong = [item for item in classes if not (isinstance(item, type) and issubclass(item, nn.Module))]
@@ -57,29 +59,36 @@ def find_units(model: nn.Module, policy: WrapPolicy) -> list[tuple[str, nn.Modul
                 f"wrap={policy!r} holds {wrong[0]!r}, which is not a module class. Give 'auto', classes of modules, or "
                 "a function of a module's name and the module."
             )
-        chosen = [(name, module) for name, module in model.named_modules() if isinstance(module, classes)]
+        chosen = {name for name, module in named if isinstance(module, classes)}
         absent = [cls.__name__ for cls in classes if not any(isinstance(m, cls) for m in model.modules())]
         if absent:
             present = name_list(sorted({type(module).__name__ for module in model.modules()}))
             raise ConfigurationError(
                 f"wrap names {name_list(absent)}, but {type(model).__name__} has none of them. It has: {present}."
             )
+    # A shell has the name of the module inside. The outermost one becomes the unit: the hooks that gather parameters
+    # then run outside of compiled code, and once for a forward whose activations are computed twice.
+    outermost: dict[str, nn.Module] = {}
+    for name, module in named:
+        outermost.setdefault(name, module)
     holders: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), set()).add(id(module))
     return [
         (name, module)
-        for name, module in reversed(chosen)
-        if module is not model and not isinstance(module, _WITHOUT_FORWARD) and not _shares_parameters(module, holders)
+        for name, module in reversed(outermost.items())
+        if name
+        and name in chosen
+        and not isinstance(inside(module), _WITHOUT_FORWARD)
+        and not _shares_parameters(module, holders)
     ]
 
 
-def _declared_or_repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the declared modules, and the repeated blocks that neither contain nor are in one, outermost first."""
-    declared = {name for name, module in model.named_modules() if _DECLARED in module.__dict__}
-    repeated = {name for name, _ in _repeated_blocks(model, declared)}
-    return [(name, module) for name, module in model.named_modules() if name in declared or name in repeated]
+def _declared_or_repeated(model: nn.Module) -> set[str]:
+    """Return the names of declared modules, and of the repeated blocks that neither contain nor are in one."""
+    declared = {name for name, module in named_modules(model) if _DECLARED in module.__dict__}
+    return {*declared, *(name for name, _ in _repeated_blocks(model, declared))}
 
 
 def _repeated_blocks(model: nn.Module, declared: set[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -91,7 +100,7 @@ def _repeated_blocks(model: nn.Module, declared: set[str]) -> Iterator[tuple[str
     """
     found = list(declared)
     around = {".".join(parts[:end]) for parts in (name.split(".") for name in declared) for end in range(len(parts))}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if any(name.startswith(f"{outer}.") for outer in found):
             continue
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
@@ -103,14 +112,14 @@ def _repeated_blocks(model: nn.Module, declared: set[str]) -> Iterator[tuple[str
         ]
         counts: dict[type[nn.Module], int] = {}
         for _, child in children:
-            counts[type(child)] = counts.get(type(child), 0) + 1
+            counts[type(inside(child))] = counts.get(type(inside(child)), 0) + 1
         for child_name, child in children:
-            if counts[type(child)] > 1 and child_name not in declared and child_name not in around:
+            if counts[type(inside(child))] > 1 and child_name not in declared and child_name not in around:
                 found.append(child_name)
                 yield child_name, child
 
 
 def _shares_parameters(unit: nn.Module, holders: Mapping[int, set[int]]) -> bool:
     """Return whether a module outside of `unit` holds one of its parameters; `holders` has the modules by parameter."""
-    inside = {id(module) for module in unit.modules()}
-    return any(not holders[id(parameter)] <= inside for parameter in unit.parameters())
+    own = {id(module) for module in unit.modules()}
+    return any(not holders[id(parameter)] <= own for parameter in unit.parameters())

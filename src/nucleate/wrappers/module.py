@@ -1,7 +1,8 @@
 """A wrapped model whose forward goes through precision and strategy; everything else is the user's model.
 
 This file decides which methods count as forward, which calls are refused because they would bypass the strategy, and
-where names are looked up. The two plugins do the work around forward.
+where names are looked up. The two plugins do the work around forward. `special_methods` makes the class that has the
+special methods of the model's class, and `nucleate.shells` knows the names without shells.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nucleate.devices import made_current
-from nucleate.devices.kinds import module_moves
 from nucleate.errors import UsageError, name_list
 from nucleate.precision.base import Precision
+from nucleate.shells import inside, is_compiled, named_modules
 from nucleate.strategies.base import Strategy
+from nucleate.wrappers.compiled import compiled_like
+from nucleate.wrappers.delegation import Delegating
+from nucleate.wrappers.special_methods import OPERATORS, Methods, bound, class_with, special_methods
 
 # The number of open `backward_allowed` contexts. A plain number and not a context variable: on accelerators the hooks
 # run in autograd's own threads, which do not see the caller's context.
@@ -41,8 +45,13 @@ def backward_allowed() -> Iterator[None]:
 
 
 @final
-class ModuleWrapper(nn.Module):
+class ModuleWrapper(Delegating):
     """A wrapper of the user's model, with the same attributes, keys and methods, but another forward.
+
+    It has the special methods of the model's class too: `wrapper[0]`, `len(wrapper)` or iteration work where they work
+    with the model. Names and keys are those of the plain model, without `_orig_mod` and the like. A model that has no
+    attribute `device` or `dtype` gets them: the device of this process, and the dtype of the first floating point
+    parameter.
 
     Args:
         forward_module: The module that the strategy's `setup` returned; its forward is called.
@@ -50,7 +59,13 @@ class ModuleWrapper(nn.Module):
         precision: Converts inputs and outputs, and surrounds forward.
         strategy: Decides which methods must go through it.
         device: The device that is made current during forward; None does not change the current device.
+        compiled: The user's model as it was given to `setup`. If `torch.compile` returned it, forward is compiled in
+            the same way.
     """
+
+    def __new__(cls, forward_module: nn.Module, original: nn.Module, *args: Any, **kwargs: Any) -> ModuleWrapper:
+        """Make an object of the class that has the special methods of the model's class."""
+        return _blank(special_methods(type(original)))
 
     def __init__(
         self,
@@ -59,6 +74,7 @@ class ModuleWrapper(nn.Module):
         precision: Precision,
         strategy: Strategy,
         device: torch.device | None = None,
+        compiled: nn.Module | None = None,
     ) -> None:
         super().__init__()
         # In `__dict__`, not in `_modules`: keys must not get a prefix. The registries are the model's own objects, so
@@ -75,14 +91,11 @@ class ModuleWrapper(nn.Module):
             _buffers=original._buffers,
             _modules=original._modules,
             _non_persistent_buffers_set=original._non_persistent_buffers_set,
+            _compiled=None,
             _original=original,
         )
-
-    @property
-    def module(self) -> nn.Module:
-        """The user's model."""
-        original: nn.Module = self.__dict__["_original"]
-        return original
+        if compiled is not None and is_compiled(compiled):
+            self.__dict__["_compiled"] = compiled_like(compiled, forward_module)
 
     @property
     def forward_module(self) -> nn.Module:
@@ -92,7 +105,8 @@ class ModuleWrapper(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward with precision and strategy."""
-        return self._run(self.forward_module, args, kwargs)
+        # Not `or`: a model whose class has `__len__` may be false.
+        return self._run(self.forward_module if self._compiled is None else self._compiled, args, kwargs)
 
     def mark_forward_method(self, method: str | MethodType) -> None:
         """Let a method of the model go through precision and strategy, as forward does.
@@ -201,10 +215,19 @@ class ModuleWrapper(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if "_original" not in self.__dict__:  # While unpickling.
             raise AttributeError(name)
+        try:
+            value = getattr(self.module, name)
+        except AttributeError:
+            # A property of the model that fails keeps its own error.
+            if name not in _GIVEN or hasattr(type(self.module), name):
+                raise
+            return _GIVEN[name](self)
+        return self._routed(name, value)
+
+    def _routed(self, name: str, value: Any) -> Any:
+        """Return an attribute of the model; a method goes through precision and strategy as far as it has to."""
         if name in self.__dict__["_forward_methods"]:
-            method = getattr(self.module, name)
-            return functools.wraps(method)(lambda *args, **kwargs: self._run_method(name, args, kwargs))
-        value = getattr(self.module, name)
+            return functools.wraps(value)(lambda *args, **kwargs: self._run_method(name, args, kwargs))
         if name in self.__dict__["_inference_methods"]:
             return functools.wraps(value)(lambda *args, **kwargs: self._run(value, args, kwargs))
         if (
@@ -214,6 +237,20 @@ class ModuleWrapper(nn.Module):
         ):
             return functools.wraps(value)(lambda *args, **kwargs: self._run_guarded(value, args, kwargs))
         return value
+
+    def _call_special(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a special method of the model, such as `__getitem__`.
+
+        Args:
+            name: The name of the method.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+        """
+        model = self.module
+        if name in OPERATORS:
+            args = tuple(arg.module if isinstance(arg, ModuleWrapper) else arg for arg in args)
+        result = self._routed(name, bound(model, name))(*args, **kwargs)
+        return self if result is model else result
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_original" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name):
@@ -228,15 +265,32 @@ class ModuleWrapper(nn.Module):
             delattr(self.module, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self.module)})  # type: ignore[no-untyped-call]
+        return sorted({*super().__dir__(), *dir(self.module), *_GIVEN})  # type: ignore[no-untyped-call]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # By the names of the special methods, because the class of this object has no name of its own.
+        return _blank, (special_methods(type(self.module)),), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out compiled code, as `nn.Module` does: it cannot be pickled."""
+        return {**self.__dict__, "_compiled": None, "_compiled_call_impl": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleWrapper:
         """Copy the model, but keep the same precision and strategy, as an average of weights needs it."""
-        clone = object.__new__(ModuleWrapper)
+        clone = object.__new__(type(self))
         memo[id(self)] = clone
         for plugin in (self._precision, self._strategy):
             memo[id(plugin)] = plugin
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # Compiled code belongs to the weights that it was compiled for.
+        clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        if self._compiled is not None:
+            clone.__dict__["_compiled"] = compiled_like(self._compiled, clone.forward_module)
+        return clone
+
+    def __copy__(self) -> ModuleWrapper:
+        """Return another wrapper of the same model."""
+        clone = object.__new__(type(self))
+        clone.__dict__.update({**self.__getstate__(), "_compiled": self._compiled})
         return clone
 
     def __repr__(self) -> str:
@@ -257,28 +311,27 @@ def _check_backward(_: Tensor) -> None:
         )
 
 
-def _delegate(name: str) -> Callable[..., Any]:
-    @functools.wraps(getattr(nn.Module, name))
-    def method(self: ModuleWrapper, *args: Any, **kwargs: Any) -> Any:
-        result = getattr(self.module, name)(*args, **kwargs)
-        return self if result is self.module else result
-
-    return method
+def _blank(methods: Methods) -> ModuleWrapper:
+    wrapper: ModuleWrapper = object.__new__(class_with(ModuleWrapper, methods))
+    return wrapper
 
 
-# The model may have its own version of any of these methods. `modules` and the like must also yield the model itself
-# as the root, not the wrapper.
-for _name in (
-    # A parent loads its children by `_load_from_state_dict`, and saves them by `state_dict`.
-    *("state_dict", "load_state_dict", "_load_from_state_dict"),
-    *("parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules"),
-    *("children", "named_children", "get_parameter", "get_buffer", "get_submodule", "set_submodule"),
-    *("register_parameter", "register_buffer", "register_module", "add_module"),
-    *("train", "eval", "requires_grad_", "zero_grad", "apply", "share_memory"),
-    # Moves that another package adds later for a kind of device all call `_apply`.
-    *("to", "to_empty", "type", *module_moves(), "float", "double", "half", "bfloat16", "_apply"),
-):
-    setattr(ModuleWrapper, _name, _delegate(_name))
+def _dtype(wrapper: ModuleWrapper) -> torch.dtype:
+    tensors = (*wrapper.module.parameters(), *wrapper.module.buffers())
+    precision: Precision = wrapper._precision
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), precision.dtype)
+
+
+def _device(wrapper: ModuleWrapper) -> torch.device:
+    if wrapper._run_device is not None:
+        device: torch.device = wrapper._run_device
+        return device
+    tensors = (*wrapper.module.parameters(), *wrapper.module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+# Attributes for models that do not have them.
+_GIVEN: dict[str, Callable[[ModuleWrapper], Any]] = {"device": _device, "dtype": _dtype}
 
 
 def refuse_set_up(model: nn.Module, models: Container[nn.Module]) -> None:
@@ -286,19 +339,18 @@ def refuse_set_up(model: nn.Module, models: Container[nn.Module]) -> None:
 
     Args:
         model: The argument of `setup`.
-        models: The original models that were set up.
+        models: The original models that were set up, without shells.
 
     Raises:
         UsageError: The object is not a module, or it or a part was set up before.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"setup takes a torch.nn.Module first, then optimizers; got {type(model).__name__}.")
-    if isinstance(model, ModuleWrapper) or model in models:
+    if isinstance(inside(model, ModuleWrapper), ModuleWrapper) or inside(model) in models:
         raise UsageError(
-            f"this {type(getattr(model, 'module', model)).__name__} has been set up already. Use the model that "
-            "`setup` returned."
+            f"this {type(inside(model)).__name__} has been set up already. Use the model that `setup` returned."
         )
     # A wrapper in the tree appears as the model that it wraps.
-    inside = [name for name, module in model.named_modules() if module in models]
-    if inside:
-        raise UsageError(f"{name_list(inside)} of this model has been set up already. Set up the whole model once.")
+    found = [name for name, module in named_modules(model) if module in models]
+    if found:
+        raise UsageError(f"{name_list(found)} of this model has been set up already. Set up the whole model once.")

@@ -14,6 +14,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.own_ways import Outcome, Replaced, has_own_ways, run_own_ways, run_post_hooks
+from nucleate.checkpoint.loading.shell_keys import plain_versions
 from nucleate.checkpoint.loading.stored_form import StoredForm
 from nucleate.checkpoint.state.entries import ParameterNames
 from nucleate.checkpoint.state.tree import KeyPath, check_loadable, key_of
@@ -21,6 +22,7 @@ from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.deferred import ElementSource, record_of
 from nucleate.errors import CheckpointError, ConversionError
 from nucleate.layout import is_sharded
+from nucleate.shells import without_shells
 
 #: Brings a module into the form of its stored tensors, which are given by the module's own names.
 Prepare = Callable[[nn.Module, Mapping[str, ElementSource]], None]
@@ -44,7 +46,7 @@ def plan_module(
     Args:
         plan: Receives the reads and the misfits.
         module: The module.
-        state_dict: The module's own state dict, `keep_vars=True`.
+        state_dict: The module's own state dict, `keep_vars=True`, with plain keys.
         path: The module's place in the state, for messages.
         stored: Names for the module to keys of the checkpoint.
         place: The place of the module's values in the checkpoint, if it is known.
@@ -57,10 +59,22 @@ def plan_module(
     Raises:
         CheckpointError: The module refuses the stored tensors, or its own code cannot be planned.
     """
+    with without_shells(module) as plain:
+        return _plan_module(plan, plain, state_dict, path, stored, place, names, ties)
+
+
+def _plan_module(
+    plan: LoadPlan,
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    path: KeyPath,
+    stored: Mapping[str, str],
+    place: KeyPath | None,
+    names: ParameterNames,
+    ties: Ties,
+) -> dict[str, str]:
     versions = _versions(plan, module, place)
     whole_state = state_dict
-    # The module itself, not its wrapper: torch calls hooks with the module that they were registered on.
-    module = next(iter(module.modules()))
     is_deferred = any(record_of(value) is not None for value in (*module.parameters(), *module.buffers()))
     forms = {name: part for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, StoredForm)}
     optional = _optional(module, versions)
@@ -167,7 +181,8 @@ def _load_filled(module: nn.Module, filled: Any, forms: Mapping[str, StoredForm]
         # The values that the form computes from its tensors have changed with them.
         assert isinstance(part, nn.Module)
         part.state_dict(destination=filled, prefix=f"{name}." if name else "", keep_vars=True)
-    module.load_state_dict(filled)
+    with without_shells(module) as plain:
+        plain.load_state_dict(filled)
 
 
 def _versions(plan: LoadPlan, module: nn.Module, place: KeyPath | None) -> Mapping[str, int]:
@@ -175,7 +190,8 @@ def _versions(plan: LoadPlan, module: nn.Module, place: KeyPath | None) -> Mappi
     if plan.contents.is_complete:
         # Such contents have no versions: the present ones stand for those at the time of the save.
         return {name: part._version for name, part in module.named_modules()}
-    return plan.contents.versions.get(place, {}) if place is not None else {}
+    saved = plan.contents.versions.get(place, {}) if place is not None else {}
+    return plain_versions(saved, {name for name, _ in module.named_modules()})
 
 
 def _optional(module: nn.Module, versions: Mapping[str, int]) -> set[str]:
@@ -241,9 +257,10 @@ def _finish(
     for one, value in replaced:
         if value is not None:
             one.put(value)
-    for fqn, value in extra_states.items():
-        module.get_submodule(fqn.rpartition(".")[0]).set_extra_state(value)
-    run_post_hooks(module, missing)
+    with without_shells(module) as plain:
+        for fqn, value in extra_states.items():
+            plain.get_submodule(fqn.rpartition(".")[0]).set_extra_state(value)
+        run_post_hooks(plain, missing)
 
 
 def _has_copies(module: nn.Module, state_dict: Mapping[str, Any], forms: Iterable[str]) -> bool:

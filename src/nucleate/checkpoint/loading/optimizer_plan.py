@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.report import Finding
+from nucleate.checkpoint.loading.shell_keys import plain_keys
 from nucleate.checkpoint.state.entries import Entry, ParameterNames
 from nucleate.checkpoint.state.optimizer_names import check_named
 from nucleate.checkpoint.state.tree import KeyPath, has_data
@@ -100,7 +101,11 @@ class _Numbered:
         listed = [key for group in saved["param_groups"] for key in group["params"]]
         self.by_order = any(isinstance(key, int) for key in listed)
         here = [names.keys(p)[0] for group in entry.value.param_groups for p in group["params"]]
-        self.saved_keys = dict(zip(here, listed, strict=False)) if self.by_order else {key: key for key in listed}
+        if self.by_order:
+            self.saved_keys = dict(zip(here, listed, strict=False))
+        else:
+            plain = plain_keys(listed, set(here))
+            self.saved_keys = {plain.get(key, key): key for key in listed}
         self._plan = plan
         self._entry = entry
         self._names = names
@@ -144,7 +149,7 @@ class _Numbered:
             path = (*self._entry.path, "state", key)
             fields = _fields(self._plan, path, parameter, state.get(parameter, {}))
             self.state[self._number] = fields
-            self.restored.append((parameter, name, fields))
+            self.restored.append((parameter, name if self.by_order else key, fields))
 
 
 def _zeros_on(device: torch.device, place: KeyPath, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ from nucleate.checkpoint.state.values import VALUES, StateLayout, decode
 from nucleate.cluster.save_group import SaveGroup
 from nucleate.deferred import ElementSource
 from nucleate.errors import CheckpointError, ConfigurationError, RankDisagreementError, name_list
+from nucleate.shells import state_dict as plain_state_dict
 
 #: Returns whether a key and its value are saved.
 Filter = Callable[[str, Any], bool]
@@ -94,7 +95,7 @@ class Snapshot:
         tree = entry.value
         if entry.kind is Kind.MODULE:
             assert self._names is None, "modules come first"
-            state_dict = entry.value.state_dict(keep_vars=True)
+            state_dict = plain_state_dict(entry.value, keep_vars=True)
             self.modules.append(entry.path)
             self.versions[entry.path] = getattr(state_dict, "_metadata", None)
             # Ties are found among all tensors, also those that a filter leaves out.

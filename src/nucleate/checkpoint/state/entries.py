@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from nucleate.checkpoint.state.tree import KeyPath, key_of
 from nucleate.cluster.ranks import Ranks
 from nucleate.errors import ConfigurationError, RankDisagreementError
+from nucleate.shells import named_parameters
 
 
 class Kind(Enum):
@@ -135,8 +136,9 @@ def agree(entries: list[Entry], communicator: Ranks, options: Mapping[str, objec
 class ParameterNames:
     """The keys of every parameter and buffer of some modules; a tied one has several.
 
-    Each module comes with its `state_dict(keep_vars=True)`, which holds the parameters themselves. The caller must take
-    this state dict first: `state_dict` brings FSDP2 modules back to the parameters that their optimizers hold.
+    Each module comes with its `state_dict(keep_vars=True)`, which holds the parameters themselves, under plain keys
+    (`nucleate.shells`). The caller must take this state dict first: `state_dict` brings FSDP2 modules back to the
+    parameters that their optimizers hold.
     """
 
     def __init__(self, modules: Mapping[KeyPath, tuple[nn.Module, Mapping[str, Any]]]) -> None:
@@ -149,9 +151,8 @@ class ParameterNames:
             for fqn, tensor in state_dict.items():
                 if isinstance(tensor, Tensor):
                     self._add((*path, fqn), tensor)
-            # For a module that detaches in its own `_save_to_state_dict`. The state dict still comes first: torch's
-            # activation checkpointing strips its prefix from the state dict, but not from `named_parameters`.
-            for fqn, tensor in module.named_parameters(remove_duplicate=False):
+            # For a module that detaches in its own `_save_to_state_dict`.
+            for fqn, tensor in named_parameters(module, remove_duplicate=False):
                 if fqn in state_dict and state_dict[fqn] is not tensor:
                     self._add((*path, fqn), tensor)
 
