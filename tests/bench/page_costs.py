@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     costs = {}
     for state in STATES:
         for kind in KINDS:
-            enter(state, 2 * args.maker * HUGE_BYTES, idle_s=args.idle_s)
-            costs[f"{state} {kind}"] = cost_ms(kind, args.maker)
+            enter(state, 2 * args.pieces * HUGE_BYTES, idle_s=args.idle_s)
+            costs[f"{state} {kind}"] = cost_ms(kind, args.pieces)
     report(costs)
 
 
