@@ -268,7 +268,7 @@ def apply_inside(root: nn.Module, function: Callable[[nn.Module], nn.Module]) ->
 
     Args:
         root: The module, with or without shells.
-        function: Takes the plain model, may replace parts of it, and returns it or another module.
+        function: Gets the plain model. It may replace parts of the model, and returns the model or another module.
     """
     with without_shells(root) as plain:
         made = function(plain)
