@@ -40,9 +40,8 @@ from nucleate.materialize.verification import Verification
 from nucleate.precision.base import Precision
 from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
-from nucleate.shells import apply_inside, inside, without_shells
+from nucleate.shells import apply_inside, inside, uncompiled, without_shells
 from nucleate.strategies.base import Strategy
-from nucleate.wrappers.compiled import uncompiled
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
 from nucleate.wrappers.former import FormerParameters
 from nucleate.wrappers.module import ModuleWrapper, backward_allowed, refuse_set_up

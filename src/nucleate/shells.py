@@ -268,7 +268,7 @@ def apply_inside(root: nn.Module, function: Callable[[nn.Module], nn.Module]) ->
 
     Args:
         root: The module, with or without shells.
-        function: Takes the plain model, may replace parts of it, and returns it or another module.
+        function: Gets the plain model. It may replace parts of the model, and returns the model or another module.
     """
     with without_shells(root) as plain:
         made = function(plain)
@@ -307,3 +307,9 @@ def is_compiled(module: nn.Module) -> bool:
         f"{base.__module__}.{base.__qualname__}" == "torch._dynamo.eval_frame.OptimizedModule"
         for base in type(module).__mro__
     )
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` was called with, or the module itself."""
+    held = content(module) if is_compiled(module) else None
+    return module if held is None else held

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from nucleate.errors import ConfigurationError
 from nucleate.strategies import FSDPStrategy, declare_units
@@ -166,3 +168,27 @@ def test_what_is_declared_is_no_unit_where_it_shares_parameters_or_is_the_root()
     model = Model()
     declare_units([model, model.embedding, model.blocks[1], nn.ReLU()])
     assert names(find_units(model, "auto")) == ["blocks.2", "blocks.1", "blocks.0"]
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("shell", [checkpoint_wrapper, compiled, lambda module: compiled(checkpoint_wrapper(module))])
+@pytest.mark.parametrize("policy", ["auto", {Block}, lambda name, module: name.startswith("blocks.")])
+def test_the_outermost_shell_of_a_block_becomes_the_unit(policy: Any, shell: Any) -> None:
+    plain = find_units(Model(), policy)
+    model = Model()
+    for number in (0, 2):  # The block between has no shell.
+        model.blocks[number] = shell(model.blocks[number])
+    units = find_units(shell(model), policy)
+    assert names(units) == names(plain)
+    blocks = {name: unit for name, unit in units if name in ("blocks.0", "blocks.1", "blocks.2")}
+    assert list(blocks.values()) == list(reversed(model.blocks))
+
+
+def test_a_container_in_a_shell_is_not_a_unit() -> None:
+    model = Model()
+    model.blocks = checkpoint_wrapper(model.blocks)
+    assert names(find_units(model, {nn.ModuleList})) == []
+    assert sorted(names(find_units(model, "auto"))) == ["blocks.0", "blocks.1", "blocks.2"]

@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 from nucleate import Runtime
-from nucleate.errors import UsageError
+from nucleate.errors import DeferredUseError, UninitializedError, UsageError
 from nucleate.wrappers import ModuleWrapper
 from tests.test_shells import PLACES, body, compiled, every_shell, wrapped
 
@@ -101,7 +101,7 @@ def test_errors_of_setup_use_plain_names(shell: Any) -> None:
     runtime = Runtime(accelerator="cpu", strategy="single_device")
     with runtime.init_module(empty_init=True):
         model = nn.Sequential(shell(nn.Sequential(Empty())))
-    with pytest.raises(Exception, match="nothing initializes 0.0.weight: ") as error:
+    with pytest.raises(UninitializedError, match="nothing initializes 0.0.weight: ") as error:
         runtime.setup(model)
     assert "0.0 (Empty) has no `reset_parameters`" in str(error.value)
     part = nn.Linear(2, 2)
@@ -115,8 +115,9 @@ def test_the_guards_of_deferred_tensors_use_plain_names(shell: Any) -> None:
     runtime = Runtime(accelerator="cpu", strategy="single_device")
     with runtime.init_module(empty_init=True):
         model = nn.Sequential(shell(nn.Sequential(nn.Linear(2, 2))))
-    with pytest.raises(Exception, match=r"\b0\.0\.weight\b") as error:
-        model(torch.ones(1, 2))
+    weight = next(iter(model.parameters()))
+    with pytest.raises(DeferredUseError, match=r"\b0\.0\.weight\b") as error:
+        weight.sum()
     assert not any(word in str(error.value) for word in ("_orig_mod", "_checkpoint_wrapped", "module.", "held."))
 
 

@@ -9,6 +9,8 @@ from inspect import signature
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nucleate.errors import ConfigurationError, name_list
+from nucleate.shells import plain_name
 from nucleate.strategies.base import Strategy
 
 
@@ -50,6 +52,24 @@ class DDPStrategy(Strategy):
     def module_init_context(self) -> AbstractContextManager[object]:
         """Return a context without effect: construction needs nothing special."""
         return nullcontext()
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that has a `DistributedDataParallel` inside.
+
+        Raises:
+            ConfigurationError: A part of the model is a `DistributedDataParallel` already.
+        """
+        nested = [
+            plain_name(model, name) or "the root"
+            for name, module in model.named_modules()
+            if isinstance(module, DistributedDataParallel)
+        ]
+        if nested:
+            raise ConfigurationError(
+                f"{name_list(nested)} of this model is a DistributedDataParallel, and the strategy 'ddp' exchanges all "
+                "gradients itself. Two exchanges make wrong gradients where gradients accumulate. Give `setup` a model "
+                "that has the module inside (its attribute `module`) instead."
+            )
 
     def enclose(self, model: nn.Module) -> nn.Module:
         """Wrap the model in DDP. A model without trained parameters stays unwrapped, because DDP refuses it."""

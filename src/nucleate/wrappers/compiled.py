@@ -1,4 +1,4 @@
-"""Models that `torch.compile` returned: `setup` takes them out of the compiled module and compiles its result again.
+"""Compiling again: a model that `torch.compile` returned is set up without the compiled module around it.
 
 A strategy lays out the user's model and knows nothing of compilers. The module that the strategy returns is compiled
 with the backend and the options of the user's call.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from nucleate.shells import content, is_compiled
+from nucleate.shells import is_compiled
 
 # The hooks that a user may have registered on the compiled module (torch/nn/modules/module.py, 2.13).
 _HOOKS = (
@@ -16,12 +16,6 @@ _HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
 )
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` was called with, or the module itself."""
-    held = content(module) if is_compiled(module) else None
-    return module if held is None else held
 
 
 def compiled_like(compiled: nn.Module, module: nn.Module) -> nn.Module:

@@ -264,7 +264,7 @@ class ModuleWrapper(Delegating):
             return functools.wraps(value)(lambda *args, **kwargs: self._run_guarded(value, args, kwargs))
         return value
 
-    def call_special(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_special(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a special method of the model, such as `__getitem__`.
 
         Args:

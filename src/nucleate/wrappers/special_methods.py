@@ -57,7 +57,7 @@ def _is_method(value: Any) -> bool:
 
 @functools.cache
 def class_with(base: type[T], methods: Methods) -> type[T]:
-    """Return a subclass with special methods that call `base.call_special`, or `base` if there are no methods.
+    """Return a subclass with special methods that call `base._call_special`, or `base` if there are no methods.
 
     Args:
         base: The class of wrappers.
@@ -73,7 +73,7 @@ def class_with(base: type[T], methods: Methods) -> type[T]:
 
 def _calling(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.call_special(name, args, kwargs)
+        return self._call_special(name, args, kwargs)
 
     method.__name__, method.__qualname__ = name, f"ModuleWrapper.{name}"
     return method

@@ -59,65 +59,54 @@ def plan_module(
     Raises:
         CheckpointError: The module refuses the stored tensors, or its own code cannot be planned.
     """
-    with without_shells(module) as plain:
-        return _plan_module(plan, plain, state_dict, path, stored, place, names, ties)
-
-
-def _plan_module(
-    plan: LoadPlan,
-    module: nn.Module,
-    state_dict: Mapping[str, Any],
-    path: KeyPath,
-    stored: Mapping[str, str],
-    place: KeyPath | None,
-    names: ParameterNames,
-    ties: Ties,
-) -> dict[str, str]:
-    versions = _versions(plan, module, place)
-    whole_state = state_dict
-    is_deferred = any(record_of(value) is not None for value in (*module.parameters(), *module.buffers()))
-    forms = {name: part for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, StoredForm)}
-    optional = _optional(module, versions)
-    outcome: Outcome | None = None
-    if has_own_ways(module) or _has_copies(module, state_dict, forms):
-        stored, outcome = _in_own_way(plan, module, state_dict, stored, versions)
-        optional = {fqn for fqn in state_dict if fqn not in outcome.missing and not _is_extra(fqn)}
-    absent: list[tuple[KeyPath, Tensor | None]] = []
-    for part in dict.fromkeys(forms.values()):
-        prefixes = [f"{name}." if name else "" for name, other in forms.items() if other is part]
-        stored = _plan_form(plan, part, stored, path, prefixes, names, ties, absent)
-        state_dict = {fqn: value for fqn, value in state_dict.items() if not fqn.startswith(tuple(prefixes))}
-    own = {**_own(module, state_dict), **(outcome.targets if outcome is not None else {})}
-    handed: dict[str, Any] = {}
-    for fqn, value in state_dict.items():
-        if fqn in own or (outcome is not None and fqn in optional):
-            continue
-        key = stored.get(fqn) if isinstance(value, Tensor) else None
-        name = key_of((*path, fqn))
-        if key is not None:
-            read = plan.whole(name, plan.tensors[key], None if _is_extra(fqn) else value)
-            if read is not None:
-                handed[fqn] = read
-        elif place is not None and plan.contents.has((*place, fqn)):
-            handed[fqn] = plan.tree((*place, fqn))
+    with without_shells(module) as module:
+        versions = _versions(plan, module, place)
+        whole_state = state_dict
+        is_deferred = any(record_of(value) is not None for value in (*module.parameters(), *module.buffers()))
+        forms = {
+            name: part for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, StoredForm)
+        }
+        optional = _optional(module, versions)
+        outcome: Outcome | None = None
+        if has_own_ways(module) or _has_copies(module, state_dict, forms):
+            stored, outcome = _in_own_way(plan, module, state_dict, stored, versions)
+            optional = {fqn for fqn in state_dict if fqn not in outcome.missing and not _is_extra(fqn)}
+        absent: list[tuple[KeyPath, Tensor | None]] = []
+        for part in dict.fromkeys(forms.values()):
+            prefixes = [f"{name}." if name else "" for name, other in forms.items() if other is part]
+            stored = _plan_form(plan, part, stored, path, prefixes, names, ties, absent)
+            state_dict = {fqn: value for fqn, value in state_dict.items() if not fqn.startswith(tuple(prefixes))}
+        own = {**_own(module, state_dict), **(outcome.targets if outcome is not None else {})}
+        handed: dict[str, Any] = {}
+        for fqn, value in state_dict.items():
+            if fqn in own or (outcome is not None and fqn in optional):
+                continue
+            key = stored.get(fqn) if isinstance(value, Tensor) else None
+            name = key_of((*path, fqn))
+            if key is not None:
+                read = plan.whole(name, plan.tensors[key], None if _is_extra(fqn) else value)
+                if read is not None:
+                    handed[fqn] = read
+            elif place is not None and plan.contents.has((*place, fqn)):
+                handed[fqn] = plan.tree((*place, fqn))
+            else:
+                plan.miss(name, value if isinstance(value, Tensor) else None)
+        own = {fqn: value for fqn, value in own.items() if fqn in stored or fqn not in optional}
+        _plan_tensors(plan, stored, own, path, names, ties, absent)
+        if is_deferred or outcome is not None:
+            replaced = [
+                (one, plan.whole(one.stored.key, one.stored, None)) for one in (outcome.replaced if outcome else ())
+            ]
+            missing = outcome.missing if outcome is not None else ()
+            # Also with nothing to do: ranks where the module is real have something to do, and all must keep in step.
+            plan.finish.append((key_of(path), partial(_finish, module, handed, replaced, missing)))
         else:
-            plan.miss(name, value if isinstance(value, Tensor) else None)
-    own = {fqn: value for fqn, value in own.items() if fqn in stored or fqn not in optional}
-    _plan_tensors(plan, stored, own, path, names, ties, absent)
-    if is_deferred or outcome is not None:
-        replaced = [
-            (one, plan.whole(one.stored.key, one.stored, None)) for one in (outcome.replaced if outcome else ())
-        ]
-        missing = outcome.missing if outcome is not None else ()
-        # Also with nothing to do: ranks where the module is real have something to do, and all must keep in step.
-        plan.finish.append((key_of(path), partial(_finish, module, handed, replaced, missing)))
-    else:
-        # The module's tensors are filled already, and copying each to itself does nothing; but forms compute from them.
-        # The versions are the present ones, because `filled` has the present names.
-        filled: Any = OrderedDict({**whole_state, **handed})
-        filled._metadata = getattr(whole_state, "_metadata", None)
-        plan.finish.append((key_of(path), partial(_load_filled, module, filled, forms)))
-    return dict(stored)
+            # The module's tensors are filled already, and copying each to itself does nothing; but forms compute from
+            # them. The versions are the present ones, because `filled` has the present names.
+            filled: Any = OrderedDict({**whole_state, **handed})
+            filled._metadata = getattr(whole_state, "_metadata", None)
+            plan.finish.append((key_of(path), partial(_load_filled, module, filled, forms)))
+        return dict(stored)
 
 
 def _plan_form(

@@ -1,0 +1,25 @@
+"""A process that makes many models, one after the other, keeps none of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.multi.ranks import ROOT, fork_ranks
+
+SCRIPT = Path(__file__).parent / "scripts" / "rounds.py"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_models_are_freed_on_two_ranks(tmp_path: Path, strategy: str) -> None:
+    assert fork_ranks(SCRIPT, 2, strategy, 200, tmp_path).stdout.count("200 rounds") == 2
+
+
+def test_models_are_freed_in_one_process(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "single_device", "200", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "200 rounds" in done.stdout
