@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import warnings
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -301,7 +302,8 @@ class Runtime:
             self._note_nothing_to_set_up(model)
             vacant = [vacancy.fqn for vacancy in vacancies(model)]
             plan, facts = (None, None) if vacant else self._plan(model)
-        self._compare_ranks(facts, vacant)
+            frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        self._compare_ranks(facts, vacant, frozen)
         if plan is None:
             plan = self._reset(model)
         with self._communicator.all_or_none("setup"):
@@ -714,12 +716,17 @@ class Runtime:
         plan.check_device(self._device)
         return plan, (plan.digest(), numerics_of(plan, self._device)) if self.world_size > 1 else ("", None)
 
-    def _compare_ranks(self, facts: tuple[str, Numerics | None] | None, vacant: Sequence[str] = ()) -> None:
-        """Compare the facts of a plan, and the lists of tensors without a recipe, between the ranks."""
+    def _compare_ranks(
+        self, facts: tuple[str, Numerics | None] | None, vacant: Sequence[str] = (), frozen: Sequence[str] = ()
+    ) -> None:
+        """Compare the facts of a plan, and the lists of vacant and frozen tensors, between the ranks."""
         if self.world_size > 1:
             digest, numerics = facts or ("", None)
             settings = {"verify": self._verify, "precision": repr(self._precision)}
             settings["the list of tensors without a recipe"] = name_list(vacant)
+            # Precisions and strategies treat frozen parameters in another way. The message cuts a long list.
+            checksum = zlib.crc32("\n".join(frozen).encode())
+            settings["the list of frozen parameters"] = f"{name_list(frozen)} (checksum {checksum:08x})"
             verify_same_model(digest, self._communicator, numerics, settings)
 
     def _reset(self, model: nn.Module) -> Plan:

@@ -29,6 +29,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "faults.py"
             "another precision",
             "RankDisagreementError: precision is \"Refusing(name='refusing')\" on rank 0 but",
         ),
+        (fork_ranks, "fsdp", "another freezing", "RankDisagreementError: the list of frozen parameters is "),
     ],
 )
 def test_a_fault_on_one_rank_ends_all_of_them(run: Callable[..., Any], strategy: str, fault: str, message: str) -> None:

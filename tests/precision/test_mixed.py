@@ -166,3 +166,22 @@ def test_what_cannot_work_is_refused() -> None:
     precision = MixedPrecision()
     with pytest.raises(ConfigurationError, match="no autocast for 'meta'"):
         precision.check(composition(precision, torch.device("meta")))
+
+
+def test_complex_parameters_that_train_are_refused_where_gradients_are_scaled() -> None:
+    model = nn.ParameterDict({"waves": torch.ones(2, dtype=torch.complex64), "plain": torch.ones(2).bfloat16()})
+    with pytest.raises(ConfigurationError, match="'16-mixed' scales gradients.*: waves. Use 'bf16-mixed'"):
+        fp16().setup(model)
+    assert model["plain"].dtype == torch.bfloat16, "it was changed"
+    model["waves"].requires_grad_(False)
+    fp16().setup(model)
+    MixedPrecision().setup(nn.ParameterDict({"waves": torch.ones(2, dtype=torch.complex64)}))
+
+
+def test_torch_cannot_unscale_complex_gradients() -> None:
+    """The fact that the refusal rests on."""
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    precision = fp16()
+    precision.scale((weight * weight.conj()).real.sum()).backward()
+    with pytest.raises(NotImplementedError, match="ComplexFloat"):
+        precision.unscale(torch.optim.SGD([weight], lr=0.1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nucleate.errors import ConfigurationError, UsageError
+from nucleate.errors import ConfigurationError, UsageError, name_list
 from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
 from nucleate.precision.casting import cast_parameters, convert, default_dtype
@@ -102,7 +102,20 @@ class MixedPrecision(Precision):
         return default_dtype(torch.float32)
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Cast the floating point parameters of `model` to float32, in place."""
+        """Cast the floating point parameters of `model` to float32, in place.
+
+        Raises:
+            ConfigurationError: The precision scales gradients, and complex parameters train. torch's scaler has no
+                kernel for complex gradients.
+        """
+        if self.scales_gradients:
+            named = model.named_parameters()
+            complex_ones = [fqn for fqn, parameter in named if parameter.requires_grad and parameter.is_complex()]
+            if complex_ones:
+                raise ConfigurationError(
+                    f"precision {self.name!r} scales gradients, which torch cannot do with complex ones: "
+                    f"{name_list(complex_ones)}. Use 'bf16-mixed' or '32-true', or freeze these parameters."
+                )
         return cast_parameters(model, torch.float32)
 
     def forward_context(self) -> AbstractContextManager[object]:

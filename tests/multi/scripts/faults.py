@@ -39,6 +39,8 @@ with runtime.init_module(empty_init=True):
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
     if fails("another model"):
         model.append(nn.Linear(3, 3))
+if fails("another freezing"):
+    model[2].weight.requires_grad_(False)
 trained = nn.Linear(2, 2) if fails("another optimizer") else model
 model, optimizer = runtime.setup(model, torch.optim.AdamW(trained.parameters(), lr=1e-3))
 for step in range(4):
