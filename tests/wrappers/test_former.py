@@ -133,7 +133,9 @@ def test_a_model_that_shares_replaced_parameters_is_refused_by_name() -> None:
         first, second = Net(), Net()
         second.norm.weight, second.norm.bias = first.norm.weight, first.norm.bias
     runtime.setup(first)
-    with pytest.raises(UsageError, match=r"Net shares parameters .* replaced them: norm\.weight, norm\.bias\. Put both"):
+    with pytest.raises(
+        UsageError, match=r"Net shares parameters .* replaced them: norm\.weight, norm\.bias\. Put both"
+    ):
         runtime.setup(second)
 
 
@@ -176,41 +178,3 @@ def test_a_real_parameter_is_freed_when_it_is_replaced_if_nobody_else_has_it(hol
     runtime = Runtime(accelerator=ACCELERATOR, strategy=Replacing(count))
     runtime.setup(model)
     assert dead == [0 if optimizer else 4]
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
-def test_complex_parameters_train_as_in_plain_torch(cls: Any, dtype: torch.dtype) -> None:
-    class Complex(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 2, dtype=dtype))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return (x.to(dtype) @ self.weight).abs().square().mean()
-
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer, backward: Any, clip: Any) -> None:
-        for _ in range(3):
-            optimizer.zero_grad()
-            backward(model(torch.arange(6.0).view(2, 3)))
-            clip()
-            optimizer.step()
-
-    torch.manual_seed(0)
-    eager = Complex()
-    reference = cls(eager.parameters(), lr=0.1)
-    step(eager, reference, Tensor.backward, lambda: nn.utils.clip_grad_norm_(eager.parameters(), 0.5))
-    for empty_init in (True, False):
-        runtime = Runtime(accelerator=ACCELERATOR)
-        torch.manual_seed(0)
-        with runtime.init_module(empty_init=empty_init):
-            model = Complex()
-        wrapped, optimizer = runtime.setup(model, cls(model.parameters(), lr=0.1))
-        step(
-            wrapped,
-            optimizer,
-            runtime.backward,
-            lambda wrapped=wrapped, optimizer=optimizer: runtime.clip_gradients(wrapped, optimizer, max_norm=0.5),
-        )
-        torch.testing.assert_close(wrapped.weight, eager.weight)
-        assert type(optimizer.param_groups[0]["params"][0]) is nn.Parameter

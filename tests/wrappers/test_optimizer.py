@@ -212,7 +212,9 @@ def test_parameters_of_no_model_are_refused_in_several_processes_only() -> None:
     free, known = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(1))
     trainable([free, known], [known])
     trainable([known], [known], world_size=2)
-    with pytest.raises(UsageError, match=r"belong to no model that was set up: a parameter of shape \(2, 3\)\. The 2 pr"):
+    with pytest.raises(
+        UsageError, match=r"belong to no model that was set up: a parameter of shape \(2, 3\)\. The 2 pr"
+    ):
         trainable([free, known], [known], world_size=2)
 
 

@@ -17,7 +17,9 @@ from tests.device import ACCELERATOR
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 
-ERROR = r"former parameter body\.weight, which `setup` has replaced.*Pass the optimizer to `setup`.*or build it afterwards"
+ERROR = (
+    r"former parameter body\.weight, which `setup` has replaced.*Pass the optimizer to `setup`.*or build it afterwards"
+)
 
 
 def replaced(device: str | None = None) -> nn.Parameter:

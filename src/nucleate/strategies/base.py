@@ -27,9 +27,9 @@ class Strategy(Plugin):
     deferred or real, after accelerator and precision have been applied. It returns the module whose forward the user
     calls, with all tensors materialized.
 
-    A strategy that lays tensors out by torch's own means leaves `setup` as it is and implements `lay_out`. The core then
-    does the rest for it: it plans, keeps ties, attributes and hooks, materializes this rank's part of each tensor, and
-    compares replicas. A strategy whose library has an engine of its own writes its own `setup`
+    A strategy that lays tensors out by torch's own means leaves `setup` as it is and implements `lay_out`. The core
+    then does the rest for it: it plans, keeps ties, attributes and hooks, materializes this rank's part of each tensor,
+    and compares replicas. A strategy whose library has an engine of its own writes its own `setup`
     (`nucleate.materialize`).
 
     Everything else has a working default.
