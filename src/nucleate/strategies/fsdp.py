@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from nucleate.devices import hooks_of
@@ -26,7 +27,6 @@ from nucleate.strategies.wrap_policy import WrapPolicy, find_units
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.optim import Optimizer
