@@ -291,22 +291,72 @@ def test_an_optimizer_with_state_made_for_other_tensors_is_refused_before_anythi
     runtime.setup_optimizers(torch.optim.Adagrad(model.parameters()))
 
 
+class ComplexNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 2, dtype=torch.complex64))
+        self.scale = nn.Parameter(torch.tensor(1 + 2j))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(torch.complex64) @ self.weight * self.scale).abs().square().mean()
+
+
+@pytest.mark.parametrize("empty_init", [True, False])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_complex_parameters_train_and_are_clipped_as_in_plain_torch(
+    precision: str, optimizer_class: Any, empty_init: bool
+) -> None:
+    runtime = Runtime(accelerator=ACCELERATOR, precision=precision)
+    torch.manual_seed(0)
+    eager = ComplexNet()
+    reference = optimizer_class(eager.parameters(), lr=0.1)
+    torch.manual_seed(0)
+    with runtime.init_module(empty_init=empty_init):
+        net = ComplexNet()
+    model, optimizer = runtime.setup(net, optimizer_class(net.parameters(), lr=0.1))
+    x = torch.arange(6.0).view(2, 3)
+    for _ in range(3):
+        reference.zero_grad()
+        eager(x).backward()
+        expected = nn.utils.clip_grad_norm_(eager.parameters(), 0.5)
+        reference.step()
+        optimizer.zero_grad()
+        runtime.backward(model(x))
+        torch.testing.assert_close(runtime.clip_gradients(model, optimizer, max_norm=0.5), expected)
+        optimizer.step()
+    for name, parameter in eager.named_parameters():
+        torch.testing.assert_close(net.get_parameter(name), parameter)
+    with pytest.raises(ConfigurationError, match=r"clip_val=1\.0 limits real numbers.*\(3, 2\), \(\) are complex"):
+        runtime.clip_gradients(model, optimizer, clip_val=1.0)
+
+
+class KeepsItsList(torch.optim.SGD):
+    """Steps the list of parameters that it got, as LBFGS does."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self._params = self.param_groups[0]["params"]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self._params:
+            parameter -= 0.1 * parameter.grad
+
+
 def test_an_optimizer_that_keeps_its_own_list_is_pointed_to_the_new_parameters() -> None:
     runtime = Runtime(accelerator=ACCELERATOR, strategy="fsdp")
     with runtime.init_module():
         net = Net()
-    model, optimizer = runtime.setup(net, torch.optim.LBFGS(net.parameters(), max_iter=2))
-    x = torch.ones(3, 6)
-
-    def closure() -> Tensor:
+    model, optimizer = runtime.setup(net, KeepsItsList(net.parameters()))
+    losses = []
+    for _ in range(2):
         optimizer.zero_grad()
-        loss = model(x).square().mean()
+        loss = model(torch.ones(3, 6)).square().mean()
         runtime.backward(loss)
-        return loss
-
-    before = closure().item()
-    optimizer.step(closure)
-    assert closure().item() < before
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
 
 
 def test_an_optimizer_whose_model_has_no_values_yet_is_refused(runtime: Runtime) -> None:

@@ -1,4 +1,4 @@
-"""The part of a set up that is the same for every strategy, around the strategy's `lay_out`: from plan to values.
+"""The part of a setup that is the same for every strategy: from the plan to the values, around its `lay_out`.
 
 A strategy lays out meta tensors with torch's own means. They replace parameters by new objects, which lose ties,
 attributes and hooks. This file gives these back, and materializes this rank's part of every tensor.

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -27,7 +28,6 @@ from nucleate.strategies.wrap_policy import WrapPolicy, find_units
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.optim import Optimizer

@@ -1,12 +1,11 @@
 """The step of an optimizer on DTensors, where torch's optimizers need help.
 
-The fused kernels of SGD and Adagrad do not take DTensors, so these optimizers step without them. One call of a kernel for
-many tensors takes plain tensors beside DTensors only if they have one element. A group with others is stepped tensor by
-tensor.
+The fused kernels of SGD and Adagrad do not take DTensors, so these optimizers step without them. A kernel for many
+tensors takes plain tensors beside DTensors only if they have one element. A group with others steps tensor by tensor.
 
-Muon multiplies whole matrices: each rank gathers one matrix at a time, computes the whole update, and keeps its part. The
-result is the bits of one process with the same gradients. torch's own product of DTensors rounds in another order, and
-Muon's iteration amplifies the rounding errors of bfloat16; with fewer rows than ranks it fails.
+Muon multiplies whole matrices: each rank gathers one matrix at a time, computes the whole update, and keeps its part.
+The update is then bit-identical to that of one process with the same gradients. torch's own product of DTensors rounds
+in another order, and Muon amplifies the rounding errors of bfloat16. With fewer rows than ranks, torch's step fails.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def _whole_matrices() -> Iterator[None]:
             placements=gradient.placements
         )
 
-    _muon._zeropower_via_newtonschulz = whole
+    _muon._zeropower_via_newtonschulz = whole  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """The optimizers that cannot step parameters that FSDP2 has sharded, which are refused by name before any change.
 
-Each rank steps its own shards, as DTensors. This works for an optimizer that computes each element by itself, as most of
-them do. The optimizers in this file stop with an error of torch at their first step (torch 2.13).
+Each rank steps its own shards, as DTensors. This works for an optimizer that computes each element by itself, as most
+do. The optimizers in this file stop with an error of torch at their first step (torch 2.13).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from nucleate.errors import ConfigurationError
 
 _REASONS: dict[type[Optimizer], str] = {
-    torch.optim.Adafactor: "it changes norms of rows and columns in place, and a norm over shards is not known yet then",
+    torch.optim.Adafactor: "it computes with norms of columns in place, which DTensor does not support",
     torch.optim.LBFGS: "it joins all gradients in one vector, and shards cannot be joined",
     torch.optim.Rprop: "it assigns to the elements under a mask, which DTensor does not support",
     torch.optim.SparseAdam: "it needs sparse gradients, and FSDP has dense ones",
@@ -33,6 +33,6 @@ def refuse_unsteppable(optimizer: Optimizer) -> None:
         reason = "the kernels of bitsandbytes do not take DTensors"
     if reason is not None:
         raise ConfigurationError(
-            f"FSDP cannot step {type(optimizer).__module__.partition('.')[0]}'s {type(optimizer).__name__}: {reason}. Use "
-            "an optimizer that computes each element by itself, such as torch.optim.AdamW, or strategy='ddp'."
+            f"FSDP cannot step {type(optimizer).__name__}: {reason}. Use an optimizer that computes each element by "
+            "itself, such as torch.optim.AdamW, or strategy='ddp'."
         )

@@ -156,6 +156,26 @@ class StrategySuite(ABC):
         actual = [self._step(runtime, model, optimizer, seed) for seed in range(6)]
         torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=self.rtol, atol=1e-6)
 
+    def test_an_optimizer_that_setup_did_not_get_trains_the_model_or_fails_by_name(self, runtime: Runtime) -> None:
+        with runtime.init_module(empty_init=True):
+            model = TinyOdd()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wrapped = runtime.setup(model)
+        before = _named_tensors(wrapped)
+        runtime.backward(wrapped.loss(wrapped(self._batch(runtime, model, 0))))
+        message = None
+        try:
+            optimizer.step()
+        except UsageError as error:
+            message = str(error)
+        if message is not None:
+            assert any(name in message for name, _ in wrapped.named_parameters())
+            return
+        after = _named_tensors(wrapped)
+        trained = [name for name, parameter in wrapped.named_parameters() if parameter.grad is not None]
+        assert trained
+        assert not [name for name in trained if torch.equal(before[name], after[name])]
+
     def test_gradients_accumulate_without_being_exchanged(self, runtime: Runtime) -> None:
         expected = self._plain_losses(runtime, TinyOdd, torch.optim.SGD, num_steps=2, repeats=2)
         model, optimizer = self._trainable(runtime, TinyOdd, torch.optim.SGD)

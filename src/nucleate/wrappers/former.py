@@ -1,7 +1,8 @@
 """The parameters that a model had before its setup, and the optimizers that were built on them.
 
-Precisions and strategies may put other objects in their places. This file points the optimizers that `setup` gets to the
-new objects, and marks the old ones for all other optimizers. It keeps an old parameter alive only if somebody else does.
+Precisions and strategies may put other objects in their places. This file points the optimizers that `setup` gets to
+the new objects, and marks the old ones for all other optimizers. It keeps an old real parameter alive only if somebody
+else does.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class FormerParameters:
             shards: Whether the strategy replaces the parameters.
 
         Raises:
-            UsageError: The object is not an optimizer, is set up already, has parameters that an earlier setup replaced,
-                or has state for other tensors than it will train.
+            UsageError: The object is not an optimizer, is set up already, has parameters that an earlier setup
+                replaced, or has state for other tensors than it will train.
             ConfigurationError: The optimizer has parameters of another model.
         """
         if isinstance(optimizer, OptimizerWrapper):
@@ -93,6 +94,8 @@ class FormerParameters:
             named = [(self._names[id(p)], id(p) in self._trained) for p in _parameters(optimizer)]
             frozen = [name for name, trained in named if name not in now or (trained and not now[name].requires_grad)]
             if frozen:
+                # The precision has replaced parameters already, and the next setup will not know the old ones.
+                self.retire(model)
                 raise ConfigurationError(
                     f"{type(optimizer).__name__} has {name_list(frozen)}, which the precision has quantized and which "
                     "cannot train. Set the model up alone, build the optimizer on the model's parameters that require "

@@ -1,4 +1,4 @@
-"""A wrapped optimizer whose step goes through precision and strategy; its groups and state are the user's optimizer's."""
+"""A wrapped optimizer whose step goes through precision and strategy; its groups and state are the real one's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nucleate.precision.base import Precision
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.replaced import refuse_replaced
 
-#: The attributes of the wrapper itself. Schedulers patch the `step` of the optimizer that they get, which is the wrapper.
+#: The attributes of the wrapper itself. A scheduler patches the `step` of the optimizer that it gets: the wrapper.
 _OWN = ("optimizer", "precision", "strategy", "_check", "step")
 
 
@@ -31,6 +31,11 @@ class OptimizerWrapper(Optimizer):
             their model.
     """
 
+    optimizer: Optimizer
+    precision: Precision
+    strategy: Strategy | None
+    _check: Callable[[Optimizer, Iterable[Any]], None] | None
+
     # The base's __init__ is not called: it would make a second set of parameter groups, state and hooks.
     def __init__(
         self,
@@ -41,10 +46,10 @@ class OptimizerWrapper(Optimizer):
     ) -> None:
         self.__dict__.update(optimizer=optimizer, precision=precision, strategy=strategy, _check=check)
 
-    # `isinstance` asks for the type first and for `__class__` second, so both answers are true. A subclass of the user's
-    # class would instead inherit its methods, which would write their attributes to the wrapper.
+    # `isinstance` looks at the type first and at `__class__` second, so both answers are true. A subclass of the user's
+    # class would inherit its methods, and these would write their attributes to the wrapper.
     @property  # type: ignore[misc]
-    def __class__(self) -> type[Optimizer]:
+    def __class__(self) -> type[Optimizer]:  # type: ignore[override]
         """The class of the user's optimizer."""
         # While unpickling there is no optimizer yet.
         return type(self.__dict__.get("optimizer", self))
@@ -194,15 +199,15 @@ def check_trainable(optimizer: Optimizer, parameters: Iterable[Any], known: Cont
     deferred = [_describe(p) for p in strangers if handle_of(p) is not None or p.is_meta]
     if deferred:
         raise UsageError(
-            f"{name} has {len(deferred)} parameters without values: {name_list(deferred)}. Set up their model first, or "
-            "pass both: `model, optimizer = runtime.setup(model, optimizer)`."
+            f"{name} has {len(deferred)} parameters without values: {name_list(deferred)}. Set up their model first, "
+            "or pass both: `model, optimizer = runtime.setup(model, optimizer)`."
         )
     if strangers and world_size > 1:
         raise UsageError(
             f"{name} has {len(strangers)} parameters that belong to no model that was set up: "
-            f"{name_list(map(_describe, strangers))}. The {world_size} processes would not exchange their gradients, and "
-            "each process would train values of its own. Put the parameters into a module, pass it to `runtime.setup`, "
-            "and build the optimizer on the parameters of the returned model."
+            f"{name_list(map(_describe, strangers))}. The {world_size} processes would not exchange their gradients, "
+            "and each process would train values of its own. Put the parameters into a module, pass it to "
+            "`runtime.setup`, and build the optimizer on the parameters of the returned model."
         )
 
 

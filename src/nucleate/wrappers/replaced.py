@@ -1,9 +1,10 @@
 """Replaced parameters: objects whose place in a model another object took in `setup`.
 
-A replaced parameter gets no gradient. An optimizer that was built before `setup` may still have it. The optimizer would
-find no gradient, skip the parameter at each step, and train nothing. So `setup` gives a replaced parameter a class whose
-`grad` raises an error with the FQN. The class is changed in place, as torch does for `UninitializedParameter`
-(torch/nn/parameter.py). No optimizer needs a hook for it: all of them read `grad`, `zero_grad` too.
+A replaced parameter gets no gradient. An optimizer that was built before `setup` may still have it. Such an optimizer
+would find no gradient, skip the parameter at each step, and train nothing. So `setup` gives a replaced parameter
+another class, whose `grad` raises an error with the FQN. The class is changed in place, as torch does for
+`UninitializedParameter` (torch/nn/parameter.py). No optimizer needs a hook, because all of them read `grad`, in
+`zero_grad` too.
 
 Everything else works as before: values, hashes, `repr`, operators and an optimizer's `state_dict`. A deep copy is a
 replaced parameter too, because an optimizer that is copied with it trains nothing either. A pickle holds a plain
@@ -31,7 +32,7 @@ _CURE = (
 )
 
 
-def mark_replaced(parameter: Tensor, fqn: str) -> None:
+def mark_replaced(parameter: Any, fqn: str) -> None:
     """Mark a parameter as replaced. From now on its `grad` raises an error.
 
     Args:
@@ -41,7 +42,8 @@ def mark_replaced(parameter: Tensor, fqn: str) -> None:
     release(parameter)
     # A subclass with its own object layout keeps its class.
     with suppress(TypeError):
-        parameter.__class__ = _replaced_class(type(parameter))
+        cls: type[Tensor] = type(parameter)
+        parameter.__class__ = _replaced_class(cls)
         parameter.__dict__[_NAME] = fqn
 
 

@@ -153,11 +153,11 @@ def others_are_refused_by_name_before_anything_changes(runtime: Runtime) -> None
     for cls in REFUSED:
         with runtime.init_module(empty_init=True):
             model = Model()
-        with pytest.raises(ConfigurationError, match=rf"FSDP cannot step torch's {cls.__name__}: .*strategy='ddp'"):
+        with pytest.raises(ConfigurationError, match=rf"FSDP cannot step {cls.__name__}: .*strategy='ddp'"):
             runtime.setup(model, cls(model.parameters()))
         assert "deferred" in repr(model.up.weight)
         wrapped = runtime.setup(model)
-        with pytest.raises(ConfigurationError, match=rf"FSDP cannot step torch's {cls.__name__}"):
+        with pytest.raises(ConfigurationError, match=rf"FSDP cannot step {cls.__name__}"):
             runtime.setup_optimizers(cls(wrapped.parameters()))
 
 
@@ -214,7 +214,7 @@ def an_early_optimizer_fails_by_name(runtime: Runtime) -> None:
         early = [cls(model.parameters()) for cls in (optim.SGD, optim.AdamW, optim.LBFGS)]
         kept = list(model.down.parameters())
         wrapped, optimizer = runtime.setup(model, optim.SGD(model.up.parameters(), lr=0.1))
-        message = r"former parameter embed\.weight, which `setup` has replaced"
+        message = r"former parameter single, which `setup` has replaced"
         for other in early:
 
             def closure(other: optim.Optimizer = other) -> Tensor:
