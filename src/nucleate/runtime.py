@@ -398,7 +398,7 @@ class Runtime:
         Args:
             model: The model that `setup` returned.
             optimizer: The optimizer that `setup` or `setup_optimizers` returned.
-            clip_val: Limit each element to `[-clip_val, clip_val]`.
+            clip_val: Limit each element to `[-clip_val, clip_val]`, and each part of a complex element.
             max_norm: Scale all gradients so that the norm of all together is at most this number.
             norm_type: The order of the norm; it may be `inf`.
             error_if_nonfinite: Raise an error before any gradient changes if the norm is NaN or infinite. None means
