@@ -25,7 +25,7 @@ from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
 from nucleate.cluster.numerics import Numerics
 from nucleate.composition import Components
-from nucleate.deferred import ElementSource, deferred, eager, is_recording, resumed
+from nucleate.deferred import ElementSource, deferred, eager, is_recording, outside_inference_mode, resumed
 from nucleate.devices import made_current
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.integrations.active import Integrations
@@ -33,6 +33,7 @@ from nucleate.integrations.base import Integration
 from nucleate.materialize import Plan, reset
 from nucleate.materialize.block import Block
 from nucleate.materialize.dependence import numerics_of
+from nucleate.materialize.inference_tensors import replace_inference_tensors
 from nucleate.materialize.vacancies import adopt_vacancies, vacancies
 from nucleate.materialize.verification import Verification
 from nucleate.precision.base import Precision
@@ -198,7 +199,8 @@ class Runtime:
         """Construct a model inside this context.
 
         Every rank gets the states of rank 0's random generators. So all ranks construct the same model, whatever their
-        seeds are.
+        seeds are. In inference mode the block makes the tensors that it makes in `torch.no_grad()`, so the model can be
+        trained afterwards.
 
         Args:
             empty_init: True defers: nothing is allocated, and `setup` makes each parameter in its final place. False
@@ -214,6 +216,7 @@ class Runtime:
         self._agree_on_generators()
         block = Block(self._device) if decided is None else None
         with ExitStack() as stack:
+            stack.enter_context(outside_inference_mode())
             stack.enter_context(made_current(self._device))
             for part in (self._accelerator, self._precision, self._strategy):
                 stack.enter_context(part.module_init_context())
@@ -255,6 +258,7 @@ class Runtime:
     @overload
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any: ...
 
+    @outside_inference_mode()
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
         """Materialize a model, lay it out by the strategy, and wrap the model and the optimizers.
 
@@ -285,6 +289,7 @@ class Runtime:
             names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
             for optimizer in optimizers:
                 check_optimizer(optimizer, names, model, self._strategy.shards)
+            replace_inference_tensors(model)
             integrations = list(self._integrations)
             for integration in integrations:
                 model = integration.setup(model)
@@ -638,6 +643,7 @@ class Runtime:
         if not isinstance(model, ModuleWrapper) and model not in self._models:
             if not is_recording():
                 # Tensors that were built on the meta device by hand are bound to files like deferred tensors.
+                replace_inference_tensors(model)
                 adopt_vacancies(model, self._device)
             with resumed(model):
                 self._precision.before_load(model, stored)
@@ -681,7 +687,7 @@ class Runtime:
             warnings.warn(
                 f"setup: {type(model).__name__} has no parameter and no buffer. There is nothing to create, to shard "
                 "or to train; only its forward gets the precision's casts.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nucleate.deferred import ElementSource, RangeMaker, StreamCursors
+from nucleate.deferred import ElementSource, RangeMaker, StreamCursors, ordinary
 from nucleate.deferred.elements import fill_from
 from nucleate.deferred.replay import boxes
 from nucleate.layout import is_sharded, offsets_of
@@ -92,4 +92,5 @@ def _take(tensor: Tensor, given: ElementSource) -> None:
 
 def _local(tensor: Tensor) -> Tensor:
     local: Tensor = cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
-    return local.detach()
+    # Outside of inference mode torch refuses to write to inference tensors.
+    return ordinary(local.detach())
