@@ -34,6 +34,7 @@ from nucleate.materialize import Plan, reset
 from nucleate.materialize.block import Block
 from nucleate.materialize.dependence import numerics_of
 from nucleate.materialize.inference_tensors import replace_inference_tensors
+from nucleate.materialize.lazy_modules import refuse_uninitialized
 from nucleate.materialize.vacancies import adopt_vacancies, vacancies
 from nucleate.materialize.verification import Verification
 from nucleate.precision.base import Precision
@@ -278,7 +279,7 @@ class Runtime:
             UsageError: The model or an optimizer was set up before.
             ConfigurationError: An optimizer has parameters of another model, or the strategy cannot take the model.
             UninitializedError: A parameter would be left without a value, because its module has no `reset_parameters`
-                or the like that writes it.
+                or the like that writes it. Or a parameter of a lazy module has no shape yet.
             RankDisagreementError: The ranks constructed different models, or have CPUs, thread counts or torch builds
                 that would make different bits of this model.
             VerificationError: With `verify`, an installed tensor differs from the value that its recipe makes.
@@ -286,6 +287,7 @@ class Runtime:
         self.launch()
         with self._communicator.all_or_none("setup"):
             refuse_set_up(model, self._models)
+            refuse_uninitialized(model)
             names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
             for optimizer in optimizers:
                 check_optimizer(optimizer, names, model, self._strategy.shards)
