@@ -27,7 +27,7 @@ from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
 from nucleate.cluster.numerics import Numerics
 from nucleate.composition import Components
-from nucleate.deferred import ElementSource, deferred, eager, is_recording, resumed
+from nucleate.deferred import ElementSource, deferred, eager, is_recording, outside_inference_mode, resumed
 from nucleate.devices import made_current
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
 from nucleate.integrations.active import Integrations
@@ -36,6 +36,8 @@ from nucleate.layout import Layout, LiveLayout
 from nucleate.materialize import Plan, reset
 from nucleate.materialize.block import Block
 from nucleate.materialize.dependence import numerics_of
+from nucleate.materialize.inference_tensors import replace_inference_tensors
+from nucleate.materialize.lazy_modules import refuse_uninitialized
 from nucleate.materialize.vacancies import adopt_vacancies, vacancies
 from nucleate.materialize.verification import Verification
 from nucleate.precision.base import Precision
@@ -204,7 +206,8 @@ class Runtime:
         """Construct a model inside this context.
 
         Every rank gets the states of rank 0's random generators. So all ranks construct the same model, whatever their
-        seeds are.
+        seeds are. In inference mode the block makes the tensors that it makes in `torch.no_grad()`, so the model can be
+        trained afterwards.
 
         Args:
             empty_init: True defers: nothing is allocated, and `setup` makes each parameter in its final place. False
@@ -220,6 +223,7 @@ class Runtime:
         self._agree_on_generators()
         block = Block(self._device) if decided is None else None
         with ExitStack() as stack:
+            stack.enter_context(outside_inference_mode())
             stack.enter_context(made_current(self._device))
             for part in (self._accelerator, self._precision, self._strategy):
                 stack.enter_context(part.module_init_context())
@@ -261,6 +265,7 @@ class Runtime:
     @overload
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any: ...
 
+    @outside_inference_mode()
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
         """Materialize a model, lay it out by the strategy, and wrap the model and the optimizers.
 
@@ -282,7 +287,7 @@ class Runtime:
             ConfigurationError: An optimizer has parameters of another model, or the strategy cannot take the model or
                 step the optimizer.
             UninitializedError: A parameter would be left without a value, because its module has no `reset_parameters`
-                or the like that writes it.
+                or the like that writes it. Or a parameter of a lazy module has no shape yet.
             RankDisagreementError: The ranks constructed different models, or have CPUs, thread counts or torch builds
                 that would make different bits of this model.
             VerificationError: With `verify`, an installed tensor differs from the value that its recipe makes.
@@ -292,10 +297,12 @@ class Runtime:
             refuse_set_up(model, self._models)
             # The strategy lays out the user's model; what it returns is compiled again.
             compiled, model = model, uncompiled(model)
+            refuse_uninitialized(model)
             former = FormerParameters(model)
             for optimizer in optimizers:
                 former.check(optimizer, self._strategy.shards)
                 self._strategy.check_optimizer(optimizer)
+            replace_inference_tensors(model)
             integrations = list(self._integrations)
             for integration in integrations:
                 model = apply_inside(model, integration.setup)
@@ -425,7 +432,7 @@ class Runtime:
         Args:
             model: The model that `setup` returned.
             optimizer: The optimizer that `setup` or `setup_optimizers` returned.
-            clip_val: Limit each element to `[-clip_val, clip_val]`.
+            clip_val: Limit each element to `[-clip_val, clip_val]`, and each part of a complex element.
             max_norm: Scale all gradients so that the norm of all together is at most this number.
             norm_type: The order of the norm; it may be `inf`.
             error_if_nonfinite: Raise an error before any gradient changes if the norm is NaN or infinite. None means
@@ -699,6 +706,7 @@ class Runtime:
         with without_shells(model) as plain:
             if not is_recording():
                 # Tensors that were built on the meta device by hand are bound to files like deferred tensors.
+                replace_inference_tensors(plain)
                 adopt_vacancies(plain, self._device)
             with resumed(plain):
                 self._precision.before_load(plain, stored)
@@ -747,7 +755,7 @@ class Runtime:
             warnings.warn(
                 f"setup: {type(model).__name__} has no parameter and no buffer. There is nothing to create, to shard "
                 "or to train; only its forward goes through the precision.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _check_trainable(self, optimizer: Optimizer, parameters: Iterable[Any]) -> None:

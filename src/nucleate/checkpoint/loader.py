@@ -22,6 +22,7 @@ from nucleate.checkpoint.loading.shell_keys import plain_stored
 from nucleate.checkpoint.readers import Reader, open_checkpoint
 from nucleate.checkpoint.state.entries import Entry, Kind, ParameterNames, agree, entries_of
 from nucleate.checkpoint.state.tree import KeyPath, check_tensor, key_of, split
+from nucleate.deferred import outside_inference_mode
 from nucleate.layout import is_sharded
 from nucleate.shells import state_dict as plain_state_dict
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from nucleate.cluster.communicator import Communicator
 
 
+@outside_inference_mode()
 def load(
     path: str | os.PathLike[str],
     state: Any,
@@ -111,7 +113,7 @@ def load(
             finish()
     # The warning comes last: if warnings are errors, it must not leave the other ranks waiting.
     if plan.summary and communicator.rank == 0:
-        warnings.warn(f"{loading}: {plan.summary}", stacklevel=2)
+        warnings.warn(f"{loading}: {plan.summary}", stacklevel=3)
     return plan.report
 
 

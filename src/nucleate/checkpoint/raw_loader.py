@@ -24,6 +24,7 @@ from nucleate.checkpoint.rules.key_map import KeyMap
 from nucleate.checkpoint.state.entries import ParameterNames
 from nucleate.checkpoint.state.tree import KeyPath, key_of
 from nucleate.checkpoint.stored.contents import Contents
+from nucleate.deferred import outside_inference_mode
 from nucleate.errors import CheckpointKeyError, CheckpointNotFoundError, UsageError, name_list
 from nucleate.shells import state_dict as plain_state_dict
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from nucleate.cluster.communicator import Communicator
 
 
+@outside_inference_mode()
 def load_raw(  # noqa: PLR0913 - one call takes every option of a load
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -110,7 +112,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
             finish()
     # The warning comes last: if warnings are errors, it must not leave the other ranks waiting.
     if plan.summary and communicator.rank == 0:
-        warnings.warn(f"{loading}: {plan.summary}", stacklevel=2)
+        warnings.warn(f"{loading}: {plan.summary}", stacklevel=3)
     return plan.report
 
 

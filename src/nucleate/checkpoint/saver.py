@@ -22,6 +22,7 @@ from nucleate.checkpoint.saving.snapshot import Snapshot, filters_for
 from nucleate.checkpoint.state.entries import Kind, agree, entries_of
 from nucleate.checkpoint.writers.choosing import choose
 from nucleate.cluster.save_group import SaveGroup
+from nucleate.deferred import outside_inference_mode
 
 if TYPE_CHECKING:
     from nucleate.cluster.communicator import Communicator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _turn = threading.RLock()
 
 
+@outside_inference_mode()
 def save(  # noqa: PLR0913 - one call takes every option of a save
     path: str | os.PathLike[str],
     state: dict[str, Any] | nn.Module,

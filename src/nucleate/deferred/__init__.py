@@ -14,6 +14,7 @@ from nucleate.deferred.elements.converted_source import ConvertedSource
 from nucleate.deferred.elements.element_source import ElementSource
 from nucleate.deferred.elements.tensor_source import TensorSource
 from nucleate.deferred.guards.handle import Handle, handle_of, release
+from nucleate.deferred.inference_mode import ordinary, outside_inference_mode
 from nucleate.deferred.module_tensors import held_tensors
 from nucleate.deferred.randomness.stream_cursors import StreamCursors
 from nucleate.deferred.record import Record, record_of
@@ -39,6 +40,8 @@ __all__ = [
     "handle_of",
     "held_tensors",
     "is_recording",
+    "ordinary",
+    "outside_inference_mode",
     "plain_modes",
     "record_of",
     "release",

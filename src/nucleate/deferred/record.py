@@ -22,6 +22,7 @@ from nucleate.deferred.guards.handle import handle_of, release
 from nucleate.deferred.guards.refusals import refuse_stale
 from nucleate.deferred.impersonation.function_mode import Impersonation
 from nucleate.deferred.impersonation.patches import patched
+from nucleate.deferred.inference_mode import outside_inference_mode
 from nucleate.deferred.module_tensors import held_tensors
 from nucleate.deferred.onset import Onset
 from nucleate.deferred.recording.recorder import Recorder
@@ -121,8 +122,13 @@ class Record(Recording):
 
     @contextmanager
     def joined(self, makes_real: bool = False) -> Iterator[None]:
-        """Record this thread as well, until the recording ends or the thread leaves the context."""
+        """Record this thread as well, until the recording ends or the thread leaves the context.
+
+        The thread leaves inference mode meanwhile. Else the real tensors that a constructor makes beside the deferred
+        ones could not be trained.
+        """
         with ExitStack() as stack:
+            stack.enter_context(outside_inference_mode())
             stack.enter_context(self.recorder)
             stack.enter_context(self.impersonation)
             stack.enter_context(active(self))
@@ -307,7 +313,7 @@ class Record(Recording):
             tensor: A tensor of this record.
             conversion: The conversion.
         """
-        with turn, torch._C.DisableTorchFunction(), _disable_current_modes():
+        with turn, torch._C.DisableTorchFunction(), _disable_current_modes(), outside_inference_mode():
             if self.recorder.exposed.holds(tensor):
                 return tuple(map(self.recorder.adopt, converted(self.recorder.exposed.view(tensor), conversion)))
             ref = self.tape.ref(tensor)

@@ -8,9 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from nucleate.deferred.inference_mode import outside_inference_mode
+
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
-    """Turn modes, autocast and autograd off in this thread while this context is open."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch._C._DisableAutocast(), torch.no_grad():
+    """Turn modes, inference mode included, autocast and autograd off in this thread while this context is open."""
+    with (
+        torch._C.DisableTorchFunction(),
+        _disable_current_modes(),
+        outside_inference_mode(),
+        torch._C._DisableAutocast(),
+        torch.no_grad(),
+    ):
         yield

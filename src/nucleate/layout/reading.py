@@ -53,6 +53,54 @@ def is_partial(tensor: Any) -> bool:
     return is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements)
 
 
+def held_values(tensor: Any) -> Tensor:
+    """Return the elements that this rank holds of a tensor, in their memory; those of a sparse tensor are listed."""
+    local = tensor.to_local() if is_sharded(tensor) else tensor
+    return local if local.layout == torch.strided else local.values()  # type: ignore[no-any-return]
+
+
+def reduced_gradient(parameter: Any) -> Tensor:
+    """Return the gradient of a parameter. If it is partial, combine the ranks' parts of it in a new tensor."""
+    gradient = parameter.grad
+    if not is_partial(gradient):
+        return gradient  # type: ignore[no-any-return]
+    from torch.distributed.tensor import Replicate as TorchReplicate
+
+    # Where the parameter is sharded, its gradient becomes sharded as well.
+    is_alike = is_sharded(parameter) and parameter.device_mesh == gradient.device_mesh
+    own = parameter.placements if is_alike else [TorchReplicate()] * len(gradient.placements)
+    wanted = [mine if theirs.is_partial() else theirs for theirs, mine in zip(gradient.placements, own, strict=True)]
+    return gradient.redistribute(placements=wanted)  # type: ignore[no-any-return]
+
+
+def spread_of(tensor: Any) -> tuple[Any, tuple[bool, ...]] | None:
+    """Return where a tensor is sharded: its mesh, and for each axis whether the ranks hold different elements.
+
+    Equal meshes give equal results, also if they are different objects. The result is None if each rank holds the whole
+    tensor.
+    """
+    if not is_sharded(tensor):
+        return None
+    splits = tuple(not placement.is_replicate() for placement in tensor.placements)
+    return (tensor.device_mesh, splits) if any(splits) else None
+
+
+def gathered_from(values: Tensor, mesh: Any, splits: tuple[bool, ...]) -> Tensor:
+    """Return the values `(n,)` of all ranks that hold different elements, as `(ranks, n)`, alike on every rank.
+
+    Args:
+        values: This rank's values.
+        mesh: The mesh; see `spread_of`.
+        splits: For each axis of the mesh, whether its ranks hold different elements.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Replicate as TorchReplicate
+    from torch.distributed.tensor import Shard as TorchShard
+
+    placements = [TorchShard(0) if is_split else TorchReplicate() for is_split in splits]
+    return DTensor.from_local(values.unsqueeze(0), mesh, placements, run_check=False).full_tensor()
+
+
 def boxes_of(tensor: Any) -> tuple[Box, ...]:
     """Return the boxes that this rank holds of a DTensor; one empty box if it holds no element."""
     if hasattr(tensor._local_tensor, "__create_chunk_list__"):

@@ -11,10 +11,9 @@ import logging
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nucleate.deferred.elements import TensorSource
 from nucleate.deferred.replay import view
@@ -22,11 +21,11 @@ from nucleate.devices import concrete
 from nucleate.errors import UninitializedError, name_list
 from nucleate.materialize.conversions import Conversions
 from nucleate.materialize.device_parts import parts_on
-from nucleate.materialize.handover import swap, unmark_released
+from nucleate.materialize.installation import install
 from nucleate.materialize.making import make_parts
 from nucleate.materialize.memory import FreshMemory
 from nucleate.materialize.parts import Part
-from nucleate.materialize.plan import Group, Holder, Plan, Target
+from nucleate.materialize.plan import Group, Plan
 from nucleate.materialize.reading import read_into
 from nucleate.materialize.recipe import is_moved_to
 from nucleate.materialize.resetting import reset
@@ -40,6 +39,7 @@ def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modu
     """Materialize every deferred tensor of `model` on `device`, in place. Real tensors do not change.
 
     Tensors without a recipe get one first, by the methods of their modules such as `reset_parameters`; see `reset`.
+    Inference tensors, which nothing can train, become ordinary tensors with the same values and memory.
 
     Args:
         model: The model.
@@ -159,7 +159,7 @@ def _install_group(group: Group, storage: torch.UntypedStorage) -> None:
             for shard in shards:
                 fill(shard, value)
         else:
-            _install(target, value)
+            install(target.tensor, target.cls, target.holders, value)
 
 
 def _is_sharded(group: Group) -> bool:
@@ -186,44 +186,6 @@ def _scratches(groups: Sequence[Group], device: torch.device) -> dict[torch.devi
             where = _made_on(group, device)
             sizes[where] = max(sizes.get(where, 0), group.source.size_bytes)
     return {where: torch.UntypedStorage(size_bytes, device=where) for where, size_bytes in sizes.items()}
-
-
-def _install(target: Target, value: Tensor) -> None:
-    """Give the target's tensor its value and keep the object. Where torch refuses that, replace the object."""
-    tensor = target.tensor
-    if isinstance(tensor, nn.Parameter):
-        real: Tensor = nn.Parameter(value, requires_grad=tensor.requires_grad)
-    else:
-        real = value.requires_grad_(tensor.requires_grad) if tensor.is_leaf else value
-    real.__class__ = target.cls
-    unmark_released(tensor)
-    real.__dict__.update(tensor.__dict__)
-    try:
-        swap(tensor, real)
-    except RuntimeError:
-        # A weak reference or autograd holds the tensor. The next best way is to replace it in all places of the model.
-        for holder in target.holders:
-            _replace(holder, tensor, real)
-
-
-def _replace(holder: Holder, old: Tensor, new: Tensor) -> None:
-    if holder.kind == "parameter":
-        holder.module._parameters[holder.name] = new  # type: ignore[assignment]
-    elif holder.kind == "buffer":
-        holder.module._buffers[holder.name] = new
-    else:
-        value = holder.module.__dict__[holder.name]
-        holder.module.__dict__[holder.name] = _replaced(value, old, new)
-
-
-def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    if value is old:
-        return new
-    if type(value) in (list, tuple):
-        return type(value)(_replaced(item, old, new) for item in value)
-    if type(value) is dict:
-        return {key: _replaced(item, old, new) for key, item in value.items()}
-    return value
 
 
 def _verify(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nucleate.deferred import ElementSource, RangeMaker, StreamCursors
+from nucleate.deferred import ElementSource, RangeMaker, StreamCursors, ordinary
 from nucleate.deferred.elements import fill_from
 from nucleate.deferred.replay import boxes
 from nucleate.layout import boxes_of, is_sharded, local_of
@@ -61,7 +61,7 @@ def read_into(pairs: Sequence[tuple[Tensor, ElementSource]]) -> None:
     parts: list[Part] = []
     rest: list[tuple[Tensor, ElementSource]] = []
     for tensor, given in pairs:
-        local = local_of(tensor)
+        local = _local(tensor)
         places = _places(tensor, local)
         plain = not (local.is_conj() or local.is_neg()) and all(place.is_contiguous() for _, place in places)
         if plain or local.device.type != "cpu":
@@ -76,7 +76,7 @@ def read_into(pairs: Sequence[tuple[Tensor, ElementSource]]) -> None:
 
 
 def _take(tensor: Tensor, given: ElementSource) -> None:
-    local = local_of(tensor)
+    local = _local(tensor)
     if not is_sharded(tensor):
         fill_from(local, given)
         return
@@ -89,3 +89,8 @@ def _places(tensor: Tensor, local: Tensor) -> list[tuple[tuple[int, ...], Tensor
     if not is_sharded(tensor):
         return [((0,) * tensor.dim(), local)]
     return [(box.begin, box.of_local(local)) for box in boxes_of(tensor)]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    # Outside of inference mode torch refuses to write to inference tensors.
+    return ordinary(local_of(tensor))

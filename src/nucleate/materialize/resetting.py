@@ -19,6 +19,7 @@ from nucleate.deferred.active import active_record
 from nucleate.deferred.adoption import abandon
 from nucleate.deferred.stand_ins import stand_ins
 from nucleate.errors import UninitializedError, name_list
+from nucleate.materialize.inference_tensors import replace_inference_tensors
 from nucleate.materialize.reset_methods import OWN_NAMES, ResetCall, reset_calls
 from nucleate.materialize.vacancies import Vacancy, adopt_vacancies, vacancies
 from nucleate.shells import without_shells
@@ -72,8 +73,8 @@ def reset(model: nn.Module, device: torch.device) -> Resets:
 
     Each module that holds such a tensor is reset once, children before parents: by its `reset_parameters` (else
     `init_weights`, `_init_weights` or `_reset_parameters`), and then by the nearest `_init_weights(module)` around it.
-    A tensor that has a value already keeps it. Afterwards the random generators have the states that the same calls
-    leave.
+    A tensor that has a value already keeps it; an inference tensor becomes an ordinary one. Afterwards the random
+    generators have the states that the same calls leave.
 
     Args:
         model: The model.
@@ -92,6 +93,7 @@ def reset(model: nn.Module, device: torch.device) -> Resets:
 
 
 def _reset(model: nn.Module, device: torch.device) -> Resets:
+    replace_inference_tensors(model)
     found = adopt_vacancies(model, device)
     if not found:
         return Resets()

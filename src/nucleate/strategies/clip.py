@@ -1,14 +1,20 @@
-"""Gradient clipping for any mix of plain and sharded gradients."""
+"""Gradient clipping for any mix of gradients: whole, sharded, partial, sparse and complex ones, of any devices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nucleate.errors import ConfigurationError, NonFiniteGradientError, name_list
+from nucleate.errors import ConfigurationError, NonFiniteGradientError
+from nucleate.layout import gathered_from, held_values, reduced_gradient, spread_of
+
+# Norms of these are computed and returned in float32, because their squares overflow or lose digits.
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -17,8 +23,9 @@ def clip_by_norm(
 ) -> Tensor:
     """Scale all gradients so that their total norm is at most `max_norm`.
 
-    The result equals that of `torch.nn.utils.clip_grad_norm_`, which fails on gradients of several meshes. Here the
-    norm of each group of one mesh and placement is computed separately, and then the norms are combined.
+    The result equals that of `torch.nn.utils.clip_grad_norm_` on a model that one process holds whole. A gradient
+    counts once, also where several ranks hold it or a parameter is listed twice. A partial gradient is summed over its
+    ranks first, and a sparse one is coalesced. A shard without elements does not change the norm.
 
     Args:
         parameters: The parameters whose gradients are clipped.
@@ -27,22 +34,21 @@ def clip_by_norm(
         error_if_nonfinite: Refuse a norm that is NaN or infinite, before any gradient is changed.
 
     Returns:
-        The norm before clipping, equal on every rank.
+        The norm before clipping, equal on every rank, in float32 or a wider dtype.
 
     Raises:
-        ConfigurationError: `max_norm` is negative or NaN.
+        ConfigurationError: `max_norm` is negative or NaN, or `norm_type` is NaN.
         NonFiniteGradientError: See `error_if_nonfinite`.
     """
     if not max_norm >= 0:
         raise ConfigurationError(f"max_norm={max_norm!r} must be a number of at least 0.")
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    groups: dict[Any, list[Tensor]] = {}
-    for gradient in gradients:
-        groups.setdefault(_layout(gradient), []).append(gradient)
-    totals = [_whole(torch.nn.utils.get_total_norm(group, norm_type)) for group in groups.values()]
-    if not totals:
+    order = float(norm_type)
+    if math.isnan(order):
+        raise ConfigurationError(f"norm_type={norm_type!r} must be a number or inf, such as 2.0.")
+    gradients = _gradients(parameters)
+    if not gradients:
         return torch.tensor(0.0)
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(totals[0].device) for norm in totals]), norm_type)
+    total = _total_norm(gradients, order)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise NonFiniteGradientError(
             f"the total norm of order {norm_type} of the gradients is {total.item()}, so they cannot be clipped. Find "
@@ -50,8 +56,8 @@ def clip_by_norm(
         )
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for gradient in gradients:
-        local = _local(gradient)
-        local.mul_(scale.to(local.device))
+        gradient.put()
+        gradient.values.mul_(scale.to(gradient.values.device))
     return total
 
 
@@ -59,36 +65,113 @@ def clip_by_norm(
 def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
     """Limit every element of every gradient to `[-clip_value, clip_value]`.
 
+    A partial gradient is summed over its ranks first, and a sparse one is coalesced. The real and the imaginary part of
+    a complex element are limited separately, as torch's optimizers treat them.
+
     Args:
         parameters: The parameters whose gradients are clipped.
         clip_value: The largest allowed absolute value.
 
     Raises:
-        ConfigurationError: `clip_value` is negative or NaN, or a gradient is complex. No gradient has been changed.
+        ConfigurationError: `clip_value` is negative or NaN.
     """
     if not clip_value >= 0:
         raise ConfigurationError(f"clip_val={clip_value!r} must be a number of at least 0.")
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    complex_shapes = [str(tuple(gradient.shape)) for gradient in gradients if gradient.is_complex()]
-    if complex_shapes:
-        raise ConfigurationError(
-            f"clip_val={clip_value!r} limits real numbers, but the gradients of shapes {name_list(complex_shapes)} are "
-            "complex. Clip by the norm instead: max_norm=..."
-        )
-    for gradient in gradients:
-        _local(gradient).clamp_(-clip_value, clip_value)
+    for gradient in _gradients(parameters):
+        gradient.put()
+        values = gradient.values
+        if values.is_complex():
+            # The limits are symmetric, so they hold for the conjugate values in memory as well.
+            values = torch.view_as_real(values.conj() if values.is_conj() else values)
+        values.clamp_(-clip_value, clip_value)
 
 
-def _layout(gradient: Tensor) -> Any:
-    mesh = getattr(gradient, "device_mesh", None)
-    return (gradient.device, gradient.dtype) if mesh is None else (id(mesh), gradient.placements)  # type: ignore[attr-defined]
+@dataclass(frozen=True, slots=True)
+class _Gradient:
+    """A gradient in a form that can be clipped element by element.
+
+    Attributes:
+        parameter: The parameter.
+        tensor: The parameter's gradient: a new tensor if the gradient was partial or not coalesced.
+        values: The elements of `tensor` that this rank holds, in the memory of `tensor`.
+    """
+
+    parameter: Tensor
+    tensor: Tensor
+    values: Tensor
+
+    def put(self) -> None:
+        """Give the parameter the new tensor as its gradient."""
+        if self.parameter.grad is not self.tensor:
+            self.parameter.grad = self.tensor
+
+    @property
+    def has_implied_zeros(self) -> bool:
+        """Whether a sparse gradient leaves out elements, which are zero."""
+        return self.tensor.layout != torch.strided and self.values.numel() < self.tensor.numel()
 
 
-def _whole(norm: Tensor) -> Tensor:
-    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+def _gradients(parameters: Iterable[Tensor]) -> list[_Gradient]:
+    """Return the gradients of parameters, each once. No gradient changes yet."""
+    found = []
+    for parameter in {id(parameter): parameter for parameter in parameters}.values():
+        if parameter.grad is None:
+            continue
+        tensor = reduced_gradient(parameter)
+        if tensor.layout == torch.sparse_coo:
+            tensor = tensor.coalesce()
+        found.append(_Gradient(parameter, tensor, held_values(tensor)))
+    return found
+
+
+def _total_norm(gradients: Sequence[_Gradient], order: float) -> Tensor:
+    """Return the norm of the norms of all gradients, as torch computes it. Every rank computes the same."""
+    lots: dict[Any, list[Tensor]] = {}
+    for gradient, norm in zip(gradients, _norms_here(gradients, order), strict=True):
+        lots.setdefault(spread_of(gradient.tensor), []).append(norm)
+    device = gradients[0].values.device
+    norms = [_norms_of_lot(lot, spread, order).to(device) for spread, lot in lots.items()]
+    total: Tensor = torch.linalg.vector_norm(torch.cat(norms), order)
+    return total
+
+
+def _norms_of_lot(lot: Sequence[Tensor], spread: tuple[Any, tuple[bool, ...]] | None, order: float) -> Tensor:
+    """Return norms of gradients that are spread over ranks alike: one for each gradient, or one for all.
+
+    Args:
+        lot: The norm of the part that this rank holds, for each gradient.
+        spread: The ranks; see `nucleate.layout.spread_of`.
+        order: The order of the norm.
+    """
+    norms = torch.stack([norm.to(lot[0].device) for norm in lot])
+    if spread is None:
+        return norms
+    if order == 0:
+        # torch counts the elements that are not zero in each gradient, and then the gradients with such elements.
+        return gathered_from(norms, *spread).sum(0)
+    # The norms are gathered and not added up by a collective, where NaN may lose against a number.
+    together: Tensor = torch.linalg.vector_norm(norms, order).reshape(1)
+    whole: Tensor = torch.linalg.vector_norm(gathered_from(together, *spread), order, dim=0)
     return whole
 
 
-def _local(gradient: Tensor) -> Tensor:
-    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return local
+def _norms_here(gradients: Sequence[_Gradient], order: float) -> list[Tensor]:
+    """Return for each gradient the norm of the elements that this rank holds."""
+    norms: dict[int, Tensor] = {}
+    lots: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for place, gradient in enumerate(gradients):
+        values = gradient.values
+        if order < 0 and gradient.has_implied_zeros:
+            # One zero decides the norm.
+            values = torch.cat([values.reshape(-1), values.new_zeros(1)])
+        if values.numel():
+            lots.setdefault((values.device, values.dtype), []).append((place, values))
+        else:
+            # The number that changes no other norm that it is combined with.
+            dtype = torch.float32 if values.dtype in _NARROW else values.dtype.to_real()
+            norms[place] = torch.full((), math.inf if order < 0 else 0.0, dtype=dtype, device=values.device)
+    for (_, dtype), lot in lots.items():
+        wide = torch.float32 if dtype in _NARROW else None
+        of_lot = torch._foreach_norm([values for _, values in lot], order, dtype=wide)
+        norms.update(zip((place for place, _ in lot), of_lot, strict=True))
+    return [norms[place] for place in range(len(gradients))]

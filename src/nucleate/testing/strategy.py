@@ -192,13 +192,16 @@ class StrategySuite(ABC):
         torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=self.rtol, atol=1e-6)
 
     @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
-    def test_gradients_are_clipped_by_their_norm_over_all_ranks(self, runtime: Runtime, norm_type: float) -> None:
+    @pytest.mark.parametrize("make", [TinyTransformer, TinyOdd])
+    def test_gradients_are_clipped_by_their_norm_over_all_ranks(
+        self, runtime: Runtime, make: type[TinyModel], norm_type: float
+    ) -> None:
         torch.manual_seed(SEED)
         with _factories_on(runtime.device):
-            eager = TinyTransformer()
+            eager = make()
         eager.loss(eager(self._whole_batch(runtime, eager, 0))).backward()
         expected = torch.nn.utils.clip_grad_norm_(eager.parameters(), 1e-3, norm_type)
-        model, optimizer = self._trainable(runtime, TinyTransformer, torch.optim.SGD)
+        model, optimizer = self._trainable(runtime, make, torch.optim.SGD)
         runtime.backward(model.loss(model(self._whole_batch(runtime, model.module, 0))))
         norm = runtime.clip_gradients(model, optimizer, max_norm=1e-3, norm_type=norm_type)
         assert norm is not None

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from nucleate.deferred.inference_mode import outside_inference_mode
+
 
 def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     """Copy a deferred tensor as `Tensor.__deepcopy__` (torch/_tensor.py, 2.13) copies a real one.
@@ -47,5 +49,5 @@ def look(
     storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> Tensor:
     """Return a tensor on a storage without memory. This needs no step on the tape."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), outside_inference_mode():
         return torch.empty(0, dtype=dtype, device="meta").set_(storage, offset, size, stride)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nucleate.deferred.active import active_records
+from nucleate.deferred.inference_mode import ordinary
 from nucleate.deferred.replay.replayer import Replayer
 from nucleate.devices.kinds import current_accelerator
 
@@ -47,7 +48,7 @@ class GeneratorStates:
             random = self._replayer.random
             position = random.position_of(tensor)
             if position is not None:
-                tensor.copy_(random.state_at(position))
+                ordinary(tensor).copy_(random.state_at(position))
 
     def settle_all(self, held: Iterable[Tensor]) -> None:
         """Settle the handed-out states that are alive, and the tensors in `held`."""

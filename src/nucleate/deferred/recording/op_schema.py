@@ -71,8 +71,8 @@ class OpSchema:
     """The facts that a recorder needs about an operation, read once from its schema."""
 
     __slots__ = (
-        "device", "fills", "indexes", "is_random", "looks_at_values", "mutated", "retargets", "uninitialized",
-        "wrong_on_meta",
+        "device", "fills", "indexes", "is_composite", "is_random", "looks_at_values", "mutated", "retargets",
+        "uninitialized", "wrong_on_meta",
     )  # fmt: skip
 
     def __init__(self, func: torch._ops.OpOverload[Any, Any]) -> None:
@@ -86,6 +86,8 @@ class OpSchema:
         ]
         if packet in _WRITES_STATISTICS:
             self.mutated += [(3, "running_mean", False), (4, "running_var", False)]
+        #: Whether autograd splits it into other operations, so that only inference mode shows it to a dispatch mode.
+        self.is_composite = _has_kernel(func, "CompositeImplicitAutograd") and not _has_kernel(func, "Meta")
         self.is_random = torch.Tag.nondeterministic_seeded in func.tags
         self.fills = packet in _FILLS
         self.uninitialized = packet in _EMPTY
@@ -101,6 +103,13 @@ class OpSchema:
 
 
 schema_of = functools.cache(OpSchema)
+
+
+def _has_kernel(func: torch._ops.OpOverload[Any, Any], key: str) -> bool:
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
+    except RuntimeError:
+        return False  # The dispatcher does not know operations of TorchScript, such as `prim::device`.
 
 
 # -- reads and writes of one call ----------------------------------------------------------------------------

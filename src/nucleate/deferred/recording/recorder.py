@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from nucleate.deferred.active import alone, turn
 from nucleate.deferred.elements.element_source import ElementSource, fill_from
 from nucleate.deferred.elements.tensor_source import TensorSource
+from nucleate.deferred.inference_mode import ordinary, outside_inference_mode
 from nucleate.deferred.onset import Onset
 from nucleate.deferred.recording.constants import Constants
 from nucleate.deferred.recording.fast_path import FastPath, generator_for
@@ -158,6 +159,8 @@ class Recorder(TorchDispatchMode):
             if self.onset is None or not self.onset.is_now(self.is_for, func, args, kwargs):
                 return func(*args, **kwargs)
             self.begin()
+        if torch.is_inference_mode_enabled():
+            return self._dispatch_inferred(func, args, kwargs)
         with turn, torch._C.DisableTorchFunction():
             return self._dispatch(func, args, kwargs)
 
@@ -167,6 +170,33 @@ class Recorder(TorchDispatchMode):
         self.threads.add(threading.get_ident())
 
     # -- routing -------------------------------------------------------------------------------------------
+
+    def _dispatch_inferred(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Route an operation that was called in inference mode. Its result is what it is outside of that mode.
+
+        Autograd splits composite operations, such as `to` and `reshape`, which copy where they cannot view. Inference
+        mode passes autograd by, so composite operations arrive whole. The tensors that an operation makes in inference
+        mode would be inference tensors.
+        """
+        if schema_of(func).is_composite:
+            with torch._C.DisableTorchFunction(), self._entered_again():
+                # Not `decompose`, which prefers decompositions that are written in Python for compilers.
+                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+        if func is aten.lift_fresh.default:
+            return ordinary(args[0])  # A tensor of Python data, which no mode has seen before.
+        # Leaving the mode lets autograd in, but a dispatch mode always runs below autograd.
+        below_autograd = torch._C._AutoDispatchBelowADInplaceOrView()
+        with outside_inference_mode(), below_autograd, turn, torch._C.DisableTorchFunction():
+            return self._dispatch(func, args, kwargs)
+
+    @contextmanager
+    def _entered_again(self) -> Iterator[None]:
+        """Enter this mode inside of its own handler."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         schema = schema_of(func)
@@ -339,7 +369,7 @@ class Recorder(TorchDispatchMode):
 
     def record(self, func: Callable[..., Any], schema: OpSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a Python function as one step. At least one of its tensors is deferred."""
-        with turn, torch._C.DisableTorchFunction():
+        with turn, torch._C.DisableTorchFunction(), outside_inference_mode():
             written = written_by(schema, args, kwargs)
             if any(self.tape.number(tensor) is None or self.exposed.holds(tensor) for tensor in written):
                 with _disable_current_modes():
@@ -457,12 +487,12 @@ class Recorder(TorchDispatchMode):
 
     def value(self, tensor: Tensor) -> Tensor:
         """Return a real tensor with the value that a deferred tensor has now. It must not be written to."""
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), outside_inference_mode():
             return self.exposed.view(tensor) if self.exposed.holds(tensor) else self._values.of(tensor)
 
     def expose(self, tensor: Tensor) -> Tensor:
         """Return a real tensor that shares memory with a deferred one, from here on until the end."""
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), outside_inference_mode():
             if not self.exposed.holds(tensor):
                 number = self.tape.number(tensor)
                 assert number is not None, "not a deferred tensor of this tape"
@@ -471,7 +501,7 @@ class Recorder(TorchDispatchMode):
 
     def adopt(self, real: Tensor) -> Tensor:
         """Return a deferred tensor that shares memory with a real one."""
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), outside_inference_mode():
             return self.exposed.adopt(real)
 
     def _geometry(
