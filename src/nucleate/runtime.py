@@ -42,6 +42,7 @@ from nucleate.strategies.base import Strategy
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
 from nucleate.wrappers.module import ModuleWrapper, backward_allowed, refuse_set_up
 from nucleate.wrappers.optimizer import OptimizerWrapper, check_optimizer, repoint
+from nucleate.wrappers.parts import surround_parts
 
 if TYPE_CHECKING:
     from nucleate.checkpoint import KeyMap, LoadReport
@@ -313,6 +314,7 @@ class Runtime:
         if verification is not None:
             verification.run(self._communicator)
         wrapped = ModuleWrapper(forward_module, model, self._precision, self._strategy, self._device)
+        surround_parts(wrapped)
         for integration in integrations:
             for method in integration.inference_methods(model):
                 wrapped.mark_inference_method(method)

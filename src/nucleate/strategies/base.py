@@ -27,9 +27,9 @@ class Strategy(Plugin):
     deferred or real, after accelerator and precision have been applied. It returns the module whose forward the user
     calls, with all tensors materialized.
 
-    A strategy that lays tensors out by torch's own means leaves `setup` as it is and implements `lay_out`. The core then
-    does the rest for it: it plans, keeps ties, attributes and hooks, materializes this rank's part of each tensor, and
-    compares replicas. A strategy whose library has an engine of its own writes its own `setup`
+    A strategy that lays tensors out by torch's own means leaves `setup` as it is and implements `lay_out`. The core
+    then does the rest for it: it plans, keeps ties, attributes and hooks, materializes this rank's part of each tensor,
+    and compares replicas. A strategy whose library has an engine of its own writes its own `setup`
     (`nucleate.materialize`).
 
     Everything else has a working default.
@@ -159,11 +159,45 @@ class Strategy(Plugin):
     def regain_shards(self, module: nn.Module) -> None:
         """Put parameters that a forward has gathered back into the form that they have between two steps.
 
-        Code that looks at `parameters()` then sees the tensors that optimizers and checkpoints know.
+        Every rank calls this method after each forward without gradients. By default, do nothing.
 
         Args:
             module: The module that `setup` returned.
         """
+
+    def shards_shown(self, module: nn.Module) -> AbstractContextManager[object] | None:
+        """Return a context in which `module.parameters()` has the tensors that optimizers and checkpoints know.
+
+        A single rank may enter the context at any time, also between a forward and its backward. So the context must
+        not communicate, and must not change the later communication.
+
+        Args:
+            module: The module that `setup` returned.
+
+        Returns:
+            The context, or None if the parameters have that form already. By default None.
+        """
+        return None
+
+    def abandon(self, module: nn.Module) -> None:
+        """Forget a forward that has failed, so that the next one can run. By default, do nothing.
+
+        Args:
+            module: The module that `setup` returned.
+        """
+
+    def explain(self, error: Exception, module: nn.Module, method: str) -> Exception | None:
+        """Return a better error for one that a method of the model has raised because of this strategy.
+
+        Args:
+            error: The error.
+            module: The module that `setup` returned.
+            method: The name of the method that was called; it may be `forward`.
+
+        Returns:
+            An error that says what to do, or None, the default, if there is none.
+        """
+        return None
 
     def setup_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that this strategy cannot step, before its first step. By default, do nothing.

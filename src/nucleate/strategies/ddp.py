@@ -9,7 +9,9 @@ from inspect import signature
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nucleate.strategies.averaging import Averaging, broadcast_buffers
 from nucleate.strategies.base import Strategy
+from nucleate.strategies.parts import has_forward, parts_of
 
 
 class DDPStrategy(Strategy):
@@ -46,13 +48,24 @@ class DDPStrategy(Strategy):
         self.bucket_cap_mb = bucket_cap_mb
         self.sync_buffers = sync_buffers
         self.timeout = timeout
+        self._averaging = Averaging()
 
     def module_init_context(self) -> AbstractContextManager[object]:
         """Return a context without effect: construction needs nothing special."""
         return nullcontext()
 
     def enclose(self, model: nn.Module) -> nn.Module:
-        """Wrap the model in DDP. A model without trained parameters stays unwrapped, because DDP refuses it."""
+        """Wrap the model in DDP.
+
+        A model without trained parameters stays unwrapped, because DDP refuses it. A model without a forward stays
+        unwrapped too: DDP acts only around forward. The gradients of its parameters are averaged one by one.
+        """
+        if not has_forward(model):
+            self._averaging.add(model, model.parameters())
+            for _, part in parts_of(model):
+                if self.sync_buffers:
+                    part.register_forward_pre_hook(broadcast_buffers)
+            return model
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model
         return DistributedDataParallel(
@@ -75,7 +88,7 @@ class DDPStrategy(Strategy):
 
     def no_backward_sync(self, module: nn.Module) -> AbstractContextManager[object]:
         """Accumulate gradients locally."""
-        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else self._averaging.paused(module)
 
     def guards_methods(self, module: nn.Module) -> bool:
         """Return True for a DDP module: its own forward prepares the exchange, so bypassing it loses gradients."""

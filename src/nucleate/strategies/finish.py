@@ -1,4 +1,4 @@
-"""The part of a set up that is the same for every strategy: from the plan to the values, around the strategy's `lay_out`.
+"""The part of a set up that is the same for every strategy, around its `lay_out`: from the plan to the values.
 
 A strategy lays out meta tensors with torch's own means. They replace parameters by new objects, which lose ties,
 attributes and hooks. This file gives these back, and materializes this rank's part of every tensor.
@@ -56,7 +56,7 @@ def finish(strategy: Steps, model: nn.Module, plan: Plan) -> nn.Module:
     try:
         # Each rank cuts its part from its own copy of a real tensor, so all copies must be equal.
         broadcast_real(model, communicator)
-        before = _Before(model)
+        before = Before(model)
         strategy.lay_out(model)
         before.tie_again(model)
     except BaseException:
@@ -71,7 +71,7 @@ def finish(strategy: Steps, model: nn.Module, plan: Plan) -> nn.Module:
     return strategy.enclose(model)
 
 
-class _Before:
+class Before:
     """The facts about a model's parameters that a new object in their place does not have.
 
     Args:
@@ -110,8 +110,8 @@ class _Before:
             if len({_form(parameter) for parameter in distinct.values()}) > 1:
                 raise ConfigurationError(
                     f"{name_list(names)} are tied, and the strategy lays them out in different ways: "
-                    f"{name_list(dict.fromkeys(_form(parameter) for parameter in found))}. Lay them out alike, or untie "
-                    "them in the constructor."
+                    f"{name_list(dict.fromkeys(_form(parameter) for parameter in found))}. Lay them out alike, or "
+                    "untie them in the constructor."
                 )
             for module, key in places:
                 module._parameters[key] = found[0]

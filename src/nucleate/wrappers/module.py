@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
-from types import MethodType
+from types import GeneratorType, MethodType
 from typing import Any, final
 
 import torch
@@ -122,6 +122,10 @@ class ModuleWrapper(nn.Module):
         self._strategy.mark_forward_method(self.forward_module, name)
         self._inference_methods.add(name)
 
+    def run_part(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the forward of a part of a model that has no forward, as this wrapper's own forward."""
+        return forward(*args, **kwargs) if self._forward_depth else self._run(forward, args, kwargs)
+
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         precision: Precision = self._precision
         args, kwargs = precision.convert_input((args, kwargs))
@@ -133,8 +137,15 @@ class ModuleWrapper(nn.Module):
                 precision.forward_context(),
             ):
                 output = function(*args, **kwargs)
+        except Exception as error:
+            if self._forward_depth == 1:
+                self._strategy.abandon(self.forward_module)
+            self._raise_explained(error, getattr(function, "__name__", "forward"))
+            raise
         finally:
             self.__dict__["_forward_depth"] -= 1
+        if not self._forward_depth and not torch.is_grad_enabled():
+            self._strategy.regain_shards(self.forward_module)
         output = precision.convert_output(output)
         if precision.scales_gradients and torch.is_grad_enabled():
             from lightning_utilities.core.apply_func import apply_to_collection
@@ -164,6 +175,19 @@ class ModuleWrapper(nn.Module):
             return self._run(self.forward_module, args, kwargs)
         finally:
             restore()
+
+    def _run_explained(self, method: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an unmarked method. The strategy may know better what an error means."""
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            self._raise_explained(error, method.__name__)
+            raise
+
+    def _raise_explained(self, error: Exception, method: str) -> None:
+        explained = self._strategy.explain(error, self.module, method)
+        if explained is not None:
+            raise explained from error
 
     def _run_guarded(self, method: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an unmarked method. If it calls forward of the model or of a part, refuse before that forward runs."""
@@ -208,12 +232,11 @@ class ModuleWrapper(nn.Module):
         value = getattr(self.module, name)
         if name in self.__dict__["_inference_methods"]:
             return functools.wraps(value)(lambda *args, **kwargs: self._run(value, args, kwargs))
-        if (
-            inspect.ismethod(value)
-            and value.__self__ is self.module
-            and self._strategy.guards_methods(self.forward_module)
-        ):
-            return functools.wraps(value)(lambda *args, **kwargs: self._run_guarded(value, args, kwargs))
+        if inspect.ismethod(value) and value.__self__ is self.module:
+            if self._strategy.guards_methods(self.forward_module):
+                return functools.wraps(value)(lambda *args, **kwargs: self._run_guarded(value, args, kwargs))
+            if self._strategy.shards:
+                return functools.wraps(value)(lambda *args, **kwargs: self._run_explained(value, args, kwargs))
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -237,6 +260,8 @@ class ModuleWrapper(nn.Module):
         memo[id(self)] = clone
         for plugin in (self._precision, self._strategy):
             memo[id(plugin)] = plugin
+        # First the model: a strategy may copy it in a way of its own, which makes other registries and parameters.
+        copy.deepcopy(self.module, memo)
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone
 
@@ -261,10 +286,24 @@ def _check_backward(_: Tensor) -> None:
 def _delegate(name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(nn.Module, name))
     def method(self: ModuleWrapper, *args: Any, **kwargs: Any) -> Any:
-        result = getattr(self.module, name)(*args, **kwargs)
+        shown = self._strategy.shards_shown(self.forward_module) if name in _LOOKS else None
+        if shown is None:
+            result = getattr(self.module, name)(*args, **kwargs)
+        else:
+            with shown:
+                result = getattr(self.module, name)(*args, **kwargs)
+                # A generator must not run after the context has ended.
+                result = iter([*result]) if isinstance(result, GeneratorType) else result
         return self if result is self.module else result
 
     return method
+
+
+#: The methods that read or write parameters, which must be those that optimizers and checkpoints know.
+_LOOKS = {
+    *("parameters", "named_parameters", "get_parameter", "apply", "requires_grad_", "zero_grad"),
+    *("state_dict", "load_state_dict", "_load_from_state_dict"),
+}
 
 
 # The model may have its own version of any of these methods. `modules` and the like must also yield the model itself

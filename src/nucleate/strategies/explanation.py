@@ -1,0 +1,97 @@
+"""Explanations of errors that torch raises for sharded parameters in words of its own, without a name or a cure.
+
+Some uses of a sharded model cannot be seen before torch refuses them. torch's error then becomes the cause of an error
+that names the module or parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from nucleate.errors import ConfigurationError, UsageError, name_list
+
+# Parts of torch's messages (torch/distributed/tensor/_dispatch.py and _sharding_prop.py, 2.13).
+_MIXED = "got mixed torch.Tensor and DTensor"
+_NO_RULE = "does not have a sharding strategy registered"
+# The reduction of gradients (`foreach_reduce` in torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py, 2.13).
+_SPARSE = "fsdp::chunk_cat"
+_OTHER_DTYPES = "FSDP reduce-scatter expects uniform gradient dtype"
+
+
+def explain_forward(error: Exception, model: nn.Module, method: str) -> Exception | None:
+    """Return an error that says where a method of the model has used sharded parameters, or None for another error.
+
+    Args:
+        error: The error that the method raised.
+        model: The sharded model.
+        method: The name of the method; it may be `forward`.
+    """
+    text = str(error)
+    if _MIXED not in text and _NO_RULE not in text:
+        return None
+    name = f"{type(model).__name__}.{method}()"
+    where = _innermost(error.__traceback__, {id(module): fqn for fqn, module in model.named_modules()})
+    parameters = f"the parameters of {where}" if where else "its parameters"
+    ways = [
+        "Parameters are whole only inside of the forward of the unit that holds them, so call that module, and keep in "
+        "one unit what is used together (`FSDPStrategy(wrap=...)`)."
+    ]
+    if method != "forward":
+        ways.append(f"If {method} computes an output, call model.mark_forward_method({method!r}) after setup.")
+        ways.append(f"If {method} changes the model, call it inside `init_module`, before `setup`.")
+    reason = "there is no sharded form of this operation" if _NO_RULE in text else "they are sharded there"
+    return UsageError(f"{name} uses {parameters}, and {reason}. {' '.join(ways)}")
+
+
+def explain_backward(error: Exception, groups: Iterable[Any], names: Mapping[int, str]) -> Exception | None:
+    """Return an error that names the gradients that FSDP cannot exchange, or None for another error.
+
+    Args:
+        error: The error that the backward raised.
+        groups: FSDP's parameter groups.
+        names: The FQN of each parameter of the groups, by the id of its shard.
+    """
+    text = str(error)
+    if _SPARSE not in text and _OTHER_DTYPES not in text:
+        return None
+    for group in groups:
+        gradients = {
+            names[id(param.sharded_param)]: param.unsharded_param.grad
+            for param in group.fsdp_params
+            if hasattr(param, "_unsharded_param") and param.unsharded_param.grad is not None
+        }
+        sparse = [name for name, gradient in gradients.items() if gradient.layout != torch.strided]
+        if sparse:
+            return sparse_gradients(sparse)
+        dtypes = {gradient.dtype: name for name, gradient in gradients.items()}
+        if len(dtypes) > 1:
+            listed = ", ".join(f"the gradient of {name} is {dtype}" for dtype, name in dtypes.items())
+            return ConfigurationError(
+                f"the gradients of one FSDP unit must have one dtype, but {listed}. A parameter of another dtype must "
+                "stay frozen, or be in a unit of its own (`FSDPStrategy(wrap=...)`)."
+            )
+    return None
+
+
+def sparse_gradients(names: Iterable[str]) -> ConfigurationError:
+    """Return the error that refuses sparse gradients of some parameters."""
+    return ConfigurationError(
+        f"{name_list(names)} would get sparse gradients, which FSDP cannot exchange. Construct the embedding with "
+        "sparse=False, freeze it, or use strategy='ddp'."
+    )
+
+
+def _innermost(traceback: TracebackType | None, names: Mapping[int, str]) -> str:
+    """Return the FQN of the innermost module of the model whose method was running."""
+    found = ""
+    while traceback is not None:
+        module = traceback.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            found = names.get(id(module), found)
+        traceback = traceback.tb_next
+    return found
