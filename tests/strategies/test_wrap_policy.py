@@ -16,14 +16,19 @@ from tests.device import ACCELERATOR
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
-class Block(nn.Module):
+class Callable(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Block(Callable):
     def __init__(self) -> None:
         super().__init__()
         self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
         self.norm = nn.LayerNorm(4)
 
 
-class Model(nn.Module):
+class Model(Callable):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(8, 4)
@@ -122,7 +127,7 @@ def test_parameters_that_are_not_trained_may_have_other_dtypes() -> None:
 def test_different_parameters_in_one_memory_are_refused_unless_they_do_not_overlap() -> None:
     from nucleate import Runtime
 
-    class Views(nn.Module):
+    class Views(Callable):
         def __init__(self, overlap: int) -> None:
             super().__init__()
             whole = torch.randn(8, 2)
@@ -139,7 +144,7 @@ def test_different_parameters_in_one_memory_are_refused_unless_they_do_not_overl
     runtime.setup(model)
 
 
-class Stages(nn.Module):
+class Stages(Callable):
     """Blocks within repeated stages, and repeated layers elsewhere."""
 
     def __init__(self) -> None:

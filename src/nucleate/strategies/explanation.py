@@ -34,18 +34,18 @@ def explain_forward(error: Exception, model: nn.Module, method: str) -> Exceptio
     text = str(error)
     if _MIXED not in text and _NO_RULE not in text:
         return None
-    name = f"{type(model).__name__}.{method}()"
     where = _innermost(error.__traceback__, {id(module): fqn for fqn, module in model.named_modules()})
-    parameters = f"the parameters of {where}" if where else "its parameters"
-    ways = [
-        "Parameters are whole only inside of the forward of the unit that holds them, so call that module, and keep in "
-        "one unit what is used together (`FSDPStrategy(wrap=...)`)."
-    ]
-    if method != "forward":
-        ways.append(f"If {method} computes an output, call model.mark_forward_method({method!r}) after setup.")
-        ways.append(f"If {method} changes the model, call it inside `init_module`, before `setup`.")
-    reason = "there is no sharded form of this operation" if _NO_RULE in text else "they are sharded there"
-    return UsageError(f"{name} uses {parameters}, and {reason}. {' '.join(ways)}")
+    parameters = f"the parameters of {where}" if where else "parameters of the model"
+    ways = [f"If {method} changes the model, call it inside `init_module`, before `setup`."]
+    if _MIXED in text:
+        ways.append(f"If it computes an output, call model.mark_forward_method({method!r}) after `setup`.")
+    if method == "forward":
+        ways = [
+            "FSDP gathers parameters for the forward of the module that holds them: call that module, or let "
+            "FSDPStrategy(wrap=...) put into one unit what is used together."
+        ]
+    reason = "torch has no such operation on shards" if _NO_RULE in text else "they are sharded there"
+    return UsageError(f"{_class(model).__name__}.{method}() uses {parameters}, but {reason}. {' '.join(ways)}")
 
 
 def explain_backward(error: Exception, groups: Iterable[Any], names: Mapping[int, str]) -> Exception | None:
@@ -84,6 +84,12 @@ def sparse_gradients(names: Iterable[str]) -> ConfigurationError:
         f"{name_list(names)} would get sparse gradients, which FSDP cannot exchange. Construct the embedding with "
         "sparse=False, freeze it, or use strategy='ddp'."
     )
+
+
+def _class(module: Any) -> type:
+    """Return the user's class of a module that FSDP has given a class of its own."""
+    cls = type(module)
+    return cls.__mro__[getattr(cls, "_orig_cls_mro_index", 0)]
 
 
 def _innermost(traceback: TracebackType | None, names: Mapping[int, str]) -> str:

@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError
@@ -30,8 +31,6 @@ from nucleate.strategies.wrap_policy import WrapPolicy, find_units, whole_parame
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import torch
-    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
