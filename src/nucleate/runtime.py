@@ -10,7 +10,7 @@ import builtins
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
@@ -342,7 +342,10 @@ class Runtime:
         for optimizer in optimizers:
             if isinstance(optimizer, OptimizerWrapper):
                 raise UsageError("this optimizer has been set up already; use the optimizer that was returned then.")
-            known = {id(p) for model in self._models for p in model.parameters()}
+            known = set[int]()
+            for model in self._models:
+                with self._strategy.shards_shown(model) or nullcontext():
+                    known.update(map(id, model.parameters()))
             strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
             if strangers:
                 shapes = name_list(str(tuple(p.shape)) for p in strangers)

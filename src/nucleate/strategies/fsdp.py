@@ -179,7 +179,7 @@ class FSDPStrategy(Strategy):
                 if gathering is not None and gathering.is_busy:
                     names = {id(parameter): name for name, parameter in gathering.named_shards()}
                     explained = explained or explain_backward(error, gathering.groups, names)
-                    gathering.abandon()
+                    gathering.abandon(in_backward=True)
             if explained is not None:
                 raise explained from error
             raise

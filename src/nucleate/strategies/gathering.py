@@ -19,6 +19,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import is_dataclass
 from types import MethodType
 from typing import Any
 
@@ -70,13 +71,21 @@ class Gathering:
         self._names = {id(module): name for name, module in self.units.items()}
         #: FSDP's parameter groups.
         self.groups = [group for module in self.units.values() for group in _state_of(module)._fsdp_param_groups]
+        # A parameter of each group: a change of the dtype changes all that have a floating point dtype.
+        self._samples = {id(module): _samples(_state_of(module)) for module in self.units.values()}
         # Units that have not been gathered yet.
         self._fresh = set(self._names)
+        # The number of marked methods that run now: a method may call forward several times.
+        self._num_methods = 0
         self._second_backward = SecondBackward(self.groups, self._root, self.reshard)
         for module in self.units.values():
             vars(module)[KEY] = self
             module.register_forward_pre_hook(self.before_forward, prepend=True)
             module.register_forward_hook(self.after_forward, prepend=True)
+            module.register_forward_hook(self._after_fsdp)
+            state = _state_of(module)
+            # FSDP's hook on the outputs of a unit. A second hook on each output would take longer.
+            state._pre_backward = functools.partial(self._before_backward, state._pre_backward)
 
     @property
     def root(self) -> Any:
@@ -103,7 +112,7 @@ class Gathering:
             self._initialize()
         if state._state_ctx.iter_forward_root is None:
             self._renew_gathered()
-        if _has_other_dtype(state):
+        if any(param.sharded_param.dtype != param.orig_dtype for param in self._samples[id(module)]):
             self._forget_tensors(module, state)
         if id(module) in self._fresh:
             self._fresh.discard(id(module))
@@ -116,17 +125,31 @@ class Gathering:
         Raises:
             UsageError: FSDP cannot find the tensors of this output, so it would not see the backward.
         """
-        if not torch.is_grad_enabled() or _in_backward() or torch._C._are_functorch_transforms_active():
+        if not torch.is_grad_enabled() or isinstance(output, (Tensor, tuple, list, dict)) or is_dataclass(output):
             return
-        from torch.distributed.fsdp._common_utils import collect_grad_tensors
+        held = output if isinstance(output, (set, frozenset)) else getattr(output, "__dict__", {}).values()
+        if any(isinstance(value, Tensor) and value.requires_grad for value in held):
+            raise UsageError(
+                f"the forward of {self._names[id(module)] or 'the model'} ({type(module).__name__}) returned a "
+                f"{type(output).__name__}. FSDP does not look for tensors in it, and would miss the backward. Return a "
+                "tensor, or a dict, list, tuple or dataclass of tensors."
+            )
 
-        tensors = collect_grad_tensors(output)
-        if not tensors:
-            self._refuse_hidden(module, output)
-        for tensor in tensors:
-            # A leaf, such as a parameter that forward returns, would keep the hook forever.
-            if not tensor.is_leaf:
-                tensor.register_hook(self._second_backward.before_backward)
+    @_outside_of_graphs
+    def _after_fsdp(self, module: Any, _: Any, __: Any) -> None:
+        """Free what FSDP keeps for a backward, after a forward that has none."""
+        if (
+            not torch.is_grad_enabled()
+            and not self._num_methods
+            and _state_of(module)._state_ctx.iter_forward_root is None
+        ):
+            self.regain()
+
+    def _before_backward(self, hook: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+        """Prepare the backward of a unit, then run FSDP's hook."""
+        if not torch._C._are_functorch_transforms_active():
+            self._second_backward.before_backward()
+        return hook(gradient)
 
     # -- the form that code sees ---------------------------------------------------------------------------
 
@@ -171,7 +194,11 @@ class Gathering:
         @functools.wraps(method)
         def outer(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self.before_forward(module)
-            return gathered(*args, **kwargs)
+            self._num_methods += 1
+            try:
+                return gathered(*args, **kwargs)
+            finally:
+                self._num_methods -= 1
 
         setattr(root, name, MethodType(outer, root))
         self.marked.add(name)
@@ -185,9 +212,17 @@ class Gathering:
 
         return any(_state_of(module)._training_state != TrainingState.IDLE for module in self.units.values())
 
-    def abandon(self) -> None:
-        """Forget a forward or backward that has failed, so that the next one begins as if it had not been."""
+    def abandon(self, in_backward: bool = False) -> None:
+        """Forget a forward or backward that has failed, so that the next one begins as if it had not been.
+
+        Args:
+            in_backward: Whether a backward has failed, so that its gradients are not complete.
+        """
         self._second_backward.release()
+        for param in (param for group in self.groups for param in group.fsdp_params) if in_backward else ():
+            param.unsharded_accumulated_grad = None
+            if hasattr(param, "_unsharded_param"):
+                param.unsharded_param.grad = None
         if self.root is not None and _state_of(self.root)._is_root:
             self.root.reset_iter_state()
 
@@ -229,15 +264,6 @@ class Gathering:
             group._init_mp_dtypes()
         self._fresh.add(id(module))
 
-    def _refuse_hidden(self, module: nn.Module, output: Any) -> None:
-        held = output if isinstance(output, (set, frozenset)) else getattr(output, "__dict__", {}).values()
-        if not isinstance(output, Tensor) and any(isinstance(t, Tensor) and t.requires_grad for t in held):
-            raise UsageError(
-                f"the forward of {self._names[id(module)] or 'the model'} ({type(module).__name__}) returned a "
-                f"{type(output).__name__}. FSDP does not look for tensors in it, and would miss the backward. Return a "
-                "tensor, or a dict, list, tuple or dataclass of tensors."
-            )
-
 
 def user_attributes(parameter: nn.Parameter) -> dict[str, Any]:
     """Return the attributes that users have set on a parameter, without those of torch and of this package."""
@@ -264,14 +290,15 @@ def _state_of(module: Any) -> Any:
     return module._get_fsdp_state()
 
 
+def _samples(state: Any) -> list[Any]:
+    floating = [
+        [p for p in group.fsdp_params if p.sharded_param.is_floating_point()] for group in state._fsdp_param_groups
+    ]
+    return [params[0] for params in floating if params]
+
+
 def _is_gathered(module: Any) -> bool:
     return any(group.is_unsharded for group in _state_of(module)._fsdp_param_groups)
-
-
-def _has_other_dtype(state: Any) -> bool:
-    """Return whether parameters have another dtype than when they were gathered for the first time."""
-    params = (param for group in state._fsdp_param_groups for param in group.fsdp_params)
-    return any(param.sharded_param.dtype != param.orig_dtype for param in params)
 
 
 def _in_backward() -> bool:

@@ -39,8 +39,8 @@ class SecondBackward:
         """Whether parameters stay gathered."""
         return self._kept is not None
 
-    def before_backward(self, _: Tensor) -> None:
-        """Keep parameters if this backward makes a graph; else free them when it ends. A hook on outputs of units."""
+    def before_backward(self) -> None:
+        """Keep parameters if this backward makes a graph; else free them when it ends."""
         if torch.is_grad_enabled():  # True in a backward only with `create_graph=True`.
             self._keep()
         elif self._kept is not None:
@@ -72,16 +72,25 @@ class SecondBackward:
     def _on_gradient(self, _: Tensor) -> None:
         """Let FSDP exchange the gradients of a second backward, which need not pass through the output of a unit."""
         if self._kept is not None and not torch.is_grad_enabled():
+            self._end_with_backward()
             root = self._root()
             if root is not None:
                 root._get_fsdp_state()._register_root_post_backward_final_callback()
-            self._end_with_backward()
 
     def _end_with_backward(self) -> None:
+        """Call `_end` when this backward ends, before FSDP's own callback, which is queued later."""
         if not self._is_ending:
             self._is_ending = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+        for group in self._groups:
+            gradients = [p.unsharded_param.grad for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+            # The graph of the first backward may run after the unit's own backward, in which FSDP has exchanged the
+            # gradients so far. With this state its callback exchanges the rest.
+            if any(gradient is not None for gradient in gradients):
+                group._training_state = TrainingState.IDLE
         self.release()
         self._reshard()
