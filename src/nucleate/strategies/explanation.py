@@ -6,7 +6,7 @@ that names the module or parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -48,27 +48,28 @@ def explain_forward(error: Exception, model: nn.Module, method: str) -> Exceptio
     return UsageError(f"{_class(model).__name__}.{method}() uses {parameters}, but {reason}. {' '.join(ways)}")
 
 
-def explain_backward(error: Exception, groups: Iterable[Any], names: Mapping[int, str]) -> Exception | None:
+def explain_backward(error: Exception, names: Mapping[int, str]) -> Exception | None:
     """Return an error that names the gradients that FSDP cannot exchange, or None for another error.
 
     Args:
         error: The error that the backward raised.
-        groups: FSDP's parameter groups.
-        names: The FQN of each parameter of the groups, by the id of its shard.
+        names: The FQNs of sharded parameters, by the id of the shard.
     """
     text = str(error)
     if _SPARSE not in text and _OTHER_DTYPES not in text:
         return None
-    for group in groups:
-        gradients = {
-            names[id(param.sharded_param)]: param.unsharded_param.grad
-            for param in group.fsdp_params
-            if hasattr(param, "_unsharded_param") and param.unsharded_param.grad is not None
-        }
-        sparse = [name for name, gradient in gradients.items() if gradient.layout != torch.strided]
+    for frame in _frames(error.__traceback__):
+        # `foreach_reduce`, whose arguments no object holds.
+        params, gradients = frame.get("fsdp_params"), frame.get("unsharded_grads")
+        if not params or not gradients:
+            continue
+        named = {names.get(id(p.sharded_param), "?"): g for p, g in zip(params, gradients, strict=False)}
+        sparse = [name for name, gradient in named.items() if gradient.layout != torch.strided]
         if sparse:
             return sparse_gradients(sparse)
-        dtypes = {gradient.dtype: name for name, gradient in gradients.items()}
+        dtypes: dict[torch.dtype, str] = {}
+        for name, gradient in named.items():
+            dtypes.setdefault(gradient.dtype, name)
         if len(dtypes) > 1:
             listed = ", ".join(f"the gradient of {name} is {dtype}" for dtype, name in dtypes.items())
             return ConfigurationError(
@@ -95,9 +96,14 @@ def _class(module: Any) -> type:
 def _innermost(traceback: TracebackType | None, names: Mapping[int, str]) -> str:
     """Return the FQN of the innermost module of the model whose method was running."""
     found = ""
-    while traceback is not None:
-        module = traceback.tb_frame.f_locals.get("self")
-        if isinstance(module, nn.Module):
-            found = names.get(id(module), found)
-        traceback = traceback.tb_next
+    for frame in _frames(traceback):
+        if isinstance(frame.get("self"), nn.Module):
+            found = names.get(id(frame["self"]), found)
     return found
+
+
+def _frames(traceback: TracebackType | None) -> Iterator[Mapping[str, Any]]:
+    """Yield the variables of each function that was running, outermost first."""
+    while traceback is not None:
+        yield traceback.tb_frame.f_locals
+        traceback = traceback.tb_next

@@ -178,7 +178,7 @@ class FSDPStrategy(Strategy):
                 gathering = gathering_of(model)
                 if gathering is not None and gathering.is_busy:
                     names = {id(parameter): name for name, parameter in gathering.named_shards()}
-                    explained = explained or explain_backward(error, gathering.groups, names)
+                    explained = explained or explain_backward(error, names)
                     gathering.abandon(in_backward=True)
             if explained is not None:
                 raise explained from error

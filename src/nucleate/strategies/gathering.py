@@ -136,13 +136,16 @@ class Gathering:
             )
 
     @_outside_of_graphs
-    def _after_fsdp(self, module: Any, _: Any, __: Any) -> None:
-        """Free what FSDP keeps for a backward, after a forward that has none."""
-        if (
-            not torch.is_grad_enabled()
-            and not self._num_methods
-            and _state_of(module)._state_ctx.iter_forward_root is None
-        ):
+    def _after_fsdp(self, module: Any, _: Any, output: Any) -> None:
+        """Free what FSDP keeps for a backward, if there will be none."""
+        if not self._num_methods and _state_of(module)._state_ctx.iter_forward_root is None:
+            self._regain_after(output)
+
+    def _regain_after(self, output: Any) -> None:
+        from torch.distributed.fsdp._common_utils import collect_grad_tensors
+
+        # A forward may disable gradients by itself, and `generate` of many models does.
+        if not torch.is_grad_enabled() or not collect_grad_tensors(output):
             self.regain()
 
     def _before_backward(self, hook: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
@@ -196,9 +199,12 @@ class Gathering:
             self.before_forward(module)
             self._num_methods += 1
             try:
-                return gathered(*args, **kwargs)
+                output = gathered(*args, **kwargs)
             finally:
                 self._num_methods -= 1
+            if not self._num_methods:
+                self._regain_after(output)
+            return output
 
         setattr(root, name, MethodType(outer, root))
         self.marked.add(name)
