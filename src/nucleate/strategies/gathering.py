@@ -41,18 +41,6 @@ def gathering_of(module: nn.Module) -> Gathering | None:
     return found
 
 
-def _outside_of_graphs(hook: Callable[..., None]) -> Callable[..., None]:
-    """Keep torch.compile out of a hook, as FSDP keeps it out of its own."""
-
-    @functools.wraps(hook)
-    def called(*args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(hook)(*args)  # type: ignore[no-any-return]
-        return hook(*args)
-
-    return called
-
-
 class Gathering:
     """The units of one sharded model, and hooks on them.
 
@@ -78,11 +66,13 @@ class Gathering:
         # The number of marked methods that run now: a method may call forward several times.
         self._num_methods = 0
         self._second_backward = SecondBackward(self.groups, self._root, self.reshard)
+        # torch.compile must not trace these hooks, as it does not trace those of FSDP.
+        before, after, last = map(torch.compiler.disable, (self.before_forward, self.after_forward, self._after_fsdp))
         for module in self.units.values():
             vars(module)[KEY] = self
-            module.register_forward_pre_hook(self.before_forward, prepend=True)
-            module.register_forward_hook(self.after_forward, prepend=True)
-            module.register_forward_hook(self._after_fsdp)
+            module.register_forward_pre_hook(before, prepend=True)
+            module.register_forward_hook(after, prepend=True)
+            module.register_forward_hook(last)
             state = _state_of(module)
             # FSDP's hook on the outputs of a unit. A second hook on each output would take longer.
             state._pre_backward = functools.partial(self._before_backward, state._pre_backward)
@@ -94,7 +84,8 @@ class Gathering:
 
     def named_shards(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the sharded parameters by FQN, also those that are gathered now."""
-        names = {id(module): name for name, module in self.root.named_modules()} if self.root is not None else {}
+        root = self.root
+        names = {} if root is None else {id(module): name for name, module in root.named_modules()}
         for group in self.groups:
             for param in group.fsdp_params:
                 prefix = names.get(id(param._module_info.module), "")
@@ -102,14 +93,16 @@ class Gathering:
 
     # -- hooks ---------------------------------------------------------------------------------------------
 
-    @_outside_of_graphs
     def before_forward(self, module: Any, _: Any = None) -> None:
         """Prepare the forward of a unit, before FSDP gathers its parameters."""
         if _in_backward():
             return  # Checkpointing repeats a forward, whose parameters the backward has gathered.
         state = _state_of(module)
         if state._is_root is None:
-            self._initialize()
+            # FSDP takes the module that runs first for the root, and later refuses the real one.
+            root = self.root
+            with torch.inference_mode(False), torch.no_grad():
+                _state_of(module if root is None else root)._lazy_init()
         if state._state_ctx.iter_forward_root is None:
             self._renew_gathered()
         if any(param.sharded_param.dtype != param.orig_dtype for param in self._samples[id(module)]):
@@ -118,7 +111,6 @@ class Gathering:
             self._fresh.discard(id(module))
             self._first_gather(module, state)
 
-    @_outside_of_graphs
     def after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
         """Prepare the backward of a unit.
 
@@ -135,7 +127,6 @@ class Gathering:
                 "tensor, or a dict, list, tuple or dataclass of tensors."
             )
 
-    @_outside_of_graphs
     def _after_fsdp(self, module: Any, _: Any, output: Any) -> None:
         """Free what FSDP keeps for a backward, if there will be none."""
         if not self._num_methods and _state_of(module)._state_ctx.iter_forward_root is None:
@@ -229,15 +220,11 @@ class Gathering:
             param.unsharded_accumulated_grad = None
             if hasattr(param, "_unsharded_param"):
                 param.unsharded_param.grad = None
-        if self.root is not None and _state_of(self.root)._is_root:
-            self.root.reset_iter_state()
+        root = self.root
+        if root is not None and _state_of(root)._is_root:
+            root.reset_iter_state()
 
     # -- inside --------------------------------------------------------------------------------------------
-
-    def _initialize(self) -> None:
-        if self.root is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                _state_of(self.root)._lazy_init()
 
     def _renew_gathered(self) -> None:
         """Free what an earlier forward has left gathered: the shards may have changed since."""

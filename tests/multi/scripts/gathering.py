@@ -1,4 +1,4 @@
-"""On 2 or 4 ranks: what code sees of a sharded model, and when it may use it, beside the loop of forward and backward."""
+"""On 2 or 4 ranks: what code sees of a sharded model, and when it may use it, beside forward and backward."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.tanh(self.up(x)))
+
+
+class Layer(nn.Module):
+    """Holds a module that others hold too."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.own = nn.Linear(7, 7)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(x) + self.shared(x)
 
 
 class Model(nn.Module):
@@ -472,6 +484,31 @@ def attributes_of_parameters_are_there_in_forward() -> None:
         assert model.get_parameter("layer.weight").factor == 2.0
 
 
+def shared_modules_and_parametrized_ones_train_as_one_process() -> None:
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            shared = nn.Linear(7, 7)
+            self.stem = nn.utils.parametrizations.weight_norm(nn.Linear(3, 7))
+            self.blocks = nn.ModuleList(nn.ModuleDict({"own": Block(7), "shared": shared}) for _ in range(2))
+            self.layers = nn.ModuleList(Layer(shared) for _ in range(3))
+            self.head = shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for layer in (*self.layers, *(part for block in self.blocks for part in block.values())):
+                x = torch.tanh(layer(x))
+            return self.head(x)
+
+    for make in POLICIES.values():
+        runtime, model = start(make, Sharing)
+        expected = plain(Sharing)
+        train(runtime, model)
+        train_plain(expected)
+        same(model, expected)
+        assert sum(parameter.dim() == 2 for parameter in model.parameters()) == 10
+
+
 def sharded_parameters_outside_of_their_forward_are_named() -> None:
     _, model = start()
     with pytest.raises(
@@ -547,6 +584,7 @@ CHECKS = [
     training_goes_on_after_a_backward_that_failed,
     an_output_in_which_tensors_cannot_be_found_is_refused,
     attributes_of_parameters_are_there_in_forward,
+    shared_modules_and_parametrized_ones_train_as_one_process,
     sharded_parameters_outside_of_their_forward_are_named,
     gradients_that_cannot_be_exchanged_are_named,
 ]

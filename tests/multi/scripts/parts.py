@@ -326,6 +326,37 @@ def they_are_saved_loaded_and_copied(folder: Path) -> None:
             torch.testing.assert_close(loss(twin, data(0)[0]), expected, rtol=1e-4, atol=1e-5)
 
 
+def models_of_two_runtimes_share_an_optimizer(folder: Path) -> None:
+    """Each runtime has a mesh of its own, equal to the other's."""
+    both = [start(make, actor_critic) for make in (FSDPStrategy, FSDPStrategy)]
+    expected = [plain(actor_critic) for _ in both]
+    (runtime, first), (_, second) = both
+    assert runtime.strategy.mesh is not both[1][0].strategy.mesh
+    for foreach in (False, True):
+        optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()], lr=0.1, foreach=foreach)
+        reference = torch.optim.AdamW([p for model in expected for p in model.parameters()], lr=0.1, foreach=foreach)
+        for step in range(2):
+            optimizer.zero_grad()
+            reference.zero_grad()
+            x = torch.cat(data(step))
+            one(first, x).backward()
+            by_iteration(second, x * 2).backward()
+            one(Plain(expected[0]), x).backward()
+            by_iteration(expected[1], x * 2).backward()
+            norm = runtime.clip_gradients(first, optimizer, max_norm=0.1)
+            wanted = nn.utils.clip_grad_norm_([p for model in expected for p in model.parameters()], 0.1)
+            torch.testing.assert_close(whole(norm), wanted)
+            optimizer.step()
+            reference.step()
+    for model, other in zip((first, second), expected, strict=True):
+        same(model, other)
+    runtime.save(folder / "two", {"first": first, "second": second, "optimizer": optimizer})
+    fresh = [start(make, actor_critic)[1] for make in (FSDPStrategy, FSDPStrategy)]
+    runtime.load(folder / "two", {"first": fresh[0], "second": fresh[1]}, remainder=False)
+    for model, other in zip(fresh, expected, strict=True):
+        same(model, other)
+
+
 def gathered_plain(build: Callable[[], nn.Module], model: Any) -> nn.Module:
     """Return a plain model with the values of another."""
     result = plain(build)
@@ -340,6 +371,7 @@ CHECKS: list[Callable[..., None]] = [
     what_is_trained_only_later_is_averaged_too,
     buffers_are_those_of_rank_0,
     they_are_saved_loaded_and_copied,
+    models_of_two_runtimes_share_an_optimizer,
 ]
 
 if __name__ == "__main__":
