@@ -195,7 +195,7 @@ class Strategy(Plugin):
             method: The name of the method that was called; it may be `forward`.
 
         Returns:
-            An error that says what to do, or None, the default, if there is none.
+            An error that says what to do, or None, the default, for an error of another kind.
         """
         return None
 

@@ -19,14 +19,13 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import is_dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nucleate.errors import UsageError
+from nucleate.strategies.outputs import hidden_tensors, tensors_for_fsdp
 from nucleate.strategies.second_backward import SecondBackward
 
 #: The attribute of a unit that holds its gathering.
@@ -56,13 +55,12 @@ class Gathering:
         self.units: dict[str, Any] = {name: m for name, m in root.named_modules() if isinstance(m, FSDPModule)}
         #: The names of methods that gather parameters as forward does.
         self.marked: set[str] = set()
-        self._names = {id(module): name for name, module in self.units.items()}
         #: FSDP's parameter groups.
         self.groups = [group for module in self.units.values() for group in _state_of(module)._fsdp_param_groups]
         # A parameter of each group: a change of the dtype changes all that have a floating point dtype.
         self._samples = {id(module): _samples(_state_of(module)) for module in self.units.values()}
         # Units that have not been gathered yet.
-        self._fresh = set(self._names)
+        self._fresh = {id(module) for module in self.units.values()}
         # The number of marked methods that run now: a method may call forward several times.
         self._num_methods = 0
         self._second_backward = SecondBackward(self.groups, self._root, self.reshard)
@@ -112,20 +110,12 @@ class Gathering:
             self._first_gather(module, state)
 
     def after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
-        """Prepare the backward of a unit.
-
-        Raises:
-            UsageError: FSDP cannot find the tensors of this output, so it would not see the backward.
-        """
-        if not torch.is_grad_enabled() or isinstance(output, (Tensor, tuple, list, dict)) or is_dataclass(output):
-            return
-        held = output if isinstance(output, (set, frozenset)) else getattr(output, "__dict__", {}).values()
-        if any(isinstance(value, Tensor) and value.requires_grad for value in held):
-            raise UsageError(
-                f"the forward of {self._names[id(module)] or 'the model'} ({type(module).__name__}) returned a "
-                f"{type(output).__name__}. FSDP does not look for tensors in it, and would miss the backward. Return a "
-                "tensor, or a dict, list, tuple or dataclass of tensors."
-            )
+        """Prepare the backward of a unit: let FSDP see the backward of tensors that it does not find in the output."""
+        if torch.is_grad_enabled() and not _in_backward():
+            for tensor in hidden_tensors(output):
+                # A leaf, such as a parameter that forward returns, would keep the hook forever.
+                if not tensor.is_leaf:
+                    tensor.register_hook(_state_of(module)._pre_backward)
 
     def _after_fsdp(self, module: Any, _: Any, output: Any) -> None:
         """Free what FSDP keeps for a backward, if there will be none."""
@@ -133,10 +123,8 @@ class Gathering:
             self._regain_after(output)
 
     def _regain_after(self, output: Any) -> None:
-        from torch.distributed.fsdp._common_utils import collect_grad_tensors
-
         # A forward may disable gradients by itself, and `generate` of many models does.
-        if not torch.is_grad_enabled() or not collect_grad_tensors(output):
+        if not torch.is_grad_enabled() or not (tensors_for_fsdp(output) or hidden_tensors(output)):
             self.regain()
 
     def _before_backward(self, hook: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:

@@ -437,15 +437,15 @@ def training_goes_on_after_a_backward_that_failed() -> None:
         same(model, expected)
 
 
-def an_output_in_which_tensors_cannot_be_found_is_refused() -> None:
+def outputs_of_classes_that_fsdp_does_not_know_train_as_one_process() -> None:
     class Result:
         def __init__(self, value: Tensor) -> None:
             self.value = value
 
     class Hiding(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, width: int = 3) -> None:
             super().__init__()
-            self.layer = nn.Linear(3, 3)
+            self.layer = nn.Linear(width, width)
 
         def forward(self, x: Tensor) -> Any:
             return Result(self.layer(x))
@@ -454,18 +454,26 @@ def an_output_in_which_tensors_cannot_be_found_is_refused() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = nn.ModuleList([Hiding(), Hiding()])
+            self.head = nn.Linear(3, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner[1](self.inner[0](x).value).value
+        def forward(self, x: Tensor) -> Any:
+            inner = self.inner[1](self.inner[0](x).value)
+            return {"some": [Result(self.head(inner.value))], "text": "text"}
 
-    _, model = start(build=Hiding)
-    with pytest.raises(UsageError, match=r"the forward of the model \(\w*Hiding\) returned a Result"):
-        model(batch())
-    with torch.no_grad():
-        model(batch())
-    _, model = start(build=Around)
-    with pytest.raises(UsageError, match=r"the forward of inner.0 \(\w*Hiding\) returned a Result"):
-        model(batch())
+    for make in POLICIES.values():
+        for build, find in (
+            (Hiding, lambda output: output.value),
+            (Around, lambda output: output["some"][0].value),
+        ):
+            runtime, model = start(make, build)
+            expected = plain(build)
+            for step in range(2):
+                runtime.backward(find(model(batch(step))).square().mean())
+                find(expected(batch(step))).square().mean().backward()
+                same(model, expected, gradients=True)
+                assert not gathered(model.module.named_parameters())
+            with torch.no_grad():
+                torch.testing.assert_close(find(model(batch())), find(expected(batch())))
 
 
 def attributes_of_parameters_are_there_in_forward() -> None:
@@ -582,7 +590,7 @@ CHECKS = [
     the_dtype_may_change_after_a_forward,
     training_goes_on_after_a_forward_that_failed,
     training_goes_on_after_a_backward_that_failed,
-    an_output_in_which_tensors_cannot_be_found_is_refused,
+    outputs_of_classes_that_fsdp_does_not_know_train_as_one_process,
     attributes_of_parameters_are_there_in_forward,
     shared_modules_and_parametrized_ones_train_as_one_process,
     sharded_parameters_outside_of_their_forward_are_named,
