@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-
 #: The depth to which objects in objects are searched.
 _MAX_DEPTH = 10
 
