@@ -213,6 +213,18 @@ def they_train_as_one_process(folder: Path) -> None:
             reference.step()
         same(model, expected)
         equal_on_all_ranks(runtime, model)
+        if build is trunk_in_both and isinstance(make(), FSDPStrategy):
+            assert all(hasattr(parameter, "placements") for parameter in model.parameters())
+
+
+def gradients_are_accumulated_without_exchange(folder: Path) -> None:
+    for make in STRATEGIES.values():
+        runtime, model = start(make, Agent)
+        with runtime.no_backward_sync(model):
+            runtime.backward(model.loss(data(0)[runtime.global_rank]))
+        for parameter in (model.log_std, model.scale, model.biases[0]):
+            copies = runtime.all_gather(parameter.grad)
+            assert not torch.equal(copies[0], copies[1])
 
 
 def their_parts_go_through_the_precision(folder: Path) -> None:
@@ -366,6 +378,7 @@ def gathered_plain(build: Callable[[], nn.Module], model: Any) -> nn.Module:
 
 CHECKS: list[Callable[..., None]] = [
     they_train_as_one_process,
+    gradients_are_accumulated_without_exchange,
     their_parts_go_through_the_precision,
     after_an_evaluation_their_parameters_are_shards,
     what_is_trained_only_later_is_averaged_too,
