@@ -92,7 +92,6 @@ class ShardedCopy:
         units = [memo[id(unit)] for unit in gathering.units.values() if id(unit) in below]
         self._strategy.shard(clone, units, {p for p in clone.parameters() if not p.is_meta})
         allocate_shards(clone, self._strategy.storage_device, set())
-        before.tie_again(clone)
         copies: dict[str, Any] = dict(clone.named_parameters())
         with torch.no_grad():
             for name, parameter in sharded.items():

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nucleate.errors import UsageError
-from nucleate.testing import MODELS, TinyTransformer
+from nucleate.testing import MODELS
 from tests.multi.scripts.gathering import POLICIES, batch, plain, same, start, train, train_plain, whole
 
 
@@ -107,20 +107,6 @@ def everything_but_fsdp_survives_in_a_copy(folder: Path) -> None:
         twin.train()
         twin.loss(twin(x)).backward()
         optimizer.step()
-
-
-def ties_survive_where_torch_replaces_parameters(folder: Path) -> None:
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        _, model = start(build=TinyTransformer)
-        twin = copy.deepcopy(model)
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
-    assert twin.head.weight is twin.embedding.weight
-    x = model.sample(4, 0)
-    assert torch.equal(twin(x), model(x))
-    twin.loss(twin(x)).backward()
-    assert twin.head.weight.grad is not None
 
 
 def marked_methods_of_a_copy_run_the_copy(folder: Path) -> None:
@@ -233,7 +219,6 @@ CHECKS: list[Callable[..., None]] = [
     a_copy_has_shards_of_its_own_and_runs,
     a_copy_may_be_made_at_any_time,
     everything_but_fsdp_survives_in_a_copy,
-    ties_survive_where_torch_replaces_parameters,
     marked_methods_of_a_copy_run_the_copy,
     parts_and_parents_of_a_model_are_copied,
     gradients_of_a_copy_are_averaged,
