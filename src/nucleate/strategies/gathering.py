@@ -57,21 +57,22 @@ class Gathering:
         self.marked: set[str] = set()
         #: FSDP's parameter groups.
         self.groups = [group for module in self.units.values() for group in _state_of(module)._fsdp_param_groups]
-        # A parameter of each group: a change of the dtype changes all that have a floating point dtype.
-        self._samples = {id(module): _samples(_state_of(module)) for module in self.units.values()}
+        # FSDP's state of each unit, and a parameter of each of its groups: a change of the dtype changes all parameters
+        # that have a floating point dtype.
+        states = [_state_of(module) for module in self.units.values()]
+        self._states = {id(m): (state, _samples(state)) for m, state in zip(self.units.values(), states, strict=True)}
         # Units that have not been gathered yet.
         self._fresh = {id(module) for module in self.units.values()}
         # The number of marked methods that run now: a method may call forward several times.
         self._num_methods = 0
         self._second_backward = SecondBackward(self.groups, self._root, self.reshard)
         # torch.compile must not trace these hooks, as it does not trace those of FSDP.
-        before, after, last = map(torch.compiler.disable, (self.before_forward, self.after_forward, self._after_fsdp))
+        before, after = map(torch.compiler.disable, (self.before_forward, self.after_forward))
         for module in self.units.values():
             vars(module)[KEY] = self
             module.register_forward_pre_hook(before, prepend=True)
-            module.register_forward_hook(after, prepend=True)
-            module.register_forward_hook(last)
-            state = _state_of(module)
+            module.register_forward_hook(after)
+            state, _ = self._states[id(module)]
             # FSDP's hook on the outputs of a unit. A second hook on each output would take longer.
             state._pre_backward = functools.partial(self._before_backward, state._pre_backward)
 
@@ -95,31 +96,30 @@ class Gathering:
         """Prepare the forward of a unit, before FSDP gathers its parameters."""
         if _in_backward():
             return  # Checkpointing repeats a forward, whose parameters the backward has gathered.
-        state = _state_of(module)
+        state, samples = self._states[id(module)]
         if state._is_root is None:
             # FSDP takes the module that runs first for the root, and later refuses the real one.
             root = self.root
             with torch.inference_mode(False), torch.no_grad():
-                _state_of(module if root is None else root)._lazy_init()
+                (state if root is None else _state_of(root))._lazy_init()
         if state._state_ctx.iter_forward_root is None:
             self._renew_gathered()
-        if any(param.sharded_param.dtype != param.orig_dtype for param in self._samples[id(module)]):
-            self._forget_tensors(module, state)
+        for param in samples:
+            if param.sharded_param.dtype is not param.orig_dtype:
+                self._forget_tensors(module, state)
         if id(module) in self._fresh:
             self._fresh.discard(id(module))
             self._first_gather(module, state)
 
-    def after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
-        """Prepare the backward of a unit: let FSDP see the backward of tensors that it does not find in the output."""
-        if torch.is_grad_enabled() and not _in_backward():
+    def after_forward(self, module: Any, _: Any, output: Any) -> None:
+        """Prepare the backward of a unit, after FSDP has done so. If there will be none, free what FSDP has kept."""
+        state, _ = self._states[id(module)]
+        if torch.is_grad_enabled() and not isinstance(output, Tensor) and not _in_backward():
             for tensor in hidden_tensors(output):
                 # A leaf, such as a parameter that forward returns, would keep the hook forever.
                 if not tensor.is_leaf:
-                    tensor.register_hook(_state_of(module)._pre_backward)
-
-    def _after_fsdp(self, module: Any, _: Any, output: Any) -> None:
-        """Free what FSDP keeps for a backward, if there will be none."""
-        if not self._num_methods and _state_of(module)._state_ctx.iter_forward_root is None:
+                    tensor.register_hook(state._pre_backward)
+        if not self._num_methods and state._state_ctx.iter_forward_root is None:
             self._regain_after(output)
 
     def _regain_after(self, output: Any) -> None:
@@ -162,14 +162,6 @@ class Gathering:
         if root is None or name in self.marked:
             return
         method = getattr(root, name)
-
-        @functools.wraps(method)
-        def inner(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            output = method(*args, **kwargs)
-            self.after_forward(module, args, output)
-            return output
-
-        setattr(root, name, MethodType(inner, root))
         register_fsdp_forward_method(root, name)
         gathered = getattr(root, name)
 
@@ -181,8 +173,7 @@ class Gathering:
                 output = gathered(*args, **kwargs)
             finally:
                 self._num_methods -= 1
-            if not self._num_methods:
-                self._regain_after(output)
+            self.after_forward(module, args, output)
             return output
 
         setattr(root, name, MethodType(outer, root))
