@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
-from types import GeneratorType, MethodType
+from types import MethodType
 from typing import Any, final
 
 import torch
@@ -23,6 +23,7 @@ from nucleate.devices.kinds import module_moves
 from nucleate.errors import UsageError, name_list
 from nucleate.precision.base import Precision
 from nucleate.strategies.base import Strategy
+from nucleate.wrappers.looks import LOOKS, look
 
 # The number of open `backward_allowed` contexts. A plain number and not a context variable: on accelerators the hooks
 # run in autograd's own threads, which do not see the caller's context.
@@ -286,24 +287,10 @@ def _check_backward(_: Tensor) -> None:
 def _delegate(name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(nn.Module, name))
     def method(self: ModuleWrapper, *args: Any, **kwargs: Any) -> Any:
-        shown = self._strategy.shards_shown(self.forward_module) if name in _LOOKS else None
-        if shown is None:
-            result = getattr(self.module, name)(*args, **kwargs)
-        else:
-            with shown:
-                result = getattr(self.module, name)(*args, **kwargs)
-                # A generator must not run after the context has ended.
-                result = iter([*result]) if isinstance(result, GeneratorType) else result
+        result = getattr(self.module, name)(*args, **kwargs)
         return self if result is self.module else result
 
     return method
-
-
-#: The methods that read or write parameters, which must be those that optimizers and checkpoints know.
-_LOOKS = {
-    *("parameters", "named_parameters", "get_parameter", "apply", "requires_grad_", "zero_grad"),
-    *("state_dict", "load_state_dict", "_load_from_state_dict"),
-}
 
 
 # The model may have its own version of any of these methods. `modules` and the like must also yield the model itself
@@ -319,6 +306,8 @@ for _name in (
     *("to", "to_empty", "type", *module_moves(), "float", "double", "half", "bfloat16", "_apply"),
 ):
     setattr(ModuleWrapper, _name, _delegate(_name))
+for _name in LOOKS:
+    setattr(ModuleWrapper, _name, look(getattr(ModuleWrapper, _name)))
 
 
 def refuse_set_up(model: nn.Module, models: Container[nn.Module]) -> None:
