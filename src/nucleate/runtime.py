@@ -12,7 +12,6 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
@@ -47,8 +46,10 @@ from nucleate.shells import apply_inside, inside, uncompiled, without_shells
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
 from nucleate.wrappers.former import FormerParameters
+from nucleate.wrappers.looks import shown_by
 from nucleate.wrappers.module import ModuleWrapper, backward_allowed, refuse_set_up
 from nucleate.wrappers.optimizer import OptimizerWrapper, check_trainable
+from nucleate.wrappers.parts import surround_parts
 
 if TYPE_CHECKING:
     from nucleate.checkpoint import KeyMap, LoadReport
@@ -334,12 +335,12 @@ class Runtime:
         if verification is not None:
             verification.run(self._communicator)
         former.retire(model)
-        regain = partial(_regain_shards, self._strategy, weakref.ref(forward_module))
-        live = LiveLayout.follow(inside(model), self.world_size, converted, regain)
+        live = LiveLayout.follow(inside(model), self.world_size, converted, shown_by(self._strategy, forward_module))
         self._models.add(inside(model))
         wrapped = ModuleWrapper(
             forward_module, model, self._precision, self._strategy, self._device, compiled=compiled, live=live
         )
+        surround_parts(wrapped)
         for integration in integrations:
             for method in integration.inference_methods(inside(model)):
                 wrapped.mark_inference_method(method)
@@ -776,9 +777,3 @@ class Runtime:
             seed_workers=last_seed() is None or seeds_workers(),
             use_distributed_sampler=use_sampler,
         )
-
-
-def _regain_shards(strategy: Strategy, module: weakref.ref[nn.Module]) -> None:
-    living = module()
-    if living is not None:
-        strategy.regain_shards(living)

@@ -12,20 +12,25 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from nucleate.errors import ConfigurationError
 from nucleate.strategies import FSDPStrategy, declare_units
-from nucleate.strategies.wrap_policy import find_units
+from nucleate.strategies.wrap_policy import find_units, whole_parameters
 from tests.device import ACCELERATOR
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 
 
-class Block(nn.Module):
+class Callable(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Block(Callable):
     def __init__(self) -> None:
         super().__init__()
         self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
         self.norm = nn.LayerNorm(4)
 
 
-class Model(nn.Module):
+class Model(Callable):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(8, 4)
@@ -124,7 +129,7 @@ def test_parameters_that_are_not_trained_may_have_other_dtypes() -> None:
 def test_different_parameters_in_one_memory_are_refused_unless_they_do_not_overlap() -> None:
     from nucleate import Runtime
 
-    class Views(nn.Module):
+    class Views(Callable):
         def __init__(self, overlap: int) -> None:
             super().__init__()
             whole = torch.randn(8, 2)
@@ -141,7 +146,7 @@ def test_different_parameters_in_one_memory_are_refused_unless_they_do_not_overl
     runtime.setup(model)
 
 
-class Stages(nn.Module):
+class Stages(Callable):
     """Blocks within repeated stages, and repeated layers elsewhere."""
 
     def __init__(self) -> None:
@@ -192,3 +197,69 @@ def test_a_container_in_a_shell_is_not_a_unit() -> None:
     model.blocks = checkpoint_wrapper(model.blocks)
     assert names(find_units(model, {nn.ModuleList})) == []
     assert sorted(names(find_units(model, "auto"))) == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+class Holder(Callable):
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.own, self.shared = nn.Linear(4, 4), shared
+
+
+class Shared(Callable):
+    """Blocks that hold one module, as those of Zamba do."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Holder(shared) for _ in range(3))
+
+
+def whole(model: nn.Module, policy: object = "auto") -> list[str]:
+    found = whole_parameters(model, find_units(model, policy))  # type: ignore[arg-type]
+    return [name for name, parameter in model.named_parameters() if parameter in found]
+
+
+def test_a_module_that_several_units_hold_is_a_unit_of_its_own_and_comes_first() -> None:
+    expected = ["blocks.0.shared", "blocks.2", "blocks.1", "blocks.0"]
+    assert names(find_units(Shared(nn.Linear(4, 4)), "auto")) == expected
+    model = Shared(Holder(nn.Linear(4, 4)))
+    assert names(find_units(model, "auto")) == expected
+    inner = ["blocks.0.shared.shared", "blocks.0.shared.own"]
+    assert names(find_units(model, {nn.Linear})) == ["blocks.2.own", "blocks.1.own", *inner, "blocks.0.own"]
+    assert names(find_units(model, {nn.Linear, Holder}))[-4:] == expected
+    model.beside = model.blocks[0].shared
+    assert names(find_units(model, lambda name, _: name == "blocks.0")) == ["blocks.0.shared", "blocks.0"]
+    # Without parameters there is nothing to share.
+    assert names(find_units(Shared(nn.ReLU()), "auto")) == ["blocks.2", "blocks.1", "blocks.0"]
+
+
+def test_blocks_are_no_units_if_what_they_share_cannot_be_one() -> None:
+    model = Shared(nn.ParameterList([nn.Parameter(torch.ones(2))]))
+    assert names(find_units(model, "auto")) == []
+    model = Shared(nn.Linear(4, 4, bias=False))
+    model.head = nn.Linear(4, 4)
+    model.head.weight = model.blocks[0].shared.weight
+    assert names(find_units(model, "auto")) == []
+
+
+def test_the_parts_of_a_model_without_a_forward_are_units() -> None:
+    trunk = nn.Linear(4, 4)
+    model = nn.ModuleDict({"actor": nn.Sequential(nn.Linear(4, 4), trunk), "critic": nn.Sequential(trunk)})
+    for policy in ("auto", lambda *_: False):
+        assert names(find_units(model, policy))[-2:] == ["critic", "actor"]
+        assert "actor.1" in names(find_units(model, policy))
+        assert whole(model, policy) == []
+
+
+def test_parameters_that_no_single_part_holds_stay_whole() -> None:
+    class Agent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.actor, self.critic = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+            self.critic[0].weight = self.actor.weight
+            self.critic.scale = nn.Parameter(torch.ones(()))
+            self.log_std = nn.Parameter(torch.ones(4))
+            self.extra = nn.ParameterList([nn.Parameter(torch.ones(2))])
+
+    assert whole(Agent()) == ["log_std", "actor.weight", "critic.scale", "extra.0"]
+    # With a forward, tied parameters belong to the root, which gathers them.
+    assert whole(nn.Sequential(Shared(nn.Linear(4, 4)), nn.Linear(4, 4))) == []

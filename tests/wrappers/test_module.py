@@ -367,3 +367,81 @@ def test_the_precision_may_explain_an_error_of_forward(outer: bool) -> None:
 
 def test_its_repr_shows_the_model() -> None:
     assert repr(wrap()).startswith("ModuleWrapper(Model(\n  (layer): Linear")
+
+
+class Gathers(FakeStrategy):
+    """Shows another parameter than the one that the model holds, and writes down what it is told."""
+
+    shards = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+        self.shown = nn.Parameter(torch.full((2, 2), 7.0))
+
+    def regain_shards(self, module: nn.Module) -> None:
+        self.told.append("regain")
+
+    def abandon(self, module: nn.Module) -> None:
+        self.told.append("abandon")
+
+    def explain(self, error: Exception, module: nn.Module, method: str) -> Exception | None:
+        return UsageError(f"{method} divided") if isinstance(error, ZeroDivisionError) else None
+
+    @contextmanager
+    def shards_shown(self, module: Any) -> Iterator[None]:
+        held, module.layer.weight = module.layer.weight, self.shown
+        try:
+            yield
+        finally:
+            module.layer.weight = held
+
+
+def test_the_strategy_is_told_of_forwards_without_gradients_and_of_failures() -> None:
+    strategy, model = Gathers(), Model()
+    wrapper = ModuleWrapper(model, model, FullPrecision(), strategy)
+    wrapper(ones())
+    assert strategy.told == []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            wrapper(ones())
+    wrapper.mark_forward_method("loss")
+    with torch.no_grad():
+        wrapper.loss(ones())
+    assert strategy.told == ["regain"] * 3
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), torch.no_grad():
+        wrapper(torch.ones(1, 3))
+    assert strategy.told[3:] == ["abandon"]
+
+
+def test_a_strategy_may_explain_the_error_of_a_method() -> None:
+    model = Model()
+    wrapper = ModuleWrapper(model, model, FullPrecision(), Gathers())
+    with pytest.raises(UsageError, match="fail divided") as raised:
+        wrapper.fail()
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    wrapper.mark_forward_method("fail")
+    with pytest.raises(UsageError, match="fail divided"):
+        wrapper.fail()
+    model.forward = lambda x: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="divided"):
+        wrapper(ones())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        wrapper.direct(ones()) and wrapper.harmful(torch.ones(1, 3))
+
+
+def test_looks_through_the_wrapper_see_what_the_strategy_shows() -> None:
+    strategy, model = Gathers(), Model()
+    wrapper = ModuleWrapper(model, model, FullPrecision(), strategy)
+    held = model.layer.weight
+    assert next(iter(wrapper.parameters())) is strategy.shown
+    assert dict(wrapper.named_parameters())["layer.weight"] is strategy.shown
+    assert wrapper.get_parameter("layer.weight") is strategy.shown
+    assert wrapper.state_dict()["layer.weight"][0, 0] == 7
+    wrapper.requires_grad_(False)
+    assert not strategy.shown.requires_grad
+    assert held.requires_grad
+    seen = []
+    wrapper.apply(lambda module: seen.extend(module._parameters.values()))
+    assert any(parameter is strategy.shown for parameter in seen)
+    assert model.layer.weight is held

@@ -35,6 +35,9 @@ def test_models_inside_of_a_model_count_as_well() -> None:
             self.decoder = tiny.CLASSES["llama"](tiny.config_of("llama"))
             self.tail = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
     model = Mine()
     TransformersIntegration().setup(model)
     assert {found for found, _ in find_units(model, "auto")} == {

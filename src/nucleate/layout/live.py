@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from nucleate.layout.layout import Layout, TensorLayout
 from nucleate.layout.reading import layout_of, local_of
 from nucleate.shells import named_buffers, named_parameters
 
+#: Shows shards in the place of gathered parameters; see `LiveLayout`.
+Shown = Callable[[], AbstractContextManager[object] | None]
 #: The attribute of a model that holds its live layout, so that the two live equally long.
 _ATTRIBUTE = "_nucleate_layout"
 
@@ -27,8 +30,8 @@ class LiveLayout:
         model: The model, after its strategy's `setup`.
         world_size: The number of ranks.
         converted: The FQNs of the tensors that a conversion made.
-        regain_shards: Puts parameters that a forward has gathered back into their lasting form. It must not keep the
-            model alive.
+        shown: Returns a context with shards in the place of parameters that a forward has gathered, or None if none is
+            gathered. It must not keep the model alive.
     """
 
     def __init__(
@@ -36,12 +39,12 @@ class LiveLayout:
         model: nn.Module,
         world_size: int,
         converted: Collection[str] = (),
-        regain_shards: Callable[[], object] = lambda: None,
+        shown: Shown = lambda: None,
     ) -> None:
         self._model = weakref.ref(model)
         self._world_size = world_size
         self._converted = frozenset(converted)
-        self._regain_shards = regain_shards
+        self._shown = shown
         self._known: list[_Known] = []
         self._by_id: dict[int, _Known] = {}
         self._has_changed = False
@@ -54,10 +57,10 @@ class LiveLayout:
         model: nn.Module,
         world_size: int,
         converted: Collection[str] = (),
-        regain_shards: Callable[[], object] = lambda: None,
+        shown: Shown = lambda: None,
     ) -> LiveLayout:
         """Make the layout of a model, which keeps it from now on; see the class for the arguments."""
-        live = cls(model, world_size, converted, regain_shards)
+        live = cls(model, world_size, converted, shown)
         model.__dict__[_ATTRIBUTE] = live
         return live
 
@@ -84,8 +87,8 @@ class LiveLayout:
             UsageError: See `check`.
         """
         self.check()
-        self._regain_shards()
-        return Layout(self._read(self._living()), self._world_size)
+        with self._shown() or nullcontext():
+            return Layout(self._read(self._living()), self._world_size)
 
     def name_of(self, tensor: Tensor) -> str | None:
         """Return the first FQN of a parameter of the model, or None if the model does not have it."""
@@ -141,9 +144,9 @@ class LiveLayout:
                 "`setup`: the strategy keeps their values elsewhere. Use the engine of the strategy's library for it."
             )
 
-    def of_copy(self, model: nn.Module) -> LiveLayout:
-        """Return the layout of a copy of the model."""
-        return LiveLayout.follow(model, self._world_size, self._converted)
+    def of_copy(self, model: nn.Module, shown: Shown = lambda: None) -> LiveLayout:
+        """Return the layout of a copy of the model; see the class for the arguments."""
+        return LiveLayout.follow(model, self._world_size, self._converted, shown)
 
     def _living(self) -> nn.Module:
         model = self._model()
@@ -162,7 +165,10 @@ class LiveLayout:
     def _compare(self, model: nn.Module) -> None:
         """Find the parameters that are new. A gathered parameter is the known one in another form."""
         forms = dict(named_parameters(model, remove_duplicate=False))
-        self._regain_shards()
+        with self._shown() or nullcontext():
+            self._compare_shown(model, forms)
+
+    def _compare_shown(self, model: nn.Module, forms: Mapping[str, nn.Parameter]) -> None:
         by_fqn = {known.fqn: known for known in self._known}
         strange = []
         for fqn, parameter in named_parameters(model, remove_duplicate=False):

@@ -22,7 +22,7 @@ def refuse_uninitialized(model: nn.Module) -> None:
     found: dict[str, str] = {}
     for prefix, module in named_modules(model):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if is_lazy(tensor):
+            if tensor is not None and is_lazy(tensor):
                 found[f"{prefix}.{name}" if prefix else name] = type(module).__name__
     if found:
         classes = name_list(dict.fromkeys(found.values()))

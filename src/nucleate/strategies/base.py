@@ -168,11 +168,45 @@ class Strategy(Plugin):
     def regain_shards(self, module: nn.Module) -> None:
         """Put parameters that a forward has gathered back into the form that they have between two steps.
 
-        Code that looks at `parameters()` then sees the tensors that optimizers and checkpoints know.
+        Every rank calls this method after each forward without gradients. By default, do nothing.
 
         Args:
             module: The module that `setup` returned.
         """
+
+    def shards_shown(self, module: nn.Module) -> AbstractContextManager[object] | None:
+        """Return a context in which `module.parameters()` has the tensors that optimizers and checkpoints know.
+
+        A single rank may enter the context at any time, also between a forward and its backward. So the context must
+        not communicate, and must not change the later communication.
+
+        Args:
+            module: The module that `setup` returned.
+
+        Returns:
+            The context, or None if the parameters have that form already. By default None.
+        """
+        return None
+
+    def abandon(self, module: nn.Module) -> None:
+        """Forget a forward that has failed, so that the next one can run. By default, do nothing.
+
+        Args:
+            module: The module that `setup` returned.
+        """
+
+    def explain(self, error: Exception, module: nn.Module, method: str) -> Exception | None:
+        """Return a better error for one that a method of the model has raised because of this strategy.
+
+        Args:
+            error: The error.
+            module: The module that `setup` returned.
+            method: The name of the method that was called; it may be `forward`.
+
+        Returns:
+            An error that says what to do, or None, the default, for an error of another kind.
+        """
+        return None
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer of a kind that this strategy cannot step, before `setup` changes anything.

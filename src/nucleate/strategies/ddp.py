@@ -11,7 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nucleate.errors import ConfigurationError, name_list
 from nucleate.shells import plain_name
+from nucleate.strategies.averaging import Averaging, broadcast_buffers
 from nucleate.strategies.base import Strategy
+from nucleate.strategies.parts import has_forward, parts_of
 
 
 class DDPStrategy(Strategy):
@@ -48,6 +50,7 @@ class DDPStrategy(Strategy):
         self.bucket_cap_mb = bucket_cap_mb
         self.sync_buffers = sync_buffers
         self.timeout = timeout
+        self._averaging = Averaging()
 
     def module_init_context(self) -> AbstractContextManager[object]:
         """Return a context without effect: construction needs nothing special."""
@@ -72,7 +75,17 @@ class DDPStrategy(Strategy):
             )
 
     def enclose(self, model: nn.Module) -> nn.Module:
-        """Wrap the model in DDP. A model without trained parameters stays unwrapped, because DDP refuses it."""
+        """Wrap the model in DDP.
+
+        A model without trained parameters stays unwrapped, because DDP refuses it. A model without a forward stays
+        unwrapped too: DDP acts only around forward. The gradients of its parameters are averaged one by one.
+        """
+        if not has_forward(model):
+            self._averaging.add(model, model.parameters())
+            for _, part in parts_of(model):
+                if self.sync_buffers:
+                    part.register_forward_pre_hook(broadcast_buffers)
+            return model
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model
         return DistributedDataParallel(
@@ -88,6 +101,8 @@ class DDPStrategy(Strategy):
 
     def renew(self, model: nn.Module, module: nn.Module) -> nn.Module:
         """Wrap the model anew: DDP exchanges the gradients of the parameters that it saw when it was made."""
+        if not has_forward(model):
+            return module
         if isinstance(module, DistributedDataParallel):
             # The old exchange hooks onto the gradients until its last reference is gone.
             del module.logger, module.reducer
@@ -102,7 +117,7 @@ class DDPStrategy(Strategy):
 
     def no_backward_sync(self, module: nn.Module) -> AbstractContextManager[object]:
         """Accumulate gradients locally."""
-        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else self._averaging.paused(module)
 
     def guards_methods(self, module: nn.Module) -> bool:
         """Return True for a DDP module: its own forward prepares the exchange, so bypassing it loses gradients."""

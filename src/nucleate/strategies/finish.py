@@ -58,7 +58,7 @@ def finish(strategy: Steps, model: nn.Module, plan: Plan) -> nn.Module:
     try:
         # Each rank cuts its part from its own copy of a real tensor, so all copies must be equal.
         broadcast_real(model, communicator)
-        before = _Before(model)
+        before = Before(model)
         strategy.lay_out(model)
         before.tie_again(model)
     except BaseException:
@@ -73,7 +73,7 @@ def finish(strategy: Steps, model: nn.Module, plan: Plan) -> nn.Module:
     return strategy.enclose(model)
 
 
-class _Before:
+class Before:
     """The facts about a model's parameters that a new object in their place does not have.
 
     Args:

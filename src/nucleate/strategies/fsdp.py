@@ -1,8 +1,8 @@
 """Shards: every rank holds a part of each parameter and gathers one unit at a time (torch's FSDP2).
 
 Parameters are sharded while they are still deferred; each rank then materializes its shards. Policies are passed as
-keywords. Parameters that FSDP2 cannot shard are refused by name before any change. Parameters without a dimension, such
-as a temperature, are allowed: every rank keeps them, and this strategy averages their gradients.
+keywords. Models that FSDP2 cannot shard are refused by name before any change. Some parameters stay whole on every
+rank, such as a temperature without a dimension; this strategy averages their gradients.
 """
 
 from __future__ import annotations
@@ -13,20 +13,25 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor, nn
 
 from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError
+from nucleate.layout import is_sharded
+from nucleate.strategies.averaging import Averaging
 from nucleate.strategies.base import Strategy
-from nucleate.strategies.sharded_class import make_shardable
+from nucleate.strategies.explanation import explain_backward, explain_forward
+from nucleate.strategies.gathering import Gathering, gathering_of
+from nucleate.strategies.parts import parts_of
+from nucleate.strategies.sharded_class import make_root, make_shardable
+from nucleate.strategies.sharded_copy import ShardedCopy
 from nucleate.strategies.sharded_step import sharded_step
 from nucleate.strategies.unshardable import refuse_unshardable
 from nucleate.strategies.unsteppable import refuse_unsteppable
-from nucleate.strategies.wrap_policy import WrapPolicy, find_units
+from nucleate.strategies.wrap_policy import WrapPolicy, find_units, whole_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -76,22 +81,28 @@ class FSDPStrategy(Strategy):
         self.num_replicas = num_replicas
         self.timeout = timeout
         self._mesh: DeviceMesh | None = None
-        # Models whose gradients are accumulated without exchange.
-        self._accumulating: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        # Parameters that every rank keeps whole and whose gradients are averaged.
-        self._averaged = WeakIdKeyDictionary()
+        self._averaging = Averaging()
+        # The models that this strategy has sharded, copies too.
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def check(self, composition: Composition) -> None:
-        """Refuse a number of replicas that does not divide the number of processes.
+        """Refuse numbers that do not divide the number of processes.
 
         Raises:
-            ConfigurationError: `num_replicas` does not divide the number of processes.
+            ConfigurationError: `num_replicas` does not divide the number of processes, or `reshard_after_forward` does
+                not divide the number of shards.
         """
         world_size = composition.environment.world_size
         if world_size % self.num_replicas:
             raise ConfigurationError(
                 f"num_replicas={self.num_replicas} does not divide the {world_size} processes. Choose a divisor of "
                 f"{world_size}, or start another number of processes."
+            )
+        size, num_shards = self.reshard_after_forward, world_size // self.num_replicas
+        if isinstance(size, int) and not isinstance(size, bool) and (size < 1 or num_shards % size):
+            raise ConfigurationError(
+                f"reshard_after_forward={size} does not divide the {num_shards} shards of a parameter. Choose a "
+                f"divisor of {num_shards}, or True, False or None."
             )
 
     @property
@@ -118,60 +129,85 @@ class FSDPStrategy(Strategy):
         return torch.device("cpu") if self.cpu_offload else self.device
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse parameters that FSDP2 cannot shard.
+        """Refuse models that FSDP2 cannot shard.
 
         Raises:
             ConfigurationError: A parameter cannot be sharded. Nothing has been changed.
         """
-        refuse_unshardable(model, find_units(model, self.wrap))
+        units = find_units(model, self.wrap)
+        refuse_unshardable(model, units, whole_parameters(model, units))
 
     def lay_out(self, model: nn.Module) -> None:
-        """Shard the parameters of each unit and of the root. Parameters without a dimension stay whole."""
+        """Shard the parameters of each unit and of the root, except those that stay whole."""
+        units = find_units(model, self.wrap)
+        self.shard(model, [unit for _, unit in units], whole_parameters(model, units))
+
+    def shard(self, model: nn.Module, units: Sequence[nn.Module], whole: set[nn.Parameter]) -> None:
+        """Shard a model whose units are known.
+
+        Args:
+            model: The model.
+            units: The modules that become units.
+            whole: The parameters that stay whole.
+        """
         from torch.distributed.fsdp import fully_shard
 
-        units = find_units(model, self.wrap)
-        scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
-        for module in (*(unit for _, unit in units), model):
+        # The module that users call; the parts of a model without a forward are called like roots.
+        roots = {id(model), *(id(part) for _, part in parts_of(model))}
+        make_root(model)
+        for module in (*sorted(units, key=_size), model):
             make_shardable(module)
-        for _, unit in units:
-            fully_shard(unit, **self._arguments(root=False), ignored_params=scalars)
-        fully_shard(model, **self._arguments(root=True), ignored_params=scalars)
+            fully_shard(module, **self._arguments(root=id(module) in roots), ignored_params=whole)
 
     def enclose(self, model: nn.Module) -> nn.Module:
-        """Average the gradients of the parameters that every rank keeps whole, as FSDP averages those of shards."""
-        for parameter in model.parameters():
-            if parameter.dim() == 0:
-                self._average_gradient(parameter, weakref.ref(model))
+        """Add the hooks around FSDP's own, and average the gradients of parameters that every rank keeps whole."""
+        self._averaging.add(model, (parameter for parameter in model.parameters() if not is_sharded(parameter)))
+        for unit in Gathering(model).units.values():
+            vars(unit)["__deepcopy__"] = ShardedCopy(unit, self)
+        self._models.add(model)
         return model
 
-    def regain_shards(self, module: nn.Module) -> None:
-        """Free the gathered parameters of all units, so that modules hold their shards."""
-        from torch.distributed.fsdp import FSDPModule
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of `loss`.
 
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
-
-    def renew(self, model: nn.Module, module: nn.Module) -> nn.Module:
-        """Average the gradients of whole parameters that require gradients only now."""
-        return self.enclose(model)
+        Raises:
+            ConfigurationError: FSDP cannot exchange a gradient, because it is sparse or has another dtype.
+        """
+        try:
+            super().backward(loss)
+        except Exception as error:
+            explained = None
+            for model in self._models:
+                gathering = gathering_of(model)
+                if gathering is not None and gathering.is_busy:
+                    names = {id(parameter): name for name, parameter in gathering.named_shards()}
+                    explained = explained or explain_backward(error, names)
+                    gathering.abandon(in_backward=True)
+            if explained is not None:
+                raise explained from error
+            raise
 
     @contextmanager
     def no_backward_sync(self, module: nn.Module) -> Iterator[None]:
         """Accumulate gradients; meanwhile every rank keeps them whole."""
         module.set_requires_gradient_sync(False)  # type: ignore[operator]
-        self._accumulating.add(module)
         try:
-            yield
+            with self._averaging.paused(module):
+                yield
         finally:
-            self._accumulating.discard(module)
             module.set_requires_gradient_sync(True)  # type: ignore[operator]
 
     def mark_forward_method(self, module: nn.Module, name: str) -> None:
         """Gather the root's parameters around the method too."""
-        from torch.distributed.fsdp import register_fsdp_forward_method
+        gathering = gathering_of(module)
+        if gathering is not None:
+            gathering.mark(name)
 
-        register_fsdp_forward_method(module, name)
+    def regain_shards(self, module: nn.Module) -> None:
+        """Free the parameters that a forward without a backward has left gathered."""
+        gathering = gathering_of(module)
+        if gathering is not None:
+            gathering.regain()
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that cannot step shards.
@@ -185,22 +221,20 @@ class FSDPStrategy(Strategy):
         """Return the context in which an optimizer steps shards."""
         return sharded_step(optimizer)
 
-    def _average_gradient(self, parameter: nn.Parameter, model: weakref.ref[nn.Module]) -> None:
-        """Average the gradient of a parameter that every rank keeps whole, as FSDP averages gradients of shards."""
-        import torch.distributed as dist
+    def shards_shown(self, module: nn.Module) -> AbstractContextManager[None] | None:
+        """Return a context with shards in the place of gathered parameters, or None if no parameter is gathered."""
+        gathering = gathering_of(module)
+        return None if gathering is None else gathering.shards_shown()
 
-        def average(parameter: torch.Tensor) -> None:
-            # A gradient from an earlier exchange is equal on all ranks, so the average of the sum is right too.
-            if model() not in self._accumulating and parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad.div_(self.environment.world_size)
+    def abandon(self, module: nn.Module) -> None:
+        """Reset FSDP after a forward that has failed."""
+        gathering = gathering_of(module)
+        if gathering is not None:
+            gathering.abandon()
 
-        if parameter.requires_grad and parameter not in self._averaged:
-            self._averaged[parameter] = True
-            handle = parameter.register_post_accumulate_grad_hook(average)
-            hooks = parameter._post_accumulate_grad_hooks
-            # Before the user's own hooks, which must see the same gradient as the optimizer.
-            hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    def explain(self, error: Exception, module: nn.Module, method: str) -> Exception | None:
+        """Say which sharded parameters a method has used outside of the forward that gathers them."""
+        return explain_forward(error, module, method)
 
     def _arguments(self, root: bool) -> dict[str, Any]:
         from dataclasses import replace
@@ -215,3 +249,8 @@ class FSDPStrategy(Strategy):
         if self.cpu_offload:
             arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=hooks_of(self.device).pins_memory)
         return arguments
+
+
+def _size(module: nn.Module) -> int:
+    """Return a number that is smaller for a module than for each module that holds it."""
+    return sum(1 for _ in module.modules())

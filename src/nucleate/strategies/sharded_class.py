@@ -4,13 +4,20 @@
 (`_apply_to_module` in torch/distributed/fsdp/_fully_shard/_fsdp_init.py, 2.13). CPython refuses the assignment if the
 two classes get their instance dictionary at different depths. This happens if the first base of the module's class has
 `__slots__ = ()`, as `abc.ABC`, `typing.Generic` and `typing.Protocol` do.
+
+`fully_shard` also refuses a `ModuleList` or `ModuleDict` without a forward (`_validate_module`, same file), because it
+would never gather their parameters. As the root of a model they own no parameters that FSDP gathers, so this file gives
+them a class with a forward that raises torch's own error.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
+
+from nucleate.strategies.parts import absent_forward
 
 
 def make_shardable(module: nn.Module) -> None:
@@ -34,6 +41,19 @@ def make_shardable(module: nn.Module) -> None:
 
     namespace: dict[str, Any] = {"__deepcopy__": _unimplemented_deepcopy, "__module__": cls.__module__}
     known[cls] = FSDPFirst(f"FSDP{cls.__name__}", (cls, FSDPModule), namespace)
+
+
+def make_root(model: nn.Module) -> None:
+    """Give a container without a forward a class that `fully_shard` accepts as a root."""
+    cls: Any = type(model)
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)) and cls.forward is nn.Module.forward:
+        model.__class__ = _with_absent_forward(cls)
+
+
+@functools.cache
+def _with_absent_forward(cls: Any) -> Any:
+    namespace = {"forward": absent_forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls)(cls.__name__, (cls,), namespace)
 
 
 def _begins_at_object(cls: type) -> bool:

@@ -1,4 +1,4 @@
-"""The parameters that FSDP2 cannot shard, which are refused by name before any change."""
+"""The models and parameters that FSDP2 cannot shard, which are refused by name before any change."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ import torch
 from torch import nn
 
 from nucleate.errors import ConfigurationError, name_list
-from nucleate.shells import named_parameters
+from nucleate.layout import is_sharded
+from nucleate.shells import named_modules, named_parameters
+from nucleate.strategies.explanation import sparse_gradients
 
 
-def refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]]) -> None:
-    """Refuse a model with parameters that FSDP2 cannot shard.
+def refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]], whole: set[nn.Parameter]) -> None:
+    """Refuse a model that FSDP2 cannot shard.
 
     Args:
         model: The model. Its deferred tensors appear as meta tensors.
         units: The modules that become units, innermost first, without the root.
+        whole: The parameters that stay whole.
 
     Raises:
         ConfigurationError: A parameter cannot be sharded; the message gives its FQN.
     """
-    parameters = dict(named_parameters(model))
+    _refuse_sharded(model)
+    parameters = {name: p for name, p in named_parameters(model) if p not in whole}
     strided = [name for name, p in parameters.items() if not p.is_contiguous()]
     if strided:
         raise ConfigurationError(
@@ -40,7 +44,7 @@ def refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]]) -> 
         # Frozen parameters may have any dtype: only gradients must have the same dtype
         # (`FSDPParamGroup._init_mp_dtypes` in torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, 2.13). Each
         # parameter is gathered as bytes.
-        if parameter.requires_grad and parameter.dim() > 0:
+        if parameter.requires_grad:
             dtypes.setdefault(owner[id(parameter)], {}).setdefault(parameter.dtype, name)
     for unit_name, found in dtypes.items():
         if len(found) > 1:
@@ -50,7 +54,28 @@ def refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]]) -> 
                 f"{unit_name or 'the root'} {listed}. Cast them to one dtype, freeze those of one dtype, or name a "
                 "module that holds only one dtype in `wrap`."
             )
+    _refuse_sparse_gradients(model, whole)
     _refuse_shared_memory(parameters)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    sharded = [name for name, parameter in named_parameters(model) if is_sharded(parameter)]
+    if sharded:
+        raise ConfigurationError(
+            f"{name_list(sharded)} are sharded already. Give `setup` the model as it was constructed; to set up a copy "
+            "of a model that was set up, construct a second model and load the weights of the first into it."
+        )
+
+
+def _refuse_sparse_gradients(model: nn.Module, whole: set[nn.Parameter]) -> None:
+    sparse = [
+        f"{name}.weight" if name else "weight"
+        for name, module in named_modules(model)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+        if module.weight.requires_grad and module.weight not in whole
+    ]
+    if sparse:
+        raise sparse_gradients(sparse)
 
 
 def _refuse_shared_memory(parameters: dict[str, nn.Parameter]) -> None:

@@ -176,6 +176,38 @@ class StrategySuite(ABC):
         assert trained
         assert not [name for name in trained if torch.equal(before[name], after[name])]
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_training_is_the_same_after_an_evaluation(
+        self, runtime: Runtime, mode: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        expected = self._plain_losses(runtime, TinyTransformer, torch.optim.Adam, num_steps=3)
+        model = self._model(runtime, TinyTransformer)
+        with mode():
+            model.eval()(self._batch(runtime, model.module, 0))
+        # The parameters that are seen now must be those that train.
+        optimizer = runtime.setup_optimizers(torch.optim.Adam(model.train().parameters(), lr=0.01))
+        actual = [self._step(runtime, model, optimizer, seed) for seed in range(3)]
+        torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=self.rtol, atol=1e-6)
+
+    def test_a_model_without_a_forward_trains_by_its_parts(self, runtime: Runtime) -> None:
+        def build() -> nn.ModuleDict:
+            torch.manual_seed(SEED)
+            return nn.ModuleDict({"first": TinyOdd(), "second": nn.Linear(7, 7)})
+
+        with _factories_on(runtime.device):
+            eager = build()
+        with runtime.init_module(empty_init=True):
+            model = build()
+        wrapped = runtime.setup(model)
+        first = TinyOdd()
+        whole = self._whole_batch(runtime, first, 0)
+        eager["second"](eager["first"](whole)).square().mean().backward()
+        batch = self._batch(runtime, first, 0)
+        runtime.backward(model["second"](model["first"](batch)).square().mean())
+        for (name, parameter), other in zip(wrapped.named_parameters(), eager.parameters(), strict=True):
+            assert parameter.grad is not None, name
+            torch.testing.assert_close(_full(parameter.grad), other.grad, rtol=max(self.rtol, 1e-4), atol=1e-5)
+
     def test_gradients_accumulate_without_being_exchanged(self, runtime: Runtime) -> None:
         expected = self._plain_losses(runtime, TinyOdd, torch.optim.SGD, num_steps=2, repeats=2)
         model, optimizer = self._trainable(runtime, TinyOdd, torch.optim.SGD)

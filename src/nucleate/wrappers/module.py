@@ -27,6 +27,7 @@ from nucleate.shells import inside, is_compiled, named_modules
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.compiled import compiled_like
 from nucleate.wrappers.delegation import Delegating
+from nucleate.wrappers.looks import LOOKS, look, shown_by
 from nucleate.wrappers.special_methods import OPERATORS, Methods, bound, class_with, special_methods
 
 # The number of open `backward_allowed` contexts. A plain number and not a context variable: on accelerators the hooks
@@ -152,6 +153,13 @@ class ModuleWrapper(Delegating):
         self._strategy.mark_forward_method(self.forward_module, name)
         self._inference_methods.add(name)
 
+    def run_part(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the forward of a part of a model that has no forward, as this wrapper's own forward."""
+        if self._forward_depth:
+            return forward(*args, **kwargs)
+        self._follow_changes()
+        return self._run(forward, args, kwargs)
+
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         precision: Precision = self._precision
         args, kwargs = precision.convert_input((args, kwargs))
@@ -164,14 +172,13 @@ class ModuleWrapper(Delegating):
             ):
                 output = function(*args, **kwargs)
         except Exception as error:
-            explained = precision.explain(error, self.module)
-            if explained is None:
-                raise
-            raise explained from error
+            if self._forward_depth == 1:
+                self._strategy.abandon(self.forward_module)
+            self._raise_explained(error, getattr(function, "__name__", "forward"))
+            raise
         finally:
             self.__dict__["_forward_depth"] -= 1
-        if self._strategy.shards and not _requires_gradients(output):
-            # No backward follows, which would free what forward has gathered.
+        if not self._forward_depth and not torch.is_grad_enabled():
             self._strategy.regain_shards(self.forward_module)
         output = precision.convert_output(output)
         if precision.scales_gradients and torch.is_grad_enabled():
@@ -203,6 +210,19 @@ class ModuleWrapper(Delegating):
             return self._run(self.forward_module, args, kwargs)
         finally:
             restore()
+
+    def _run_explained(self, method: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an unmarked method. The strategy may know better what an error means."""
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            self._raise_explained(error, method.__name__)
+            raise
+
+    def _raise_explained(self, error: Exception, method: str) -> None:
+        explained = self._strategy.explain(error, self.module, method) or self._precision.explain(error, self.module)
+        if explained is not None:
+            raise explained from error
 
     def _run_guarded(self, method: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an unmarked method. If it calls forward of the model or of a part, refuse before that forward runs."""
@@ -256,12 +276,11 @@ class ModuleWrapper(Delegating):
             return functools.wraps(value)(lambda *args, **kwargs: self._run_method(name, args, kwargs))
         if name in self.__dict__["_inference_methods"]:
             return functools.wraps(value)(lambda *args, **kwargs: self._run(value, args, kwargs))
-        if (
-            inspect.ismethod(value)
-            and value.__self__ is self.module
-            and self._strategy.guards_methods(self.forward_module)
-        ):
-            return functools.wraps(value)(lambda *args, **kwargs: self._run_guarded(value, args, kwargs))
+        if inspect.ismethod(value) and value.__self__ is self.module:
+            if self._strategy.guards_methods(self.forward_module):
+                return functools.wraps(value)(lambda *args, **kwargs: self._run_guarded(value, args, kwargs))
+            if self._strategy.shards:
+                return functools.wraps(value)(lambda *args, **kwargs: self._run_explained(value, args, kwargs))
         return value
 
     def _call_special(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -307,12 +326,15 @@ class ModuleWrapper(Delegating):
         memo[id(self)] = clone
         for plugin in (self._precision, self._strategy):
             memo[id(plugin)] = plugin
+        # First the model: a strategy may copy it in a way of its own, which makes other registries and parameters.
+        copy.deepcopy(self.module, memo)
         # Compiled code belongs to the weights that it was compiled for.
         clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         if self._compiled is not None:
             clone.__dict__["_compiled"] = compiled_like(self._compiled, clone.forward_module)
         if self._live is not None:
-            clone.__dict__["_live"] = self._live.of_copy(inside(clone.module))
+            shown = shown_by(self._strategy, clone.forward_module)
+            clone.__dict__["_live"] = self._live.of_copy(inside(clone.module), shown)
         return clone
 
     def __copy__(self) -> ModuleWrapper:
@@ -323,14 +345,6 @@ class ModuleWrapper(Delegating):
 
     def __repr__(self) -> str:
         return f"ModuleWrapper({self.module!r})"
-
-
-def _requires_gradients(output: Any) -> bool:
-    if isinstance(output, Tensor) or not torch.is_grad_enabled():
-        return isinstance(output, Tensor) and output.requires_grad
-    from torch.utils import _pytree
-
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(output))
 
 
 def _refuse_plain_backward(tensor: Tensor) -> None:
@@ -368,6 +382,9 @@ def _device(wrapper: ModuleWrapper) -> torch.device:
 
 # Attributes for models that do not have them.
 _GIVEN: dict[str, Callable[[ModuleWrapper], Any]] = {"device": _device, "dtype": _dtype}
+
+for _name in LOOKS:
+    setattr(ModuleWrapper, _name, look(getattr(ModuleWrapper, _name)))
 
 
 def refuse_set_up(model: nn.Module, models: Container[nn.Module]) -> None:
