@@ -61,7 +61,8 @@ PUBLIC = {
     "nucleate.integrations": "Integration declare_shell",
     "nucleate.layout": """
         Box Dealer Layout LiveLayout Mesh Partial Placement Replicate Shard TensorLayout boxes_of cut flat_start
-        is_partial is_sharded is_writer laid_out_like layout_of local_of merged offsets_of runs whole_of zeros_beside
+        gathered_from held_values is_partial is_sharded is_writer laid_out_like layout_of local_of merged offsets_of
+        reduced_gradient runs spread_of whole_of zeros_beside
     """,
     "nucleate.materialize": "Plan execute materialize reset",
     "nucleate.precision": """

@@ -18,9 +18,12 @@ print(*sorted(name for name in new if name.startswith("nucleate.")))
 """
 
 
-def test_geometry_loads_errors_and_itself_and_no_distributed_tensors() -> None:
+def test_geometry_loads_errors_shells_and_itself_and_no_distributed_tensors() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
     distributed, ours = done.stdout.split("\n")[:2]
     assert distributed == ""
-    assert {name for name in ours.split() if not name.startswith("nucleate.layout")} <= {"nucleate.errors"}
+    assert {name for name in ours.split() if not name.startswith("nucleate.layout")} <= {
+        "nucleate.errors",
+        "nucleate.shells",
+    }
     assert "nucleate.layout.agreement" not in ours.split()

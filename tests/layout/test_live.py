@@ -138,13 +138,13 @@ def test_a_copy_has_a_layout_of_its_own() -> None:
     model(torch.ones(1, 4))
 
 
-def test_it_keeps_neither_the_model_nor_its_tensors() -> None:
+def test_a_model_and_its_layout_are_freed_together() -> None:
     model: Any = Net()
-    live = LiveLayout(model, 1)
+    live = LiveLayout.follow(model, 1)
     references = [weakref.ref(model), *(weakref.ref(parameter) for parameter in model.parameters())]
     assert live.name_of(model.head.bias) == "head.bias"
     assert live.name_of(nn.Parameter(torch.ones(2))) is None
-    del model
+    del model, live
     gc.collect()
     assert not any(reference() for reference in references)
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from nucleate.strategies.parts import has_forward, parts_of
 from nucleate.strategies.sharded_class import make_root
@@ -60,3 +65,15 @@ def test_a_container_that_became_a_root_still_has_no_forward() -> None:
         cls = type(other)
         make_root(other)
         assert type(other) is cls
+
+
+@pytest.mark.parametrize("shell", [checkpoint_wrapper, lambda module: torch.compile(module, backend="eager")])
+def test_a_part_in_a_shell_is_a_part_and_a_container_in_a_shell_has_none(shell: Any) -> None:
+    model = nn.ModuleDict({"actor": shell(nn.Linear(2, 2)), "heads": shell(nn.ModuleList([nn.Linear(2, 1)]))})
+    assert not has_forward(model["heads"])
+    assert [(name, part) for name, part in parts_of(model)] == [
+        ("actor", model["actor"]),
+        ("heads.0", next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]),
+    ]
+    plain = nn.ModuleDict({"actor": nn.Linear(2, 2)})
+    assert parts_of(shell(plain)) == [("actor", plain["actor"])]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nucleate import Runtime
 from nucleate.errors import UsageError
+from nucleate.strategies import SingleDeviceStrategy
 from nucleate.wrappers import ModuleWrapper
 from tests.device import ACCELERATOR, device
 
@@ -217,7 +218,7 @@ class Deep(nn.Sequential):
         return self(data)
 
 
-class Guarding:
+class Guarding(SingleDeviceStrategy):
     """A strategy that guards methods."""
 
     name = "guarding"
@@ -232,7 +233,7 @@ class Guarding:
 def test_a_special_method_that_calls_forward_is_guarded_and_can_be_marked() -> None:
     runtime = Runtime(accelerator="cpu", precision="64-true", strategy="single_device")
     model = Deep(nn.Linear(2, 2).double())
-    wrapper: Any = ModuleWrapper(model, model, runtime.precision, Guarding())  # type: ignore[arg-type]
+    wrapper: Any = ModuleWrapper(model, model, runtime.precision, Guarding())
     with pytest.raises(UsageError, match=r"Deep.__getitem__\(\) calls forward by itself"):
         wrapper[torch.ones(1, 2).double()]
     wrapper.mark_forward_method("__getitem__")

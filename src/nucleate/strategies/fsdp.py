@@ -28,7 +28,7 @@ from nucleate.strategies.sharded_copy import ShardedCopy
 from nucleate.strategies.sharded_step import sharded_step
 from nucleate.strategies.unshardable import refuse_unshardable
 from nucleate.strategies.unsteppable import refuse_unsteppable
-from nucleate.strategies.wrap_policy import WrapPolicy, find_units, whole_parameters
+from nucleate.strategies.wrap_policy import WrapPolicy, find_units, size_of, whole_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -155,7 +155,7 @@ class FSDPStrategy(Strategy):
         # The module that users call; the parts of a model without a forward are called like roots.
         roots = {id(model), *(id(part) for _, part in parts_of(model))}
         make_root(model)
-        for module in (*sorted(units, key=_size), model):
+        for module in (*sorted(units, key=size_of), model):
             make_shardable(module)
             fully_shard(module, **self._arguments(root=id(module) in roots), ignored_params=whole)
 
@@ -249,8 +249,3 @@ class FSDPStrategy(Strategy):
         if self.cpu_offload:
             arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=hooks_of(self.device).pins_memory)
         return arguments
-
-
-def _size(module: nn.Module) -> int:
-    """Return a number that is smaller for a module than for each module that holds it."""
-    return sum(1 for _ in module.modules())

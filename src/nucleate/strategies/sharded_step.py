@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nucleate.layout import is_sharded
+from nucleate.layout import is_sharded, laid_out_like, whole_of
 
 
 def sharded_step(optimizer: Optimizer) -> AbstractContextManager[object]:
@@ -68,20 +68,12 @@ def _with_options(optimizer: Optimizer, changes: list[tuple[dict[str, Any], dict
 @contextmanager
 def _whole_matrices() -> Iterator[None]:
     """Let Muon orthogonalize whole matrices. Outside of this context, torch's function is as before."""
-    from torch.distributed.tensor import DTensor, Replicate
     from torch.optim import _muon
 
     orthogonalize = _muon._zeropower_via_newtonschulz
 
     def whole(gradient: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(gradient, DTensor):
-            return orthogonalize(gradient, *args, **kwargs)
-        mesh = gradient.device_mesh
-        update = orthogonalize(gradient.full_tensor(), *args, **kwargs)
-        # From whole to sharded nothing is exchanged.
-        return DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
-            placements=gradient.placements
-        )
+        return laid_out_like(gradient, orthogonalize(whole_of(gradient), *args, **kwargs))
 
     _muon._zeropower_via_newtonschulz = whole  # type: ignore[assignment]
     try:

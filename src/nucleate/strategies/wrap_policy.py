@@ -83,7 +83,12 @@ def find_units(model: nn.Module, policy: WrapPolicy) -> list[tuple[str, nn.Modul
     } | parts
     _settle(model, taken, parts, holders)
     units = [(name, module) for name, module in reversed(outermost.items()) if id(module) in taken]
-    return sorted(units, key=lambda unit: sum(1 for _ in unit[1].modules()))
+    return sorted(units, key=lambda unit: size_of(unit[1]))
+
+
+def size_of(module: nn.Module) -> int:
+    """Return a number that is smaller for a module than for each module that holds it. Shells do not count."""
+    return len({name for name, _ in named_modules(module)})
 
 
 def whole_parameters(model: nn.Module, units: Iterable[tuple[str, nn.Module]]) -> set[nn.Parameter]:
