@@ -7,9 +7,7 @@ plugin. Strategies and precisions decide how they carry out a step.
 from __future__ import annotations
 
 import builtins
-import warnings
 import weakref
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from os import PathLike
@@ -21,35 +19,27 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from nucleate.accelerators.base import Accelerator
-from nucleate.cluster.agreement import share_generators, verify_same_model
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
-from nucleate.cluster.numerics import Numerics
 from nucleate.composition import Components
 from nucleate.deferred import ElementSource, deferred, eager, is_recording, outside_inference_mode, resumed
 from nucleate.devices import made_current
-from nucleate.errors import ConfigurationError, DeferredUseError, UsageError, name_list
+from nucleate.errors import ConfigurationError, DeferredUseError, UsageError
 from nucleate.integrations.active import Integrations
 from nucleate.integrations.base import Integration
 from nucleate.layout import Layout, LiveLayout
-from nucleate.materialize import Plan, reset
 from nucleate.materialize.block import Block
-from nucleate.materialize.dependence import numerics_of
 from nucleate.materialize.inference_tensors import replace_inference_tensors
-from nucleate.materialize.lazy_modules import refuse_uninitialized
-from nucleate.materialize.vacancies import adopt_vacancies, vacancies
-from nucleate.materialize.verification import Verification
+from nucleate.materialize.vacancies import adopt_vacancies
+from nucleate.model_setup import ModelSetup, agree_on_generators
 from nucleate.precision.base import Precision
 from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
-from nucleate.shells import apply_inside, inside, uncompiled, without_shells
+from nucleate.shells import inside, without_shells
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
-from nucleate.wrappers.former import FormerParameters
-from nucleate.wrappers.looks import shown_by
-from nucleate.wrappers.module import ModuleWrapper, backward_allowed, refuse_set_up
+from nucleate.wrappers.module import ModuleWrapper, backward_allowed
 from nucleate.wrappers.optimizer import OptimizerWrapper, check_trainable
-from nucleate.wrappers.parts import surround_parts
 
 if TYPE_CHECKING:
     from nucleate.checkpoint import KeyMap, LoadReport
@@ -221,7 +211,7 @@ class Runtime:
         """
         self.launch()
         decided = True if empty_init is None and self._strategy.shards else empty_init
-        self._agree_on_generators()
+        agree_on_generators(self._communicator, self._accelerator)
         block = Block(self._device) if decided is None else None
         with ExitStack() as stack:
             stack.enter_context(outside_inference_mode())
@@ -294,59 +284,10 @@ class Runtime:
             VerificationError: With `verify`, an installed tensor differs from the value that its recipe makes.
         """
         self.launch()
-        with self._communicator.all_or_none("setup"):
-            refuse_set_up(model, self._models)
-            # The strategy lays out the user's model; what it returns is compiled again.
-            compiled, model = model, uncompiled(model)
-            refuse_uninitialized(model)
-            former = FormerParameters(model)
-            for optimizer in optimizers:
-                former.check(optimizer, self._strategy.shards)
-                self._strategy.check_optimizer(optimizer)
-            replace_inference_tensors(model)
-            integrations = list(self._integrations)
-            for integration in integrations:
-                model = apply_inside(model, integration.setup)
-            self._note_nothing_to_set_up(model)
-            vacant = [vacancy.fqn for vacancy in vacancies(model)]
-            plan, facts = (None, None) if vacant else self._plan(model)
-            frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        self._compare_ranks(facts, vacant, frozen)
-        if plan is None:
-            plan = self._reset(model)
-        with self._communicator.all_or_none("setup"):
-            # Recording is on: the precision's operations on deferred parameters become part of their recipes.
-            with resumed(model):
-                model = apply_inside(model, self._precision.setup)
-            former.refuse_frozen(optimizers, model)
-            model = self._accelerator.setup(model)
-            plan.renew(model)
-            converted = plan.converted()
-        # This is a separate block: a strategy exchanges tensors, and would wait for a rank that failed before.
-        with self._communicator.all_or_none("setup"):
-            verification = Verification(model, plan, self._verify == "all", self._device) if self._verify else None
-            with metered(self.is_global_zero), made_current(self._device):
-                # A strategy with a `setup` of its own makes its own plan.
-                has_own = type(self._strategy).setup is not Strategy.setup
-                forward_module = self._strategy.setup(model) if has_own else self._strategy.finish(model, plan)
-            former.repoint(optimizers, model)
-            for optimizer in optimizers:
-                self._strategy.setup_optimizer(optimizer)
-        if verification is not None:
-            verification.run(self._communicator)
-        former.retire(model)
-        live = LiveLayout.follow(inside(model), self.world_size, converted, shown_by(self._strategy, forward_module))
-        self._models.add(inside(model))
-        wrapped = ModuleWrapper(
-            forward_module, model, self._precision, self._strategy, self._device, compiled=compiled, live=live
-        )
-        surround_parts(wrapped)
-        for integration in integrations:
-            for method in integration.inference_methods(inside(model)):
-                wrapped.mark_inference_method(method)
-        if not optimizers:
-            return wrapped
-        return (wrapped, *map(self._wrap_optimizer, optimizers))
+        setup = ModelSetup(self._parts, self._communicator, self._integrations, self._verify)
+        wrapped = setup.run(model, optimizers, self._models)
+        self._models.add(inside(wrapped.module))
+        return (wrapped, *map(self._wrap_optimizer, optimizers)) if optimizers else wrapped
 
     def setup_module(self, model: nn.Module) -> ModuleWrapper:
         """Set up a model without optimizers; see `setup`."""
@@ -711,53 +652,6 @@ class Runtime:
                 adopt_vacancies(plain, self._device)
             with resumed(plain):
                 self._precision.before_load(plain, stored)
-
-    def _agree_on_generators(self) -> None:
-        """Give every rank the generator states of rank 0."""
-        if self.world_size == 1 or is_recording():
-            # Inside another `init_module` the ranks agree already, and the states are places in a recording.
-            return
-        share_generators(self._communicator, self._accelerator.random_state, self._accelerator.set_random_state)
-
-    def _plan(self, model: nn.Module) -> tuple[Plan, tuple[str, Numerics | None]]:
-        """Return a model's plan, its fingerprint and, with other ranks, the facts that its bits depend on."""
-        plan = Plan.of(model)
-        plan.check_device(self._device)
-        return plan, (plan.digest(), numerics_of(plan, self._device)) if self.world_size > 1 else ("", None)
-
-    def _compare_ranks(
-        self, facts: tuple[str, Numerics | None] | None, vacant: Sequence[str] = (), frozen: Sequence[str] = ()
-    ) -> None:
-        """Compare the facts of a plan, and the lists of vacant and frozen tensors, between the ranks."""
-        if self.world_size > 1:
-            digest, numerics = facts or ("", None)
-            settings = {"verify": self._verify, "precision": repr(self._precision)}
-            settings["the list of tensors without a recipe"] = name_list(vacant)
-            # Precisions and strategies treat frozen parameters in another way. The message cuts a long list.
-            checksum = zlib.crc32("\n".join(frozen).encode())
-            settings["the list of frozen parameters"] = f"{name_list(frozen)} (checksum {checksum:08x})"
-            verify_same_model(digest, self._communicator, numerics, settings)
-
-    def _reset(self, model: nn.Module) -> Plan:
-        """Give recipes to the tensors without one, and return the plan. Every rank has found the same tensors."""
-        self._agree_on_generators()
-        with self._communicator.all_or_none("setup"):
-            resets = reset(model, self._device)
-            if self.is_global_zero:
-                resets.report()
-            plan, facts = self._plan(model)
-        self._compare_ranks(facts)
-        return plan
-
-    def _note_nothing_to_set_up(self, model: nn.Module) -> None:
-        """Warn about a model without parameters and buffers. It is set up anyway, because it may be a loss function."""
-        held = (*model.parameters(), *model.buffers())
-        if not held and self.is_global_zero:
-            warnings.warn(
-                f"setup: {type(model).__name__} has no parameter and no buffer. There is nothing to create, to shard "
-                "or to train; only its forward goes through the precision.",
-                stacklevel=4,
-            )
 
     def _check_trainable(self, optimizer: Optimizer, parameters: Iterable[Any]) -> None:
         """Refuse parameters that an optimizer would train in vain, or differently on each rank."""
