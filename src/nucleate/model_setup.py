@@ -28,6 +28,7 @@ from nucleate.materialize.verification import Verification
 from nucleate.report.meter import metered
 from nucleate.shells import apply_inside, inside, named_parameters, uncompiled
 from nucleate.strategies.base import Strategy
+from nucleate.strategies.gathering import follow_units
 from nucleate.wrappers.former import FormerParameters
 from nucleate.wrappers.looks import shown_by
 from nucleate.wrappers.module import ModuleWrapper, refuse_set_up
@@ -111,9 +112,11 @@ class ModelSetup:
         with self._communicator.all_or_none("setup"):
             verification = Verification(model, plan, self._verify == "all", self._device) if self._verify else None
             with metered(self._is_global_zero), made_current(self._device):
-                # A strategy with a `setup` of its own makes its own plan.
-                has_own = type(self._strategy).setup is not Strategy.setup
-                forward_module = self._strategy.setup(model) if has_own else self._strategy.finish(model, plan)
+                if type(self._strategy).setup is Strategy.setup:
+                    forward_module = self._strategy.finish(model, plan)
+                else:  # It makes its own plan.
+                    forward_module = self._strategy.setup(model)
+                    follow_units(model)
             former.repoint(optimizers, model)
             for optimizer in optimizers:
                 self._strategy.setup_optimizer(optimizer)

@@ -18,6 +18,7 @@ from nucleate.materialize import Plan
 from nucleate.plugin import Plugin
 from nucleate.strategies.clip import clip_by_norm, clip_by_value
 from nucleate.strategies.finish import finish
+from nucleate.strategies.gathering import abandon_backward, gatherings_in, shards_shown
 
 
 class Strategy(Plugin):
@@ -129,8 +130,19 @@ class Strategy(Plugin):
         return self.environment.global_rank if self.distributed else 0
 
     def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of `loss`."""
-        loss.backward()
+        """Compute the gradients of `loss`.
+
+        Raises:
+            ConfigurationError: A unit of `fully_shard` cannot exchange a gradient, because it is sparse or has another
+                dtype.
+        """
+        try:
+            loss.backward()
+        except Exception as error:
+            explained = abandon_backward(error)
+            if explained is not None:
+                raise explained from error
+            raise
 
     def step_context(self) -> AbstractContextManager[object]:
         """Return the context that surrounds each forward and each backward."""
@@ -147,10 +159,15 @@ class Strategy(Plugin):
     def mark_forward_method(self, module: nn.Module, name: str) -> None:
         """Make the method `name` go through this strategy as forward does.
 
+        By default a unit of `fully_shard` gathers its parameters around the method too.
+
         Args:
             module: The module that `setup` returned.
             name: The name of a method of the user's model.
         """
+        for gathering in gatherings_in(module) if self.shards else ():
+            if gathering.root is module:
+                gathering.mark(name)
 
     def guards_methods(self, module: nn.Module) -> bool:
         """Return whether a method that calls forward itself would bypass this strategy."""
@@ -168,11 +185,14 @@ class Strategy(Plugin):
     def regain_shards(self, module: nn.Module) -> None:
         """Put parameters that a forward has gathered back into the form that they have between two steps.
 
-        Every rank calls this method after each forward without gradients. By default, do nothing.
+        Every rank calls this method after each forward without gradients. By default the units of `fully_shard` free
+        their parameters.
 
         Args:
             module: The module that `setup` returned.
         """
+        for gathering in gatherings_in(module) if self.shards else ():
+            gathering.regain()
 
     def shards_shown(self, module: nn.Module) -> AbstractContextManager[object] | None:
         """Return a context in which `module.parameters()` has the tensors that optimizers and checkpoints know.
@@ -184,16 +204,19 @@ class Strategy(Plugin):
             module: The module that `setup` returned.
 
         Returns:
-            The context, or None if the parameters have that form already. By default None.
+            The context, or None if the parameters have that form already. The default knows the units of
+            `fully_shard`.
         """
-        return None
+        return shards_shown(module) if self.shards else None
 
     def abandon(self, module: nn.Module) -> None:
-        """Forget a forward that has failed, so that the next one can run. By default, do nothing.
+        """Forget a forward that has failed, so that the next one can run. The default resets units of `fully_shard`.
 
         Args:
             module: The module that `setup` returned.
         """
+        for gathering in gatherings_in(module) if self.shards else ():
+            gathering.abandon()
 
     def explain(self, error: Exception, module: nn.Module, method: str) -> Exception | None:
         """Return a better error for one that a method of the model has raised because of this strategy.

@@ -17,6 +17,7 @@ from nucleate.layout import layout_of
 from nucleate.layout.agreement import broadcast_real, verify_replicas
 from nucleate.materialize import Plan, execute
 from nucleate.shells import named_modules, named_parameters
+from nucleate.strategies.gathering import follow_units
 
 
 class Steps(Protocol):
@@ -70,6 +71,7 @@ def finish(strategy: Steps, model: nn.Module, plan: Plan) -> nn.Module:
     before.tie_again(model)
     before.restore(model)
     verify_replicas(model, communicator)
+    follow_units(model)
     return strategy.enclose(model)
 
 

@@ -7,21 +7,20 @@ rank, such as a temperature without a dimension; this strategy averages their gr
 
 from __future__ import annotations
 
-import weakref
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError
 from nucleate.layout import is_sharded
 from nucleate.strategies.averaging import Averaging
 from nucleate.strategies.base import Strategy
-from nucleate.strategies.explanation import explain_backward, explain_forward
-from nucleate.strategies.gathering import Gathering, gathering_of
+from nucleate.strategies.explanation import explain_forward
+from nucleate.strategies.gathering import gatherings_in
 from nucleate.strategies.parts import parts_of
 from nucleate.strategies.sharded_class import make_root, make_shardable
 from nucleate.strategies.sharded_copy import ShardedCopy
@@ -82,8 +81,6 @@ class FSDPStrategy(Strategy):
         self.timeout = timeout
         self._mesh: DeviceMesh | None = None
         self._averaging = Averaging()
-        # The models that this strategy has sharded, copies too.
-        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def check(self, composition: Composition) -> None:
         """Refuse numbers that do not divide the number of processes.
@@ -160,32 +157,12 @@ class FSDPStrategy(Strategy):
             fully_shard(module, **self._arguments(root=id(module) in roots), ignored_params=whole)
 
     def enclose(self, model: nn.Module) -> nn.Module:
-        """Add the hooks around FSDP's own, and average the gradients of parameters that every rank keeps whole."""
+        """Average the gradients of parameters that every rank keeps whole, and let units be copied."""
         self._averaging.add(model, (parameter for parameter in model.parameters() if not is_sharded(parameter)))
-        for unit in Gathering(model).units.values():
-            vars(unit)["__deepcopy__"] = ShardedCopy(unit, self)
-        self._models.add(model)
+        for gathering in gatherings_in(model):
+            for unit in gathering.units.values():
+                vars(unit)["__deepcopy__"] = ShardedCopy(unit, self)
         return model
-
-    def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of `loss`.
-
-        Raises:
-            ConfigurationError: FSDP cannot exchange a gradient, because it is sparse or has another dtype.
-        """
-        try:
-            super().backward(loss)
-        except Exception as error:
-            explained = None
-            for model in self._models:
-                gathering = gathering_of(model)
-                if gathering is not None and gathering.is_busy:
-                    names = {id(parameter): name for name, parameter in gathering.named_shards()}
-                    explained = explained or explain_backward(error, names)
-                    gathering.abandon(in_backward=True)
-            if explained is not None:
-                raise explained from error
-            raise
 
     @contextmanager
     def no_backward_sync(self, module: nn.Module) -> Iterator[None]:
@@ -196,18 +173,6 @@ class FSDPStrategy(Strategy):
                 yield
         finally:
             module.set_requires_gradient_sync(True)  # type: ignore[operator]
-
-    def mark_forward_method(self, module: nn.Module, name: str) -> None:
-        """Gather the root's parameters around the method too."""
-        gathering = gathering_of(module)
-        if gathering is not None:
-            gathering.mark(name)
-
-    def regain_shards(self, module: nn.Module) -> None:
-        """Free the parameters that a forward without a backward has left gathered."""
-        gathering = gathering_of(module)
-        if gathering is not None:
-            gathering.regain()
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that cannot step shards.
@@ -220,17 +185,6 @@ class FSDPStrategy(Strategy):
     def optimizer_step_context(self, optimizer: Optimizer) -> AbstractContextManager[object]:
         """Return the context in which an optimizer steps shards."""
         return sharded_step(optimizer)
-
-    def shards_shown(self, module: nn.Module) -> AbstractContextManager[None] | None:
-        """Return a context with shards in the place of gathered parameters, or None if no parameter is gathered."""
-        gathering = gathering_of(module)
-        return None if gathering is None else gathering.shards_shown()
-
-    def abandon(self, module: nn.Module) -> None:
-        """Reset FSDP after a forward that has failed."""
-        gathering = gathering_of(module)
-        if gathering is not None:
-            gathering.abandon()
 
     def explain(self, error: Exception, module: nn.Module, method: str) -> Exception | None:
         """Say which sharded parameters a method has used outside of the forward that gathers them."""

@@ -16,6 +16,7 @@ _fsdp_param.py, 2.13).
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,19 +26,81 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nucleate.strategies.explanation import explain_backward
 from nucleate.strategies.outputs import hidden_tensors, tensors_for_fsdp
 from nucleate.strategies.second_backward import SecondBackward
 
 #: The attribute of a unit that holds its gathering.
 KEY = "_nucleate_gathering"
+#: The gatherings of this process: a backward has no model of its own.
+_LIVING: weakref.WeakSet[Gathering] = weakref.WeakSet()
 #: The beginnings of the names of attributes that torch and this package set on parameters.
 _OWN_ATTRIBUTES = ("_nucleate", "_fsdp_orig_uid", "_is_param")
 
 
+def follow_units(model: nn.Module) -> None:
+    """Make a gathering for each outermost unit of a model, whoever has called `fully_shard`, unless it has one.
+
+    Args:
+        model: The model, with values in all its tensors.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    seen, left = set[nn.Module](), [model]
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if not isinstance(module, FSDPModule):
+            left.extend(module.children())
+        elif gathering_of(module) is None:
+            Gathering(module)
+
+
 def gathering_of(module: nn.Module) -> Gathering | None:
-    """Return the gathering of a module that is a unit or a root, else None."""
+    """Return the gathering of a module that is a unit, else None."""
     found: Gathering | None = vars(module).get(KEY)
     return found
+
+
+def gatherings_in(module: nn.Module) -> list[Gathering]:
+    """Return the gathering of a module that is a unit; else those of the outermost units inside."""
+    found = gathering_of(module)
+    if found is not None:
+        return [found]
+    return list({id(g): g for part in module.modules() if (g := gathering_of(part)) is not None}.values())
+
+
+def abandon_backward(error: Exception) -> Exception | None:
+    """Forget the backwards that have begun and not ended, after one has failed.
+
+    Args:
+        error: The error that it raised.
+
+    Returns:
+        An error that names the gradients that could not be exchanged, or None for an error of another kind.
+    """
+    explained = None
+    for gathering in [gathering for gathering in _LIVING if gathering.is_busy]:
+        names = {id(parameter): name for name, parameter in gathering.named_shards()}
+        explained = explained or explain_backward(error, names)
+        gathering.abandon(in_backward=True)
+    return explained
+
+
+def shards_shown(module: nn.Module) -> AbstractContextManager[None] | None:
+    """Return a context with shards in the place of gathered parameters, or None if nothing is gathered.
+
+    Nothing is freed and nothing is exchanged, so a single rank may enter the context at any time.
+
+    Args:
+        module: A unit, or a module with units inside.
+    """
+    groups = [group for gathering in gatherings_in(module) for group in gathering.groups if not group.is_sharded]
+    return _shown(groups) if groups else None
 
 
 class Gathering:
@@ -50,6 +113,7 @@ class Gathering:
     def __init__(self, root: nn.Module) -> None:
         from torch.distributed.fsdp import FSDPModule
 
+        _LIVING.add(self)
         self._root = weakref.ref(root)
         #: The units and the root, by FQN, outermost first.
         self.units: dict[str, Any] = {name: m for name, m in root.named_modules() if isinstance(m, FSDPModule)}
@@ -139,14 +203,6 @@ class Gathering:
         """Free gathered parameters, and put the shards in their place. Every rank must call this."""
         if not self._second_backward.is_pending and not _in_backward():
             self.reshard()
-
-    def shards_shown(self) -> AbstractContextManager[None] | None:
-        """Return a context in which shards stand in the place of gathered parameters, or None if nothing is gathered.
-
-        Nothing is freed and nothing is exchanged, so a single rank may enter the context at any time.
-        """
-        groups = [group for group in self.groups if not group.is_sharded]
-        return _shown(groups) if groups else None
 
     def reshard(self) -> None:
         """Free all gathered parameters."""

@@ -19,7 +19,7 @@ from nucleate.errors import UsageError
 from nucleate.layout import is_sharded
 from nucleate.materialize.shards import allocate_shards
 from nucleate.strategies.finish import Before
-from nucleate.strategies.gathering import KEY, Gathering, gathering_of, user_attributes
+from nucleate.strategies.gathering import KEY, Gathering, follow_units, gathering_of, shards_shown, user_attributes
 
 #: The dicts of a module that hold hooks, each with the dicts that hold flags of these hooks.
 _HOOKS: dict[str, tuple[str, ...]] = {
@@ -75,7 +75,7 @@ class ShardedCopy:
             return _plain_copy(module, gathering, memo)
         memo[_COPYING] = True
         try:
-            with gathering.shards_shown() or nullcontext():
+            with shards_shown(module) or nullcontext():
                 return self._copy(module, gathering, memo)
         finally:
             del memo[_COPYING]
@@ -97,6 +97,7 @@ class ShardedCopy:
             for name, parameter in sharded.items():
                 copies[name].to_local().copy_(parameter.to_local())
         before.restore(clone)
+        follow_units(clone)
         enclosed = self._strategy.enclose(clone)
         for name in gathering.marked if module is gathering.root else ():
             self._strategy.mark_forward_method(enclosed, name)

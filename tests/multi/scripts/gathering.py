@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from nucleate import Runtime
 from nucleate.errors import ConfigurationError, UsageError
-from nucleate.strategies import FSDPStrategy
+from nucleate.strategies import FSDPStrategy, Strategy
 from tests.multi.device import ON_CPU, accelerator, device
 
 
@@ -65,7 +68,27 @@ class Model(nn.Module):
         return torch.stack([self(x), self(x * 2)])
 
 
-POLICIES: dict[str, Callable[[], FSDPStrategy]] = {
+class ByTorch(Strategy):
+    """A strategy as another package writes it: `fully_shard`, and nothing else."""
+
+    distributed = True
+    shards = True
+
+    def __init__(self, shards_root: bool) -> None:
+        self._shards_root = shards_root
+
+    def module_init_context(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def lay_out(self, model: nn.Module) -> None:
+        mesh = init_device_mesh(self.device.type, (self.environment.world_size,))
+        whole = {parameter for parameter in model.parameters() if parameter.dim() == 0}
+        for module in [m for m in model.modules() if isinstance(m, (Block, Layer))] + [model] * self._shards_root:
+            fully_shard(module, mesh=mesh, ignored_params=whole)
+
+
+POLICIES: dict[str, Callable[[], Strategy]] = {
+    "another's": lambda: ByTorch(shards_root=True),
     "auto": FSDPStrategy,
     "kept": lambda: FSDPStrategy(reshard_after_forward=False),
     "freed": lambda: FSDPStrategy(reshard_after_forward=True),
@@ -81,9 +104,7 @@ def batch(seed: int = 0) -> Tensor:
     return torch.randn(4, 3, generator=torch.Generator(device()).manual_seed(seed))
 
 
-def start(
-    make: Callable[[], FSDPStrategy] = FSDPStrategy, build: Callable[[], nn.Module] = Model
-) -> tuple[Runtime, Any]:
+def start(make: Callable[[], Strategy] = FSDPStrategy, build: Callable[[], nn.Module] = Model) -> tuple[Runtime, Any]:
     runtime = Runtime(accelerator=accelerator(), strategy=make())
     torch.manual_seed(0)
     with runtime.init_module():
@@ -520,7 +541,9 @@ def shared_modules_and_parametrized_ones_train_as_one_process() -> None:
                 x = torch.tanh(layer(x))
             return self.head(x)
 
-    for make in POLICIES.values():
+    for name, make in POLICIES.items():
+        if name == "another's":  # torch's `fully_shard` does not take a module that two units hold.
+            continue
         runtime, model = start(make, Sharing)
         expected = plain(Sharing)
         train(runtime, model)
@@ -587,7 +610,28 @@ def gradients_that_cannot_be_exchanged_are_named() -> None:
         strategy.backward(model(batch()).sum())
 
 
+def units_of_a_model_that_is_no_unit_are_roots() -> None:
+    runtime, model = start(lambda: ByTorch(shards_root=False))
+    reference = plain()
+    with torch.no_grad():
+        model.eval()(batch())
+    assert not gathered(model.module.blocks.named_parameters())
+    optimizer = runtime.setup_optimizers(torch.optim.SGD(model.train().parameters(), lr=0.1))
+    plainly = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for step in range(2):
+        runtime.backward((model(batch(step)) + model(batch(step + 5))).square().mean())
+        (reference(batch(step)) + reference(batch(step + 5))).square().mean().backward()
+        with pytest.raises(RuntimeError):
+            model(batch()[:, :2])
+        for each in (optimizer, plainly):
+            each.step()
+            each.zero_grad()
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(whole(ours), theirs.detach(), msg=name)
+
+
 CHECKS = [
+    units_of_a_model_that_is_no_unit_are_roots,
     after_an_evaluation_everyone_sees_the_shards,
     after_a_marked_method_without_gradients_everyone_sees_the_shards,
     a_look_before_the_backward_sees_shards_and_the_gradients_stay_right,
