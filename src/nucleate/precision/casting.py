@@ -63,7 +63,8 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for parameters in sharing.values():
         if len(parameters) == 1 or len({parameter.dtype for parameter in parameters}) > 1:
             for parameter in parameters:
-                _set(parameter, parameter.data.to(dtype))
+                # The flag of the sign is kept: `set_data` of most devices refuses a tensor with other flags.
+                _set(parameter, _flipped(_flipped(parameter.data, parameter).to(dtype), parameter))
             continue
         # Views of one storage: cast the storage once, and make the same views again.
         data = _flipped(parameters[0].data, parameters[0])
