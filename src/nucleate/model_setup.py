@@ -80,8 +80,7 @@ class ModelSetup:
             self._note_nothing_to_set_up(model)
             vacant = [vacancy.fqn for vacancy in vacancies(model)]
             plan, facts = (None, None) if vacant else self._plan(model)
-            frozen = [name for name, parameter in named_parameters(model) if not parameter.requires_grad]
-        self._compare_ranks(facts, vacant, frozen)
+        self._compare_ranks(facts, vacant, model)
         if plan is None:
             plan = self._reset(model)
         with self._communicator.all_or_none("setup"):
@@ -116,7 +115,8 @@ class ModelSetup:
                     forward_module = self._strategy.finish(model, plan)
                 else:  # It makes its own plan.
                     forward_module = self._strategy.setup(model)
-                    follow_units(model)
+                    if self._strategy.shards:
+                        follow_units(model)
             former.repoint(optimizers, model)
             for optimizer in optimizers:
                 self._strategy.setup_optimizer(optimizer)
@@ -131,10 +131,11 @@ class ModelSetup:
         return plan, (plan.digest(), numerics_of(plan, self._device)) if self._world_size > 1 else ("", None)
 
     def _compare_ranks(
-        self, facts: tuple[str, Numerics | None] | None, vacant: Sequence[str] = (), frozen: Sequence[str] = ()
+        self, facts: tuple[str, Numerics | None] | None, vacant: Sequence[str], model: nn.Module
     ) -> None:
         """Compare the facts of a plan, and the lists of vacant and frozen tensors, between the ranks."""
         if self._world_size > 1:
+            frozen = [name for name, parameter in named_parameters(model) if not parameter.requires_grad]
             digest, numerics = facts or ("", None)
             settings = {"verify": self._verify, "precision": repr(self._precision)}
             settings["the list of tensors without a recipe"] = name_list(vacant)
@@ -151,7 +152,7 @@ class ModelSetup:
             if self._is_global_zero:
                 resets.report()
             plan, facts = self._plan(model)
-        self._compare_ranks(facts)
+        self._compare_ranks(facts, (), model)
         return plan
 
     def _note_nothing_to_set_up(self, model: nn.Module) -> None:

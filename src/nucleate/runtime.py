@@ -637,7 +637,7 @@ class Runtime:
             for value in state.values():
                 yield from self._live_in(value)
         elif isinstance(state, nn.Module):
-            model = inside(state)
+            model = inside(state.module if isinstance(state, ModuleWrapper) else state)
             if model in self._models:
                 yield LiveLayout.of(model)
 

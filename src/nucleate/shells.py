@@ -31,6 +31,8 @@ _KNOWN = {
 
 # The same for the classes of others.
 _declared: weakref.WeakKeyDictionary[type[nn.Module], str] = weakref.WeakKeyDictionary()
+# What `attribute_of` has found, for each class that it was asked about.
+_found: weakref.WeakKeyDictionary[type[nn.Module], str | None] = weakref.WeakKeyDictionary()
 
 
 def declare_shell(cls: type[nn.Module], attribute: str) -> None:
@@ -43,6 +45,7 @@ def declare_shell(cls: type[nn.Module], attribute: str) -> None:
         attribute: The attribute that holds the wrapped module.
     """
     _declared[cls] = attribute
+    _found.clear()
 
 
 def attributes() -> set[str]:
@@ -52,11 +55,12 @@ def attributes() -> set[str]:
 
 def attribute_of(cls: type[nn.Module]) -> str | None:
     """Return the attribute that holds the wrapped module, or None if a class is not one of shells."""
-    for base in cls.__mro__:
-        attribute = _declared.get(base) or _KNOWN.get(f"{base.__module__}.{base.__qualname__}")
-        if attribute is not None:
-            return attribute
-    return None
+    try:
+        return _found[cls]
+    except KeyError:
+        names = (_declared.get(base) or _KNOWN.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
+        _found[cls] = attribute = next((name for name in names if name is not None), None)
+        return attribute
 
 
 def content(module: nn.Module) -> nn.Module | None:
@@ -161,9 +165,10 @@ def plain_items(root: nn.Module, found: Iterable[tuple[str, T]], prefix: str = "
         found: Pairs of a name and a thing, such as those of `root.named_parameters(prefix)`.
         prefix: The text before all names, without the dot that follows.
     """
-    shells, begin = has_shells(root), f"{prefix}." if prefix else ""
+    # A name without such a part is plain. To look into all names is quicker than to look for shells.
+    parts_of_shells, begin = attributes(), f"{prefix}." if prefix else ""
     for name, thing in found:
-        if shells and name != prefix and name.startswith(begin):
+        if not parts_of_shells.isdisjoint(name.split(".")) and name != prefix and name.startswith(begin):
             plain = plain_name(root, name[len(begin) :])
             name = f"{begin}{plain}" if plain else prefix
         yield name, thing

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nucleate.errors import UsageError, name_list
 from nucleate.layout.layout import Layout, TensorLayout
-from nucleate.layout.reading import layout_of, local_of
+from nucleate.layout.reading import layout_of, num_held
 from nucleate.shells import named_buffers, named_parameters
 
 #: Shows shards in the place of gathered parameters; see `LiveLayout`.
@@ -47,6 +47,7 @@ class LiveLayout:
         self._shown = shown
         self._known: list[_Known] = []
         self._by_id: dict[int, _Known] = {}
+        self._places: list[_Place] = []
         self._has_changed = False
         self._is_checked = False
         self._note(model)
@@ -102,19 +103,8 @@ class LiveLayout:
             UsageError: Parameters were added or replaced since then; the message gives their FQNs.
         """
         model = self._living()
-        known, changed = iter(self._known), False
-        for parameter in _parameters(model):
-            place = next(known, None)
-            if place is None or not place.matches(parameter):
-                self._compare(model)
-                break
-            changed = changed or parameter.requires_grad is not place.trains
-        else:
-            if next(known, None) is not None:
-                self._compare(model)
-            elif changed:
-                self._note(model)
-                self._has_changed = True
+        if not self._is_as_noted(model):
+            self._look_closely(model)
         self._is_checked = True
 
     def take_change(self) -> bool:
@@ -157,10 +147,40 @@ class LiveLayout:
         names: dict[int, str] = {}
         for fqn, parameter in named_parameters(model, remove_duplicate=False):
             names.setdefault(id(parameter), fqn)
-        self._known = [_Known(names[id(parameter)], parameter) for parameter in _parameters(model)]
+        parameters = list(_parameters(model))
+        self._known = [_Known(names[id(parameter)], parameter) for parameter in parameters]
+        self._places = _places(model)
         self._by_id = {}
-        for known, parameter in zip(self._known, _parameters(model), strict=True):
+        for known, parameter in zip(self._known, parameters, strict=True):
             self._by_id.setdefault(id(parameter), known)
+
+    def _is_as_noted(self, model: nn.Module) -> bool:
+        """Return quickly whether all registries hold what they held, and the same parameters train."""
+        for place in self._places:
+            module = model if place.module is None else place.module
+            if list(map(id, module._parameters.values())) != place.parameters:
+                return False
+            if list(map(id, module._modules.values())) != place.modules:
+                return False
+        return all(known.tensor.requires_grad is known.trains for known in self._known)
+
+    def _look_closely(self, model: nn.Module) -> None:
+        known, changed, gathered = iter(self._known), False, False
+        for parameter in _parameters(model):
+            place = next(known, None)
+            if place is None or not place.matches(parameter):
+                self._compare(model)
+                return
+            changed = changed or parameter.requires_grad is not place.trains
+            gathered = gathered or parameter is not place.tensor
+        if next(known, None) is not None:
+            self._compare(model)
+        elif changed:
+            self._note(model)
+            self._has_changed = True
+        elif not gathered:
+            # Only modules without parameters have changed.
+            self._places = _places(model)
 
     def _compare(self, model: nn.Module) -> None:
         """Find the parameters that are new. A gathered parameter is the known one in another form."""
@@ -225,13 +245,34 @@ class _Known:
         self.tensor = parameter
         self.gathered: nn.Parameter | None = None
         self.trains = parameter.requires_grad
-        self._numel = local_of(parameter).numel()
+        self._numel = num_held(parameter)
 
     def matches(self, parameter: nn.Parameter) -> bool:
         return self.tensor is parameter or self.gathered is parameter
 
     def is_emptied(self) -> bool:
-        return self._numel > 0 and local_of(self.tensor).numel() == 0
+        return self._numel > 0 and num_held(self.tensor) == 0
+
+
+class _Place:
+    """A module, and the ids of what its registries held.
+
+    Attributes:
+        module: The module, or None for the model itself, which the layout must not keep alive.
+        parameters: The ids of its parameters.
+        modules: The ids of its children.
+    """
+
+    __slots__ = ("module", "modules", "parameters")
+
+    def __init__(self, module: nn.Module, is_root: bool) -> None:
+        self.module = None if is_root else module
+        self.parameters = list(map(id, module._parameters.values()))
+        self.modules = list(map(id, module._modules.values()))
+
+
+def _places(model: nn.Module) -> list[_Place]:
+    return [_Place(module, module is model) for module in model.modules()]
 
 
 def _parameters(model: nn.Module) -> Iterator[nn.Parameter]:

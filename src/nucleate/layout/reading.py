@@ -21,16 +21,25 @@ from nucleate.layout.layout import TensorLayout
 from nucleate.layout.mesh import Mesh
 from nucleate.layout.placements import Partial, Placement, Replicate, Shard, boxes_at, local_shape_at
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def is_sharded(tensor: Any) -> bool:
     """Return whether a tensor is a DTensor."""
-    return hasattr(tensor, "__create_chunk_list__")
+    # First the classes of nearly all tensors: the second question takes longer.
+    return type(tensor) not in _PLAIN and hasattr(tensor, "__create_chunk_list__")
 
 
 def local_of(tensor: Any) -> Tensor:
     """Return the tensor that this rank holds, detached: the local part of a DTensor, or a plain tensor itself."""
     local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return local.detach()
+
+
+def num_held(tensor: Any) -> int:
+    """Return the number of elements that this rank holds of a tensor."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return local.numel()
 
 
 def whole_of(tensor: Any) -> Tensor:

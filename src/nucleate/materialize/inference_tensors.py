@@ -30,16 +30,20 @@ def replace_inference_tensors(model: nn.Module) -> None:
         UsageError: The model is being constructed.
     """
     refuse_recording()
-    found: dict[int, tuple[Tensor, list[Holder]]] = {}
+    places: list[tuple[nn.Module, str, str, Tensor]] = []
     barren = set[int]()
     with torch._C.DisableTorchFunctionSubclass():
-        for prefix, module in named_modules(model):
+        for module in model.modules():
             for kind, name, tensor in held_tensors(module, barren):
                 if tensor.is_inference() and not is_lazy(tensor):
-                    holder = Holder(module, kind, name, f"{prefix}.{name}" if prefix else name)
-                    found.setdefault(id(tensor), (tensor, []))[1].append(holder)
-    if not found:
+                    places.append((module, kind, name, tensor))
+    if not places:
         return
+    prefixes = {module: f"{name}." if name else "" for name, module in named_modules(model)}
+    found: dict[int, tuple[Tensor, list[Holder]]] = {}
+    for module, kind, name, tensor in places:
+        holder = Holder(module, kind, name, f"{prefixes.get(module, '')}{name}")
+        found.setdefault(id(tensor), (tensor, []))[1].append(holder)
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     for module in recurrent:
         # `swap_tensors` refuses tensors with weak references, which these modules keep (torch/nn/modules/rnn.py).

@@ -6,7 +6,7 @@ device could, but a script that works on one device has to work on many. So `set
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nucleate.errors import UninitializedError, name_list
@@ -19,15 +19,26 @@ def refuse_uninitialized(model: nn.Module) -> None:
     Raises:
         UninitializedError: The model has such parameters or buffers; the message gives their FQNs.
     """
-    found: dict[str, str] = {}
-    for prefix, module in named_modules(model):
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and is_lazy(tensor):
-                found[f"{prefix}.{name}" if prefix else name] = type(module).__name__
-    if found:
-        classes = name_list(dict.fromkeys(found.values()))
-        raise UninitializedError(
-            f"{name_list(found)} have no shape yet. Lazy modules ({classes}) take it from their first input. Call the "
-            "model once with an example batch inside the `init_module` block, before `setup`: `model(batch)`. Or load "
-            "weights before `setup`, which gives them their shapes as well."
-        )
+    lazy = {module for module in model.modules() if any(map(_is_lazy, _tensors(module).values()))}
+    if not lazy:
+        return
+    found = {
+        f"{prefix}.{name}" if prefix else name: type(module).__name__
+        for prefix, module in named_modules(model)
+        if module in lazy
+        for name, tensor in _tensors(module).items()
+        if _is_lazy(tensor)
+    }
+    raise UninitializedError(
+        f"{name_list(found)} have no shape yet. Lazy modules ({name_list(dict.fromkeys(found.values()))}) take it from "
+        "their first input. Call the model once with an example batch inside the `init_module` block, before `setup`: "
+        "`model(batch)`. Or load weights before `setup`, which gives them their shapes as well."
+    )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor | None]:
+    return {**module._parameters, **module._buffers}
+
+
+def _is_lazy(tensor: Tensor | None) -> bool:
+    return tensor is not None and is_lazy(tensor)

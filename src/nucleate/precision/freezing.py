@@ -31,7 +31,8 @@ def layers_to_freeze(
 
     Example:
         >>> base, adapter = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
-        >>> [fqn for fqn, _ in layers_to_freeze([("base", base), ("adapter", adapter)])]
+        >>> found = layers_to_freeze([("base", base), ("adapter", adapter)])
+        >>> [fqn for fqn, _ in found]
         ['base']
     """
     found = list(layers)

@@ -57,7 +57,8 @@ def clip_by_norm(
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for gradient in gradients:
         gradient.put()
-        gradient.values.mul_(scale.to(gradient.values.device))
+    for device, values in _by_device(gradients).items():
+        torch._foreach_mul_(values, scale.to(device))
     return total
 
 
@@ -86,7 +87,7 @@ def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
         values.clamp_(-clip_value, clip_value)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Gradient:
     """A gradient in a form that can be clipped element by element.
 
@@ -94,15 +95,17 @@ class _Gradient:
         parameter: The parameter.
         tensor: The parameter's gradient: a new tensor if the gradient was partial or not coalesced.
         values: The elements of `tensor` that this rank holds, in the memory of `tensor`.
+        is_new: Whether `tensor` is new.
     """
 
     parameter: Tensor
     tensor: Tensor
     values: Tensor
+    is_new: bool
 
     def put(self) -> None:
         """Give the parameter the new tensor as its gradient."""
-        if self.parameter.grad is not self.tensor:
+        if self.is_new:
             self.parameter.grad = self.tensor
 
     @property
@@ -115,13 +118,24 @@ def _gradients(parameters: Iterable[Tensor]) -> list[_Gradient]:
     """Return the gradients of parameters, each once. No gradient changes yet."""
     found = []
     for parameter in {id(parameter): parameter for parameter in parameters}.values():
-        if parameter.grad is None:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if type(gradient) is Tensor and gradient.layout is torch.strided:  # Nearly all are, and this is quicker.
+            found.append(_Gradient(parameter, gradient, gradient, is_new=False))
             continue
         tensor = reduced_gradient(parameter)
         if tensor.layout == torch.sparse_coo:
             tensor = tensor.coalesce()
-        found.append(_Gradient(parameter, tensor, held_values(tensor)))
+        found.append(_Gradient(parameter, tensor, held_values(tensor), is_new=tensor is not gradient))
     return found
+
+
+def _by_device(gradients: Sequence[_Gradient]) -> dict[torch.device, list[Tensor]]:
+    lots: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        lots.setdefault(gradient.values.device, []).append(gradient.values)
+    return lots
 
 
 def _total_norm(gradients: Sequence[_Gradient], order: float) -> Tensor:
@@ -130,8 +144,9 @@ def _total_norm(gradients: Sequence[_Gradient], order: float) -> Tensor:
     for gradient, norm in zip(gradients, _norms_here(gradients, order), strict=True):
         lots.setdefault(spread_of(gradient.tensor), []).append(norm)
     device = gradients[0].values.device
-    norms = [_norms_of_lot(lot, spread, order).to(device) for spread, lot in lots.items()]
-    total: Tensor = torch.linalg.vector_norm(torch.cat(norms), order)
+    norms = [_norms_of_lot(lot, spread, order) for spread, lot in lots.items()]
+    together = norms[0] if len(norms) == 1 else torch.cat([norm.to(device) for norm in norms])
+    total: Tensor = torch.linalg.vector_norm(together.to(device), order)
     return total
 
 
@@ -143,7 +158,8 @@ def _norms_of_lot(lot: Sequence[Tensor], spread: tuple[Any, tuple[bool, ...]] | 
         spread: The ranks; see `nucleate.layout.spread_of`.
         order: The order of the norm.
     """
-    norms = torch.stack([norm.to(lot[0].device) for norm in lot])
+    device = lot[0].device
+    norms = torch.stack([norm if norm.device == device else norm.to(device) for norm in lot])
     if spread is None:
         return norms
     if order == 0:

@@ -6,7 +6,7 @@ attributes and hooks. This file gives these back, and materializes this rank's p
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ class Steps(Protocol):
     """The part of a strategy that `finish` calls; see `Strategy`."""
 
     device: torch.device
+    shards: ClassVar[bool]
 
     @property
     def storage_device(self) -> torch.device: ...
@@ -71,7 +72,8 @@ def finish(strategy: Steps, model: nn.Module, plan: Plan) -> nn.Module:
     before.tie_again(model)
     before.restore(model)
     verify_replicas(model, communicator)
-    follow_units(model)
+    if strategy.shards:
+        follow_units(model)
     return strategy.enclose(model)
 
 
@@ -123,6 +125,8 @@ class Before:
 
     def restore(self, model: nn.Module) -> None:
         """Give new parameter objects the attributes and hooks of those in whose place they are."""
+        if not any(self._attributes.values()) and not any(self._hooks.values()):
+            return
         for name, parameter in named_parameters(model, remove_duplicate=False):
             for key, value in self._attributes.get(name, {}).items():
                 if key not in vars(parameter):

@@ -42,7 +42,8 @@ class FormerParameters:
                 f"them: {name_list(taken)}. Put both models into one module and set that up."
             )
         self._names = {id(p): name for name, p in named.items()}
-        self._trained = {id(p) for p in named.values() if p.requires_grad}
+        with torch._C.DisableTorchFunctionSubclass():  # The underlying meta tensors know it without the guards' costs.
+            self._trained = {id(p) for p in named.values() if p.requires_grad}
         del named
         self._kept = _kept_by_others(model)
 
@@ -89,6 +90,11 @@ class FormerParameters:
         Raises:
             ConfigurationError: The precision has quantized or removed a parameter.
         """
+        with torch._C.DisableTorchFunctionSubclass():
+            current = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+        every = [parameter for optimizer in optimizers for parameter in _parameters(optimizer)]
+        if all(id(p) in current and (current[id(p)] or id(p) not in self._trained) for p in every):
+            return
         now = _by_name(model)
         for optimizer in optimizers:
             named = [(self._names[id(p)], id(p) in self._trained) for p in _parameters(optimizer)]
@@ -109,6 +115,9 @@ class FormerParameters:
             optimizers: Optimizers that `check` has accepted.
             model: The model after the strategy's setup.
         """
+        current = {id(parameter) for parameter in model.parameters()}
+        if all(id(parameter) in current for optimizer in optimizers for parameter in _parameters(optimizer)):
+            return
         now = _by_name(model)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -121,7 +130,7 @@ class FormerParameters:
         Args:
             model: The model after its setup.
         """
-        current = {id(parameter) for parameter in model.parameters()}
+        current = {id(parameter) for parameter in model.parameters()} if self._kept else set()
         for name, parameter in self._kept.items():
             # A tied parameter gets the first of its names.
             if id(parameter) not in current and replaced_fqn(parameter) is None:
