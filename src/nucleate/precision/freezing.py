@@ -31,9 +31,9 @@ def layers_to_freeze(
 
     Example:
         >>> base, adapter = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
-        >>> found = layers_to_freeze([("base", base), ("adapter", adapter)])
-        >>> [fqn for fqn, _ in found]
-        ['base']
+        >>> for fqn, _ in layers_to_freeze([("base", base), ("adapter", adapter)]):
+        ...     print(fqn)
+        base
     """
     found = list(layers)
     frozen = [(fqn, layer) for fqn, layer in found if not _weight(layer).requires_grad]
