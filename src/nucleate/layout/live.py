@@ -173,11 +173,8 @@ class LiveLayout:
                 return
             changed = changed or parameter.requires_grad is not place.trains
             gathered = gathered or parameter is not place.tensor
-        if next(known, None) is not None:
+        if changed or next(known, None) is not None:
             self._compare(model)
-        elif changed:
-            self._note(model)
-            self._has_changed = True
         elif not gathered:
             # Only modules without parameters have changed.
             self._places = _places(model)

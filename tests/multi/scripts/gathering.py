@@ -251,6 +251,15 @@ def freezing_before_the_backward_holds() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def a_change_of_gathered_parameters_does_not_make_them_the_models() -> None:
+    for runtime, model in all_policies():
+        model(batch())
+        model.module.head.requires_grad_(False)  # by the module itself, which has the gathered parameters now
+        runtime.backward(model(batch()).square().mean())
+        runtime.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
+        assert not gathered(model.named_parameters())
+
+
 def weights_that_change_after_a_forward_without_backward_count_in_the_next_one() -> None:
     for _, model in all_policies():
         model.eval()
@@ -638,6 +647,7 @@ CHECKS = [
     a_single_rank_may_look_before_the_backward,
     a_look_before_the_backward_leaves_checkpointing_alone,
     freezing_before_the_backward_holds,
+    a_change_of_gathered_parameters_does_not_make_them_the_models,
     weights_that_change_after_a_forward_without_backward_count_in_the_next_one,
     two_forwards_before_one_backward_are_right,
     training_is_right_in_any_order_with_inference_mode,
