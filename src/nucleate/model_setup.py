@@ -93,7 +93,7 @@ class ModelSetup:
         forward_module = self._laid_out(model, plan, former, optimizers)
         former.retire(model)
         shown = shown_by(self._strategy, forward_module)
-        live = LiveLayout.follow(inside(model), self._world_size, plan.converted(), shown)
+        live = LiveLayout(inside(model), self._world_size, plan.converted(), shown)
         wrapped = ModuleWrapper(
             forward_module, model, self._precision, self._strategy, self._device, compiled=compiled, live=live
         )

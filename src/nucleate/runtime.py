@@ -38,8 +38,9 @@ from nucleate.seed import last_seed, seed_everything, seeds_workers
 from nucleate.shells import inside, without_shells
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
-from nucleate.wrappers.module import ModuleWrapper, backward_allowed
+from nucleate.wrappers.module import ModuleWrapper
 from nucleate.wrappers.optimizer import OptimizerWrapper, check_trainable
+from nucleate.wrappers.scaled_backward import backward_allowed
 
 if TYPE_CHECKING:
     from nucleate.checkpoint import KeyMap, LoadReport

@@ -140,7 +140,7 @@ def test_a_copy_has_a_layout_of_its_own() -> None:
 
 def test_a_model_and_its_layout_are_freed_together() -> None:
     model: Any = Net()
-    live = LiveLayout.follow(model, 1)
+    live = LiveLayout(model, 1)
     references = [weakref.ref(model), *(weakref.ref(parameter) for parameter in model.parameters())]
     assert live.name_of(model.head.bias) == "head.bias"
     assert live.name_of(nn.Parameter(torch.ones(2))) is None

@@ -1,4 +1,4 @@
-"""The core finishes what a strategy has laid out: ties, attributes, hooks, values, and one plan for all of it."""
+"""After a strategy has laid a model out, the core keeps ties, attributes and hooks, and makes the values once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules of a model without a forward its users call."""
+"""A model without a forward has parts: the outermost modules that can be called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FSDP2 cannot shard is refused by name at `setup`, before anything changes."""
+"""`setup` refuses parameters that FSDP2 cannot shard, by name, before anything changes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from nucleate.errors import UsageError
 from nucleate.precision import FullPrecision, HalfPrecision, MixedPrecision, Precision
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers import ModuleWrapper
-from nucleate.wrappers.module import backward_allowed
+from nucleate.wrappers.scaled_backward import backward_allowed
 from tests.device import ACCELERATOR
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")

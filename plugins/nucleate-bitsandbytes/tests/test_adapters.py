@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from nucleate_bitsandbytes.layers import Linear4bit, Linear8bit, Linear8bitTrain
 sys.path.insert(0, str(Path(__file__).parent))
 
 from adapted_model import ADAPTERS, Lora, Model, adapted, train
+from started_ranks import output_of_ranks
 
 MODES = ["nf4", "nf4-dq", "fp4", "int8"]
 
@@ -253,18 +252,9 @@ def test_ranks_train_adapters_as_one_process_does(tmp_path: Path, strategy: str)
         torch.save({"losses": losses, "trained": trained}, tmp_path / f"{mode}.pt")
         if mode != "int8-training":
             quantized_file(tmp_path, mode).rename(tmp_path / f"{mode}.safetensors")
-    script = Path(__file__).parent / "scripts" / "adapters.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(script), strategy, str(tmp_path), *modes],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    output = output_of_ranks("adapters.py", 2, strategy, str(tmp_path), *modes)
     for mode in modes:
-        assert done.stdout.count(f": {mode} trains") == 2
+        assert output.count(f": {mode} trains") == 2
 
 
 def test_the_model_of_these_tests_is_what_they_say() -> None:

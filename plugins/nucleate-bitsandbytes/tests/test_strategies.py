@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from nucleate import Runtime
 sys.path.insert(0, str(Path(__file__).parent))
 
 from quantized_model import Model, history
+from started_ranks import output_of_ranks
 
 MODES = ["nf4", "nf4-dq", "fp4", "int8"]
 
@@ -52,15 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_ranks_have_and_do_what_one_process_does(
     folder: Path, strategy: str, num_ranks: int, modes: list[str]
 ) -> None:
-    script = Path(__file__).parent / "scripts" / "strategies.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    done = subprocess.run(
-        [*command, str(script), strategy, str(folder), *modes],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    output = output_of_ranks("strategies.py", num_ranks, strategy, str(folder), *modes)
     for mode in modes:
-        assert done.stdout.count(f": {mode} exact") == num_ranks
+        assert output.count(f": {mode} exact") == num_ranks

@@ -21,7 +21,7 @@ _ATTRIBUTE = "_nucleate_layout"
 
 
 class LiveLayout:
-    """The layout of a model that was set up. The model keeps it, and it does not keep the model.
+    """The layout of a model that was set up. The model keeps it from now on, and it does not keep the model.
 
     It refers to the parameters themselves: `torch.utils.swap_tensors`, which `model.to` uses for DTensors, refuses
     tensors with weak references.
@@ -51,19 +51,7 @@ class LiveLayout:
         self._has_changed = False
         self._is_checked = False
         self._note(model)
-
-    @classmethod
-    def follow(
-        cls,
-        model: nn.Module,
-        world_size: int,
-        converted: Collection[str] = (),
-        shown: Shown = lambda: None,
-    ) -> LiveLayout:
-        """Make the layout of a model, which keeps it from now on; see the class for the arguments."""
-        live = cls(model, world_size, converted, shown)
-        model.__dict__[_ATTRIBUTE] = live
-        return live
+        model.__dict__[_ATTRIBUTE] = self
 
     @staticmethod
     def of(model: nn.Module) -> LiveLayout:
@@ -136,7 +124,7 @@ class LiveLayout:
 
     def of_copy(self, model: nn.Module, shown: Shown = lambda: None) -> LiveLayout:
         """Return the layout of a copy of the model; see the class for the arguments."""
-        return LiveLayout.follow(model, self._world_size, self._converted, shown)
+        return LiveLayout(model, self._world_size, self._converted, shown)
 
     def _living(self) -> nn.Module:
         model = self._model()

@@ -69,7 +69,7 @@ def held_values(tensor: Any) -> Tensor:
 
 
 def reduced_gradient(parameter: Any) -> Tensor:
-    """Return the gradient of a parameter. If it is partial, combine the ranks' parts of it in a new tensor."""
+    """Return the gradient of a parameter. A partial gradient is added up over the ranks, in a new tensor."""
     gradient = parameter.grad
     if not is_partial(gradient):
         return gradient  # type: ignore[no-any-return]

@@ -142,7 +142,7 @@ class Gathering:
 
     @property
     def root(self) -> Any:
-        """The model, or None if only parts of it are still in use."""
+        """The model, or None if nobody uses the whole model any more."""
         return self._root()
 
     def named_shards(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -23,7 +23,7 @@ class SecondBackward:
 
     Args:
         groups: FSDP's parameter groups.
-        root: Returns the model, or None if only parts of it are still in use.
+        root: Returns the model, or None if nobody uses the whole model any more.
         reshard: Frees all gathered parameters.
     """
 

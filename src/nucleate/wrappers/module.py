@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Container
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nucleate.devices import made_current
@@ -28,22 +28,8 @@ from nucleate.strategies.base import Strategy
 from nucleate.wrappers.compiled import compiled_like
 from nucleate.wrappers.delegation import Delegating
 from nucleate.wrappers.looks import LOOKS, look, shown_by
+from nucleate.wrappers.scaled_backward import refuse_plain_backward
 from nucleate.wrappers.special_methods import OPERATORS, Methods, bound, class_with, special_methods
-
-# The number of open `backward_allowed` contexts. A plain number and not a context variable: on accelerators the hooks
-# run in autograd's own threads, which do not see the caller's context.
-_backward_allowed = 0
-
-
-@contextmanager
-def backward_allowed() -> Iterator[None]:
-    """Surround a backward pass of a scaled loss. Outside of this context, backward through a scaling wrapper fails."""
-    global _backward_allowed
-    _backward_allowed += 1
-    try:
-        yield
-    finally:
-        _backward_allowed -= 1
 
 
 @final
@@ -182,9 +168,7 @@ class ModuleWrapper(Delegating):
             self._strategy.regain_shards(self.forward_module)
         output = precision.convert_output(output)
         if precision.scales_gradients and torch.is_grad_enabled():
-            from lightning_utilities.core.apply_func import apply_to_collection
-
-            apply_to_collection(output, Tensor, _refuse_plain_backward)
+            refuse_plain_backward(output)
         return output
 
     def _run_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -345,20 +329,6 @@ class ModuleWrapper(Delegating):
 
     def __repr__(self) -> str:
         return f"ModuleWrapper({self.module!r})"
-
-
-def _refuse_plain_backward(tensor: Tensor) -> None:
-    # A leaf, such as a parameter that forward returns, would keep the hook forever.
-    if tensor.requires_grad and not tensor.is_leaf:
-        tensor.register_hook(_check_backward)
-
-
-def _check_backward(_: Tensor) -> None:
-    if not _backward_allowed:
-        raise UsageError(
-            "loss.backward() was called, but the precision scales gradients and this loss is not scaled. Call "
-            "runtime.backward(loss). No gradient was changed."
-        )
 
 
 def _blank(methods: Methods) -> ModuleWrapper:
