@@ -118,11 +118,12 @@ def test_what_a_thread_starts_inside_eager_is_real() -> None:
 
 
 def test_a_thread_that_outlives_the_context_goes_on_unrecorded() -> None:
-    ended, made = threading.Event(), []
+    begun, ended, made = threading.Event(), threading.Event(), []
 
     def work() -> None:
         assert is_recording()
-        ended.wait(10)
+        begun.set()
+        assert ended.wait(30)
         assert not is_recording()
         made.append(nn.Linear(3, 3))
         made.append(torch.rand(3))
@@ -131,6 +132,8 @@ def test_a_thread_that_outlives_the_context_goes_on_unrecorded() -> None:
         model = nn.Linear(3, 3)
         thread = threading.Thread(target=work)
         thread.start()
+        # A thread that is slow to start would find the context ended.
+        assert begun.wait(30)
     state = torch.get_rng_state()
     ended.set()
     thread.join()
