@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
@@ -13,8 +13,11 @@ from nucleate.cluster.environment import Environment
 from nucleate.devices import take_device
 from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
-from nucleate.registry import PRECISIONS, STRATEGIES
+from nucleate.registry import LOGGERS, PRECISIONS, STRATEGIES
 from nucleate.strategies.base import Strategy
+
+if TYPE_CHECKING:
+    from nucleate.loggers.group import LoggerGroup
 
 #: The precision of a `Runtime` without a choice.
 _DEFAULT_PRECISION = "no-cast"
@@ -91,3 +94,22 @@ class Components:
         names = (part.name or type(part).__name__ for part in (self.accelerator, self.strategy, self.precision))
         accelerator, strategy, precision = names
         return f"{accelerator}, {strategy}{ranks}, {precision}"
+
+
+def choose_loggers(loggers: Any, writes: bool) -> LoggerGroup | None:
+    """Look up names of loggers, or return None without a logger.
+
+    Args:
+        loggers: See `Runtime`.
+        writes: Whether this process writes.
+
+    Raises:
+        PluginNotFoundError: No logger has that name.
+        ConfigurationError: An object cannot log metrics.
+        MissingDependencyError: The package that a logger writes with is not installed.
+    """
+    if loggers is None or (isinstance(loggers, (list, tuple)) and not loggers):
+        return None
+    from nucleate.loggers.group import LoggerGroup
+
+    return LoggerGroup(loggers, LOGGERS.create, writes)

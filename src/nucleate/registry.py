@@ -216,3 +216,16 @@ INTEGRATIONS = Registry(
     },
     known={"transformers": "pip install nucleate-transformers"},
 )
+
+#: A logger need not be a plugin: `Runtime` takes any object with `log_metrics(metrics, step)`.
+LOGGERS = Registry(
+    kind="logger",
+    group="nucleate.loggers",
+    base="nucleate.loggers.base:Logger",
+    builtins={
+        "csv": "nucleate.loggers.csv_logger:CSVLogger",
+        "tensorboard": "nucleate.loggers.tensorboard:TensorBoardLogger",
+        "wandb": "nucleate.loggers.wandb:WandbLogger",
+        "mlflow": "nucleate.loggers.mlflow:MLFlowLogger",
+    },
+)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from nucleate.accelerators.base import Accelerator
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
-from nucleate.composition import Components
+from nucleate.composition import Components, choose_loggers
 from nucleate.deferred import ElementSource, deferred, eager, is_recording, outside_inference_mode, resumed
 from nucleate.devices import made_current
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError
@@ -66,6 +66,9 @@ class Runtime:
             `"16-mixed"`, the name of an installed plugin, or a `Precision` casts as its page says.
         plugins: Names of installed integrations, or `Integration` objects, which know how another library makes its
             models. None takes every installed integration whose library is imported when a model is constructed.
+        loggers: Where `log` and `log_dict` write, on rank 0: a logger or a list of them. A logger is `"csv"`,
+            `"tensorboard"`, `"wandb"`, `"mlflow"`, the name of an installed plugin, a `nucleate.loggers.Logger`, or any
+            object with a method `log_metrics(metrics, step)`, such as a logger of Lightning Fabric.
         verify: Whether `setup` makes parameters and buffers a second time, sequentially and whole, and compares them
             bit for bit with the tensors that it installed on this rank. `setup` then also compares every element that
             several ranks hold. True takes a sample of all kinds of recipes, of at most 2**24 elements. `"all"` takes
@@ -95,6 +98,7 @@ class Runtime:
         num_nodes: int = 1,
         precision: str | int | Precision | None = None,
         plugins: Sequence[str | Integration] | None = None,
+        loggers: Any = None,
         verify: bool | str = False,
     ) -> None:
         if not isinstance(verify, bool) and verify != "all":
@@ -107,6 +111,7 @@ class Runtime:
         self._environment, self._device = environment, parts.device
         self._communicator = Communicator(environment, parts.device)
         self._integrations = Integrations(plugins, parts.shown)
+        self._loggers = choose_loggers(loggers, self.is_global_zero)
         self._launched = False
         # The models that were set up, without shells.
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -183,6 +188,8 @@ class Runtime:
                 process_group.start(self._environment, self._accelerator.backend, self._strategy.timeout, self._device)
             self._strategy.connect(self._device, self._environment)
             self._integrations.connect()
+            if self._loggers is not None:
+                self._loggers.connect(self._communicator)
             self._launched = True
         return function(self, *args, **kwargs) if function is not None else None
 
@@ -477,6 +484,41 @@ class Runtime:
             # This also happens if rank 0 raised an error. The other ranks continue and do not wait forever.
             if self.is_global_zero:
                 self._communicator.barrier()
+
+    # -- logs ----------------------------------------------------------------------------------------------
+
+    @property
+    def loggers(self) -> list[Any]:
+        """The loggers that the runtime was given."""
+        return [] if self._loggers is None else list(self._loggers.loggers)
+
+    @property
+    def logger(self) -> Any:
+        """The first logger.
+
+        Raises:
+            UsageError: The runtime was not given a logger.
+        """
+        if not self.loggers:
+            raise UsageError("this runtime has no logger. Give it one, as in Runtime(loggers='csv').")
+        return self.loggers[0]
+
+    def log(self, name: str, value: Any, step: int | None = None) -> None:
+        """Write a metric by each logger, on rank 0. See `log_dict`."""
+        self.log_dict({name: value}, step)
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Write metrics by each logger, on rank 0. The values are rank 0's; `all_reduce` averages over the ranks.
+
+        Args:
+            metrics: Numbers by name. Tensors of one element become numbers. Other values are passed to the loggers.
+            step: The number of the step. None takes the step after the last one that was logged.
+
+        Raises:
+            UsageError: A tensor has several elements, or `step` is not an integer.
+        """
+        if self._loggers is not None:
+            self._loggers.log(metrics, step)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
