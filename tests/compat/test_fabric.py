@@ -86,11 +86,11 @@ def test_every_name_leads_to_an_object(module: str, name: str, stand_in: None) -
 
 
 def test_the_modules_and_names_are_fabrics_own() -> None:
-    pytest.importorskip("lightning")
+    pytest.importorskip("lightning_fabric")
     code = f"""
 import importlib
 for module, names in {MODULES!r}.items():
-    if module.startswith("lightning.fabric") or module == "lightning":
+    if module.startswith("lightning_fabric"):
         real = importlib.import_module(module)
         print(*(f"{{module}}.{{name}}" for name in names if not hasattr(real, name)))
 """
@@ -109,23 +109,23 @@ def test_a_name_that_is_not_carried_is_named(stand_in: None) -> None:
 
 
 def test_an_installed_lightning_is_replaced_only_by_force() -> None:
-    pytest.importorskip("lightning")
+    pytest.importorskip("lightning_fabric")
     with pytest.raises(UsageError, match=r"force=True"):
         install()
     assert not any("Stand" in type(finder).__name__ for finder in sys.meta_path)
 
 
 def test_the_real_modules_come_back() -> None:
-    pytest.importorskip("lightning")
+    pytest.importorskip("lightning_fabric")
     code = """
-import lightning.fabric
+import lightning_fabric
 from nucleate.compat.fabric import install, uninstall
 install(force=True)
-import lightning.fabric as other
+import lightning_fabric as other
 assert other.Fabric.__module__ == "nucleate.compat.runtime"
 uninstall()
-import lightning.fabric as again
-assert again.Fabric.__module__ == "lightning.fabric.fabric", again.Fabric
+import lightning_fabric as again
+assert again.Fabric.__module__ == "lightning_fabric.fabric", again.Fabric
 uninstall()
 """
     done = run("-W", "ignore", "-c", code)

@@ -74,7 +74,7 @@ _FABRIC: dict[str, dict[str, str]] = {
     ".strategies.single_device": {"SingleDeviceStrategy": _STRATEGIES["SingleDeviceStrategy"]},
     ".strategies.strategy": {"Strategy": _STRATEGIES["Strategy"]},
     ".utilities": {
-        **_RANK_ZERO_NAMES,
+        **{name: target for name, target in _RANK_ZERO_NAMES.items() if name != "rank_zero_debug"},
         **_THROUGHPUT,
         "AttributeDict": f"{_PIECES}.attribute_dict:AttributeDict",
         "LightningEnum": "lightning_utilities.core.enums:StrEnum",
