@@ -37,7 +37,10 @@ from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
 from nucleate.shells import inside, without_shells
 from nucleate.strategies.base import Strategy
+from nucleate.strategies.clip import refuse_limits
+from nucleate.wrappers.accumulation import Accumulation
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
+from nucleate.wrappers.deliveries import Deliveries
 from nucleate.wrappers.module import ModuleWrapper
 from nucleate.wrappers.optimizer import OptimizerWrapper, check_trainable
 from nucleate.wrappers.scaled_backward import backward_allowed
@@ -115,6 +118,8 @@ class Runtime:
         self._launched = False
         # The models that were set up, without shells.
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._deliveries = Deliveries()
+        self._accumulation = Accumulation(self._deliveries, self._models)
 
     def __repr__(self) -> str:
         return f"Runtime({self._parts})"
@@ -365,7 +370,7 @@ class Runtime:
         for model in self._models:
             LiveLayout.of(model).check_once()
         with backward_allowed(), self._strategy.step_context():
-            self._strategy.backward(self._precision.scale(loss))
+            self._strategy.backward(self._precision.scale(self._accumulation.divided(loss)))
 
     def clip_gradients(
         self,
@@ -389,7 +394,8 @@ class Runtime:
                 True, unless the precision scales the loss: then overflows are expected, and the step is skipped.
 
         Returns:
-            The norm before clipping, equal on every rank, or None when clipping by value.
+            The norm before clipping, equal on every rank. None when clipping by value, and inside `accumulate` before
+            the last micro-batch, where nothing is clipped.
 
         Raises:
             ConfigurationError: Both or neither of `clip_val` and `max_norm` were given, or the limit is negative.
@@ -402,6 +408,10 @@ class Runtime:
         for live in self._live_in(model):
             live.refuse_emptied("clip_gradients")
         inner = optimizer.optimizer if isinstance(optimizer, OptimizerWrapper) else optimizer
+        refuse_limits(max_norm=max_norm, norm_type=norm_type, clip_val=clip_val)
+        if self._accumulation.holds(inner):
+            return None
+        self._accumulation.complete(inner)
         self._precision.unscale(inner)
         if error_if_nonfinite is None:
             error_if_nonfinite = not self._precision.scales_gradients
@@ -429,15 +439,44 @@ class Runtime:
         Raises:
             UsageError: The module was not set up.
         """
-        model = inside(module, ModuleWrapper)
-        if not isinstance(model, ModuleWrapper):
-            raise UsageError(
-                f"no_backward_sync takes the model that `setup` returned, not {type(model).__name__}. Set it up first."
-            )
+        model = self._set_up(module, "no_backward_sync")
         with ExitStack() as stack:
             if enabled:
                 stack.enter_context(self._strategy.no_backward_sync(model.forward_module))
             yield
+
+    @contextmanager
+    def accumulate(self, *models: nn.Module, every: int, last: bool | None = None) -> Iterator[bool]:
+        """Surround the forward, backward and step of one micro-batch, of which several make a step.
+
+        The block counts. Before the last micro-batch of a step, gradients are not exchanged, and `clip_gradients` and
+        the `step` of the models' optimizers do nothing. `zero_grad` never clears gradients that the next step needs.
+        `backward` divides each loss by the number of micro-batches, so the gradients are those of one large batch whose
+        loss is a mean. The last batch of an epoch makes a step too, with the average of fewer micro-batches.
+
+        Args:
+            models: The models that `setup` returned and that train together.
+            every: The number of micro-batches of a step.
+            last: Whether this micro-batch is the last of its step, whatever the count is. None asks the loader of
+                `setup_dataloaders` that has delivered the batch; a stream has no length, so pass the flag there. False
+                does not ask: pass it if you split the batches of a loader into micro-batches.
+
+        Yields:
+            Whether this micro-batch is the last of its step, for example to step a scheduler.
+
+        Raises:
+            ConfigurationError: `every` is not a positive integer.
+            UsageError: A model was not set up, the block is inside another one, or several blocks share a batch of a
+                loader and `last` is None.
+        """
+        originals = [inside(self._set_up(model, "accumulate").module) for model in models]
+        if not models:
+            raise UsageError("accumulate() was called without a model.")
+        with ExitStack() as stack:
+            is_last = stack.enter_context(self._accumulation.micro_batch(originals, every, last))
+            for model in models:
+                stack.enter_context(self.no_backward_sync(model, enabled=not is_last))
+            yield is_last
 
     # -- ranks ---------------------------------------------------------------------------------------------
 
@@ -674,6 +713,15 @@ class Runtime:
 
     # -- inside --------------------------------------------------------------------------------------------
 
+    def _set_up(self, module: nn.Module, method: str) -> ModuleWrapper:
+        """Return the wrapper of a model that was set up, or refuse the argument of a method."""
+        model = inside(module, ModuleWrapper) if isinstance(module, nn.Module) else module
+        if not isinstance(model, ModuleWrapper):
+            raise UsageError(
+                f"{method} takes the model that `setup` returned, not {type(model).__name__}. Set it up first."
+            )
+        return model
+
     def _live_in(self, state: Any) -> Iterator[LiveLayout]:
         """Yield the layouts of the models in a state."""
         if isinstance(state, dict):
@@ -702,7 +750,7 @@ class Runtime:
         check_trainable(optimizer, parameters, known, self.world_size)
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> OptimizerWrapper:
-        return OptimizerWrapper(optimizer, self._precision, self._strategy, self._check_trainable)
+        return OptimizerWrapper(optimizer, self._precision, self._strategy, self._check_trainable, self._accumulation)
 
     def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
         return prepare(
@@ -713,4 +761,5 @@ class Runtime:
             seed=self._communicator.broadcast(torch.initial_seed()),
             seed_workers=last_seed() is None or seeds_workers(),
             use_distributed_sampler=use_sampler,
+            deliveries=self._deliveries,
         )

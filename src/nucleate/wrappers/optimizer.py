@@ -13,10 +13,11 @@ from nucleate.deferred import handle_of
 from nucleate.errors import UsageError, name_list
 from nucleate.precision.base import Precision
 from nucleate.strategies.base import Strategy
+from nucleate.wrappers.accumulation import Accumulation
 from nucleate.wrappers.replaced import refuse_replaced
 
 #: The attributes of the wrapper itself. A scheduler patches the `step` of the optimizer that it gets: the wrapper.
-_OWN = ("optimizer", "precision", "strategy", "_check", "step")
+_OWN = ("optimizer", "precision", "strategy", "_check", "_accumulation", "step")
 
 
 @final
@@ -29,12 +30,14 @@ class OptimizerWrapper(Optimizer):
         strategy: Surrounds each step and reads the state to save. None does neither.
         check: Refuses parameters that the optimizer cannot train, before they are added. None accepts all that are in
             their model.
+        accumulation: Lets the optimizer wait for the last micro-batch of a step. None always steps.
     """
 
     optimizer: Optimizer
     precision: Precision
     strategy: Strategy | None
     _check: Callable[[Optimizer, Iterable[Any]], None] | None
+    _accumulation: Accumulation | None
 
     # The base's __init__ is not called: it would make a second set of parameter groups, state and hooks.
     def __init__(
@@ -43,8 +46,10 @@ class OptimizerWrapper(Optimizer):
         precision: Precision,
         strategy: Strategy | None = None,
         check: Callable[[Optimizer, Iterable[Any]], None] | None = None,
+        accumulation: Accumulation | None = None,
     ) -> None:
         self.__dict__.update(optimizer=optimizer, precision=precision, strategy=strategy, _check=check)
+        self.__dict__["_accumulation"] = accumulation
 
     # `isinstance` looks at the type first and at `__class__` second, so both answers are true. A subclass of the user's
     # class would inherit its methods, and these would write their attributes to the wrapper.
@@ -90,13 +95,17 @@ class OptimizerWrapper(Optimizer):
         Returns:
             The result of the optimizer's step, or None if the step was skipped.
         """
+        if self._accumulation is not None and self._accumulation.hold_step(self.optimizer, closure):
+            return None
         if self.strategy is None:
             return self.precision.step(self.optimizer, closure)
         with self.strategy.optimizer_step_context(self.optimizer):
             return self.precision.step(self.optimizer, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the optimizer's parameters."""
+        """Clear the gradients of the optimizer's parameters, unless `Runtime.accumulate` still needs them."""
+        if self._accumulation is not None and self._accumulation.keeps_gradients(self.optimizer):
+            return
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -156,7 +165,7 @@ class OptimizerWrapper(Optimizer):
             delattr(self.optimizer, name)
 
     def __copy__(self) -> OptimizerWrapper:
-        return OptimizerWrapper(self.optimizer, self.precision, self.strategy, self._check)
+        return OptimizerWrapper(self.optimizer, self.precision, self.strategy, self._check, self._accumulation)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
         """Copy the optimizer, but keep the same precision and strategy."""
@@ -170,7 +179,7 @@ class OptimizerWrapper(Optimizer):
         return _empty, (), {"optimizer": self.optimizer, "precision": self.precision}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"strategy": None, "_check": None, **state})
+        self.__dict__.update({"strategy": None, "_check": None, "_accumulation": None, **state})
 
     def __repr__(self) -> str:
         return f"OptimizerWrapper({self.optimizer!r})"
