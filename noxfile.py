@@ -69,7 +69,7 @@ def lint(session: nox.Session) -> None:
 @shared
 def layers(session: nox.Session) -> None:
     """Hold the layers with import-linter."""
-    sources = ["src", *(f"plugins/{plugin}/src" for plugin in ("nucleate-bitsandbytes", "nucleate-transformers"))]
+    sources = ["src", *(str(path / "src") for path in sorted(Path("plugins").iterdir()))]
     run(session, "lint-imports", env={"PYTHONPATH": os.pathsep.join(sources)})
 
 
