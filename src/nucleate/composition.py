@@ -9,12 +9,15 @@ import torch
 
 from nucleate.accelerators.base import Accelerator
 from nucleate.accelerators.choice import choose
+from nucleate.cluster.backends import beside_host, check_backend
 from nucleate.cluster.environment import Environment
 from nucleate.devices import take_device
+from nucleate.errors import PluginNotFoundError
 from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
-from nucleate.registry import LOGGERS, PRECISIONS, STRATEGIES
+from nucleate.registry import LOGGERS, PRECISIONS
 from nucleate.strategies.base import Strategy
+from nucleate.strategies.choice import choose as choose_strategy
 
 if TYPE_CHECKING:
     from nucleate.loggers.group import LoggerGroup
@@ -51,9 +54,9 @@ class Components:
     @classmethod
     def choose(
         cls,
-        accelerator: str | Accelerator,
+        accelerator: str | Accelerator | None,
         precision: str | int | Precision | None,
-        strategy: str | Strategy,
+        strategy: str | Strategy | None,
         environment: Environment,
     ) -> Self:
         """Look names up, and let each plugin check the others.
@@ -68,21 +71,32 @@ class Components:
             PluginNotFoundError: No plugin of that kind has that name.
             ConfigurationError: A part is missing, or does not work with the others.
         """
-        if strategy == "auto":
-            strategy = "ddp" if environment.world_size > 1 else "single_device"
         if precision is None:
             precision = _DEFAULT_PRECISION
         if isinstance(precision, (str, int)):
             precision = _PRECISION_ALIASES.get(str(precision), str(precision))
         chosen = choose(accelerator)
+        if str(precision).startswith("transformer-engine") and precision not in PRECISIONS.names():
+            raise PluginNotFoundError(
+                f"precision={precision!r} needs a plugin for Transformer Engine, which does not exist yet. Use "
+                "'bf16-mixed' or 'bf16-true'."
+            )
         precision = cast(Precision, PRECISIONS.choose(precision))
-        strategy = cast(Strategy, STRATEGIES.choose(strategy))
+        strategy = choose_strategy(strategy, environment.world_size)
         device = chosen.select(environment.local_rank)
         take_device(device, chosen)
         parts = cls(chosen, precision, strategy, environment, device)
         for part in (chosen, precision, strategy):
             part.check(parts.shown)
+        if strategy.process_group_backend is not None:
+            check_backend(parts.backend, device)
         return parts
+
+    @property
+    def backend(self) -> str:
+        """The torch.distributed backend of the processes: the strategy's own, else the accelerator's."""
+        asked = self.strategy.process_group_backend
+        return self.accelerator.backend if asked is None else beside_host(asked, self.device)
 
     @property
     def shown(self) -> Composition:

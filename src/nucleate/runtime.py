@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import builtins
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from nucleate.accelerators.base import Accelerator
+from nucleate.callbacks import Callbacks
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
 from nucleate.composition import Components, choose_loggers
@@ -26,12 +27,12 @@ from nucleate.deferred import ElementSource, deferred, eager, is_recording, outs
 from nucleate.devices import made_current
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError
 from nucleate.integrations.active import Integrations
-from nucleate.integrations.base import Integration
 from nucleate.layout import Layout, LiveLayout
 from nucleate.materialize.block import Block
 from nucleate.materialize.inference_tensors import replace_inference_tensors
 from nucleate.materialize.vacancies import adopt_vacancies
 from nucleate.model_setup import ModelSetup, agree_on_generators
+from nucleate.plugin_choices import PluginChoices, PluginInput
 from nucleate.precision.base import Precision
 from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
@@ -57,18 +58,22 @@ class Runtime:
 
     Args:
         accelerator: `"auto"` (torch's current accelerator, an installed plugin whose device is there, or the CPU),
-            `"cpu"`, `"cuda"`, torch's name of any other kind of device, the name of an installed plugin, or an
-            `Accelerator`.
+            `"gpu"` (the same without the CPU), `"cpu"`, `"cuda"`, torch's name of any other kind of device, the name of
+            an installed plugin, or an `Accelerator`. None is `"auto"`. Names may be in upper case.
         strategy: `"auto"` (DDP in several processes, else a single device), `"single_device"`, `"ddp"`, `"fsdp"`,
-            the name of an installed plugin, or a `Strategy`.
+            the name of an installed plugin, or a `Strategy`. None is `"auto"`. Names may be in upper case.
         devices: The number of processes that each node must have. `"auto"` accepts the number that the launcher
             started.
         num_nodes: The number of nodes that the run must have.
         precision: None, the default, casts nothing: parameters, buffers, inputs and outputs keep the dtypes that the
             constructor and the user chose. `"32-true"`, `"64-true"`, `"bf16-true"`, `"16-true"`, `"bf16-mixed"`,
             `"16-mixed"`, the name of an installed plugin, or a `Precision` casts as its page says.
-        plugins: Names of installed integrations, or `Integration` objects, which know how another library makes its
-            models. None takes every installed integration whose library is imported when a model is constructed.
+        plugins: One plugin or several: a `Precision`, an `Environment` that takes the place of the launcher's
+            variables, readers and writers of checkpoints, and integrations or their names, which know how another
+            library makes its models. Without an integration in the list, every installed one is active whose library
+            is imported when a model is constructed. A list with integrations names all that are active, beside those
+            of nucleate itself.
+        callbacks: One callback or several: any objects, whose methods `call` calls, or names of installed callbacks.
         loggers: Where `log` and `log_dict` write, on rank 0: a logger or a list of them. A logger is `"csv"`,
             `"tensorboard"`, `"wandb"`, `"mlflow"`, the name of an installed plugin, a `nucleate.loggers.Logger`, or any
             object with a method `log_metrics(metrics, step)`, such as a logger of Lightning Fabric.
@@ -95,25 +100,28 @@ class Runtime:
     def __init__(
         self,
         *,
-        accelerator: str | Accelerator = "auto",
-        strategy: str | Strategy = "auto",
+        accelerator: str | Accelerator | None = "auto",
+        strategy: str | Strategy | None = "auto",
         devices: int | str = "auto",
         num_nodes: int = 1,
         precision: str | int | Precision | None = None,
-        plugins: Sequence[str | Integration] | None = None,
+        plugins: PluginInput | Iterable[PluginInput] | None = None,
+        callbacks: object = None,
         loggers: Any = None,
         verify: bool | str = False,
     ) -> None:
         if not isinstance(verify, bool) and verify != "all":
             raise ConfigurationError(f"verify={verify!r} must be False, True (a sample) or 'all'.")
         self._verify = verify
-        environment = Environment.detect()
+        self._plugins = choices = PluginChoices.of(plugins, precision)
+        self._callbacks = Callbacks.of(callbacks)
+        environment = Environment.detect() if choices.environment is None else choices.environment
         environment.check_request(devices, num_nodes)
-        self._parts = parts = Components.choose(accelerator, precision, strategy, environment)
+        self._parts = parts = Components.choose(accelerator, choices.precision, strategy, environment)
         self._accelerator, self._precision, self._strategy = parts.accelerator, parts.precision, parts.strategy
         self._environment, self._device = environment, parts.device
         self._communicator = Communicator(environment, parts.device)
-        self._integrations = Integrations(plugins, parts.shown)
+        self._integrations = Integrations(choices.integrations, parts.shown)
         self._loggers = choose_loggers(loggers, self.is_global_zero)
         self._launched = False
         # The models that were set up, without shells.
@@ -140,6 +148,11 @@ class Runtime:
     def strategy(self) -> Strategy:
         """The strategy plugin."""
         return self._strategy
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """The callbacks, in the order in which `call` calls them. The list is a copy."""
+        return list(self._callbacks)
 
     @property
     def device(self) -> torch.device:
@@ -190,13 +203,26 @@ class Runtime:
             if self._strategy.distributed or self._environment.world_size > 1:
                 from nucleate.cluster import process_group
 
-                process_group.start(self._environment, self._accelerator.backend, self._strategy.timeout, self._device)
+                process_group.start(self._environment, self._parts.backend, self._strategy.timeout, self._device)
             self._strategy.connect(self._device, self._environment)
             self._integrations.connect()
             if self._loggers is not None:
                 self._loggers.connect(self._communicator)
             self._launched = True
         return function(self, *args, **kwargs) if function is not None else None
+
+    def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        """Call a method of every callback that has it, in their order.
+
+        Args:
+            hook_name: The name of the method. It may be any name.
+            args: Positional arguments of the method.
+            kwargs: Keyword arguments of the method. A method that does not name one of them does not get it.
+
+        Raises:
+            UsageError: A callback has the name, but it is not a method.
+        """
+        self._callbacks.call(hook_name, *args, **kwargs)
 
     @staticmethod
     def seed_everything(seed: int, workers: bool = True) -> int:
@@ -300,6 +326,7 @@ class Runtime:
         setup = ModelSetup(self._parts, self._communicator, self._integrations, self._verify)
         wrapped = setup.run(model, optimizers, self._models)
         self._models.add(inside(wrapped.module))
+        self.call("on_after_setup", runtime=self, fabric=self, module=wrapped)
         return (wrapped, *map(self._wrap_optimizer, optimizers)) if optimizers else wrapped
 
     def setup_module(self, model: nn.Module) -> ModuleWrapper:
@@ -608,6 +635,8 @@ class Runtime:
                 asynchronous=asynchronous,
                 keep_last=keep_last,
                 keys=keys,
+                writers=self._plugins.writers,
+                one_file=self._strategy.saves_one_file,
             )
 
     def load(
@@ -644,6 +673,7 @@ class Runtime:
                 strict=strict,
                 remainder=wanted,
                 reader=reader,
+                readers=self._plugins.readers,
                 prepare=self._prepare_to_load,
             )
 
@@ -690,6 +720,7 @@ class Runtime:
                 prefix=prefix,
                 keys=keys,
                 reader=reader,
+                readers=self._plugins.readers,
                 mmap=mmap,
                 prepare=self._prepare_to_load,
             )
@@ -750,7 +781,11 @@ class Runtime:
         check_trainable(optimizer, parameters, known, self.world_size)
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> OptimizerWrapper:
-        return OptimizerWrapper(optimizer, self._precision, self._strategy, self._check_trainable, self._accumulation)
+        wrapped = OptimizerWrapper(
+            optimizer, self._precision, self._strategy, self._check_trainable, self._accumulation
+        )
+        wrapped.after_step(self._callbacks)
+        return wrapped
 
     def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
         return prepare(

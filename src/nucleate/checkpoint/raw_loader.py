@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from nucleate.checkpoint.loading.module_plan import Prepare, Ties, plan_module
 from nucleate.checkpoint.loading.report import Finding, LoadReport
 from nucleate.checkpoint.loading.shell_keys import plain_stored
 from nucleate.checkpoint.loading.tensor_map import map_tensors
-from nucleate.checkpoint.readers import open_checkpoint
+from nucleate.checkpoint.readers import Reader, open_checkpoint
 from nucleate.checkpoint.rules.key_map import KeyMap
 from nucleate.checkpoint.state.entries import ParameterNames
 from nucleate.checkpoint.state.tree import KeyPath, key_of
@@ -41,7 +42,8 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
     *,
     prefix: str = "",
     keys: KeyMap | None = None,
-    reader: str | None = None,
+    reader: str | Reader | None = None,
+    readers: Sequence[Reader] = (),
     mmap: bool = False,
     prepare: Prepare | None = None,
 ) -> LoadReport:
@@ -61,6 +63,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
         keys: Other names for the keys, after `prefix`: a dict of regular expressions and replacements, a function, a
             rule such as `rename`, `concatenate` or `transpose`, or a list of these.
         reader: The format's name, if the files do not show it.
+        readers: Readers of further formats. They are asked first, and `reader` takes their names.
         mmap: Map deferred tensors on the CPU to the file's own pages, if they have the file's dtype and layout. They
             are ready at once, and take no memory of their own until they are written. The file must not be changed
             meanwhile.
@@ -85,7 +88,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
                 f"load_raw takes a path and then a torch.nn.Module, not {type(model).__name__}. For optimizers and "
                 "other state use `load`."
             )
-        contents = open_checkpoint(resolve(where), reader)
+        contents = open_checkpoint(resolve(where), reader, readers)
         prefix = prefix or _only_module(contents)
         contents, stored = _stored(contents, prefix, keys)
         stored = plain_stored(stored, model)

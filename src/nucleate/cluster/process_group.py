@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from nucleate.cluster.backends import serves
 from nucleate.cluster.environment import Environment
 from nucleate.errors import ConfigurationError
 
@@ -58,7 +59,7 @@ def start(environment: Environment, backend: str, timeout: timedelta, device: to
                 "the group."
             )
         return
-    bound = device if _serves(backend, device.type) else None
+    bound = device if device.type != "cpu" and serves(backend, device.type) else None
     dist.init_process_group(
         backend,
         store=_store(environment, timeout),
@@ -89,15 +90,6 @@ def gloo_beside(group: dist.ProcessGroup | None) -> str:
     """
     bound = getattr(group, "bound_device_id", None)
     return "gloo" if bound is None else f"cpu:gloo,{bound.type}:gloo"
-
-
-def _serves(backend: str, device_type: str) -> bool:
-    """Return whether a backend such as `"gloo"` or `"cpu:gloo,xpu:xccl"` exchanges tensors of an accelerator."""
-    if device_type == "cpu":
-        return False
-    if ":" in backend:
-        return any(part.partition(":")[0].strip() == device_type for part in backend.split(","))
-    return device_type in dist.Backend.backend_capability.get(backend.lower(), [])
 
 
 def stop() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterable
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,7 +17,15 @@ from nucleate.wrappers.accumulation import Accumulation
 from nucleate.wrappers.replaced import refuse_replaced
 
 #: The attributes of the wrapper itself. A scheduler patches the `step` of the optimizer that it gets: the wrapper.
-_OWN = ("optimizer", "precision", "strategy", "_check", "_accumulation", "step")
+_OWN = ("optimizer", "precision", "strategy", "_check", "_accumulation", "_hooks", "step")
+
+
+class Hooks(Protocol):
+    """The part of the callbacks that an optimizer needs."""
+
+    def call(self, hook_name: str, /, *args: Any, **kwargs: Any) -> None:
+        """Call a hook of every callback."""
+        ...
 
 
 @final
@@ -38,6 +46,7 @@ class OptimizerWrapper(Optimizer):
     strategy: Strategy | None
     _check: Callable[[Optimizer, Iterable[Any]], None] | None
     _accumulation: Accumulation | None
+    _hooks: Hooks | None
 
     # The base's __init__ is not called: it would make a second set of parameter groups, state and hooks.
     def __init__(
@@ -48,7 +57,7 @@ class OptimizerWrapper(Optimizer):
         check: Callable[[Optimizer, Iterable[Any]], None] | None = None,
         accumulation: Accumulation | None = None,
     ) -> None:
-        self.__dict__.update(optimizer=optimizer, precision=precision, strategy=strategy, _check=check)
+        self.__dict__.update(optimizer=optimizer, precision=precision, strategy=strategy, _check=check, _hooks=None)
         self.__dict__["_accumulation"] = accumulation
 
     # `isinstance` looks at the type first and at `__class__` second, so both answers are true. A subclass of the user's
@@ -100,7 +109,18 @@ class OptimizerWrapper(Optimizer):
         if self.strategy is None:
             return self.precision.step(self.optimizer, closure)
         with self.strategy.optimizer_step_context(self.optimizer):
-            return self.precision.step(self.optimizer, closure)
+            result = self.precision.step(self.optimizer, closure)
+        if self._hooks is not None:
+            self._hooks.call("on_after_optimizer_step", strategy=self.strategy, optimizer=self.optimizer)
+        return result
+
+    def after_step(self, hooks: Hooks) -> None:
+        """Call a hook after each step, with the strategy and the user's optimizer.
+
+        Args:
+            hooks: The object whose `call("on_after_optimizer_step", ...)` is called.
+        """
+        self.__dict__["_hooks"] = hooks
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the optimizer's parameters, unless `Runtime.accumulate` still needs them."""
@@ -165,7 +185,9 @@ class OptimizerWrapper(Optimizer):
             delattr(self.optimizer, name)
 
     def __copy__(self) -> OptimizerWrapper:
-        return OptimizerWrapper(self.optimizer, self.precision, self.strategy, self._check, self._accumulation)
+        clone = OptimizerWrapper(self.optimizer, self.precision, self.strategy, self._check, self._accumulation)
+        clone.__dict__["_hooks"] = self._hooks
+        return clone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
         """Copy the optimizer, but keep the same precision and strategy."""
@@ -179,7 +201,7 @@ class OptimizerWrapper(Optimizer):
         return _empty, (), {"optimizer": self.optimizer, "precision": self.precision}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"strategy": None, "_check": None, "_accumulation": None, **state})
+        self.__dict__.update({"strategy": None, "_check": None, "_accumulation": None, "_hooks": None, **state})
 
     def __repr__(self) -> str:
         return f"OptimizerWrapper({self.optimizer!r})"
