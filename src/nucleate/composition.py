@@ -9,6 +9,7 @@ import torch
 
 from nucleate.accelerators.base import Accelerator
 from nucleate.accelerators.choice import choose
+from nucleate.cluster.device_request import DeviceRequest
 from nucleate.cluster.environment import Environment
 from nucleate.devices import take_device
 from nucleate.plugin import Composition
@@ -52,6 +53,7 @@ class Components:
         precision: str | int | Precision | None,
         strategy: str | Strategy,
         environment: Environment,
+        request: DeviceRequest | None = None,
     ) -> Self:
         """Look names up, and let each plugin check the others.
 
@@ -59,23 +61,31 @@ class Components:
             accelerator: See `Runtime`.
             precision: See `Runtime`.
             strategy: See `Runtime`.
-            environment: The place of this process among all processes.
+            environment: The place of this process among all processes, as a launcher has set it.
+            request: The processes and devices to use; None takes what the launcher started.
 
         Raises:
             PluginNotFoundError: No plugin of that kind has that name.
             ConfigurationError: A part is missing, or does not work with the others.
         """
+        chosen = choose(accelerator)
+        request = request or DeviceRequest()
+        environment = request.resolve(environment, chosen.count, chosen.is_shared)
         if strategy == "auto":
             strategy = "ddp" if environment.world_size > 1 else "single_device"
         if precision is None:
             precision = _DEFAULT_PRECISION
         if isinstance(precision, (str, int)):
             precision = _PRECISION_ALIASES.get(str(precision), str(precision))
-        chosen = choose(accelerator)
         precision = cast(Precision, PRECISIONS.choose(precision))
         strategy = cast(Strategy, STRATEGIES.choose(strategy))
-        device = chosen.select(environment.local_rank)
-        take_device(device, chosen)
+        index = request.index(environment.local_rank)
+        if environment.is_planned:
+            # This process only starts the ranks: a device that it opened would lose memory, and could not be forked.
+            device = chosen.device_of(index)
+        else:
+            device = chosen.select(index)
+            take_device(device, chosen)
         parts = cls(chosen, precision, strategy, environment, device)
         for part in (chosen, precision, strategy):
             part.check(parts.shown)

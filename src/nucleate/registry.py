@@ -177,6 +177,7 @@ STRATEGIES = Registry(
         "single_device": "nucleate.strategies.single_device:SingleDeviceStrategy",
         "ddp": "nucleate.strategies.ddp:DDPStrategy",
         "fsdp": "nucleate.strategies.fsdp:FSDPStrategy",
+        **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), "nucleate.strategies.ddp:DDPStrategy"),
     },
 )
 

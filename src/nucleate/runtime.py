@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from nucleate.accelerators.base import Accelerator
+from nucleate.cluster import started_rank
 from nucleate.cluster.communicator import Communicator
+from nucleate.cluster.device_request import DeviceRequest
 from nucleate.cluster.environment import Environment
 from nucleate.composition import Components
 from nucleate.deferred import ElementSource, deferred, eager, is_recording, outside_inference_mode, resumed
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: The mark of an argument that was not given.
+_NOTHING: Any = object()
+
 
 class Runtime:
     """The builder, loader and launcher of models on one accelerator, precision and strategy.
@@ -58,9 +63,11 @@ class Runtime:
             `Accelerator`.
         strategy: `"auto"` (DDP in several processes, else a single device), `"single_device"`, `"ddp"`, `"fsdp"`,
             the name of an installed plugin, or a `Strategy`.
-        devices: The number of processes that each node must have. `"auto"` accepts the number that the launcher
-            started.
-        num_nodes: The number of nodes that the run must have.
+        devices: The number of processes on each node. `"auto"` and None accept the number that a launcher such as
+            torchrun started, and mean one process without a launcher. -1 means one process on each device; processes
+            share the CPU, so there -1 means one. `[0, 2]` and `"0,2"` name the device of each process. If several are
+            asked for and no launcher has started them, `launch` starts them.
+        num_nodes: The number of nodes that the run must have. Several nodes need torchrun.
         precision: None, the default, casts nothing: parameters, buffers, inputs and outputs keep the dtypes that the
             constructor and the user chose. `"32-true"`, `"64-true"`, `"bf16-true"`, `"16-true"`, `"bf16-mixed"`,
             `"16-mixed"`, the name of an installed plugin, or a `Precision` casts as its page says.
@@ -86,23 +93,29 @@ class Runtime:
         torch.Size([1, 2])
     """
 
+    # Whether this process has started ranks.
+    _has_supervised = False
+
     def __init__(
         self,
         *,
         accelerator: str | Accelerator = "auto",
         strategy: str | Strategy = "auto",
-        devices: int | str = "auto",
+        devices: int | str | Sequence[int] | None = "auto",
         num_nodes: int = 1,
         precision: str | int | Precision | None = None,
         plugins: Sequence[str | Integration] | None = None,
         verify: bool | str = False,
     ) -> None:
+        # All arguments, for `_renew`.
+        self._settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if not isinstance(verify, bool) and verify != "all":
             raise ConfigurationError(f"verify={verify!r} must be False, True (a sample) or 'all'.")
         self._verify = verify
-        environment = Environment.detect()
-        environment.check_request(devices, num_nodes)
-        self._parts = parts = Components.choose(accelerator, precision, strategy, environment)
+        request = DeviceRequest.parse(devices, num_nodes)
+        self._parts = parts = Components.choose(accelerator, precision, strategy, Environment.detect(), request)
+        environment = parts.environment
+        started_rank.join()
         self._accelerator, self._precision, self._strategy = parts.accelerator, parts.precision, parts.strategy
         self._environment, self._device = environment, parts.device
         self._communicator = Communicator(environment, parts.device)
@@ -163,10 +176,19 @@ class Runtime:
 
     # -- start ---------------------------------------------------------------------------------------------
 
-    def launch(self, function: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | None:
-        """Start the process group. A launcher such as torchrun starts the processes.
+    @overload
+    def launch(self) -> None: ...
 
-        You need not call this method: the methods that need the group start it.
+    @overload
+    def launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T: ...
+
+    def launch(self, function: Any = _NOTHING, *args: Any, **kwargs: Any) -> Any:
+        """Start the process group, and before it the processes that `devices` asks for, if no launcher has.
+
+        You need not call this method: the methods that need the group call it without a function.
+
+        Without a function, the script runs again in each of the processes. This process waits for them and ends with
+        their exit code, so nothing below this line runs in it. With a function, the processes run that function.
 
         Args:
             function: A function to call afterwards, as `function(runtime, *args, **kwargs)`.
@@ -174,8 +196,20 @@ class Runtime:
             kwargs: Keyword arguments of `function`.
 
         Returns:
-            The result of `function`, or None without a function.
+            The result of `function`: that of this process, or of rank 0 if this process started the ranks. None without
+            a function.
+
+        Raises:
+            UsageError: `function` is not a function, or the processes cannot be started from here.
+            RankFailedError: A process failed that this process has started.
         """
+        if function is not _NOTHING and not callable(function):
+            raise UsageError(
+                f"launch() takes a function, not {type(function).__name__}. Pass the function without calling it: "
+                "`launch(main)`, not `launch(main(runtime))`."
+            )
+        if self._environment.is_planned:
+            return self._start_ranks(function, args, kwargs)
         if not self._launched:
             if self._strategy.distributed or self._environment.world_size > 1:
                 from nucleate.cluster import process_group
@@ -184,7 +218,7 @@ class Runtime:
             self._strategy.connect(self._device, self._environment)
             self._integrations.connect()
             self._launched = True
-        return function(self, *args, **kwargs) if function is not None else None
+        return function(self, *args, **kwargs) if function is not _NOTHING else None
 
     @staticmethod
     def seed_everything(seed: int, workers: bool = True) -> int:
@@ -631,6 +665,30 @@ class Runtime:
         raise UsageError(f"this {type(model).__name__} has no layout: it was not set up. Call `setup` first.")
 
     # -- inside --------------------------------------------------------------------------------------------
+
+    def _start_ranks(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Start the ranks; see `launch`."""
+        from nucleate.process_start import start_function, start_script
+
+        if function is not _NOTHING:
+            result = start_function(self, function, args, kwargs)
+            self._has_supervised = True
+            return result
+        if self._has_supervised:
+            raise UsageError(
+                "the processes of this runtime have ended. If `launch` got a function, do everything that needs the "
+                "processes inside of that function."
+            )
+        self._has_supervised = True
+        return start_script(self)
+
+    def _renew(self) -> None:
+        """Make this runtime, which another process has made, one of this process."""
+        Runtime.__init__(self, **self._settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The set of models has weak references. `_renew` makes a new one.
+        return {name: value for name, value in vars(self).items() if name != "_models"}
 
     def _live_in(self, state: Any) -> Iterator[LiveLayout]:
         """Yield the layouts of the models in a state."""

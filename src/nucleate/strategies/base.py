@@ -39,6 +39,8 @@ class Strategy(Plugin):
         device: This process's device, set by `connect`.
         environment: The rank of this process and the world size, set by `connect`.
         timeout: The time that a collective waits for the other ranks before it fails.
+        start_method: The way in which `Runtime(devices=N)` starts processes; see `docs/how-to/several-processes.md`.
+            None chooses one.
     """
 
     kind: ClassVar[str] = "strategy"
@@ -51,6 +53,7 @@ class Strategy(Plugin):
     device: torch.device = torch.device("cpu")
     environment: Environment = Environment()
     timeout: timedelta = timedelta(minutes=10)
+    start_method: str | None = None
 
     def connect(self, device: torch.device, environment: Environment) -> None:
         """Store the device and the rank of this process. The process group has started before this call."""

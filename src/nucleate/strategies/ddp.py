@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from inspect import signature
+from typing import Self
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +15,10 @@ from nucleate.shells import plain_name
 from nucleate.strategies.averaging import Averaging, broadcast_buffers
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.parts import has_forward, parts_of
+from nucleate.strategies.start_method import checked_start_method
+
+#: Lightning Fabric's names that say how processes start.
+_START_METHODS = {"ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
 
 
 class DDPStrategy(Strategy):
@@ -29,6 +34,8 @@ class DDPStrategy(Strategy):
         bucket_cap_mb: The size of a bucket in MiB; torch chooses by default.
         sync_buffers: Broadcast rank 0's buffers before each forward.
         timeout: The time that a collective waits for the other ranks before it fails.
+        start_method: The way in which `Runtime(devices=N)` starts processes: `"popen"` runs the script again;
+            `"spawn"`, `"fork"` and `"forkserver"` run the function that `launch` gets. None chooses one.
     """
 
     name = "ddp"
@@ -43,6 +50,7 @@ class DDPStrategy(Strategy):
         bucket_cap_mb: float | None = None,
         sync_buffers: bool = True,
         timeout: timedelta = timedelta(minutes=10),
+        start_method: str | None = None,
     ) -> None:
         self.find_unused_parameters = find_unused_parameters
         self.static_graph = static_graph
@@ -50,7 +58,15 @@ class DDPStrategy(Strategy):
         self.bucket_cap_mb = bucket_cap_mb
         self.sync_buffers = sync_buffers
         self.timeout = timeout
+        self.start_method = checked_start_method(start_method)
         self._averaging = Averaging()
+
+    @classmethod
+    def from_name(cls, name: str) -> Self:
+        """Build the strategy with the start method that follows `"ddp_"` in Lightning Fabric's names."""
+        strategy = cls(start_method=_START_METHODS.get(name))
+        strategy.name = name
+        return strategy
 
     def module_init_context(self) -> AbstractContextManager[object]:
         """Return a context without effect: construction needs nothing special."""

@@ -25,6 +25,7 @@ from nucleate.strategies.parts import parts_of
 from nucleate.strategies.sharded_class import make_root, make_shardable
 from nucleate.strategies.sharded_copy import ShardedCopy
 from nucleate.strategies.sharded_step import sharded_step
+from nucleate.strategies.start_method import checked_start_method
 from nucleate.strategies.unshardable import refuse_unshardable
 from nucleate.strategies.unsteppable import refuse_unsteppable
 from nucleate.strategies.wrap_policy import WrapPolicy, find_units, size_of, whole_parameters
@@ -53,6 +54,8 @@ class FSDPStrategy(Strategy):
             communication). None lets FSDP choose; an integer reshards to a smaller group.
         num_replicas: HSDP: keep this many replicas, each sharded over `world_size / num_replicas` ranks.
         timeout: The time that a collective waits for the other ranks before it fails.
+        start_method: The way in which `Runtime(devices=N)` starts processes: `"popen"` runs the script again;
+            `"spawn"`, `"fork"` and `"forkserver"` run the function that `launch` gets. None chooses one.
     """
 
     name = "fsdp"
@@ -68,6 +71,7 @@ class FSDPStrategy(Strategy):
         reshard_after_forward: bool | int | None = None,
         num_replicas: int = 1,
         timeout: timedelta = timedelta(minutes=10),
+        start_method: str | None = None,
     ) -> None:
         if isinstance(wrap, str) and wrap != "auto":
             raise ConfigurationError(f"wrap={wrap!r} is not a policy. Give 'auto', classes of modules, or a function.")
@@ -79,6 +83,7 @@ class FSDPStrategy(Strategy):
         self.reshard_after_forward = reshard_after_forward
         self.num_replicas = num_replicas
         self.timeout = timeout
+        self.start_method = checked_start_method(start_method)
         self._mesh: DeviceMesh | None = None
         self._averaging = Averaging()
 
