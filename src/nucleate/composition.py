@@ -10,6 +10,7 @@ import torch
 from nucleate.accelerators.base import Accelerator
 from nucleate.accelerators.choice import choose
 from nucleate.cluster.backends import beside_host, check_backend
+from nucleate.cluster.device_request import DeviceRequest
 from nucleate.cluster.environment import Environment
 from nucleate.devices import take_device
 from nucleate.errors import PluginNotFoundError
@@ -58,6 +59,7 @@ class Components:
         precision: str | int | Precision | None,
         strategy: str | Strategy | None,
         environment: Environment,
+        request: DeviceRequest | None = None,
     ) -> Self:
         """Look names up, and let each plugin check the others.
 
@@ -65,17 +67,20 @@ class Components:
             accelerator: See `Runtime`.
             precision: See `Runtime`.
             strategy: See `Runtime`.
-            environment: The place of this process among all processes.
+            environment: The place of this process among all processes, as a launcher has set it.
+            request: The processes and devices to use; None takes what the launcher started.
 
         Raises:
             PluginNotFoundError: No plugin of that kind has that name.
             ConfigurationError: A part is missing, or does not work with the others.
         """
+        chosen = choose(accelerator)
+        request = request or DeviceRequest()
+        environment = request.resolve(environment, chosen.count, chosen.is_shared)
         if precision is None:
             precision = _DEFAULT_PRECISION
         if isinstance(precision, (str, int)):
             precision = _PRECISION_ALIASES.get(str(precision), str(precision))
-        chosen = choose(accelerator)
         if str(precision).startswith("transformer-engine") and precision not in PRECISIONS.names():
             raise PluginNotFoundError(
                 f"precision={precision!r} needs a plugin for Transformer Engine, which does not exist yet. Use "
@@ -83,8 +88,13 @@ class Components:
             )
         precision = cast(Precision, PRECISIONS.choose(precision))
         strategy = choose_strategy(strategy, environment.world_size)
-        device = chosen.select(environment.local_rank)
-        take_device(device, chosen)
+        index = request.index(environment.local_rank)
+        if environment.is_planned:
+            # This process only starts the ranks: a device that it opened would lose memory, and could not be forked.
+            device = chosen.device_of(index)
+        else:
+            device = chosen.select(index)
+            take_device(device, chosen)
         parts = cls(chosen, precision, strategy, environment, device)
         for part in (chosen, precision, strategy):
             part.check(parts.shown)

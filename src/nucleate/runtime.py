@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import builtins
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 
 from nucleate.accelerators.base import Accelerator
 from nucleate.callbacks import Callbacks
+from nucleate.cluster import started_rank
 from nucleate.cluster.communicator import Communicator
+from nucleate.cluster.device_request import DeviceRequest
 from nucleate.cluster.environment import Environment
 from nucleate.composition import Components, choose_loggers
 from nucleate.deferred import ElementSource, deferred, eager, is_recording, outside_inference_mode, resumed
@@ -52,6 +54,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: The mark of an argument that was not given.
+_NOTHING: Any = object()
+
 
 class Runtime:
     """The builder, loader and launcher of models on one accelerator, precision and strategy.
@@ -62,9 +67,11 @@ class Runtime:
             an installed plugin, or an `Accelerator`. None is `"auto"`. Names may be in upper case.
         strategy: `"auto"` (DDP in several processes, else a single device), `"single_device"`, `"ddp"`, `"fsdp"`,
             the name of an installed plugin, or a `Strategy`. None is `"auto"`. Names may be in upper case.
-        devices: The number of processes that each node must have. `"auto"` accepts the number that the launcher
-            started.
-        num_nodes: The number of nodes that the run must have.
+        devices: The number of processes on each node. `"auto"` and None accept the number that a launcher such as
+            torchrun started, and mean one process without a launcher. -1 means one process on each device; processes
+            share the CPU, so there -1 means one. `[0, 2]` and `"0,2"` name the device of each process. If several are
+            asked for and no launcher has started them, `launch` starts them.
+        num_nodes: The number of nodes that the run must have. Several nodes need torchrun.
         precision: None, the default, casts nothing: parameters, buffers, inputs and outputs keep the dtypes that the
             constructor and the user chose. `"32-true"`, `"64-true"`, `"bf16-true"`, `"16-true"`, `"bf16-mixed"`,
             `"16-mixed"`, the name of an installed plugin, or a `Precision` casts as its page says.
@@ -97,12 +104,15 @@ class Runtime:
         torch.Size([1, 2])
     """
 
-    def __init__(
+    # Whether this process has started ranks.
+    _has_supervised = False
+
+    def __init__(  # noqa: PLR0913 - the arguments that Lightning Fabric has too
         self,
         *,
         accelerator: str | Accelerator | None = "auto",
         strategy: str | Strategy | None = "auto",
-        devices: int | str = "auto",
+        devices: int | str | Sequence[int] | None = "auto",
         num_nodes: int = 1,
         precision: str | int | Precision | None = None,
         plugins: PluginInput | Iterable[PluginInput] | None = None,
@@ -110,14 +120,18 @@ class Runtime:
         loggers: Any = None,
         verify: bool | str = False,
     ) -> None:
+        # All arguments, for `_renew`.
+        self._settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if not isinstance(verify, bool) and verify != "all":
             raise ConfigurationError(f"verify={verify!r} must be False, True (a sample) or 'all'.")
         self._verify = verify
         self._plugins = choices = PluginChoices.of(plugins, precision)
         self._callbacks = Callbacks.of(callbacks)
-        environment = Environment.detect() if choices.environment is None else choices.environment
-        environment.check_request(devices, num_nodes)
-        self._parts = parts = Components.choose(accelerator, choices.precision, strategy, environment)
+        request = DeviceRequest.parse(devices, num_nodes)
+        environment = choices.environment or Environment.detect()
+        self._parts = parts = Components.choose(accelerator, choices.precision, strategy, environment, request)
+        environment = parts.environment
+        started_rank.join()
         self._accelerator, self._precision, self._strategy = parts.accelerator, parts.precision, parts.strategy
         self._environment, self._device = environment, parts.device
         self._communicator = Communicator(environment, parts.device)
@@ -186,10 +200,19 @@ class Runtime:
 
     # -- start ---------------------------------------------------------------------------------------------
 
-    def launch(self, function: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | None:
-        """Start the process group. A launcher such as torchrun starts the processes.
+    @overload
+    def launch(self) -> None: ...
 
-        You need not call this method: the methods that need the group start it.
+    @overload
+    def launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T: ...
+
+    def launch(self, function: Any = _NOTHING, *args: Any, **kwargs: Any) -> Any:
+        """Start the process group, and before it the processes that `devices` asks for, if no launcher has.
+
+        You need not call this method: the methods that need the group call it without a function.
+
+        Without a function, the script runs again in each of the processes. This process waits for them and ends with
+        their exit code, so nothing below this line runs in it. With a function, the processes run that function.
 
         Args:
             function: A function to call afterwards, as `function(runtime, *args, **kwargs)`.
@@ -197,8 +220,20 @@ class Runtime:
             kwargs: Keyword arguments of `function`.
 
         Returns:
-            The result of `function`, or None without a function.
+            The result of `function`: that of this process, or of rank 0 if this process started the ranks. None without
+            a function.
+
+        Raises:
+            UsageError: `function` is not a function, or the processes cannot be started from here.
+            RankFailedError: A process failed that this process has started.
         """
+        if function is not _NOTHING and not callable(function):
+            raise UsageError(
+                f"launch() takes a function, not {type(function).__name__}. Pass the function without calling it: "
+                "`launch(main)`, not `launch(main(runtime))`."
+            )
+        if self._environment.is_planned:
+            return self._start_ranks(function, args, kwargs)
         if not self._launched:
             if self._strategy.distributed or self._environment.world_size > 1:
                 from nucleate.cluster import process_group
@@ -209,7 +244,7 @@ class Runtime:
             if self._loggers is not None:
                 self._loggers.connect(self._communicator)
             self._launched = True
-        return function(self, *args, **kwargs) if function is not None else None
+        return function(self, *args, **kwargs) if function is not _NOTHING else None
 
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
         """Call a method of every callback that has it, in their order.
@@ -752,6 +787,30 @@ class Runtime:
                 f"{method} takes the model that `setup` returned, not {type(model).__name__}. Set it up first."
             )
         return model
+
+    def _start_ranks(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Start the ranks; see `launch`."""
+        from nucleate.process_start import start_function, start_script
+
+        if function is not _NOTHING:
+            result = start_function(self, function, args, kwargs)
+            self._has_supervised = True
+            return result
+        if self._has_supervised:
+            raise UsageError(
+                "the processes of this runtime have ended. If `launch` got a function, do everything that needs the "
+                "processes inside of that function."
+            )
+        self._has_supervised = True
+        return start_script(self)
+
+    def _renew(self) -> None:
+        """Make this runtime, which another process has made, one of this process."""
+        Runtime.__init__(self, **self._settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The set of models has weak references. `_renew` makes a new one.
+        return {name: value for name, value in vars(self).items() if name != "_models"}
 
     def _live_in(self, state: Any) -> Iterator[LiveLayout]:
         """Yield the layouts of the models in a state."""

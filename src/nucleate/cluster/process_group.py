@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from nucleate.cluster import started_rank
 from nucleate.cluster.backends import serves
 from nucleate.cluster.environment import Environment
 from nucleate.errors import ConfigurationError
@@ -96,6 +97,7 @@ def stop() -> None:
     """End the default process group if `start` started it, without waiting for the other ranks."""
     global _started_here
     if _started_here and is_running():
+        started_rank.note_end()
         # A gloo thread may still wait for the GIL, to release the tensors of the last collective. DTensor's caches keep
         # the group and so its threads alive beyond `destroy_process_group` (2.13). Python cancels a thread that asks
         # for the GIL while the interpreter ends, and C++ turns this into an abort. Sleeping gives the thread the GIL in

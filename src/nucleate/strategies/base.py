@@ -44,6 +44,8 @@ class Strategy(Plugin):
         activation_checkpointing_policy: The modules whose activations `finish` lets backward compute again; see
             `docs/how-to/train.md`. None keeps all activations.
         saves_one_file: Whether `Runtime.save` without a format refuses a path that stands for a folder.
+        start_method: The way in which `Runtime(devices=N)` starts processes; see `docs/how-to/several-processes.md`.
+            None chooses one.
     """
 
     kind: ClassVar[str] = "strategy"
@@ -59,6 +61,7 @@ class Strategy(Plugin):
     process_group_backend: str | None = None
     activation_checkpointing_policy: ModulePolicy | None = None
     saves_one_file: bool = False
+    start_method: str | None = None
 
     def connect(self, device: torch.device, environment: Environment) -> None:
         """Store the device and the rank of this process. The process group has started before this call."""

@@ -18,6 +18,10 @@ from nucleate.strategies.fabric_names import refuse_for_ddp
 from nucleate.strategies.group_options import checked_backend, checked_timeout
 from nucleate.strategies.module_policy import ModulePolicy, check_policy
 from nucleate.strategies.parts import has_forward, parts_of
+from nucleate.strategies.start_method import checked_start_method
+
+#: Lightning Fabric's names that say how processes start.
+_START_METHODS = {"ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
 
 
 class DDPStrategy(Strategy):
@@ -37,7 +41,8 @@ class DDPStrategy(Strategy):
             module; or a policy of torch.distributed.fsdp.wrap.
         process_group_backend: The torch.distributed backend of the ranks. None takes the accelerator's.
         timeout: The time that a collective waits for the other ranks before it fails.
-        broadcast_buffers: DDP's name of `sync_buffers`.
+        start_method: The way in which `Runtime(devices=N)` starts processes: `"popen"` runs the script again;
+            `"spawn"`, `"fork"` and `"forkserver"` run the function that `launch` gets. None chooses one.
         others: Further keywords of Lightning Fabric and DDP, which are refused with the reason.
 
     Raises:
@@ -59,6 +64,7 @@ class DDPStrategy(Strategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=10),
         broadcast_buffers: bool | None = None,
+        start_method: str | None = None,
         **others: Any,
     ) -> None:
         refuse_for_ddp(others)
@@ -77,12 +83,16 @@ class DDPStrategy(Strategy):
         self.activation_checkpointing_policy = activation_checkpointing_policy
         self.process_group_backend = checked_backend(process_group_backend)
         self.timeout = checked_timeout(timeout)
+        self.start_method = checked_start_method(start_method)
         self._averaging = Averaging()
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """Build the strategy `"ddp"`; after `"_find_unused_parameters_"` a name says `true` or `false`."""
-        strategy = cls(find_unused_parameters=name.endswith("_find_unused_parameters_true"))
+        """Build the strategy `"ddp"`; Lightning Fabric's longer names hold a start method or `true` or `false`."""
+        strategy = cls(
+            find_unused_parameters=name.endswith("_find_unused_parameters_true"),
+            start_method=_START_METHODS.get(name),
+        )
         strategy.name = name
         return strategy
 

@@ -35,6 +35,7 @@ from nucleate.strategies.parts import parts_of
 from nucleate.strategies.sharded_class import make_root, make_shardable
 from nucleate.strategies.sharded_copy import ShardedCopy
 from nucleate.strategies.sharded_step import sharded_step
+from nucleate.strategies.start_method import checked_start_method
 from nucleate.strategies.unshardable import refuse_unshardable
 from nucleate.strategies.unsteppable import refuse_unsteppable
 from nucleate.strategies.wrap_policy import find_units, size_of, whole_parameters
@@ -73,6 +74,8 @@ class FSDPStrategy(Strategy):
         device_mesh: The numbers of replicas and shards for `"HYBRID_SHARD"`.
         state_dict_type: With `"full"`, `save` refuses a path that stands for a folder, unless it gets a format. Under
             both values, the ending of the path decides between one file and a folder.
+        start_method: The way in which `Runtime(devices=N)` starts processes: `"popen"` runs the script again;
+            `"spawn"`, `"fork"` and `"forkserver"` run the function that `launch` gets. None chooses one.
         others: Further keywords of Lightning Fabric and FSDP1: accepted if `fully_shard` does the same, otherwise
             refused with the reason.
 
@@ -99,6 +102,7 @@ class FSDPStrategy(Strategy):
         sharding_strategy: str | ShardingStrategy | None = None,
         device_mesh: tuple[int, int] | None = None,
         state_dict_type: Literal["sharded", "full"] = "sharded",
+        start_method: str | None = None,
         **others: Any,
     ) -> None:
         refuse_for_fsdp(others)
@@ -114,6 +118,7 @@ class FSDPStrategy(Strategy):
         self.process_group_backend = checked_backend(process_group_backend)
         self.timeout = checked_timeout(timeout)
         self.saves_one_file = checked_state_dict_type(state_dict_type) == "full"
+        self.start_method = checked_start_method(start_method)
         self._sharding = sharding
         self._mesh: DeviceMesh | None = None
         self._averaging = Averaging()

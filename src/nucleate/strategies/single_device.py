@@ -38,11 +38,16 @@ class SingleDeviceStrategy(Strategy):
         Raises:
             ConfigurationError: There is more than one process.
         """
-        world_size = composition.environment.world_size
-        if world_size > 1:
+        environment = composition.environment
+        if environment.is_planned:
             raise ConfigurationError(
-                f"strategy 'single_device' runs in one process, but {composition.environment.launcher} started "
-                f"{world_size}. Use strategy='ddp' or 'fsdp', or start the script with plain python."
+                f"strategy 'single_device' runs in one process, but `devices` asks for {environment.world_size}. Use "
+                "strategy='ddp' or 'fsdp', or devices=1."
+            )
+        if environment.world_size > 1:
+            raise ConfigurationError(
+                f"strategy 'single_device' runs in one process, but {environment.launcher} started "
+                f"{environment.world_size}. Use strategy='ddp' or 'fsdp', or start the script with plain python."
             )
 
     def module_init_context(self) -> AbstractContextManager[object]:
