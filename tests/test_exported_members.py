@@ -69,7 +69,10 @@ PUBLIC = {
     "nucleate.precision": """
         FixedDtype FullPrecision HalfPrecision MixedPrecision NoCastPrecision Precision layers_to_freeze
     """,
-    "nucleate.report": "Progress anonymous_bytes format_bytes peak_rss_bytes progress save_loss_curve",
+    "nucleate.report": """
+        Progress Throughput ThroughputMonitor anonymous_bytes format_bytes measure_flops peak_rss_bytes progress
+        save_loss_curve
+    """,
     "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy declare_units",
     "nucleate.testing": """
         AcceleratorSuite IntegrationSuite MODELS PeakMemory PrecisionSuite ReaderSuite StrategySuite TinyConvNet

@@ -568,6 +568,36 @@ class Runtime:
         self.launch()
         return self._communicator.all_gather(data, sync_grads)
 
+    def gather_for_metrics(
+        self, data: Any, *, loader: DataLoaderWrapper | None = None, use_gather_object: bool = False
+    ) -> Any:
+        """Return the results of all ranks for the samples of a batch, each sample once, in the sampler's order.
+
+        A sampler repeats samples where their number does not divide by the number of ranks. They are left out here. So
+        metrics over an epoch are those of one process. Call it in the loop over a loader of `setup_dataloaders` with
+        the results of a batch, or after the loop with those of all batches.
+
+        Args:
+            data: A tensor with a row for each sample, or dicts, lists, tuples and dataclasses of such tensors. A list
+                of plain values, such as texts, has one for each sample too. A number, or a tensor without a dimension,
+                becomes a tensor with the value of each rank.
+            loader: The loader that the samples come from. None takes the one that has delivered the last batch.
+            use_gather_object: Whether `data` is a list with any object for each sample, such as tensors of different
+                shapes. The objects are pickled.
+
+        Returns:
+            The collection with the rows of all ranks. Its tensors carry no gradient history.
+
+        Raises:
+            UsageError: Some samples are repeated, but `data` does not have one row for each sample of a batch or of all
+                batches. Or two loops over loaders run in step, and `loader` does not say which one counts.
+            RankDisagreementError: The ranks bring different collections.
+        """
+        from nucleate.wrappers.metric_gather import gather_for_metrics
+
+        self.launch()
+        return gather_for_metrics(data, self._communicator, self._strategy, self._deliveries, loader, use_gather_object)
+
     def all_reduce(self, data: Any, reduce_op: str = "mean") -> Any:
         """Return the combination of every rank's tensors; see `Communicator.all_reduce`."""
         self.launch()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nucleate.devices import philox
 from nucleate.devices.hooks import DeviceHooks
+from nucleate.devices.peak_flops import peak_flops
 
 
 class CUDAHooks(DeviceHooks):
@@ -29,6 +30,11 @@ class CUDAHooks(DeviceHooks):
         """Return whether the device computes in bfloat16, natively or by emulation."""
         with torch.cuda.device(device):
             return bool(torch.cuda.is_bf16_supported())
+
+    def peak_flops(self, device: torch.device, dtype: torch.dtype) -> float | None:
+        """Return the device's peak from its data sheet, dense, or None for a device that is not in the table."""
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        return peak_flops(torch.cuda.get_device_name(device), dtype, tf32)
 
     def describe(self, device: torch.device) -> str:
         """Return the device's name, its number of multiprocessors, and the CUDA version that torch was built with."""

@@ -118,6 +118,15 @@ class DeviceHooks:
         asked = getattr(self.module(device), "is_bf16_supported", None)
         return True if asked is None else bool(asked())
 
+    def peak_flops(self, device: torch.device, dtype: torch.dtype) -> float | None:
+        """Return how many floating point operations the device can do in a second, or None where it is not known.
+
+        Args:
+            device: The device.
+            dtype: The dtype of the computation.
+        """
+        return None
+
     def describe(self, device: torch.device) -> str:
         """Return a text that is equal for devices that compute the same bits."""
         name = getattr(self.module(device), "get_device_name", None)

@@ -20,6 +20,7 @@ from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError, UsageError
 from nucleate.seed import derive_seed, seed_worker
 from nucleate.wrappers.deliveries import Deliveries
+from nucleate.wrappers.epoch import epoch_of
 from nucleate.wrappers.sampler import ShareSampler, SkipSampler
 
 
@@ -124,7 +125,7 @@ class DataLoaderWrapper:
         epoch, skip = self._next
         self._next = (epoch + 1, 0)
         self._position = (epoch, skip)
-        delivery = self._deliveries.begin(self, skip, self._num_batches())
+        delivery = self._deliveries.begin(self, epoch_of(self.loader), skip, self._num_batches())
         complete = False
         try:
             for number, batch in enumerate(self._batches(epoch, skip), skip + 1):

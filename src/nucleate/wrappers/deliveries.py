@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
-if TYPE_CHECKING:
-    from nucleate.wrappers.dataloader import DataLoaderWrapper
+from nucleate.wrappers.epoch import Epoch
 
 
 @dataclass(eq=False)
@@ -19,20 +18,24 @@ class Delivery:
     """One iteration of a loader.
 
     Attributes:
-        loader: The loader.
+        loader: The wrapper of the loader, as long as it is alive.
+        epoch: The samples of the epoch, or None where nothing is known to be shared.
         first: The number of batches that were skipped, because an earlier run has delivered them.
         num_batches: The number of batches of an epoch, or None where the loader has no length.
         number: The number of delivered batches, with the skipped ones.
-        turn: The number of this delivery among all deliveries of the runtime.
+        turn: The number of its last batch among all batches that the runtime's loaders have delivered.
+        previous_turn: The same number of the batch before, or 0.
         is_open: Whether the loop over the loader still runs.
         is_complete: Whether the loop has ended by itself.
     """
 
-    loader: weakref.ref[DataLoaderWrapper]
+    loader: weakref.ref[Any]
+    epoch: Epoch | None
     first: int
     num_batches: int | None
     number: int
     turn: int = 0
+    previous_turn: int = 0
     is_open: bool = True
     is_complete: bool = False
 
@@ -52,15 +55,16 @@ class Deliveries:
         self._open: list[Delivery] = []
         self._ended: Delivery | None = None
 
-    def begin(self, loader: DataLoaderWrapper, skipped: int, num_batches: int | None) -> Delivery:
+    def begin(self, loader: Any, epoch: Epoch | None, skipped: int, num_batches: int | None) -> Delivery:
         """Note that a loop over a loader begins.
 
         Args:
-            loader: The loader.
+            loader: The wrapper of the loader.
+            epoch: The samples of the epoch.
             skipped: The number of batches that are skipped.
             num_batches: The number of batches of an epoch, or None where the loader has no length.
         """
-        delivery = Delivery(weakref.ref(loader), skipped, num_batches, skipped)
+        delivery = Delivery(weakref.ref(loader), epoch, skipped, num_batches, skipped)
         self._open.append(delivery)
         return delivery
 
@@ -68,7 +72,7 @@ class Deliveries:
         """Note that a loop gets its next batch."""
         self.turn += 1
         delivery.number += 1
-        delivery.turn = self.turn
+        delivery.previous_turn, delivery.turn = delivery.turn, self.turn
 
     def end(self, delivery: Delivery, complete: bool) -> None:
         """Note that a loop over a loader has ended.
@@ -83,15 +87,15 @@ class Deliveries:
 
     def open(self) -> list[Delivery]:
         """Return the iterations that run, the one that delivered last first."""
-        running = [delivery for delivery in self._open if delivery.turn and delivery.loader() is not None]
+        running = [delivery for delivery in self._open if delivery.turn]
         return sorted(running, key=lambda delivery: -delivery.turn)
 
     def recent(self) -> list[Delivery]:
         """Return the iterations that run and the one that ended last, the one that delivered last first."""
-        ended = (
-            [self._ended] if self._ended is not None and self._ended.turn and self._ended.loader() is not None else []
-        )
-        return sorted((*self.open(), *ended), key=lambda delivery: -delivery.turn)
+        found, ended = self.open(), self._ended
+        if ended is not None and ended.turn:
+            found.append(ended)
+        return sorted(found, key=lambda delivery: -delivery.turn)
 
     def __reduce__(self) -> Any:
         """Copy and pickle as an object without iterations: they belong to loops of this process."""
