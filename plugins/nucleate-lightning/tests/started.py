@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def run(script: str, *args: object, torchrun: bool, timeout: float = 200) -> str:
+def run(script: str, *args: object, torchrun: bool, timeout: float = 280) -> str:
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), variables.get("PYTHONPATH", "")]))
     variables["OMP_NUM_THREADS"] = "1"

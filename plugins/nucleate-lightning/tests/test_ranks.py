@@ -21,3 +21,11 @@ def test_each_rank_makes_the_shards_that_configure_model_gives_it(torchrun: bool
     output = run("shard.py", tmp_path, torchrun=torchrun)
     assert "rank 0: kept" in output
     assert "rank 1: kept" in output
+
+
+@pytest.mark.parametrize(
+    ("strategy", "where"), [("ddp_fork", "init"), ("ddp_fork", "configure_model"), ("ddp_spawn", "configure_model")]
+)
+def test_processes_that_lightning_forks_or_spawns_train_it_too(strategy: str, where: str) -> None:
+    output = run("processes.py", strategy, where, torchrun=False)
+    assert [output.count(f"{who}: kept") for who in ("rank 0", "rank 1", "after")] == [2, 2, 1]

@@ -76,9 +76,9 @@ def _refuse_disagreement(plan: Plan) -> None:
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise RankDisagreementError(
-            f"ranks {name_list(map(str, others))} recorded another construction than rank 0: another model, or the same "
-            "one from another seed. Call `lightning.seed_everything` with one seed on all ranks before you construct "
-            "the model."
+            f"ranks {name_list(map(str, others))} recorded another construction than rank 0: another model, or the "
+            "same one from another seed. Call `lightning.seed_everything` with one seed on all ranks before you "
+            "construct the model."
         )
 
 
