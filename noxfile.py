@@ -52,7 +52,7 @@ shared = nox.session(venv_backend="none", requires=["environment"])
 def environment(session: nox.Session) -> None:
     """Install nucleate and its plugins, editable, and all that the sessions which share this environment need."""
     plugins = (argument for path in sorted(Path("plugins").iterdir()) for argument in ("-e", f"./{path}"))
-    install(session, "-e", ".[examples]", *plugins, group="dev")
+    install(session, "-e", ".[examples-all]", *plugins, group="dev")
     # Its pins are for its command line; its models import with what is there.
     session.install("-c", "constraints.txt", "--no-deps", "litgpt")
     # It asks for a build for CUDA of what group `recommenders` has for the CPU.
@@ -171,7 +171,7 @@ def bench(session: nox.Session) -> None:
 
     `python -m nox -s bench -- --write` writes docs/benchmarks.md.
     """
-    install(session, "-e", ".[examples]", "-e", "./plugins/nucleate-bitsandbytes", group="bench")
+    install(session, "-e", ".[examples-all]", "-e", "./plugins/nucleate-bitsandbytes", group="bench")
     session.run("python", "-m", "pytest", "tests/bench", env=ONE_THREAD)
     session.run("python", "-m", "tests.bench", *session.posargs)
 
@@ -202,7 +202,7 @@ def limits(session: nox.Session) -> None:
 
     It takes 13 GiB of disk. `python -m nox -s limits -- --limits 14 8 --ways d e f` tries a part of them.
     """
-    install(session, "-e", ".[examples]", "-e", "./plugins/nucleate-bitsandbytes", group="bench")
+    install(session, "-e", ".[examples-all]", "-e", "./plugins/nucleate-bitsandbytes", group="bench")
     session.run("python", "examples/03_quantized_inference.py", "--size", "7B", "--device", "cpu", *session.posargs)
 
 

@@ -1,7 +1,7 @@
 """Train a small GPT on the source code of Python itself.
 
-    python examples/01_train_gpt.py                                        # 10.7M parameters, one process
-    python examples/01_train_gpt.py --size small --precision bf16-mixed    # smaller, in another precision
+    python examples/01_train_gpt.py                                        # 0.4M parameters, half a minute
+    python examples/01_train_gpt.py --size 10m --precision bf16-mixed      # larger, in another precision
     python examples/01_train_gpt.py --resume                               # go on from the last checkpoint
     torchrun --nproc-per-node 2 examples/01_train_gpt.py --strategy fsdp   # two processes, half the model each
 
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = GPT(config)
     # Adam divides by the root of the squared gradients. In fp16 small squares are zero: eps must be felt.
     eps = 1e-4 if args.precision == "16-true" else 1e-8
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), eps=eps)
+    learning_rate = args.learning_rate or 0.5 / config.dim  # the wider, the slower
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=eps)
     model, optimizer = runtime.setup(model, optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_cosine(step, args.steps))
 
@@ -107,14 +108,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps.show(**{"loss": f"{losses[-1]:.3f}", "tokens/s": f"{speed:.0f}", "peak": format_bytes(peak_bytes)})
 
     # What came of it. Under fsdp no process has the whole model, so all of them write the sample, in step.
-    sample = write(model, b"def ", args.sample_bytes, config.context, runtime.device)
-    runtime.print(f"\n{sample}\n")
+    sample = write(model, "def ", args.sample_bytes, config.context, runtime.device)
+    runtime.print(f"\nThe model writes:\n\n{sample}\n")
     if runtime.is_global_zero:
         save_losses(args.out / "losses.csv", losses, validation)
-        save_loss_curve(
-            args.out / "losses.png", losses, validation=validation, title="GPT on Python's source", unit="nats per byte"
+        title = f"GPT of size {args.size} on Python's source"
+        picture = save_loss_curve(
+            args.out / "losses.svg", losses, validation=validation, title=title, unit="nats per byte"
         )
-        print(f"Wrote checkpoint, losses.csv and losses.png into {args.out}")
+        print(f"Checkpoint: {args.out / 'checkpoint'}\nLoss of every step: {args.out / 'losses.csv'}\nPlot: {picture}")
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
@@ -179,16 +181,18 @@ def validate(runtime: Runtime, model: nn.Module, batches: DataLoader[tuple[Tenso
 
 
 @torch.no_grad()
-def write(model: nn.Module, prompt: bytes, num_bytes: int, context: int, device: torch.device) -> str:
+def write(model: nn.Module, prompt: str, num_bytes: int, context: int, device: torch.device) -> str:
     """Let the model go on from `prompt`, byte by byte; the same bytes each time, on every process."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.tensor([list(prompt)], device=device)
+    # The model may choose among the bytes that a terminal shows: ASCII without control characters, and the newline.
+    hidden = torch.tensor([not (32 <= byte < 127 or byte == ord("\n")) for byte in range(256)])
+    tokens = torch.tensor([list(prompt.encode())], device=device)
     for _ in range(num_bytes):
-        logits = model(tokens[:, -context:])[0, -1].float().cpu()
+        logits = model(tokens[:, -context:])[0, -1].float().cpu().masked_fill(hidden, -math.inf)
         token = torch.multinomial(torch.softmax(logits / 0.7, dim=-1), 1, generator=generator)
         tokens = torch.cat((tokens, token.to(device)[None]), dim=1)
-    return bytes(tokens[0].tolist()).decode("utf-8", errors="replace")
+    return bytes(tokens[0].tolist()).decode("ascii")
 
 
 def save_losses(path: Path, losses: list[float], validation: dict[int, float]) -> None:
@@ -204,18 +208,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--size", choices=SIZES, default="base", help="size of the model")
+    add("--size", choices=SIZES, default="small", help="size of the model")
     add("--accelerator", default="auto", help="cpu or cuda; auto takes cuda where there is one")
     add("--strategy", default="auto", help="single_device, ddp or fsdp")
     add("--precision", default="32-true", help="32-true, 64-true, bf16-true, 16-true, bf16-mixed or 16-mixed")
-    add("--steps", type=int, default=450, help="steps in all, those before a --resume included")
+    add("--steps", type=int, default=700, help="steps in all, those before a --resume included")
     add("--batch-size", type=int, default=8, help="windows of text in a step, over all processes")
-    add("--learning-rate", type=float, default=1.5e-3, help="the highest learning rate of the schedule")
+    add("--learning-rate", type=float, help="the highest of the schedule; None takes 0.5 / width of the model")
     add("--seed", type=int, default=1, help="seed of the weights and the order of the data")
-    add("--out", type=Path, default=Path("runs/train_gpt"), help="folder for the checkpoint, losses and picture")
+    add("--out", type=Path, default=Path("runs/train_gpt"), help="folder for the checkpoint, losses and plot")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--checkpoint-every", type=int, default=150, help="steps between two checkpoints")
-    add("--validate-every", type=int, default=50, help="steps between two validations")
+    add("--checkpoint-every", type=int, default=200, help="steps between two checkpoints")
+    add("--validate-every", type=int, default=100, help="steps between two validations")
     add("--stop-after", type=int, help="stop early, after this step of --steps; --resume takes it up again")
     add("--sample-bytes", type=int, default=400, help="bytes of text to write at the end")
     return parser.parse_args(argv)

@@ -112,7 +112,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--weights", default="runs/train_gpt/checkpoint", help="a checkpoint of any format, or none")
-    add("--size", choices=SIZES, default="base", help="size of the model; that of the weights")
+    add("--size", choices=SIZES, default="small", help="size of the model; that of the weights")
     add("--accelerator", default="auto", help="cpu or cuda; auto takes cuda where there is one")
     add("--strategy", default="auto", help="single_device, ddp or fsdp")
     add("--precision", default="32-true", help="32-true, bf16-true, bf16-mixed, ...")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 class GPTConfig:
     """The sizes of a model."""
 
-    num_layers: int = 6
-    num_heads: int = 6
-    dim: int = 384
+    num_layers: int
+    num_heads: int
+    dim: int
     context: int = 128  # the longest sequence, in bytes
     vocab_size: int = 256  # every byte is a token
 
@@ -29,8 +29,9 @@ class GPTConfig:
 #: Named sizes; the number of parameters is that of the vocabulary of 256 bytes.
 SIZES = {
     "tiny": GPTConfig(num_layers=2, num_heads=2, dim=32, context=64),  # 33 thousand, for tests
-    "small": GPTConfig(num_layers=4, num_heads=4, dim=128),  # 0.8 million
-    "base": GPTConfig(),  # 10.7 million
+    "small": GPTConfig(num_layers=2, num_heads=4, dim=128, context=64),  # 0.4 million
+    "10m": GPTConfig(num_layers=6, num_heads=6, dim=384),  # 10.7 million
+    "85m": GPTConfig(num_layers=12, num_heads=12, dim=768, context=256),  # 85 million, as GPT-2's layers
 }
 
 
