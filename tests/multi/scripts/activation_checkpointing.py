@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Callable[[Any], Strategy], Any]] = {
             sharding_strategy="SHARD_GRAD_OP",
             state_dict_type="full",
             limit_all_gathers=True,
-            process_group_backend="gloo",
+            timeout=None,
         ),
         ModuleWrapPolicy({Block}),
     ),
