@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nucleate.accelerators.base import Accelerator
@@ -30,6 +30,7 @@ from nucleate.shells import apply_inside, inside, named_parameters, uncompiled
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.gathering import follow_units
 from nucleate.wrappers.former import FormerParameters
+from nucleate.wrappers.free_parameters import FreeParameters, description, known_ids
 from nucleate.wrappers.looks import shown_by
 from nucleate.wrappers.module import ModuleWrapper, refuse_set_up
 from nucleate.wrappers.parts import surround_parts
@@ -45,10 +46,16 @@ class ModelSetup:
         communicator: The communicator of this process.
         integrations: The integrations that know models of other libraries.
         verify: See `Runtime`.
+        free: The parameters of optimizers that no model has.
     """
 
     def __init__(
-        self, parts: Components, communicator: Communicator, integrations: Integrations, verify: bool | str
+        self,
+        parts: Components,
+        communicator: Communicator,
+        integrations: Integrations,
+        verify: bool | str,
+        free: FreeParameters,
     ) -> None:
         self._accelerator, self._precision, self._strategy = parts.accelerator, parts.precision, parts.strategy
         self._device, self._world_size = parts.device, parts.environment.world_size
@@ -56,8 +63,11 @@ class ModelSetup:
         self._communicator = communicator
         self._integrations = list(integrations)
         self._verify = verify
+        self._free = free
+        # The parameters of each optimizer that no model has.
+        self._found: list[list[Tensor]] = []
 
-    def run(self, model: nn.Module, optimizers: Sequence[Optimizer], known: Container[nn.Module]) -> ModuleWrapper:
+    def run(self, model: nn.Module, optimizers: Sequence[Optimizer], known: Collection[nn.Module]) -> ModuleWrapper:
         """Set the model up, and point the optimizers to its parameters; see `Runtime.setup`.
 
         Args:
@@ -72,7 +82,8 @@ class ModelSetup:
             refuse_uninitialized(model)
             former = FormerParameters(model)
             for optimizer in optimizers:
-                former.check(optimizer, self._strategy.shards)
+                strangers = former.check(optimizer, model, self._strategy.shards)
+                self._found.append(self._free.find(optimizer, strangers, known_ids(known)) if strangers else [])
                 self._strategy.check_optimizer(optimizer)
             replace_inference_tensors(model)
             for integration in self._integrations:
@@ -92,6 +103,8 @@ class ModelSetup:
             plan.renew(model)
         forward_module = self._laid_out(model, plan, former, optimizers)
         former.retire(model)
+        for optimizer, found in zip(optimizers, self._found, strict=True):
+            self._free.add(optimizer, found)
         shown = shown_by(self._strategy, forward_module)
         live = LiveLayout(inside(model), self._world_size, plan.converted(), shown)
         wrapped = ModuleWrapper(
@@ -138,6 +151,7 @@ class ModelSetup:
             frozen = [name for name, parameter in named_parameters(model) if not parameter.requires_grad]
             digest, numerics = facts or ("", None)
             settings = {"verify": self._verify, "precision": repr(self._precision)}
+            settings["the list of the optimizers' parameters that no model has"] = description(self._found)
             settings["the list of tensors without a recipe"] = name_list(vacant)
             # Precisions and strategies treat frozen parameters in another way. The message cuts a long list.
             checksum = zlib.crc32("\n".join(frozen).encode())

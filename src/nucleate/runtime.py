@@ -38,8 +38,9 @@ from nucleate.seed import last_seed, seed_everything, seeds_workers
 from nucleate.shells import inside, without_shells
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
+from nucleate.wrappers.free_parameters import FreeParameters, known_ids
 from nucleate.wrappers.module import ModuleWrapper
-from nucleate.wrappers.optimizer import OptimizerWrapper, check_trainable
+from nucleate.wrappers.optimizer import OptimizerWrapper
 from nucleate.wrappers.scaled_backward import backward_allowed
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Runtime:
         self._accelerator, self._precision, self._strategy = parts.accelerator, parts.precision, parts.strategy
         self._environment, self._device = environment, parts.device
         self._communicator = Communicator(environment, parts.device)
+        self._free = FreeParameters(self._communicator)
         self._integrations = Integrations(plugins, parts.shown)
         self._launched = False
         # The models that were set up, without shells.
@@ -285,7 +287,7 @@ class Runtime:
             VerificationError: With `verify`, an installed tensor differs from the value that its recipe makes.
         """
         self.launch()
-        setup = ModelSetup(self._parts, self._communicator, self._integrations, self._verify)
+        setup = ModelSetup(self._parts, self._communicator, self._integrations, self._verify, self._free)
         wrapped = setup.run(model, optimizers, self._models)
         self._models.add(inside(wrapped.module))
         return (wrapped, *map(self._wrap_optimizer, optimizers)) if optimizers else wrapped
@@ -295,32 +297,31 @@ class Runtime:
         return self.setup(model)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
-        """Wrap optimizers on the parameters of models that are set up.
+        """Wrap optimizers on the parameters of models that are set up. Every rank calls this method.
 
-        In one process an optimizer may also have parameters that no model has, such as a temperature of its own.
+        An optimizer may also have parameters that no model has, such as a learned temperature. All ranks take rank 0's
+        values. Each step averages the gradients over the ranks. The values are saved with the optimizer.
 
         Returns:
             The wrapped optimizer, or a tuple of them if there are several.
 
         Raises:
             UsageError: An optimizer is set up already, or it has parameters that `setup` has replaced in their model,
-                that have no value yet, or, in several processes, that are in no model that was set up.
+                that have no value yet, or that no model has and that are not on the device of the runtime.
             ConfigurationError: The strategy cannot step an optimizer.
+            RankDisagreementError: The ranks have parameters of different shapes that no model has.
         """
         self.launch()
         if not optimizers:
             raise UsageError("setup_optimizers() was called without an optimizer.")
-        for model in self._models:
-            LiveLayout.of(model).check()
-        for optimizer in optimizers:
-            if isinstance(optimizer, OptimizerWrapper):
-                raise UsageError("this optimizer has been set up already; use the optimizer that was returned then.")
-            if not isinstance(optimizer, Optimizer):
-                raise UsageError(f"setup_optimizers takes torch.optim.Optimizers; got {type(optimizer).__name__}.")
-            self._check_trainable(optimizer, (p for group in optimizer.param_groups for p in group["params"]))
-            self._strategy.check_optimizer(optimizer)
-        for optimizer in optimizers:
+        with self._communicator.all_or_none("setup_optimizers"):
+            for model in self._models:
+                LiveLayout.of(model).check()
+            found = [self._check_optimizer(optimizer) for optimizer in optimizers]
+        self._free.agree(found)
+        for optimizer, free in zip(optimizers, found, strict=True):
             self._strategy.setup_optimizer(optimizer)
+            self._free.add(optimizer, free)
         wrapped = tuple(map(self._wrap_optimizer, optimizers))
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
@@ -395,6 +396,7 @@ class Runtime:
         for live in self._live_in(model):
             live.refuse_emptied("clip_gradients")
         inner = optimizer.optimizer if isinstance(optimizer, OptimizerWrapper) else optimizer
+        self._free.average(inner)
         self._precision.unscale(inner)
         if error_if_nonfinite is None:
             error_if_nonfinite = not self._precision.scales_gradients
@@ -654,13 +656,26 @@ class Runtime:
             with resumed(plain):
                 self._precision.before_load(plain, stored)
 
-    def _check_trainable(self, optimizer: Optimizer, parameters: Iterable[Any]) -> None:
-        """Refuse parameters that an optimizer would train in vain, or differently on each rank."""
-        known = set().union(*(LiveLayout.of(model).ids for model in self._models))
-        check_trainable(optimizer, parameters, known, self.world_size)
+    def _check_optimizer(self, optimizer: Optimizer) -> list[Tensor]:
+        """Refuse an optimizer that cannot be wrapped, and return its parameters that no model has."""
+        if isinstance(optimizer, OptimizerWrapper):
+            raise UsageError("this optimizer has been set up already; use the optimizer that was returned then.")
+        if not isinstance(optimizer, Optimizer):
+            raise UsageError(f"setup_optimizers takes torch.optim.Optimizers; got {type(optimizer).__name__}.")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found = self._free.find(optimizer, parameters, known_ids(self._models))
+        self._strategy.check_optimizer(optimizer)
+        return found
+
+    def _free_among(self, optimizer: Optimizer, parameters: Iterable[Any]) -> list[Tensor]:
+        """Return the parameters that no model has, on which all ranks agree; see `FreeParameters.find`."""
+        with self._communicator.all_or_none("adding parameters to an optimizer"):
+            found = self._free.find(optimizer, parameters, known_ids(self._models))
+        self._free.agree([found])
+        return found
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> OptimizerWrapper:
-        return OptimizerWrapper(optimizer, self._precision, self._strategy, self._check_trainable)
+        return OptimizerWrapper(optimizer, self._precision, self._strategy, self._free_among, self._free)
 
     def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
         return prepare(
