@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path(nucleate.__file__).parent
 
 PUBLIC = {
-    "nucleate": "Accelerator Integration Precision RandomState Runtime Strategy __version__ seed_everything",
+    "nucleate": "Accelerator Integration Precision RandomState Runtime Strategy __version__ is_wrapped seed_everything",
     "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator TorchAccelerator",
     "nucleate.checkpoint": """
         ConvertReport Finding KeyMap LoadReport Reader Rule SaveHandle Selection StoredForm StoredSources VerifyReport

@@ -16,7 +16,7 @@ from nucleate.cluster.numerics import Numerics
 from nucleate.composition import Components
 from nucleate.deferred import is_recording, resumed
 from nucleate.devices import made_current
-from nucleate.errors import name_list
+from nucleate.errors import ConfigurationError, name_list
 from nucleate.integrations.active import Integrations
 from nucleate.layout import LiveLayout
 from nucleate.materialize import Plan, reset
@@ -26,11 +26,11 @@ from nucleate.materialize.lazy_modules import refuse_uninitialized
 from nucleate.materialize.vacancies import vacancies
 from nucleate.materialize.verification import Verification
 from nucleate.report.meter import metered
-from nucleate.shells import apply_inside, inside, named_parameters, uncompiled
+from nucleate.shells import apply_inside, inside, named_buffers, named_parameters, uncompiled
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.gathering import follow_units
 from nucleate.wrappers.former import FormerParameters
-from nucleate.wrappers.free_parameters import FreeParameters, description, known_ids
+from nucleate.wrappers.free_parameters import FreeParameters, description, is_on, known_ids
 from nucleate.wrappers.looks import shown_by
 from nucleate.wrappers.module import ModuleWrapper, refuse_set_up
 from nucleate.wrappers.parts import surround_parts
@@ -67,18 +67,27 @@ class ModelSetup:
         # The parameters of each optimizer that no model has.
         self._found: list[list[Tensor]] = []
 
-    def run(self, model: nn.Module, optimizers: Sequence[Optimizer], known: Collection[nn.Module]) -> ModuleWrapper:
+    def run(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        known: Collection[nn.Module],
+        moves: bool = True,
+        compiles: bool = True,
+    ) -> ModuleWrapper:
         """Set the model up, and point the optimizers to its parameters; see `Runtime.setup`.
 
         Args:
             model: The model.
             optimizers: Optimizers on its parameters.
             known: The models that were set up before, without shells.
+            moves: Whether real tensors move to the device.
+            compiles: Whether a compiled model is compiled again.
         """
         with self._communicator.all_or_none("setup"):
             refuse_set_up(model, known)
             # The strategy lays out the user's model; what it returns is compiled again.
-            compiled, model = model, uncompiled(model)
+            compiled, model = model if compiles else None, uncompiled(model)
             refuse_uninitialized(model)
             former = FormerParameters(model)
             for optimizer in optimizers:
@@ -89,6 +98,8 @@ class ModelSetup:
             for integration in self._integrations:
                 model = apply_inside(model, integration.setup)
             self._note_nothing_to_set_up(model)
+            if not moves:
+                self._refuse_elsewhere(model)
             vacant = [vacancy.fqn for vacancy in vacancies(model)]
             plan, facts = (None, None) if vacant else self._plan(model)
         self._compare_ranks(facts, vacant, model)
@@ -99,7 +110,8 @@ class ModelSetup:
             with resumed(model):
                 model = apply_inside(model, self._precision.setup)
             former.refuse_frozen(optimizers, model)
-            model = self._accelerator.setup(model)
+            if moves:
+                model = self._accelerator.setup(model)
             plan.renew(model)
         forward_module = self._laid_out(model, plan, former, optimizers)
         former.retire(model)
@@ -168,6 +180,18 @@ class ModelSetup:
             plan, facts = self._plan(model)
         self._compare_ranks(facts, (), model)
         return plan
+
+    def _refuse_elsewhere(self, model: nn.Module) -> None:
+        """Refuse real tensors on other devices, with which a strategy of several processes cannot work."""
+        if not self._strategy.distributed:
+            return
+        named = (*named_parameters(model), *named_buffers(model))
+        elsewhere = [f"{name} on {t.device}" for name, t in named if not t.is_meta and not is_on(t, self._device)]
+        if elsewhere:
+            raise ConfigurationError(
+                f"strategy {self._strategy.name!r} needs the model on {self._device}, but with move_to_device=False "
+                f"{name_list(elsewhere)} would stay there. Leave move_to_device out, or use strategy='single_device'."
+            )
 
     def _note_nothing_to_set_up(self, model: nn.Module) -> None:
         """Warn about a model without parameters and buffers. It is set up anyway, because it may be a loss function."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from nucleate.accelerators.base import Accelerator
@@ -41,6 +42,7 @@ from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
 from nucleate.wrappers.free_parameters import FreeParameters, known_ids
 from nucleate.wrappers.module import ModuleWrapper
 from nucleate.wrappers.optimizer import OptimizerWrapper
+from nucleate.wrappers.running import launched_first
 from nucleate.wrappers.scaled_backward import backward_allowed
 
 if TYPE_CHECKING:
@@ -188,10 +190,25 @@ class Runtime:
             self._launched = True
         return function(self, *args, **kwargs) if function is not None else None
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Do nothing, unless a subclass of `Runtime` has a method `run` of its own.
+
+        A call of that method first does what `launch` does: it is `runtime.launch(method, *args, **kwargs)`.
+
+        Args:
+            args: The arguments that the subclass chooses.
+            kwargs: The keyword arguments that the subclass chooses.
+        """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if callable(run := vars(cls).get("run")):
+            cls.run = launched_first(run)  # type: ignore[method-assign]
+
     @staticmethod
-    def seed_everything(seed: int, workers: bool = True) -> int:
+    def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
         """Seed Python, NumPy (if it is installed) and torch; see `nucleate.seed.seed_everything`."""
-        return seed_everything(seed, workers)
+        return seed_everything(seed, workers, verbose)
 
     # -- construct -----------------------------------------------------------------------------------------
 
@@ -232,6 +249,10 @@ class Runtime:
             with metered(self.is_global_zero), made_current(self._device):
                 block.make()
 
+    def sharded_model(self) -> AbstractContextManager[None]:
+        """Return `init_module()`. Lightning Fabric has this name too, and has deprecated it."""
+        return self.init_module()
+
     @contextmanager
     def init_tensor(self) -> Iterator[None]:
         """Create tensors on the device inside this context. Floating point tensors get the precision's dtype."""
@@ -246,21 +267,54 @@ class Runtime:
     # -- set up --------------------------------------------------------------------------------------------
 
     @overload
-    def setup(self, model: nn.Module) -> ModuleWrapper: ...
-
-    @overload
-    def setup(self, model: nn.Module, optimizer: Optimizer, /) -> tuple[ModuleWrapper, OptimizerWrapper]: ...
+    def setup(
+        self, module: nn.Module, *, move_to_device: bool = True, _reapply_compile: bool = True
+    ) -> ModuleWrapper: ...
 
     @overload
     def setup(
-        self, model: nn.Module, first: Optimizer, second: Optimizer, /
+        self,
+        module: nn.Module,
+        first: Optimizer,
+        /,
+        *,
+        scheduler: None = None,
+        move_to_device: bool = True,
+        _reapply_compile: bool = True,
+    ) -> tuple[ModuleWrapper, OptimizerWrapper]: ...
+
+    @overload
+    def setup(
+        self,
+        module: nn.Module,
+        first: Optimizer,
+        second: Optimizer,
+        /,
+        *,
+        scheduler: None = None,
+        move_to_device: bool = True,
+        _reapply_compile: bool = True,
     ) -> tuple[ModuleWrapper, OptimizerWrapper, OptimizerWrapper]: ...
 
     @overload
-    def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any: ...
+    def setup(
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        scheduler: LRScheduler | None = None,
+        move_to_device: bool = True,
+        _reapply_compile: bool = True,
+    ) -> Any: ...
 
     @outside_inference_mode()
-    def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
+    def setup(
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        scheduler: LRScheduler | None = None,
+        move_to_device: bool = True,
+        _reapply_compile: bool = True,
+    ) -> Any:
         """Materialize a model, lay it out by the strategy, and wrap the model and the optimizers.
 
         If the constructor left a tensor empty, or the tensor was built on the meta device by hand, its module's
@@ -268,33 +322,46 @@ class Runtime:
         0's generators. The log names at level `INFO` the method that made each of these tensors.
 
         Args:
-            model: The model, constructed inside `init_module` or not.
+            module: The model, constructed inside `init_module` or not.
             optimizers: Optimizers on the model's deferred or real parameters. They keep training the same parameters,
-                even if the strategy replaces the parameter objects.
+                even if the strategy replaces the parameter objects. They may also have parameters that no model has;
+                see `setup_optimizers`.
+            scheduler: A learning rate scheduler of one of the optimizers, which is returned as it is.
+            move_to_device: Whether to move real tensors to the device of the runtime. With False they stay where they
+                are, which strategies of several processes refuse for tensors elsewhere. Deferred tensors are made on
+                the device of the runtime in any case.
+            _reapply_compile: Whether a model that `torch.compile` returned is compiled again after the strategy has
+                wrapped it. With False it then runs without compilation.
 
         Returns:
-            The wrapped model. With optimizers, a tuple of the wrapped model and the wrapped optimizers.
+            The wrapped model. With optimizers, a tuple of the wrapped model, the wrapped optimizers and, if there is
+            one, the scheduler.
 
         Raises:
             UsageError: The model or an optimizer was set up before, or they have parameters that an earlier `setup` has
                 replaced.
             ConfigurationError: An optimizer has parameters of another model, or the strategy cannot take the model or
-                step the optimizer.
+                step the optimizer. Or there is a scheduler and no optimizer.
             UninitializedError: A parameter would be left without a value, because its module has no `reset_parameters`
                 or the like that writes it. Or a parameter of a lazy module has no shape yet.
             RankDisagreementError: The ranks constructed different models, or have CPUs, thread counts or torch builds
                 that would make different bits of this model.
             VerificationError: With `verify`, an installed tensor differs from the value that its recipe makes.
         """
+        if scheduler is not None and not optimizers:
+            raise ConfigurationError("setup() got a scheduler without its optimizer. Pass the optimizer before it.")
         self.launch()
         setup = ModelSetup(self._parts, self._communicator, self._integrations, self._verify, self._free)
-        wrapped = setup.run(model, optimizers, self._models)
+        wrapped = setup.run(module, optimizers, self._models, move_to_device, _reapply_compile)
         self._models.add(inside(wrapped.module))
-        return (wrapped, *map(self._wrap_optimizer, optimizers)) if optimizers else wrapped
+        last = () if scheduler is None else (scheduler,)
+        return (wrapped, *map(self._wrap_optimizer, optimizers), *last) if optimizers else wrapped
 
-    def setup_module(self, model: nn.Module) -> ModuleWrapper:
+    def setup_module(
+        self, module: nn.Module, move_to_device: bool = True, _reapply_compile: bool = True
+    ) -> ModuleWrapper:
         """Set up a model without optimizers; see `setup`."""
-        return self.setup(model)
+        return self.setup(module, move_to_device=move_to_device, _reapply_compile=_reapply_compile)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Wrap optimizers on the parameters of models that are set up. Every rank calls this method.
@@ -346,26 +413,35 @@ class Runtime:
 
     # -- train ---------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Compute gradients. Call this method instead of `loss.backward()`.
+
+        Args:
+            tensor: The loss.
+            args: Positional arguments of `torch.Tensor.backward`.
+            model: The model that `setup` returned. No strategy of the core needs it; one with an engine for each model
+                may.
+            kwargs: Keyword arguments of `torch.Tensor.backward`, such as `retain_graph=True` or `create_graph=True`.
 
         Raises:
             DeferredUseError: The loss came from a model that was not set up.
+            UsageError: The loss is not a tensor, or `model` was not set up.
         """
-        if not isinstance(loss, Tensor):
-            raise UsageError(f"backward() takes the loss, a tensor; got {type(loss).__name__}.")
-        if loss.is_meta:
+        if not isinstance(tensor, Tensor):
+            raise UsageError(f"backward() takes the loss, a tensor; got {type(tensor).__name__}.")
+        if tensor.is_meta:
             raise DeferredUseError("this loss has no value: its model is deferred. Call `runtime.setup(model)` first.")
-        for model in self._models:
-            LiveLayout.of(model).check_once()
+        if model is not None and not any(True for _ in self._live_in(model)):
+            raise UsageError(f"backward(model=...) takes a model that was set up, not this {type(model).__name__}.")
+        for known in self._models:
+            LiveLayout.of(known).check_once()
         with backward_allowed(), self._strategy.step_context():
-            self._strategy.backward(self._precision.scale(loss))
+            self._strategy.backward(self._precision.scale(tensor), *args, **kwargs)
 
     def clip_gradients(
         self,
-        model: nn.Module,
+        module: nn.Module,
         optimizer: Optimizer,
-        *,
         clip_val: float | None = None,
         max_norm: float | None = None,
         norm_type: float = 2.0,
@@ -374,7 +450,7 @@ class Runtime:
         """Clip the gradients of an optimizer's parameters, by value or by their norm over all ranks.
 
         Args:
-            model: The model that `setup` returned.
+            module: The model that `setup` returned.
             optimizer: The optimizer that `setup` or `setup_optimizers` returned.
             clip_val: Limit each element to `[-clip_val, clip_val]`, and each part of a complex element.
             max_norm: Scale all gradients so that the norm of all together is at most this number.
@@ -393,7 +469,7 @@ class Runtime:
             raise ConfigurationError(
                 f"give exactly one of clip_val and max_norm, not clip_val={clip_val!r} and max_norm={max_norm!r}."
             )
-        for live in self._live_in(model):
+        for live in self._live_in(module):
             live.refuse_emptied("clip_gradients")
         inner = optimizer.optimizer if isinstance(optimizer, OptimizerWrapper) else optimizer
         self._free.average(inner)
@@ -447,8 +523,12 @@ class Runtime:
         if self.is_global_zero:
             builtins.print(*args, **kwargs)  # noqa: T201
 
-    def barrier(self) -> None:
-        """Wait until every rank has called this method."""
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every rank has called this method.
+
+        Args:
+            name: A name for the readers of the script. It has no effect.
+        """
         self.launch()
         self._communicator.barrier()
 
@@ -457,27 +537,32 @@ class Runtime:
         self.launch()
         return self._communicator.broadcast(obj, src)
 
-    def all_gather(self, data: Any, sync_grads: bool = False) -> Any:
-        """Return every rank's tensors stacked along a new leading axis `(world_size, ...)`."""
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Return every rank's tensors stacked along a new leading axis; see `Communicator.all_gather`."""
         self.launch()
-        return self._communicator.all_gather(data, sync_grads)
+        return self._communicator.all_gather(data, sync_grads, group)
 
-    def all_reduce(self, data: Any, reduce_op: str = "mean") -> Any:
+    def all_reduce(self, data: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return the combination of every rank's tensors; see `Communicator.all_reduce`."""
         self.launch()
-        return self._communicator.all_reduce(data, reduce_op)
+        return self._communicator.all_reduce(data, reduce_op, group)
 
     @contextmanager
-    def rank_zero_first(self) -> Iterator[None]:
-        """Run the block on rank 0 before the other ranks, for example to prepare a file that all ranks then read."""
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """Run the block on rank 0 before the other ranks, for example to prepare a file that all ranks then read.
+
+        Args:
+            local: Whether the first process of each node goes first, where nodes have file systems of their own.
+        """
         self.launch()
-        if not self.is_global_zero:
+        goes_first = self.local_rank == 0 if local else self.is_global_zero
+        if not goes_first:
             self._communicator.barrier()
         try:
             yield
         finally:
             # This also happens if rank 0 raised an error. The other ranks continue and do not wait forever.
-            if self.is_global_zero:
+            if goes_first:
                 self._communicator.barrier()
 
     # -- checkpoints ---------------------------------------------------------------------------------------
@@ -537,6 +622,7 @@ class Runtime:
         state: dict[str, Any] | nn.Module | None = None,
         strict: bool = True,
         *,
+        weights_only: bool | None = None,
         remainder: bool | None = None,
         reader: str | None = None,
     ) -> LoadReport:
@@ -546,6 +632,9 @@ class Runtime:
             path: The path that was given to `save`.
             state: The state to load into, as it was given to `save`, or a part of that state.
             strict: Refuse keys that are missing, unexpected or of another shape or dtype, in the entries of `state`.
+            weights_only: None and True read files as data, and never run code that a file names. False also restores
+                the other objects of a torch file, such as an `argparse.Namespace`, as `torch.load` does. This runs code
+                that the file chooses, so pass it only for files that you trust.
             remainder: Also return everything that `state` does not contain, whole on every rank. None means True only
                 without a `state`, so that a rank that loads a model does not also hold a whole optimizer state.
             reader: The format's name, if the files do not show it.
@@ -565,21 +654,23 @@ class Runtime:
                 strict=strict,
                 remainder=wanted,
                 reader=reader,
+                trusted=weights_only is False,
                 prepare=self._prepare_to_load,
             )
 
     def load_raw(
         self,
         path: str | PathLike[str],
-        model: nn.Module,
+        obj: nn.Module | Optimizer,
         strict: bool = True,
         *,
+        weights_only: bool | None = None,
         prefix: str = "",
         keys: KeyMap | None = None,
         reader: str | None = None,
         mmap: bool = False,
     ) -> LoadReport:
-        """Load a model's weights from a file or folder of any format. See `nucleate.checkpoint.load_raw`.
+        """Load a model's weights, or an optimizer's state, from any format. See `nucleate.checkpoint.load_raw`.
 
         A deferred model is bound to the files, and `setup` reads only this rank's shard of each tensor. Any other model
         is filled in place.
@@ -587,9 +678,10 @@ class Runtime:
         Args:
             path: A safetensors or torch file, a Hugging Face folder, a folder of torch.distributed.checkpoint, or a
                 checkpoint that `save` wrote.
-            model: The model, deferred, real or set up.
+            obj: The model, deferred, real or set up. Or an optimizer, for a file that holds its `state_dict()`.
             strict: Refuse keys that are missing, unexpected or of another shape or dtype. Otherwise deferred tensors
                 that are missing are made by their recipes.
+            weights_only: See `load`.
             prefix: Load only the keys that begin with this text, and remove it from the keys.
             keys: Other names for keys: a dict of regular expressions and replacements, a function, a rule that renames,
                 joins, splits or transposes tensors (`nucleate.checkpoint.rename`, ...), or a list of these.
@@ -605,13 +697,14 @@ class Runtime:
         with metered(self.is_global_zero):
             return load_raw(
                 path,
-                model,
+                obj,
                 self._communicator,
                 strict,
                 prefix=prefix,
                 keys=keys,
                 reader=reader,
                 mmap=mmap,
+                trusted=weights_only is False,
                 prepare=self._prepare_to_load,
             )
 

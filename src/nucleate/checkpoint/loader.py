@@ -39,6 +39,7 @@ def load(
     *,
     remainder: bool = True,
     reader: str | Reader | None = None,
+    trusted: bool = False,
     prepare: Prepare | None = None,
 ) -> LoadReport:
     """Load the checkpoint at `path` into `state`, and return a report.
@@ -58,6 +59,7 @@ def load(
             warning, and unexpected keys go to the report.
         remainder: Read everything that `state` does not contain, whole, on every rank. False saves that memory.
         reader: The format's name, if the files do not show it.
+        trusted: Let the files run code that they choose; see `Reader.trusting`.
         prepare: Called with each module and its stored tensors, by the module's own names, before they are compared.
 
     Returns:
@@ -78,7 +80,7 @@ def load(
     where = communicator.broadcast(os.path.abspath(path))
     loading = f"loading the checkpoint {where}"
     with communicator.all_or_none(loading):
-        plan = LoadPlan(open_checkpoint(resolve(where), reader))
+        plan = LoadPlan(open_checkpoint(resolve(where), reader, trusted))
         entries = list(entries_of({} if state is None else state))
     agree(entries, communicator)
     modules: dict[KeyPath, tuple[Any, Any]] = {}

@@ -71,7 +71,7 @@ class FreeParameters:
                 "a module and set it up, or make them plain parameters."
             )
         device = self._communicator.device
-        elsewhere = [f"{_describe(p)} on {p.device}" for p in strangers if not _is_on(p, device)]
+        elsewhere = [f"{_describe(p)} on {p.device}" for p in strangers if not is_on(p, device)]
         if elsewhere:
             raise UsageError(
                 f"{name} has {len(elsewhere)} parameters that no model has and that are not on {device}, the device of "
@@ -132,8 +132,8 @@ class FreeParameters:
     def average(self, optimizer: Optimizer) -> None:
         """Give the free parameters of an optimizer the average of all ranks' gradients. Every rank calls this method.
 
-        A rank without a gradient counts as one with zeros. If no rank has a gradient, there is none afterwards. A
-        second call changes nothing: an average of equal gradients is the gradient.
+        A rank without a gradient counts as one with zeros. A parameter without a gradient on all ranks stays without
+        one. A second call changes nothing: an average of equal gradients is the gradient.
 
         Args:
             optimizer: The user's optimizer, without its wrapper.
@@ -219,7 +219,8 @@ def _flat(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return gradient.reshape(-1).to(dtype)
 
 
-def _is_on(tensor: Tensor, device: torch.device) -> bool:
+def is_on(tensor: Tensor, device: torch.device) -> bool:
+    """Return whether a tensor is on a device; a device without an index is the current one of its kind."""
     there = tensor.device
     return there.type == device.type and (None in (there.index, device.index) or there.index == device.index)
 
