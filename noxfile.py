@@ -69,7 +69,7 @@ def lint(session: nox.Session) -> None:
 @shared
 def layers(session: nox.Session) -> None:
     """Hold the layers with import-linter."""
-    sources = ["src", *(f"plugins/{plugin}/src" for plugin in ("nucleate-bitsandbytes", "nucleate-transformers"))]
+    sources = ["src", *(str(path / "src") for path in sorted(Path("plugins").iterdir()))]
     run(session, "lint-imports", env={"PYTHONPATH": os.pathsep.join(sources)})
 
 
@@ -189,10 +189,10 @@ def zoo(session: nox.Session) -> None:
 
 @nox.session(default=False, tags=["long"])
 def libraries(session: nox.Session) -> None:
-    """Run the tests of how timm loads its models, and of PEFT's adapters on quantized layers."""
+    """Run the tests of timm's loading, of PEFT's adapters on quantized layers, and of litgpt's own programs."""
     install(session, "-e", ".", "-e", "./plugins/nucleate-bitsandbytes", group="libraries")
-    # What it imports is there; it also asks for packages that it needs for other things.
-    session.install("-c", "constraints.txt", "--no-deps", "peft")
+    # What they import is there; they also ask for packages that they need for other things.
+    session.install("-c", "constraints.txt", "--no-deps", "peft", "litgpt")
     pytest(session, "tests/libraries")
 
 

@@ -64,6 +64,7 @@ PUBLIC = {
         gathered_from held_values is_partial is_sharded is_writer laid_out_like layout_of local_of merged offsets_of
         reduced_gradient runs spread_of whole_of zeros_beside
     """,
+    "nucleate.loggers": "CSVLogger Logger MLFlowLogger TensorBoardLogger WandbLogger",
     "nucleate.materialize": "Plan execute materialize reset",
     "nucleate.precision": """
         FixedDtype FullPrecision HalfPrecision MixedPrecision NoCastPrecision Precision layers_to_freeze
@@ -74,7 +75,7 @@ PUBLIC = {
         AcceleratorSuite IntegrationSuite MODELS PeakMemory PrecisionSuite ReaderSuite StrategySuite TinyConvNet
         TinyModel TinyOdd TinyRecurrent TinyTransformer WriterSuite assert_peak_memory_below peak_memory
     """,
-    "nucleate.wrappers": "DataLoaderWrapper ModuleWrapper OptimizerWrapper",
+    "nucleate.wrappers": "DataLoaderWrapper ModuleWrapper OptimizerWrapper is_wrapped",
 }
 
 
@@ -128,7 +129,8 @@ def test_importing_everything_needs_no_optional_package_and_changes_nothing() ->
 import importlib, sys, torch
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("matplotlib", "tqdm", "rich", "pytest", "lightning", "transformers"):
+        if name.partition(".")[0] in ("matplotlib", "tqdm", "rich", "pytest", "lightning", "transformers",
+                                      "tensorboard", "wandb", "mlflow"):
             raise ImportError(name)
 sys.meta_path.insert(0, Absent())
 def state():

@@ -82,8 +82,12 @@ def test_precisions_have_the_short_names_of_fabric(alias: Any, name: str) -> Non
         ({"accelerator": "gpu0"}, PluginNotFoundError, "Installed: .*cpu, cuda"),
         ({"strategy": 3}, ConfigurationError, "neither a name nor a Strategy"),
         ({"accelerator": SingleDeviceStrategy()}, ConfigurationError, "neither a name nor a Accelerator"),
-        ({"devices": 2}, ConfigurationError, "torchrun --nproc-per-node 2"),
-        ({"devices": 2, "num_nodes": 3}, ConfigurationError, "--nnodes 3"),
+        ({"devices": 2, "num_nodes": 3}, ConfigurationError, "--nnodes 3 --nproc-per-node 2"),
+        (
+            {"strategy": "single_device", "devices": 2},
+            ConfigurationError,
+            "one process, but `devices` asks for 2",
+        ),
         ({"devices": 0}, ConfigurationError, "devices=0"),
         ({"devices": "many"}, ConfigurationError, "devices='many'"),
         ({"num_nodes": 0}, ConfigurationError, "num_nodes=0"),
@@ -126,6 +130,12 @@ def test_what_does_not_fit_the_launched_processes_is_refused(
 def test_launch_is_optional_and_calls_a_function(runtime: Runtime) -> None:
     assert runtime.launch() is None
     assert runtime.launch(lambda rt, x, y: (rt, x + y), 1, y=2) == (runtime, 3)
+
+
+@pytest.mark.parametrize("argument", [None, 3, "main"])
+def test_launch_refuses_a_result_in_the_place_of_a_function(runtime: Runtime, argument: Any) -> None:
+    with pytest.raises(UsageError, match=f"not {type(argument).__name__}.*`launch\\(main\\)`, not"):
+        runtime.launch(argument)
 
 
 # -- construction --------------------------------------------------------------------------------------------

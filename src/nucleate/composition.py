@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
 from nucleate.accelerators.base import Accelerator
 from nucleate.accelerators.choice import choose
+from nucleate.cluster.backends import beside_host, check_backend
+from nucleate.cluster.device_request import DeviceRequest
 from nucleate.cluster.environment import Environment
 from nucleate.devices import take_device
+from nucleate.errors import PluginNotFoundError
 from nucleate.plugin import Composition
 from nucleate.precision.base import Precision
-from nucleate.registry import PRECISIONS, STRATEGIES
+from nucleate.registry import LOGGERS, PRECISIONS
 from nucleate.strategies.base import Strategy
+from nucleate.strategies.choice import choose as choose_strategy
+
+if TYPE_CHECKING:
+    from nucleate.loggers.group import LoggerGroup
 
 #: The precision of a `Runtime` without a choice.
 _DEFAULT_PRECISION = "no-cast"
@@ -48,10 +55,11 @@ class Components:
     @classmethod
     def choose(
         cls,
-        accelerator: str | Accelerator,
+        accelerator: str | Accelerator | None,
         precision: str | int | Precision | None,
-        strategy: str | Strategy,
+        strategy: str | Strategy | None,
         environment: Environment,
+        request: DeviceRequest | None = None,
     ) -> Self:
         """Look names up, and let each plugin check the others.
 
@@ -59,27 +67,46 @@ class Components:
             accelerator: See `Runtime`.
             precision: See `Runtime`.
             strategy: See `Runtime`.
-            environment: The place of this process among all processes.
+            environment: The place of this process among all processes, as a launcher has set it.
+            request: The processes and devices to use; None takes what the launcher started.
 
         Raises:
             PluginNotFoundError: No plugin of that kind has that name.
             ConfigurationError: A part is missing, or does not work with the others.
         """
-        if strategy == "auto":
-            strategy = "ddp" if environment.world_size > 1 else "single_device"
+        chosen = choose(accelerator)
+        request = request or DeviceRequest()
+        environment = request.resolve(environment, chosen.count, chosen.is_shared)
         if precision is None:
             precision = _DEFAULT_PRECISION
         if isinstance(precision, (str, int)):
             precision = _PRECISION_ALIASES.get(str(precision), str(precision))
-        chosen = choose(accelerator)
+        if str(precision).startswith("transformer-engine") and precision not in PRECISIONS.names():
+            raise PluginNotFoundError(
+                f"precision={precision!r} needs a plugin for Transformer Engine, which does not exist yet. Use "
+                "'bf16-mixed' or 'bf16-true'."
+            )
         precision = cast(Precision, PRECISIONS.choose(precision))
-        strategy = cast(Strategy, STRATEGIES.choose(strategy))
-        device = chosen.select(environment.local_rank)
-        take_device(device, chosen)
+        strategy = choose_strategy(strategy, environment.world_size)
+        index = request.index(environment.local_rank)
+        if environment.is_planned:
+            # This process only starts the ranks: a device that it opened would lose memory, and could not be forked.
+            device = chosen.device_of(index)
+        else:
+            device = chosen.select(index)
+            take_device(device, chosen)
         parts = cls(chosen, precision, strategy, environment, device)
         for part in (chosen, precision, strategy):
             part.check(parts.shown)
+        if strategy.process_group_backend is not None:
+            check_backend(parts.backend, device)
         return parts
+
+    @property
+    def backend(self) -> str:
+        """The torch.distributed backend of the processes: the strategy's own, else the accelerator's."""
+        asked = self.strategy.process_group_backend
+        return self.accelerator.backend if asked is None else beside_host(asked, self.device)
 
     @property
     def shown(self) -> Composition:
@@ -91,3 +118,22 @@ class Components:
         names = (part.name or type(part).__name__ for part in (self.accelerator, self.strategy, self.precision))
         accelerator, strategy, precision = names
         return f"{accelerator}, {strategy}{ranks}, {precision}"
+
+
+def choose_loggers(loggers: Any, writes: bool) -> LoggerGroup | None:
+    """Look up names of loggers, or return None without a logger.
+
+    Args:
+        loggers: See `Runtime`.
+        writes: Whether this process writes.
+
+    Raises:
+        PluginNotFoundError: No logger has that name.
+        ConfigurationError: An object cannot log metrics.
+        MissingDependencyError: The package that a logger writes with is not installed.
+    """
+    if loggers is None or (isinstance(loggers, (list, tuple)) and not loggers):
+        return None
+    from nucleate.loggers.group import LoggerGroup
+
+    return LoggerGroup(loggers, LOGGERS.create, writes)

@@ -19,6 +19,7 @@ NucleateError
 │   └── ReplayError                             a replayed operation differs from the recorded one
 ├── DistributedError (RuntimeError)             the ranks do not agree, or one of them failed
 │   ├── RankFailedError                         another rank raised first
+│   │   └── RankExitError (SystemExit)          a started rank ended with an exit code of its own
 │   └── RankDisagreementError                   ranks built different models or hold different values
 └── CheckpointError (RuntimeError)
     ├── CheckpointNotFoundError (FileNotFoundError)
@@ -109,6 +110,16 @@ class DistributedError(NucleateError, RuntimeError):
 
 class RankFailedError(DistributedError):
     """Another rank raised first; the message carries its traceback."""
+
+
+class RankExitError(RankFailedError, SystemExit):
+    """A rank that `launch` started was killed, or ended with an exit code of its own.
+
+    Where nobody catches it, this process ends with the same exit code.
+
+    Attributes:
+        code: The exit code: 128 and the number of the signal for a rank that was killed.
+    """
 
 
 class RankDisagreementError(DistributedError):

@@ -17,6 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from nucleate.errors import ConfigurationError, PluginConflictError, PluginLoadError, PluginNotFoundError
+from nucleate.fabric_objects import refuse_fabric_object
 from nucleate.plugin import Named
 
 
@@ -64,6 +65,22 @@ class Registry:
             PluginConflictError: Two distributions offer the name, or one offers a built-in's name.
             PluginLoadError: Importing the plugin failed, or it is not a plugin of this kind.
         """
+        plugin, offer = self.load(name)
+        if not (isinstance(plugin, type) and issubclass(plugin, self._base_class)):
+            raise PluginLoadError(f"{self.kind} {name!r} from {offer} is {plugin!r}, not a subclass of {self.base}.")
+        return plugin
+
+    def load(self, name: str) -> tuple[Any, str]:
+        """Import the object registered under `name`, of any kind.
+
+        Returns:
+            The object, and the distribution and target that offer it.
+
+        Raises:
+            PluginNotFoundError: No plugin has that name. The message suggests similar names and a package to install.
+            PluginConflictError: Two distributions offer the name, or one offers a built-in's name.
+            PluginLoadError: Importing the plugin failed.
+        """
         points = self._installed.get(name, [])
         offers = [f"{_distribution(point)} ({point.value})" for point in points]
         if name in self.builtins:
@@ -77,16 +94,11 @@ class Registry:
         target = points[0].value if points else self.builtins[name]
         try:
             module, _, attribute = target.partition(":")
-            plugin = getattr(import_module(module), attribute)
+            return getattr(import_module(module), attribute), offers[0]
         except Exception as error:
             raise PluginLoadError(
                 f"{self.kind} {name!r} from {offers[0]} cannot be loaded: {type(error).__name__}: {error}"
             ) from error
-        if not (isinstance(plugin, type) and issubclass(plugin, self._base_class)):
-            raise PluginLoadError(
-                f"{self.kind} {name!r} from {offers[0]} is {plugin!r}, not a subclass of {self.base}."
-            )
-        return plugin
 
     def create(self, name: str) -> Named:
         """Build the plugin registered under `name` with its default options."""
@@ -104,6 +116,7 @@ class Registry:
         if isinstance(choice, str):
             return self.create(choice)
         if not isinstance(choice, self._base_class):
+            refuse_fabric_object(choice, f"{self.kind}=...")
             raise ConfigurationError(
                 f"{self.kind}={choice!r} is neither a name nor a {self._base_class.__name__}. "
                 f"Names: {', '.join(self.names())}."
@@ -176,7 +189,11 @@ STRATEGIES = Registry(
     builtins={
         "single_device": "nucleate.strategies.single_device:SingleDeviceStrategy",
         "ddp": "nucleate.strategies.ddp:DDPStrategy",
+        "ddp_find_unused_parameters_false": "nucleate.strategies.ddp:DDPStrategy",
+        "ddp_find_unused_parameters_true": "nucleate.strategies.ddp:DDPStrategy",
         "fsdp": "nucleate.strategies.fsdp:FSDPStrategy",
+        "fsdp_cpu_offload": "nucleate.strategies.fsdp:FSDPStrategy",
+        **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), "nucleate.strategies.ddp:DDPStrategy"),
     },
 )
 
@@ -216,3 +233,19 @@ INTEGRATIONS = Registry(
     },
     known={"transformers": "pip install nucleate-transformers"},
 )
+
+#: A logger need not be a plugin: `Runtime` takes any object with `log_metrics(metrics, step)`.
+LOGGERS = Registry(
+    kind="logger",
+    group="nucleate.loggers",
+    base="nucleate.loggers.base:Logger",
+    builtins={
+        "csv": "nucleate.loggers.csv_logger:CSVLogger",
+        "tensorboard": "nucleate.loggers.tensorboard:TensorBoardLogger",
+        "wandb": "nucleate.loggers.wandb:WandbLogger",
+        "mlflow": "nucleate.loggers.mlflow:MLFlowLogger",
+    },
+)
+
+#: Callbacks of installed packages: classes, or functions that return one callback or a list. Any object is a callback.
+CALLBACKS = Registry(kind="callback", group="nucleate.callbacks", base="builtins:object", builtins={})

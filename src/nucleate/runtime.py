@@ -20,25 +20,31 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from nucleate.accelerators.base import Accelerator
+from nucleate.callbacks import Callbacks
+from nucleate.cluster import started_rank
 from nucleate.cluster.communicator import Communicator
+from nucleate.cluster.device_request import DeviceRequest
 from nucleate.cluster.environment import Environment
-from nucleate.composition import Components
+from nucleate.composition import Components, choose_loggers
 from nucleate.deferred import ElementSource, deferred, eager, is_recording, outside_inference_mode, resumed
 from nucleate.devices import made_current
 from nucleate.errors import ConfigurationError, DeferredUseError, UsageError
 from nucleate.integrations.active import Integrations
-from nucleate.integrations.base import Integration
 from nucleate.layout import Layout, LiveLayout
 from nucleate.materialize.block import Block
 from nucleate.materialize.inference_tensors import replace_inference_tensors
 from nucleate.materialize.vacancies import adopt_vacancies
 from nucleate.model_setup import ModelSetup, agree_on_generators
+from nucleate.plugin_choices import PluginChoices, PluginInput
 from nucleate.precision.base import Precision
 from nucleate.report.meter import metered
 from nucleate.seed import last_seed, seed_everything, seeds_workers
 from nucleate.shells import inside, without_shells
 from nucleate.strategies.base import Strategy
+from nucleate.strategies.clip import refuse_limits
+from nucleate.wrappers.accumulation import Accumulation
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
+from nucleate.wrappers.deliveries import Deliveries
 from nucleate.wrappers.free_parameters import FreeParameters, known_ids
 from nucleate.wrappers.module import ModuleWrapper
 from nucleate.wrappers.optimizer import OptimizerWrapper
@@ -51,24 +57,36 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: The mark of an argument that was not given.
+_NOTHING: Any = object()
+
 
 class Runtime:
     """The builder, loader and launcher of models on one accelerator, precision and strategy.
 
     Args:
         accelerator: `"auto"` (torch's current accelerator, an installed plugin whose device is there, or the CPU),
-            `"cpu"`, `"cuda"`, torch's name of any other kind of device, the name of an installed plugin, or an
-            `Accelerator`.
+            `"gpu"` (the same without the CPU), `"cpu"`, `"cuda"`, torch's name of any other kind of device, the name of
+            an installed plugin, or an `Accelerator`. None is `"auto"`. Names may be in upper case.
         strategy: `"auto"` (DDP in several processes, else a single device), `"single_device"`, `"ddp"`, `"fsdp"`,
-            the name of an installed plugin, or a `Strategy`.
-        devices: The number of processes that each node must have. `"auto"` accepts the number that the launcher
-            started.
-        num_nodes: The number of nodes that the run must have.
+            the name of an installed plugin, or a `Strategy`. None is `"auto"`. Names may be in upper case.
+        devices: The number of processes on each node. `"auto"` and None accept the number that a launcher such as
+            torchrun started, and mean one process without a launcher. -1 means one process on each device; processes
+            share the CPU, so there -1 means one. `[0, 2]` and `"0,2"` name the device of each process. If several are
+            asked for and no launcher has started them, `launch` starts them.
+        num_nodes: The number of nodes that the run must have. Several nodes need torchrun.
         precision: None, the default, casts nothing: parameters, buffers, inputs and outputs keep the dtypes that the
             constructor and the user chose. `"32-true"`, `"64-true"`, `"bf16-true"`, `"16-true"`, `"bf16-mixed"`,
             `"16-mixed"`, the name of an installed plugin, or a `Precision` casts as its page says.
-        plugins: Names of installed integrations, or `Integration` objects, which know how another library makes its
-            models. None takes every installed integration whose library is imported when a model is constructed.
+        plugins: One plugin or several: a `Precision`, an `Environment` that takes the place of the launcher's
+            variables, readers and writers of checkpoints, and integrations or their names, which know how another
+            library makes its models. Without an integration in the list, every installed one is active whose library
+            is imported when a model is constructed. A list with integrations names all that are active, beside those
+            of nucleate itself.
+        callbacks: One callback or several: any objects, whose methods `call` calls, or names of installed callbacks.
+        loggers: Where `log` and `log_dict` write, on rank 0: a logger or a list of them. A logger is `"csv"`,
+            `"tensorboard"`, `"wandb"`, `"mlflow"`, the name of an installed plugin, a `nucleate.loggers.Logger`, or any
+            object with a method `log_metrics(metrics, step)`, such as a logger of Lightning Fabric.
         verify: Whether `setup` makes parameters and buffers a second time, sequentially and whole, and compares them
             bit for bit with the tensors that it installed on this rank. `setup` then also compares every element that
             several ranks hold. True takes a sample of all kinds of recipes, of at most 2**24 elements. `"all"` takes
@@ -89,31 +107,45 @@ class Runtime:
         torch.Size([1, 2])
     """
 
-    def __init__(
+    # Whether this process has started ranks.
+    _has_supervised = False
+
+    def __init__(  # noqa: PLR0913 - the arguments that Lightning Fabric has too
         self,
         *,
-        accelerator: str | Accelerator = "auto",
-        strategy: str | Strategy = "auto",
-        devices: int | str = "auto",
+        accelerator: str | Accelerator | None = "auto",
+        strategy: str | Strategy | None = "auto",
+        devices: int | str | Sequence[int] | None = "auto",
         num_nodes: int = 1,
         precision: str | int | Precision | None = None,
-        plugins: Sequence[str | Integration] | None = None,
+        plugins: PluginInput | Iterable[PluginInput] | None = None,
+        callbacks: object = None,
+        loggers: Any = None,
         verify: bool | str = False,
     ) -> None:
+        # All arguments, for `_renew`.
+        self._settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if not isinstance(verify, bool) and verify != "all":
             raise ConfigurationError(f"verify={verify!r} must be False, True (a sample) or 'all'.")
         self._verify = verify
-        environment = Environment.detect()
-        environment.check_request(devices, num_nodes)
-        self._parts = parts = Components.choose(accelerator, precision, strategy, environment)
+        self._plugins = choices = PluginChoices.of(plugins, precision)
+        self._callbacks = Callbacks.of(callbacks)
+        request = DeviceRequest.parse(devices, num_nodes)
+        environment = choices.environment or Environment.detect()
+        self._parts = parts = Components.choose(accelerator, choices.precision, strategy, environment, request)
+        environment = parts.environment
+        started_rank.join()
         self._accelerator, self._precision, self._strategy = parts.accelerator, parts.precision, parts.strategy
         self._environment, self._device = environment, parts.device
         self._communicator = Communicator(environment, parts.device)
         self._free = FreeParameters(self._communicator)
-        self._integrations = Integrations(plugins, parts.shown)
+        self._integrations = Integrations(choices.integrations, parts.shown)
+        self._loggers = choose_loggers(loggers, self.is_global_zero)
         self._launched = False
         # The models that were set up, without shells.
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._deliveries = Deliveries()
+        self._accumulation = Accumulation(self._deliveries, self._models)
 
     def __repr__(self) -> str:
         return f"Runtime({self._parts})"
@@ -134,6 +166,11 @@ class Runtime:
     def strategy(self) -> Strategy:
         """The strategy plugin."""
         return self._strategy
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """The callbacks, in the order in which `call` calls them. The list is a copy."""
+        return list(self._callbacks)
 
     @property
     def device(self) -> torch.device:
@@ -167,10 +204,19 @@ class Runtime:
 
     # -- start ---------------------------------------------------------------------------------------------
 
-    def launch(self, function: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | None:
-        """Start the process group. A launcher such as torchrun starts the processes.
+    @overload
+    def launch(self) -> None: ...
 
-        You need not call this method: the methods that need the group start it.
+    @overload
+    def launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T: ...
+
+    def launch(self, function: Any = _NOTHING, *args: Any, **kwargs: Any) -> Any:
+        """Start the process group, and before it the processes that `devices` asks for, if no launcher has.
+
+        You need not call this method: the methods that need the group call it without a function.
+
+        Without a function, the script runs again in each of the processes. This process waits for them and ends with
+        their exit code, so nothing below this line runs in it. With a function, the processes run that function.
 
         Args:
             function: A function to call afterwards, as `function(runtime, *args, **kwargs)`.
@@ -178,17 +224,44 @@ class Runtime:
             kwargs: Keyword arguments of `function`.
 
         Returns:
-            The result of `function`, or None without a function.
+            The result of `function`: that of this process, or of rank 0 if this process started the ranks. None without
+            a function.
+
+        Raises:
+            UsageError: `function` is not a function, or the processes cannot be started from here.
+            RankFailedError: A process failed that this process has started.
         """
+        if function is not _NOTHING and not callable(function):
+            raise UsageError(
+                f"launch() takes a function, not {type(function).__name__}. Pass the function without calling it: "
+                "`launch(main)`, not `launch(main(runtime))`."
+            )
+        if self._environment.is_planned:
+            return self._start_ranks(function, args, kwargs)
         if not self._launched:
             if self._strategy.distributed or self._environment.world_size > 1:
                 from nucleate.cluster import process_group
 
-                process_group.start(self._environment, self._accelerator.backend, self._strategy.timeout, self._device)
+                process_group.start(self._environment, self._parts.backend, self._strategy.timeout, self._device)
             self._strategy.connect(self._device, self._environment)
             self._integrations.connect()
+            if self._loggers is not None:
+                self._loggers.connect(self._communicator)
             self._launched = True
-        return function(self, *args, **kwargs) if function is not None else None
+        return function(self, *args, **kwargs) if function is not _NOTHING else None
+
+    def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        """Call a method of every callback that has it, in their order.
+
+        Args:
+            hook_name: The name of the method. It may be any name.
+            args: Positional arguments of the method.
+            kwargs: Keyword arguments of the method. A method that does not name one of them does not get it.
+
+        Raises:
+            UsageError: A callback has the name, but it is not a method.
+        """
+        self._callbacks.call(hook_name, *args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Do nothing, unless a subclass of `Runtime` has a method `run` of its own.
@@ -354,6 +427,7 @@ class Runtime:
         setup = ModelSetup(self._parts, self._communicator, self._integrations, self._verify, self._free)
         wrapped = setup.run(module, optimizers, self._models, move_to_device, _reapply_compile)
         self._models.add(inside(wrapped.module))
+        self.call("on_after_setup", runtime=self, fabric=self, module=wrapped)
         last = () if scheduler is None else (scheduler,)
         return (wrapped, *map(self._wrap_optimizer, optimizers), *last) if optimizers else wrapped
 
@@ -436,7 +510,7 @@ class Runtime:
         for known in self._models:
             LiveLayout.of(known).check_once()
         with backward_allowed(), self._strategy.step_context():
-            self._strategy.backward(self._precision.scale(tensor), *args, **kwargs)
+            self._strategy.backward(self._precision.scale(self._accumulation.divided(tensor)), *args, **kwargs)
 
     def clip_gradients(
         self,
@@ -459,7 +533,8 @@ class Runtime:
                 True, unless the precision scales the loss: then overflows are expected, and the step is skipped.
 
         Returns:
-            The norm before clipping, equal on every rank, or None when clipping by value.
+            The norm before clipping, equal on every rank. None when clipping by value, and inside `accumulate` before
+            the last micro-batch, where nothing is clipped.
 
         Raises:
             ConfigurationError: Both or neither of `clip_val` and `max_norm` were given, or the limit is negative.
@@ -472,6 +547,10 @@ class Runtime:
         for live in self._live_in(module):
             live.refuse_emptied("clip_gradients")
         inner = optimizer.optimizer if isinstance(optimizer, OptimizerWrapper) else optimizer
+        refuse_limits(max_norm=max_norm, norm_type=norm_type, clip_val=clip_val)
+        if self._accumulation.holds(inner):
+            return None
+        self._accumulation.complete(inner)
         self._free.average(inner)
         self._precision.unscale(inner)
         if error_if_nonfinite is None:
@@ -500,15 +579,44 @@ class Runtime:
         Raises:
             UsageError: The module was not set up.
         """
-        model = inside(module, ModuleWrapper)
-        if not isinstance(model, ModuleWrapper):
-            raise UsageError(
-                f"no_backward_sync takes the model that `setup` returned, not {type(model).__name__}. Set it up first."
-            )
+        model = self._set_up(module, "no_backward_sync")
         with ExitStack() as stack:
             if enabled:
                 stack.enter_context(self._strategy.no_backward_sync(model.forward_module))
             yield
+
+    @contextmanager
+    def accumulate(self, *models: nn.Module, every: int, last: bool | None = None) -> Iterator[bool]:
+        """Surround the forward, backward and step of one micro-batch, of which several make a step.
+
+        The block counts. Before the last micro-batch of a step, gradients are not exchanged, and `clip_gradients` and
+        the `step` of the models' optimizers do nothing. `zero_grad` never clears gradients that the next step needs.
+        `backward` divides each loss by the number of micro-batches, so the gradients are those of one large batch whose
+        loss is a mean. The last batch of an epoch makes a step too, with the average of fewer micro-batches.
+
+        Args:
+            models: The models that `setup` returned and that train together.
+            every: The number of micro-batches of a step.
+            last: Whether this micro-batch is the last of its step, whatever the count is. None asks the loader of
+                `setup_dataloaders` that has delivered the batch; a stream has no length, so pass the flag there. False
+                does not ask: pass it if you split the batches of a loader into micro-batches.
+
+        Yields:
+            Whether this micro-batch is the last of its step, for example to step a scheduler.
+
+        Raises:
+            ConfigurationError: `every` is not a positive integer.
+            UsageError: A model was not set up, the block is inside another one, or several blocks share a batch of a
+                loader and `last` is None.
+        """
+        originals = [inside(self._set_up(model, "accumulate").module) for model in models]
+        if not models:
+            raise UsageError("accumulate() was called without a model.")
+        with ExitStack() as stack:
+            is_last = stack.enter_context(self._accumulation.micro_batch(originals, every, last))
+            for model in models:
+                stack.enter_context(self.no_backward_sync(model, enabled=not is_last))
+            yield is_last
 
     # -- ranks ---------------------------------------------------------------------------------------------
 
@@ -565,6 +673,41 @@ class Runtime:
             if goes_first:
                 self._communicator.barrier()
 
+    # -- logs ----------------------------------------------------------------------------------------------
+
+    @property
+    def loggers(self) -> list[Any]:
+        """The loggers that the runtime was given."""
+        return [] if self._loggers is None else list(self._loggers.loggers)
+
+    @property
+    def logger(self) -> Any:
+        """The first logger.
+
+        Raises:
+            UsageError: The runtime was not given a logger.
+        """
+        if not self.loggers:
+            raise UsageError("this runtime has no logger. Give it one, as in Runtime(loggers='csv').")
+        return self.loggers[0]
+
+    def log(self, name: str, value: Any, step: int | None = None) -> None:
+        """Write a metric by each logger, on rank 0. See `log_dict`."""
+        self.log_dict({name: value}, step)
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Write metrics by each logger, on rank 0. The values are rank 0's; `all_reduce` averages over the ranks.
+
+        Args:
+            metrics: Numbers by name. Tensors of one element become numbers. Other values are passed to the loggers.
+            step: The number of the step. None takes the step after the last one that was logged.
+
+        Raises:
+            UsageError: A tensor has several elements, or `step` is not an integer.
+        """
+        if self._loggers is not None:
+            self._loggers.log(metrics, step)
+
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def save(
@@ -614,6 +757,8 @@ class Runtime:
                 asynchronous=asynchronous,
                 keep_last=keep_last,
                 keys=keys,
+                writers=self._plugins.writers,
+                one_file=self._strategy.saves_one_file,
             )
 
     def load(
@@ -654,6 +799,7 @@ class Runtime:
                 strict=strict,
                 remainder=wanted,
                 reader=reader,
+                readers=self._plugins.readers,
                 trusted=weights_only is False,
                 prepare=self._prepare_to_load,
             )
@@ -703,6 +849,7 @@ class Runtime:
                 prefix=prefix,
                 keys=keys,
                 reader=reader,
+                readers=self._plugins.readers,
                 mmap=mmap,
                 trusted=weights_only is False,
                 prepare=self._prepare_to_load,
@@ -726,6 +873,39 @@ class Runtime:
         raise UsageError(f"this {type(model).__name__} has no layout: it was not set up. Call `setup` first.")
 
     # -- inside --------------------------------------------------------------------------------------------
+
+    def _set_up(self, module: nn.Module, method: str) -> ModuleWrapper:
+        """Return the wrapper of a model that was set up, or refuse the argument of a method."""
+        model = inside(module, ModuleWrapper) if isinstance(module, nn.Module) else module
+        if not isinstance(model, ModuleWrapper):
+            raise UsageError(
+                f"{method} takes the model that `setup` returned, not {type(model).__name__}. Set it up first."
+            )
+        return model
+
+    def _start_ranks(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Start the ranks; see `launch`."""
+        from nucleate.process_start import start_function, start_script
+
+        if function is not _NOTHING:
+            result = start_function(self, function, args, kwargs)
+            self._has_supervised = True
+            return result
+        if self._has_supervised:
+            raise UsageError(
+                "the processes of this runtime have ended. If `launch` got a function, do everything that needs the "
+                "processes inside of that function."
+            )
+        self._has_supervised = True
+        return start_script(self)
+
+    def _renew(self) -> None:
+        """Make this runtime, which another process has made, one of this process."""
+        Runtime.__init__(self, **self._settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The set of models has weak references. `_renew` makes a new one.
+        return {name: value for name, value in vars(self).items() if name != "_models"}
 
     def _live_in(self, state: Any) -> Iterator[LiveLayout]:
         """Yield the layouts of the models in a state."""
@@ -768,7 +948,11 @@ class Runtime:
         return found
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> OptimizerWrapper:
-        return OptimizerWrapper(optimizer, self._precision, self._strategy, self._free_among, self._free)
+        wrapped = OptimizerWrapper(
+            optimizer, self._precision, self._strategy, self._free_among, self._accumulation, self._free
+        )
+        wrapped.after_step(self._callbacks)
+        return wrapped
 
     def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
         return prepare(
@@ -779,4 +963,5 @@ class Runtime:
             seed=self._communicator.broadcast(torch.initial_seed()),
             seed_workers=last_seed() is None or seeds_workers(),
             use_distributed_sampler=use_sampler,
+            deliveries=self._deliveries,
         )

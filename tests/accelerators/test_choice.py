@@ -136,3 +136,27 @@ def test_auto_passes_over_a_plugin_that_fails_with_any_error_and_names_it(
 def test_a_name_with_an_index_is_refused_and_the_object_for_it_is_told(name: str, written: str) -> None:
     with pytest.raises(ConfigurationError, match=f"accelerator='{name}' names one device.*: give {written}."):
         choose(name)
+
+
+def test_gpu_is_the_accelerator_that_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_torch_name(monkeypatch, "xpu")
+    assert choose("gpu").name == choose("GPU").name == "xpu"
+
+
+def test_gpu_without_an_accelerator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_torch_name(monkeypatch, None)
+    with pytest.raises(ConfigurationError, match="accelerator='gpu' takes the accelerator that.*finds none"):
+        choose("gpu")
+
+
+def test_names_may_be_in_upper_case_and_none_is_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_torch_name(monkeypatch, None)
+    assert type(choose("CPU")) is type(choose(None)) is type(choose("Auto")) is CPUAccelerator
+
+
+def test_a_tpu_is_refused_until_a_plugin_serves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PluginNotFoundError, match="accelerator='tpu' needs a plugin"):
+        choose("TPU")
+    install(monkeypatch, {"tpu": Outsider})
+    monkeypatch.setattr(Registry, "names", lambda registry: ["cpu", "tpu"])
+    assert type(choose("tpu")) is Outsider

@@ -55,22 +55,6 @@ def test_a_group_of_another_size_than_the_environment_says_is_refused() -> None:
         process_group.start(Environment("torchrun", world_size=2, global_rank=1), "gloo", MINUTE, CPU)
 
 
-@pytest.mark.parametrize(
-    ("backend", "device_type", "expected"),
-    [
-        ("gloo", "cpu", False),  # Nothing is bound to the CPU.
-        ("gloo", "xpu", False),
-        ("cpu:gloo,xpu:xccl", "xpu", True),
-        ("cpu:gloo, xpu:xccl", "xpu", True),
-        ("cpu:gloo,xpu:xccl", "mps", False),
-        ("XCCL", "xpu", True),
-        ("another", "xpu", False),
-    ],
-)
-def test_a_group_is_bound_to_a_device_that_its_backend_serves(backend: str, device_type: str, expected: bool) -> None:
-    assert process_group._serves(backend, device_type) is expected
-
-
 def test_a_gloo_group_beside_another_names_the_device_that_the_other_is_bound_to() -> None:
     process_group.start(Environment(), "gloo", MINUTE, CPU)
     group = dist.group.WORLD

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
 from nucleate.deferred import deferred, handle_of
@@ -194,3 +197,33 @@ def test_hooks_set_before_materialization_are_called() -> None:
     handle.remove()
     model(torch.ones(1, 3)).sum().backward()
     assert sorted(calls) == ["hook", "post"]
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("init_sync", [True, False])
+@pytest.mark.parametrize("part", ["all", "last"])
+def test_data_parallel_wrapping_is_refused_with_the_ways_to_give_values(model: Net, init_sync: bool, part: str) -> None:
+    # torch reads parameters in C++, past the guard, and without init_sync it would notice nothing.
+    if part == "last":
+        model = nn.Sequential(nn.Linear(4, 4), model)
+    with pytest.raises(DeferredUseError) as caught:
+        nn.parallel.DistributedDataParallel(model, init_sync=init_sync)
+    for words in ("first.weight is deferred", "DistributedDataParallel cannot work", "materialize(model)",
+                  "nucleate_lightning.Materialize()"):  # fmt: skip
+        assert words in str(caught.value)
+    materialize(model)
+    nn.parallel.DistributedDataParallel(model, init_sync=init_sync)
+
+
+@pytest.mark.usefixtures("group")
+def test_sharding_a_guarded_model_is_refused(model: Net) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    with pytest.raises(DeferredUseError, match=r"first.weight is deferred .*materialize\(model\)"):
+        fully_shard(model.first, mesh=mesh)

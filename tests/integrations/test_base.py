@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
@@ -13,9 +15,11 @@ import torch
 from torch import nn
 
 from nucleate import Integration, Runtime
+from nucleate.cluster import Environment
 from nucleate.errors import ConfigurationError, PluginNotFoundError
 from nucleate.integrations import active
 from nucleate.plugin import Composition
+from nucleate.precision import FullPrecision
 from nucleate.registry import INTEGRATIONS, Registry
 from nucleate.testing import IntegrationSuite
 from tests.device import ACCELERATOR, device
@@ -59,9 +63,9 @@ class FakeIntegration(Integration):
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry in which the integration is found by the name of its library."""
-    registry = Registry(
-        INTEGRATIONS.kind, INTEGRATIONS.group, INTEGRATIONS.base, {LIBRARY: f"{__name__}:FakeIntegration"}
-    )
+    registry = Registry(INTEGRATIONS.kind, INTEGRATIONS.group, INTEGRATIONS.base, {})
+    point = EntryPoint(LIBRARY, f"{__name__}:FakeIntegration", INTEGRATIONS.group)
+    monkeypatch.setitem(vars(registry), "_installed", {LIBRARY: [point]})
     monkeypatch.setitem(sys.modules, __name__, sys.modules[FakeIntegration.__module__])
     monkeypatch.setattr(active, "INTEGRATIONS", registry)
     FakeIntegration.made.clear()
@@ -104,12 +108,10 @@ def test_it_is_active_from_the_first_construction_or_setup_after_the_import(monk
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_list_means_exactly_those_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_with_integrations_names_all_that_are_active_beside_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, LIBRARY, ModuleType(LIBRARY))
-    with Runtime(accelerator=ACCELERATOR, plugins=[]).init_module():
-        pass
-    assert FakeIntegration.made == []
     mine = FakeIntegration()
+    mine.name = "another_library"
     with Runtime(accelerator=ACCELERATOR, plugins=[mine]).init_module():
         pass
     assert FakeIntegration.made == [mine]
@@ -119,12 +121,37 @@ def test_a_list_means_exactly_those_in_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert [made.events[-1] for made in FakeIntegration.made] == ["exit", "exit"]
 
 
+@pytest.mark.usefixtures("registered")
+def test_a_list_without_an_integration_leaves_all_of_them_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, LIBRARY, ModuleType(LIBRARY))
+    for plugins in ([], FullPrecision(torch.float32), [Environment()]):
+        runtime = Runtime(accelerator=ACCELERATOR, plugins=plugins)
+        with runtime.init_module():
+            pass
+    assert [made.events[-1] for made in FakeIntegration.made] == ["exit"] * 3
+
+
+def test_the_files_that_nucleate_reads_itself_stay_lazy_beside_another_integration(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, path)
+    runtime = Runtime(accelerator=ACCELERATOR, plugins=FakeIntegration())
+    with runtime.init_module(empty_init=True):
+        read = torch.load(path)["weight"]
+    with torch._C.DisableTorchFunctionSubclass():
+        assert read.is_meta
+
+
+def test_two_integrations_with_one_name_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="two integrations named"):
+        Runtime(accelerator=ACCELERATOR, plugins=[FakeIntegration(), FakeIntegration()])
+
+
 def test_what_is_no_integration_is_refused_by_name() -> None:
     with pytest.raises(PluginNotFoundError, match="no integration plugin named 'tranformers'.*'transformers'"):
         Runtime(accelerator=ACCELERATOR, plugins=["tranformers"])
-    with pytest.raises(ConfigurationError, match="must be a list"):
-        Runtime(accelerator=ACCELERATOR, plugins="transformers")
-    with pytest.raises(ConfigurationError, match="neither a name nor a Integration"):
+    with pytest.raises(PluginNotFoundError, match="no integration plugin named 'tranformers'"):
+        Runtime(accelerator=ACCELERATOR, plugins="tranformers")
+    with pytest.raises(ConfigurationError, match="which is not a plugin of these kinds"):
         Runtime(accelerator=ACCELERATOR, plugins=[nn.Linear])  # type: ignore[list-item]
 
 

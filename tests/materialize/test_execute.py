@@ -17,7 +17,7 @@ from nucleate.errors import DeferredError, ReplayError, UninitializedError
 from nucleate.materialize import Plan, execute, materialize
 from nucleate.testing import peak_memory
 from tests.deferred.equality import assert_same_model
-from tests.device import ACCELERATOR, ON_CPU, device
+from tests.device import ACCELERATOR, ON_CPU, cpu_only, device
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 
@@ -221,3 +221,24 @@ def test_shards_that_were_interrupted_are_without_memory_and_refused(monkeypatch
     assert all(parameter.is_meta for parameter in model.parameters())
     with pytest.raises(UninitializedError, match="weight"):
         materialize(model, device())
+
+
+@cpu_only("it is about the CPU's index")
+def test_the_cpu_with_an_index_is_the_cpu() -> None:
+    torch.manual_seed(0)
+    expected = nn.Linear(4, 4)
+    torch.manual_seed(0)
+    model = nn.ModuleList()
+    with deferred("cpu:0"):
+        model.extend([nn.Linear(4, 4), nn.Module()])
+        model[1].rows = nn.Parameter(model[0].weight.data[1:])
+    index = torch.device("cpu", 0)
+    # In two plans: the second one shares the memory that the first one made.
+    for part in (model[0], model):
+        plan = Plan.of(part)
+        plan.check_device(index)
+        plan.release()
+        execute(plan, part, index)
+    assert model[0].weight.device == model[1].rows.device == torch.device("cpu")
+    assert torch.equal(model[0].weight, expected.weight)
+    assert model[1].rows.data_ptr() == model[0].weight[1].data_ptr()

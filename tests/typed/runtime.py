@@ -23,4 +23,4 @@ def launch(runtime: Runtime) -> None:
     def main(runtime: Runtime, steps: int) -> str:
         return f"{runtime} {steps}"
 
-    assert_type(runtime.launch(main, 3), str | None)
+    assert_type(runtime.launch(main, 3), str)

@@ -23,6 +23,8 @@ class Accelerator(Plugin, DeviceHooks):
     """
 
     kind: ClassVar[str] = "accelerator"
+    #: Whether any number of processes can share the device, as on a CPU.
+    is_shared: ClassVar[bool] = False
 
     @property
     def backend(self) -> str:
@@ -51,6 +53,13 @@ class Accelerator(Plugin, DeviceHooks):
         Raises:
             ConfigurationError: The node has too few devices for `local_rank`.
         """
+
+    def device_of(self, local_rank: int) -> torch.device:
+        """Return the device of the process with this local rank, for a process that does not use it.
+
+        By default, this is `select`. Override it if `select` opens a device.
+        """
+        return self.select(local_rank)
 
     @abstractmethod
     def module_init_context(self) -> AbstractContextManager[object]:

@@ -5,29 +5,39 @@ from __future__ import annotations
 import warnings
 from typing import cast
 
+import torch
+
 from nucleate.accelerators.base import Accelerator
 from nucleate.accelerators.cpu import CPUAccelerator
 from nucleate.accelerators.generic import TorchAccelerator
 from nucleate.devices.kinds import available_accelerator, is_kind
-from nucleate.errors import ConfigurationError, PluginConflictError, PluginLoadError
+from nucleate.errors import ConfigurationError, PluginConflictError, PluginLoadError, PluginNotFoundError
 from nucleate.registry import ACCELERATORS
 
+#: Names of Lightning Fabric without an accelerator here. A plugin that registers such a name takes it over.
+_ELSEWHERE = {
+    "tpu": "needs a plugin for XLA devices, which does not exist yet. Use 'gpu', 'cpu' or 'auto'",
+}
 
-def choose(choice: str | Accelerator) -> Accelerator:
+
+def choose(choice: str | Accelerator | None) -> Accelerator:
     """Return the chosen accelerator, whose device is available.
 
     `"auto"` takes the first available of these: torch's current accelerator, by the plugin that is installed under its
-    name or else by nucleate's own class; the first installed plugin that reports itself as available; the CPU.
+    name or else by nucleate's own class; the first installed plugin that reports itself as available; the CPU. `"gpu"`
+    takes the same without the CPU.
 
     Args:
-        choice: The argument of `Runtime(accelerator=...)`.
+        choice: The argument of `Runtime(accelerator=...)`. None is `"auto"`.
 
     Raises:
         PluginNotFoundError: Neither a plugin nor torch has that name.
         ConfigurationError: The machine does not have the device, or this torch was not built for it.
     """
+    if choice is None:
+        choice = "auto"
     if isinstance(choice, str):
-        accelerator = _best() if choice == "auto" else _named(choice)
+        accelerator = _of_name(choice)
     else:
         accelerator = cast(Accelerator, ACCELERATORS.choose(choice))
     if not accelerator.is_available():
@@ -36,6 +46,24 @@ def choose(choice: str | Accelerator) -> Accelerator:
             "accelerator='cpu' or 'auto'."
         )
     return accelerator
+
+
+def _of_name(name: str) -> Accelerator:
+    """Return the accelerator of a name, which may be written in upper case."""
+    if name not in ACCELERATORS.names() and not is_kind(name):
+        name = name.lower()
+    if name in _ELSEWHERE and name not in ACCELERATORS.names():
+        raise PluginNotFoundError(f"accelerator={name!r} {_ELSEWHERE[name]}.")
+    if name not in ("auto", "gpu") or name in ACCELERATORS.names():
+        return _named(name)
+    found = _best()
+    if name == "gpu" and isinstance(found, CPUAccelerator):
+        raise ConfigurationError(
+            "accelerator='gpu' takes the accelerator that torch finds, and torch "
+            f"{torch.__version__} finds none on this machine. Check that this build of torch supports the device and "
+            "that its driver is installed, or give accelerator='cpu' or 'auto'."
+        )
+    return found
 
 
 def _named(name: str) -> Accelerator:

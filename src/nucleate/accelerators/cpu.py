@@ -22,6 +22,7 @@ class CPUAccelerator(CPUHooks, Accelerator):
 
     name = "cpu"
     backend: ClassVar[str] = "gloo"
+    is_shared: ClassVar[bool] = True
 
     def is_available(self) -> bool:
         """Return True: there is always a CPU."""

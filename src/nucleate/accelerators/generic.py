@@ -104,6 +104,10 @@ class TorchAccelerator(Accelerator):
         self._make_current(self._device)
         return self._device
 
+    def device_of(self, local_rank: int) -> torch.device:
+        """Return the device with number `local_rank`, or with the given index, without opening it."""
+        return torch.device(self._kind, local_rank if self._index is None else self._index)
+
     def check(self, composition: Composition) -> None:
         """Refuse several processes that would share one device, or that have no backend to exchange tensors."""
         environment = composition.environment

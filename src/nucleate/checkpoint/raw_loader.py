@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from nucleate.checkpoint.loading.raw_optimizer import load_raw_optimizer
 from nucleate.checkpoint.loading.report import Finding, LoadReport
 from nucleate.checkpoint.loading.shell_keys import plain_stored
 from nucleate.checkpoint.loading.tensor_map import map_tensors
-from nucleate.checkpoint.readers import open_checkpoint
+from nucleate.checkpoint.readers import Reader, open_checkpoint
 from nucleate.checkpoint.rules.key_map import KeyMap
 from nucleate.checkpoint.state.entries import ParameterNames
 from nucleate.checkpoint.state.tree import KeyPath, key_of
@@ -43,7 +44,8 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
     *,
     prefix: str = "",
     keys: KeyMap | None = None,
-    reader: str | None = None,
+    reader: str | Reader | None = None,
+    readers: Sequence[Reader] = (),
     mmap: bool = False,
     trusted: bool = False,
     prepare: Prepare | None = None,
@@ -64,6 +66,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
         keys: Other names for the keys, after `prefix`: a dict of regular expressions and replacements, a function, a
             rule such as `rename`, `concatenate` or `transpose`, or a list of these.
         reader: The format's name, if the files do not show it.
+        readers: Readers of further formats. They are asked first, and `reader` takes their names.
         mmap: Map deferred tensors on the CPU to the file's own pages, if they have the file's dtype and layout. They
             are ready at once, and take no memory of their own until they are written. The file must not be changed
             meanwhile.
@@ -89,7 +92,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
                 f"load_raw takes a path and then a torch.nn.Module or an optimizer, not {type(model).__name__}. For "
                 "other state use `load`."
             )
-        contents = open_checkpoint(resolve(where), reader, trusted)
+        contents = open_checkpoint(resolve(where), reader, readers, trusted)
         if isinstance(model, Optimizer) and (keys is not None or mmap):
             raise ConfigurationError("keys= and mmap= are for models; an optimizer's state is loaded as it is.")
     if isinstance(model, Optimizer):

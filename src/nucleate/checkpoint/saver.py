@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from nucleate.checkpoint.save_job import SaveJob
 from nucleate.checkpoint.saving.handle import SaveHandle, settle
 from nucleate.checkpoint.saving.snapshot import Snapshot, filters_for
 from nucleate.checkpoint.state.entries import Kind, agree, entries_of
+from nucleate.checkpoint.writers.base import Writer
 from nucleate.checkpoint.writers.choosing import choose
 from nucleate.cluster.save_group import SaveGroup
 from nucleate.deferred import outside_inference_mode
@@ -43,6 +44,8 @@ def save(  # noqa: PLR0913 - one call takes every option of a save
     asynchronous: bool = False,
     keep_last: int | str | None = None,
     keys: KeyMap | None = None,
+    writers: Sequence[Writer] = (),
+    one_file: bool = False,
 ) -> SaveHandle | None:
     """Save `state` at `path`, and replace a checkpoint that is there.
 
@@ -70,6 +73,8 @@ def save(  # noqa: PLR0913 - one call takes every option of a save
         keys: Other names in the checkpoint, if the state is one module: a dict of regular expressions and
             replacements, a function, a rule such as `split` or `transpose`, or a list of these. Every rank also writes
             its own parts of the tensors that rules make.
+        writers: Writers of further formats, the same on every rank. `format` takes their names.
+        one_file: Refuse a path that stands for a folder, unless a format is given.
 
     Returns:
         A handle to wait for with `asynchronous`, else None.
@@ -91,7 +96,7 @@ def save(  # noqa: PLR0913 - one call takes every option of a save
         with group.all_or_none(saving):
             if unheard is not None:
                 raise unheard
-            writer, target = choose(place, format, max_shard_size)
+            writer, target = choose(place, format, max_shard_size, writers, one_file)
             series = None if keep_last is None else Series.beside(target.path, check_keep_last(keep_last))
             entries = list(entries_of(state))
             snapshot = Snapshot(filters_for(filter, entries))

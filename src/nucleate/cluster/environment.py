@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from nucleate.cluster import started_rank
 from nucleate.errors import ConfigurationError
 
 
@@ -15,7 +15,8 @@ class Environment:
     """The place of this process among all processes.
 
     Attributes:
-        launcher: The program that started the processes: `"torchrun"`, or `"python"` for a single process.
+        launcher: The program that started the processes: `"torchrun"`; `"nucleate"` for `Runtime(devices=N)`; or
+            `"python"` for a process that no launcher started.
         world_size: The number of processes.
         global_rank: The number of this process among all processes.
         local_rank: The number of this process among those of its node.
@@ -23,6 +24,8 @@ class Environment:
         node_rank: The number of this node among all nodes.
         restart_count: The number of times that the launcher has restarted this group of processes after a failure.
         agent_store: `"host:port"` of the store that the launcher's agent keeps for its workers, or `""`.
+        is_planned: Whether the ranks do not run yet: this process starts them when they are needed. The place is then
+            that of rank 0.
     """
 
     launcher: str = "python"
@@ -33,6 +36,7 @@ class Environment:
     node_rank: int = 0
     restart_count: int = 0
     agent_store: str = ""
+    is_planned: bool = False
 
     @property
     def num_nodes(self) -> int:
@@ -62,7 +66,7 @@ class Environment:
         rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
         local_world_size = _number(env, "LOCAL_WORLD_SIZE", world_size)
         return cls(
-            launcher="torchrun",
+            launcher="nucleate" if started_rank.FOLDER in env else "torchrun",
             world_size=world_size,
             global_rank=rank,
             local_rank=_number(env, "LOCAL_RANK", rank % local_world_size),
@@ -75,39 +79,6 @@ class Environment:
                 else ""
             ),
         )
-
-    def check_request(self, devices: int | str, num_nodes: int) -> None:
-        """Refuse a request for another number of processes than were started.
-
-        Args:
-            devices: The number of processes that each node must have; `"auto"` for any number.
-            num_nodes: The number of nodes that must run.
-
-        Raises:
-            ConfigurationError: A number is invalid, or another number of processes or nodes was started.
-        """
-        if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
-            raise ConfigurationError(f"num_nodes={num_nodes!r} must be an integer of at least 1.")
-        text = str(devices)
-        if text != "auto" and not (text.isdecimal() and int(text) >= 1):
-            raise ConfigurationError(
-                f"devices={devices!r} must be 'auto' or the number of processes per node, at least 1."
-            )
-        wanted = self.local_world_size if text == "auto" else int(text)
-        if self.launcher == "python" and wanted * num_nodes > 1:
-            nodes = f" --nnodes {num_nodes}" if num_nodes > 1 else ""
-            raise ConfigurationError(
-                f"devices={devices!r} on num_nodes={num_nodes} needs {wanted * num_nodes} processes, but this is a "
-                f"single process. Start the script with: torchrun{nodes} --nproc-per-node {wanted} "
-                f"{sys.argv[0] or 'script.py'}"
-            )
-        asked = text != "auto" or num_nodes != 1
-        if self.launcher != "python" and asked and (wanted, num_nodes) != (self.local_world_size, self.num_nodes):
-            raise ConfigurationError(
-                f"devices={devices!r} and num_nodes={num_nodes} ask for {wanted * num_nodes} processes, but "
-                f"{self.launcher} started {self.world_size} ({self.local_world_size} on this node). Make the numbers "
-                "agree, or leave both arguments at their defaults."
-            )
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:

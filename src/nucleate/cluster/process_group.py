@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from nucleate.cluster import started_rank
+from nucleate.cluster.backends import serves
 from nucleate.cluster.environment import Environment
 from nucleate.errors import ConfigurationError
 
@@ -58,7 +60,7 @@ def start(environment: Environment, backend: str, timeout: timedelta, device: to
                 "the group."
             )
         return
-    bound = device if _serves(backend, device.type) else None
+    bound = device if device.type != "cpu" and serves(backend, device.type) else None
     dist.init_process_group(
         backend,
         store=_store(environment, timeout),
@@ -91,19 +93,11 @@ def gloo_beside(group: dist.ProcessGroup | None) -> str:
     return "gloo" if bound is None else f"cpu:gloo,{bound.type}:gloo"
 
 
-def _serves(backend: str, device_type: str) -> bool:
-    """Return whether a backend such as `"gloo"` or `"cpu:gloo,xpu:xccl"` exchanges tensors of an accelerator."""
-    if device_type == "cpu":
-        return False
-    if ":" in backend:
-        return any(part.partition(":")[0].strip() == device_type for part in backend.split(","))
-    return device_type in dist.Backend.backend_capability.get(backend.lower(), [])
-
-
 def stop() -> None:
     """End the default process group if `start` started it, without waiting for the other ranks."""
     global _started_here
     if _started_here and is_running():
+        started_rank.note_end()
         # A gloo thread may still wait for the GIL, to release the tensors of the last collective. DTensor's caches keep
         # the group and so its threads alive beyond `destroy_process_group` (2.13). Python cancels a thread that asks
         # for the GIL while the interpreter ends, and C++ turns this into an abort. Sleeping gives the thread the GIL in

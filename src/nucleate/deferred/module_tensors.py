@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ProxyTypes
 
 from torch import Tensor, nn
 
 # The types of most attributes of a module.
 _ATOMS = frozenset((bool, int, float, str, bytes, type(None)))
 _EMPTY = frozenset((dict, OrderedDict, list, tuple, set))
+# Objects that hold no tensor of the module. Modules are searched by themselves.
+_LEAVES = (str, bytes, int, float, nn.Module, type, ModuleType)
+_COLLECTIONS: tuple[type[Any], ...] = (list, tuple, set, frozenset, deque)
 
 
 def held_tensors(module: nn.Module, barren: set[int] | None = None) -> Iterator[tuple[str, str, Tensor]]:
@@ -49,32 +53,53 @@ def held_tensors(module: nn.Module, barren: set[int] | None = None) -> Iterator[
 
 
 def every_tensor(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield the tensors in a value: a tensor, a collection, an object, or a function with a closure."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if isinstance(value, (str, bytes, int, float, type(None), nn.Module)):
-        return
+    """Yield the tensors in a value: a tensor, a collection, an object, or a function with a closure.
+
+    Modules are left out. The search does not recurse, because an object that a module holds, such as Lightning's
+    `Trainer`, leads to chains of any length.
+
+    Args:
+        value: The value.
+        seen: Gets the ids of the objects that were searched. These are not searched again.
+    """
     seen = set() if seen is None else seen
-    if id(value) in seen:
-        return
-    if isinstance(value, Mapping):
-        items: Iterable[Any] = list(value.values())
-    elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        items = value
-    elif isinstance(value, FunctionType):
-        items = list(_closed_over(value))
-    elif isinstance(value, MethodType):
-        items = (value.__self__,)
-    elif isinstance(value, partial):
-        items = (value.func, value.args, value.keywords)
-    elif isinstance(value, (type, ModuleType)):
-        return
-    else:
-        items = list(getattr(value, "__dict__", {}).values())
+    pending: list[Iterator[Any]] = [iter((value,))]
+    while pending:
+        for item in pending[-1]:
+            if issubclass(type(item), Tensor):
+                yield item
+            elif type(item) not in _ATOMS:
+                inside = _inside(item, seen)
+                if inside is not None:
+                    pending.append(inside)
+                    break
+        else:
+            pending.pop()
+
+
+def _inside(value: Any, seen: set[int]) -> Iterator[Any] | None:
+    """Return the objects that a value holds directly, or None if the value cannot hold any or was searched before."""
+    cls = type(value)  # Not `isinstance`, which asks an object that stands for another one.
+    if id(value) in seen or issubclass(cls, _LEAVES):
+        return None
     seen.add(id(value))
-    for item in items:
-        yield from every_tensor(item, seen)
+    for kind in _COLLECTIONS:
+        if issubclass(cls, kind):
+            return iter(list(kind.__iter__(value)))
+    if issubclass(cls, dict):
+        return iter(list(dict.values(value)))
+    if cls is FunctionType:
+        return _closed_over(value)
+    if cls is MethodType:
+        return iter((value.__self__,))
+    if issubclass(cls, partial):
+        return iter((value.func, value.args, value.keywords))
+    try:
+        if cls in ProxyTypes and issubclass(value.__class__, (Tensor, *_LEAVES)):
+            return None
+        return iter(list(value.values() if isinstance(value, Mapping) else value.__dict__.values()))
+    except (AttributeError, ReferenceError):  # It has no attributes, or is the weak proxy of an object that is gone.
+        return None
 
 
 def _closed_over(function: FunctionType) -> Iterator[Any]:

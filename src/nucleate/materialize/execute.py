@@ -70,19 +70,21 @@ def execute(plan: Plan, model: nn.Module, device: torch.device, shard_device: to
     Args:
         plan: The plan.
         model: The model of the plan.
-        device: The device on which values are made.
+        device: The device on which values are made. `"cpu:0"` is the CPU, as for `materialize`.
         shard_device: The device that keeps shards; by default `device`.
 
     Raises:
         UninitializedError: A tensor still has no value afterwards, which is a fault of nucleate.
     """
+    device = concrete(device)
+    shard_device = device if shard_device is None else concrete(shard_device)
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     for module in recurrent:
         # `swap_tensors` refuses tensors with weak references, which these modules keep (torch/nn/modules/rnn.py).
         module._flat_weight_refs = []
     allocated: set[int] = set()
     try:
-        shards = allocate_shards(model, shard_device or device, allocated)
+        shards = allocate_shards(model, shard_device, allocated)
         with ExitStack() as stack:
             for record in plan.records:
                 stack.enter_context(record.making())

@@ -3,7 +3,7 @@
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.ddp import DDPStrategy
 from nucleate.strategies.fsdp import FSDPStrategy
+from nucleate.strategies.module_policy import declare_units
 from nucleate.strategies.single_device import SingleDeviceStrategy
-from nucleate.strategies.wrap_policy import declare_units
 
 __all__ = ["DDPStrategy", "FSDPStrategy", "SingleDeviceStrategy", "Strategy", "declare_units"]

@@ -23,6 +23,10 @@ class Averaging:
     def __init__(self) -> None:
         self._paused: WeakSet[nn.Module] = WeakSet()
 
+    def __reduce__(self) -> tuple[type[Averaging], tuple[()]]:
+        # A strategy goes to another process without the models of this one.
+        return Averaging, ()
+
     def add(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
         """Average the gradients of some parameters from now on, also of those that are trained only later.
 

@@ -19,6 +19,7 @@ from nucleate.plugin import Plugin
 from nucleate.strategies.clip import clip_by_norm, clip_by_value
 from nucleate.strategies.finish import finish
 from nucleate.strategies.gathering import abandon_backward, gatherings_in, shards_shown
+from nucleate.strategies.module_policy import ModulePolicy
 
 
 class Strategy(Plugin):
@@ -39,6 +40,12 @@ class Strategy(Plugin):
         device: This process's device, set by `connect`.
         environment: The rank of this process and the world size, set by `connect`.
         timeout: The time that a collective waits for the other ranks before it fails.
+        process_group_backend: The torch.distributed backend of the ranks; None takes the accelerator's.
+        activation_checkpointing_policy: The modules whose activations `finish` lets backward compute again; see
+            `docs/how-to/train.md`. None keeps all activations.
+        saves_one_file: Whether `Runtime.save` without a format refuses a path that stands for a folder.
+        start_method: The way in which `Runtime(devices=N)` starts processes; see `docs/how-to/several-processes.md`.
+            None chooses one.
     """
 
     kind: ClassVar[str] = "strategy"
@@ -51,6 +58,10 @@ class Strategy(Plugin):
     device: torch.device = torch.device("cpu")
     environment: Environment = Environment()
     timeout: timedelta = timedelta(minutes=10)
+    process_group_backend: str | None = None
+    activation_checkpointing_policy: ModulePolicy | None = None
+    saves_one_file: bool = False
+    start_method: str | None = None
 
     def connect(self, device: torch.device, environment: Environment) -> None:
         """Store the device and the rank of this process. The process group has started before this call."""

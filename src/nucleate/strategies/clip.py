@@ -17,6 +17,25 @@ from nucleate.layout import gathered_from, held_values, reduced_gradient, spread
 _NARROW = (torch.float16, torch.bfloat16)
 
 
+def refuse_limits(max_norm: float | None = None, norm_type: float = 2.0, clip_val: float | None = None) -> None:
+    """Refuse limits that no gradients can be clipped to, before anything is done to gradients.
+
+    Args:
+        max_norm: The largest allowed norm, or None.
+        norm_type: The order of the norm.
+        clip_val: The largest allowed absolute value, or None.
+
+    Raises:
+        ConfigurationError: A limit is negative or NaN, or `norm_type` is NaN.
+    """
+    if max_norm is not None and not max_norm >= 0:
+        raise ConfigurationError(f"max_norm={max_norm!r} must be a number of at least 0.")
+    if math.isnan(float(norm_type)):
+        raise ConfigurationError(f"norm_type={norm_type!r} must be a number or inf, such as 2.0.")
+    if clip_val is not None and not clip_val >= 0:
+        raise ConfigurationError(f"clip_val={clip_val!r} must be a number of at least 0.")
+
+
 @torch.no_grad()
 def clip_by_norm(
     parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = True
@@ -40,11 +59,8 @@ def clip_by_norm(
         ConfigurationError: `max_norm` is negative or NaN, or `norm_type` is NaN.
         NonFiniteGradientError: See `error_if_nonfinite`.
     """
-    if not max_norm >= 0:
-        raise ConfigurationError(f"max_norm={max_norm!r} must be a number of at least 0.")
+    refuse_limits(max_norm=max_norm, norm_type=norm_type)
     order = float(norm_type)
-    if math.isnan(order):
-        raise ConfigurationError(f"norm_type={norm_type!r} must be a number or inf, such as 2.0.")
     gradients = _gradients(parameters)
     if not gradients:
         return torch.tensor(0.0)
@@ -76,8 +92,7 @@ def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
     Raises:
         ConfigurationError: `clip_value` is negative or NaN.
     """
-    if not clip_value >= 0:
-        raise ConfigurationError(f"clip_val={clip_value!r} must be a number of at least 0.")
+    refuse_limits(clip_val=clip_value)
     for gradient in _gradients(parameters):
         gradient.put()
         values = gradient.values

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from inspect import signature
+from typing import Any, Self
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,7 +14,14 @@ from nucleate.errors import ConfigurationError, name_list
 from nucleate.shells import plain_name
 from nucleate.strategies.averaging import Averaging, broadcast_buffers
 from nucleate.strategies.base import Strategy
+from nucleate.strategies.fabric_names import refuse_for_ddp
+from nucleate.strategies.group_options import checked_backend, checked_timeout
+from nucleate.strategies.module_policy import ModulePolicy, check_policy
 from nucleate.strategies.parts import has_forward, parts_of
+from nucleate.strategies.start_method import checked_start_method
+
+#: Lightning Fabric's names that say how processes start.
+_START_METHODS = {"ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
 
 
 class DDPStrategy(Strategy):
@@ -28,13 +36,23 @@ class DDPStrategy(Strategy):
         gradient_as_bucket_view: Keep gradients in the buckets that are exchanged, which saves one copy of them.
         bucket_cap_mb: The size of a bucket in MiB; torch chooses by default.
         sync_buffers: Broadcast rank 0's buffers before each forward.
+        activation_checkpointing_policy: The modules whose activations are computed a second time in backward instead
+            of kept: `"auto"` finds repeated blocks; or classes of modules; or a function of a module's name and the
+            module; or a policy of torch.distributed.fsdp.wrap.
+        process_group_backend: The torch.distributed backend of the ranks. None takes the accelerator's.
         timeout: The time that a collective waits for the other ranks before it fails.
+        start_method: The way in which `Runtime(devices=N)` starts processes: `"popen"` runs the script again;
+            `"spawn"`, `"fork"` and `"forkserver"` run the function that `launch` gets. None chooses one.
+        others: Further keywords of Lightning Fabric and DDP, which are refused with the reason.
+
+    Raises:
+        ConfigurationError: A value is not valid, or two arguments say the same thing.
     """
 
     name = "ddp"
     distributed = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - our names and Fabric's
         self,
         *,
         find_unused_parameters: bool = False,
@@ -42,15 +60,41 @@ class DDPStrategy(Strategy):
         gradient_as_bucket_view: bool = True,
         bucket_cap_mb: float | None = None,
         sync_buffers: bool = True,
-        timeout: timedelta = timedelta(minutes=10),
+        activation_checkpointing_policy: ModulePolicy | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=10),
+        broadcast_buffers: bool | None = None,
+        start_method: str | None = None,
+        **others: Any,
     ) -> None:
+        refuse_for_ddp(others)
+        if broadcast_buffers is not None and not sync_buffers:
+            raise ConfigurationError(
+                f"sync_buffers={sync_buffers!r} and broadcast_buffers={broadcast_buffers!r} are two names of one "
+                "option. Give one."
+            )
+        if activation_checkpointing_policy is not None:
+            check_policy(activation_checkpointing_policy, "activation_checkpointing_policy")
         self.find_unused_parameters = find_unused_parameters
         self.static_graph = static_graph
         self.gradient_as_bucket_view = gradient_as_bucket_view
         self.bucket_cap_mb = bucket_cap_mb
-        self.sync_buffers = sync_buffers
-        self.timeout = timeout
+        self.sync_buffers = sync_buffers if broadcast_buffers is None else broadcast_buffers
+        self.activation_checkpointing_policy = activation_checkpointing_policy
+        self.process_group_backend = checked_backend(process_group_backend)
+        self.timeout = checked_timeout(timeout)
+        self.start_method = checked_start_method(start_method)
         self._averaging = Averaging()
+
+    @classmethod
+    def from_name(cls, name: str) -> Self:
+        """Build the strategy `"ddp"`; Lightning Fabric's longer names hold a start method or `true` or `false`."""
+        strategy = cls(
+            find_unused_parameters=name.endswith("_find_unused_parameters_true"),
+            start_method=_START_METHODS.get(name),
+        )
+        strategy.name = name
+        return strategy
 
     def module_init_context(self) -> AbstractContextManager[object]:
         """Return a context without effect: construction needs nothing special."""

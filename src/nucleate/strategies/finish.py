@@ -18,6 +18,7 @@ from nucleate.layout.agreement import broadcast_real, verify_replicas
 from nucleate.materialize import Plan, execute
 from nucleate.shells import named_modules, named_parameters
 from nucleate.strategies.gathering import follow_units
+from nucleate.strategies.module_policy import ModulePolicy
 
 
 class Steps(Protocol):
@@ -25,6 +26,7 @@ class Steps(Protocol):
 
     device: torch.device
     shards: ClassVar[bool]
+    activation_checkpointing_policy: ModulePolicy | None
 
     @property
     def storage_device(self) -> torch.device: ...
@@ -56,6 +58,7 @@ def finish(strategy: Steps, model: nn.Module, plan: Plan) -> nn.Module:
     # The checks need only metadata, so they read the underlying meta tensors without the cost of the guards.
     with torch._C.DisableTorchFunctionSubclass():
         strategy.check_model(model)
+        checkpointed = _checkpointed(model, strategy.activation_checkpointing_policy)
     plan.release()
     try:
         # Each rank cuts its part from its own copy of a real tensor, so all copies must be equal.
@@ -74,7 +77,20 @@ def finish(strategy: Steps, model: nn.Module, plan: Plan) -> nn.Module:
     verify_replicas(model, communicator)
     if strategy.shards:
         follow_units(model)
+    if checkpointed:
+        from nucleate.strategies.activation_checkpointing import checkpoint_activations
+
+        checkpoint_activations(checkpointed, strategy.device)
     return strategy.enclose(model)
+
+
+def _checkpointed(model: nn.Module, policy: ModulePolicy | None) -> list[nn.Module]:
+    """Return the modules whose activations are not kept. Without a policy, nothing is imported."""
+    if policy is None:
+        return []
+    from nucleate.strategies.activation_checkpointing import find_checkpointed
+
+    return find_checkpointed(model, policy)
 
 
 class Before:

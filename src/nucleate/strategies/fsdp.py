@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import nn
@@ -20,20 +20,31 @@ from nucleate.layout import is_sharded
 from nucleate.strategies.averaging import Averaging
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.explanation import explain_forward
+from nucleate.strategies.fabric_names import (
+    Sharding,
+    checked_mixed_precision,
+    checked_state_dict_type,
+    joined_policy,
+    offloads,
+    refuse_for_fsdp,
+)
 from nucleate.strategies.gathering import gatherings_in
+from nucleate.strategies.group_options import checked_backend, checked_timeout
+from nucleate.strategies.module_policy import ModulePolicy, check_policy
 from nucleate.strategies.parts import parts_of
 from nucleate.strategies.sharded_class import make_root, make_shardable
 from nucleate.strategies.sharded_copy import ShardedCopy
 from nucleate.strategies.sharded_step import sharded_step
+from nucleate.strategies.start_method import checked_start_method
 from nucleate.strategies.unshardable import refuse_unshardable
 from nucleate.strategies.unsteppable import refuse_unsteppable
-from nucleate.strategies.wrap_policy import WrapPolicy, find_units, size_of, whole_parameters
+from nucleate.strategies.wrap_policy import find_units, size_of, whole_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp import CPUOffload, MixedPrecisionPolicy, ShardingStrategy
     from torch.optim import Optimizer
 
     from nucleate.plugin import Composition
@@ -44,7 +55,8 @@ class FSDPStrategy(Strategy):
 
     Args:
         wrap: The modules that become units: `"auto"` finds repeated blocks; or classes of modules; or a function of
-            a module's name and the module. Tied parameters always stay in one unit.
+            a module's name and the module; or a policy of torch.distributed.fsdp.wrap. Tied parameters always stay in
+            one unit.
         mixed_precision: FSDP's own policy for compute and reduce dtypes. It is independent of
             `Runtime(precision=...)`, whose `*-mixed` use autocast under every strategy. `output_dtype` applies only to
             the root.
@@ -52,35 +64,71 @@ class FSDPStrategy(Strategy):
         reshard_after_forward: Free gathered parameters after forward (saves memory) or keep them for backward (saves
             communication). None lets FSDP choose; an integer reshards to a smaller group.
         num_replicas: HSDP: keep this many replicas, each sharded over `world_size / num_replicas` ranks.
+        activation_checkpointing_policy: The modules whose activations are computed a second time in backward instead
+            of kept: a policy as for `wrap`.
+        process_group_backend: The torch.distributed backend of the ranks. None takes the accelerator's.
         timeout: The time that a collective waits for the other ranks before it fails.
+        auto_wrap_policy: Lightning Fabric's name of `wrap`.
+        sharding_strategy: Lightning Fabric's name for two arguments: `"FULL_SHARD"` is the default,
+            `"SHARD_GRAD_OP"` means `reshard_after_forward=False`, `"HYBRID_SHARD"` makes one replica on each node.
+        device_mesh: The numbers of replicas and shards for `"HYBRID_SHARD"`.
+        state_dict_type: With `"full"`, `save` refuses a path that stands for a folder, unless it gets a format. Under
+            both values, the ending of the path decides between one file and a folder.
+        start_method: The way in which `Runtime(devices=N)` starts processes: `"popen"` runs the script again;
+            `"spawn"`, `"fork"` and `"forkserver"` run the function that `launch` gets. None chooses one.
+        others: Further keywords of Lightning Fabric and FSDP1: accepted if `fully_shard` does the same, otherwise
+            refused with the reason.
+
+    Raises:
+        ConfigurationError: A value is not valid, or two arguments say the same thing.
     """
 
     name = "fsdp"
     distributed = True
     shards = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - our names and Fabric's
         self,
         *,
-        wrap: WrapPolicy = "auto",
+        wrap: ModulePolicy = "auto",
         mixed_precision: MixedPrecisionPolicy | None = None,
-        cpu_offload: bool = False,
+        cpu_offload: bool | CPUOffload | None = False,
         reshard_after_forward: bool | int | None = None,
-        num_replicas: int = 1,
-        timeout: timedelta = timedelta(minutes=10),
+        num_replicas: int | None = None,
+        activation_checkpointing_policy: ModulePolicy | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=10),
+        auto_wrap_policy: ModulePolicy | None = None,
+        sharding_strategy: str | ShardingStrategy | None = None,
+        device_mesh: tuple[int, int] | None = None,
+        state_dict_type: Literal["sharded", "full"] = "sharded",
+        start_method: str | None = None,
+        **others: Any,
     ) -> None:
-        if isinstance(wrap, str) and wrap != "auto":
-            raise ConfigurationError(f"wrap={wrap!r} is not a policy. Give 'auto', classes of modules, or a function.")
-        if isinstance(num_replicas, bool) or not isinstance(num_replicas, int) or num_replicas < 1:
-            raise ConfigurationError(f"num_replicas={num_replicas!r} must be an integer of at least 1.")
-        self.wrap = wrap
-        self.mixed_precision = mixed_precision
-        self.cpu_offload = cpu_offload
-        self.reshard_after_forward = reshard_after_forward
-        self.num_replicas = num_replicas
-        self.timeout = timeout
+        refuse_for_fsdp(others)
+        sharding = Sharding.of(reshard_after_forward, num_replicas, sharding_strategy, device_mesh)
+        if activation_checkpointing_policy is not None:
+            check_policy(activation_checkpointing_policy, "activation_checkpointing_policy")
+        self.wrap = joined_policy(wrap, auto_wrap_policy)
+        self.mixed_precision = checked_mixed_precision(mixed_precision)
+        self.cpu_offload = offloads(cpu_offload)
+        self.reshard_after_forward = sharding.reshard_after_forward
+        self.num_replicas = sharding.num_replicas or 1
+        self.activation_checkpointing_policy = activation_checkpointing_policy
+        self.process_group_backend = checked_backend(process_group_backend)
+        self.timeout = checked_timeout(timeout)
+        self.saves_one_file = checked_state_dict_type(state_dict_type) == "full"
+        self.start_method = checked_start_method(start_method)
+        self._sharding = sharding
         self._mesh: DeviceMesh | None = None
         self._averaging = Averaging()
+
+    @classmethod
+    def from_name(cls, name: str) -> Self:
+        """Build the strategy `"fsdp"`, or `"fsdp_cpu_offload"`, which keeps shards in host memory."""
+        strategy = cls(cpu_offload=name == "fsdp_cpu_offload")
+        strategy.name = name
+        return strategy
 
     def check(self, composition: Composition) -> None:
         """Refuse numbers that do not divide the number of processes.
@@ -90,6 +138,13 @@ class FSDPStrategy(Strategy):
                 not divide the number of shards.
         """
         world_size = composition.environment.world_size
+        if self._sharding.num_replicas is None:
+            self.num_replicas = composition.environment.num_nodes
+        if self._sharding.num_shards is not None and world_size != self.num_replicas * self._sharding.num_shards:
+            raise ConfigurationError(
+                f"device_mesh={(self.num_replicas, self._sharding.num_shards)} is for "
+                f"{self.num_replicas * self._sharding.num_shards} processes, but there are {world_size}."
+            )
         if world_size % self.num_replicas:
             raise ConfigurationError(
                 f"num_replicas={self.num_replicas} does not divide the {world_size} processes. Choose a divisor of "

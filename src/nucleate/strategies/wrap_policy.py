@@ -1,7 +1,6 @@
 """Wrap policies: the choice of modules that become units, which are gathered for their forward and freed after it.
 
-A policy is a set of classes, a predicate, or `"auto"`. `"auto"` takes the declared modules (`declare_units`), and finds
-repeated blocks elsewhere by itself. Some rules hold under every policy:
+`module_policy.py` says which modules a policy chooses. Some rules hold under every policy:
 
 - A parameter belongs to only one unit. So tied parameters stay together: a module that shares a parameter with the rest
   of the model belongs to its parent's unit. A module that several units hold becomes a unit of its own.
@@ -12,62 +11,27 @@ repeated blocks elsewhere by itself. Some rules hold under every policy:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from nucleate.errors import ConfigurationError, name_list
-from nucleate.shells import inside, named_modules
+from nucleate.shells import named_modules
+from nucleate.strategies.module_policy import ModulePolicy, select
 from nucleate.strategies.parts import has_forward, parts_of
 
-WrapPolicy = Literal["auto"] | Iterable[type[nn.Module]] | Callable[[str, nn.Module], bool]
 
-# An attribute of the module itself, so that copies of a model have it too.
-_DECLARED = "_nucleate_unit"
-
-
-def declare_units(modules: Iterable[nn.Module]) -> None:
-    """Declare modules as units, for `wrap="auto"`.
-
-    Args:
-        modules: Modules whose forward is called from outside. Modules without parameters are skipped.
-    """
-    for module in modules:
-        if any(True for _ in module.parameters()):
-            module.__dict__[_DECLARED] = True
-
-
-def find_units(model: nn.Module, policy: WrapPolicy) -> list[tuple[str, nn.Module]]:
+def find_units(model: nn.Module, policy: ModulePolicy) -> list[tuple[str, nn.Module]]:
     """Return the modules that become units, innermost first, without the root.
 
     Args:
         model: The model.
-        policy: The policy; a predicate is called with the module's name and the module.
+        policy: The policy.
 
     Raises:
-        ConfigurationError: The policy contains something other than a module class, or a class that the model lacks.
+        ConfigurationError: See `select`.
     """
     named = list(named_modules(model))
-    if policy == "auto":
-        chosen = _declared_or_repeated(model)
-    elif callable(policy):
-        chosen = {name for name, module in named if policy(name, module)}
-    else:
-        classes = tuple(policy)
-        wrong = [item for item in classes if not (isinstance(item, type) and issubclass(item, nn.Module))]
-        if wrong:
-            raise ConfigurationError(
-                f"wrap={policy!r} holds {wrong[0]!r}, which is not a module class. Give 'auto', classes of modules, or "
-                "a function of a module's name and the module."
-            )
-        chosen = {name for name, module in named if isinstance(module, classes)}
-        absent = [cls.__name__ for cls in classes if not any(isinstance(m, cls) for m in model.modules())]
-        if absent:
-            present = name_list(sorted({type(module).__name__ for module in model.modules()}))
-            raise ConfigurationError(
-                f"wrap names {name_list(absent)}, but {type(model).__name__} has none of them. It has: {present}."
-            )
+    chosen = select(model, policy, "wrap")
     # A shell has the name of the module inside. The outermost one becomes the unit: the hooks that gather parameters
     # then run outside of compiled code, and once for a forward whose activations are computed twice.
     outermost: dict[str, nn.Module] = {}
@@ -151,40 +115,6 @@ def _holders(model: nn.Module) -> dict[int, set[int]]:
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), set()).add(id(module))
     return holders
-
-
-def _declared_or_repeated(model: nn.Module) -> set[str]:
-    """Return the names of declared modules, and of the repeated blocks that neither contain nor are in one."""
-    declared = {name for name, module in named_modules(model) if _DECLARED in module.__dict__}
-    return {*declared, *(name for name, _ in _repeated_blocks(model, declared))}
-
-
-def _repeated_blocks(model: nn.Module, declared: set[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost blocks that a container repeats: siblings of one class, with parameters.
-
-    Args:
-        model: The model.
-        declared: Names of declared units. A module inside of a unit, or around one, is not a block.
-    """
-    found = list(declared)
-    around = {".".join(parts[:end]) for parts in (name.split(".") for name in declared) for end in range(len(parts))}
-    for name, module in named_modules(model):
-        if any(name.startswith(f"{outer}.") for outer in found):
-            continue
-        if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-            continue
-        children = [
-            (f"{name}.{key}" if name else key, child)
-            for key, child in module.named_children()
-            if any(True for _ in child.parameters())
-        ]
-        counts: dict[type[nn.Module], int] = {}
-        for _, child in children:
-            counts[type(inside(child))] = counts.get(type(inside(child)), 0) + 1
-        for child_name, child in children:
-            if counts[type(inside(child))] > 1 and child_name not in declared and child_name not in around:
-                found.append(child_name)
-                yield child_name, child
 
 
 def _shares_parameters(unit: nn.Module, holders: Mapping[int, set[int]]) -> bool:

@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError, UsageError
 from nucleate.seed import derive_seed, seed_worker
+from nucleate.wrappers.deliveries import Deliveries
 from nucleate.wrappers.sampler import ShareSampler, SkipSampler
 
 
@@ -31,6 +32,7 @@ def prepare(
     seed: int = 0,
     seed_workers: bool = True,
     use_distributed_sampler: bool = True,
+    deliveries: Deliveries | None = None,
 ) -> DataLoaderWrapper:
     """Return a loader for this rank with the options and the class of `loader`, which is not changed.
 
@@ -43,6 +45,7 @@ def prepare(
         seed_workers: Give workers seeds that differ by rank, worker and epoch.
         use_distributed_sampler: Split the data. An iterable dataset, and a loader that already has a
             `DistributedSampler`, are never split.
+        deliveries: Where the wrapper notes its batches.
 
     Raises:
         ConfigurationError: `rank` is not from 0 to `num_replicas - 1`.
@@ -70,7 +73,9 @@ def prepare(
         options["generator"] = torch.Generator()
     if not isinstance(loader.dataset, IterableDataset):
         options.update(_samplers(loader, share))
-    return DataLoaderWrapper(own, device, seed, rank, seed_workers, reseeds=loader.generator is None)
+    return DataLoaderWrapper(
+        own, device, seed, rank, seed_workers, reseeds=loader.generator is None, deliveries=deliveries
+    )
 
 
 @final
@@ -86,6 +91,7 @@ class DataLoaderWrapper:
         rank: The number of this rank among those that share the data.
         seed_workers: Whether workers get seeds derived from `seed`.
         reseeds: Whether the wrapper seeds the loader's generator for each epoch.
+        deliveries: Where the wrapper notes its batches.
     """
 
     def __init__(
@@ -96,12 +102,14 @@ class DataLoaderWrapper:
         rank: int,
         seed_workers: bool,
         reseeds: bool,
+        deliveries: Deliveries | None = None,
     ) -> None:
         self.loader = loader
         self.device = device
         self._seed = seed
         self._rank = rank
         self._reseeds = reseeds
+        self._deliveries = Deliveries() if deliveries is None else deliveries
         self._seed_workers = seed_workers
         self._user_worker_init = loader.worker_init_fn
         # The start of the next iteration, and the position of the current one: (epoch, batches).
@@ -116,11 +124,18 @@ class DataLoaderWrapper:
         epoch, skip = self._next
         self._next = (epoch + 1, 0)
         self._position = (epoch, skip)
-        for number, batch in enumerate(self._batches(epoch, skip), skip + 1):
-            # Before the yield: while the loop's body runs, its batch counts as delivered.
-            self._position = (epoch, number)
-            yield batch if self.device is None else move(batch, self.device)
-        self._position = (epoch + 1, 0)
+        delivery = self._deliveries.begin(self, skip, self._num_batches())
+        complete = False
+        try:
+            for number, batch in enumerate(self._batches(epoch, skip), skip + 1):
+                # Before the yield: while the loop's body runs, its batch counts as delivered.
+                self._position = (epoch, number)
+                self._deliveries.deliver(delivery)
+                yield batch if self.device is None else move(batch, self.device)
+            self._position = (epoch + 1, 0)
+            complete = True
+        finally:
+            self._deliveries.end(delivery, complete)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next iteration at the start of `epoch`. Without this call, the epoch counts up by itself."""
@@ -147,6 +162,15 @@ class DataLoaderWrapper:
                 f"seed_everything({state['seed']}) before setup_dataloaders."
             )
         self._next = self._position = (int(state["epoch"]), int(state["batches"]))
+
+    def _num_batches(self) -> int | None:
+        """Return how many batches an epoch has, or None for a stream, whose length only its end shows."""
+        if isinstance(self.loader.dataset, IterableDataset):
+            return None
+        try:
+            return len(self.loader)
+        except TypeError:
+            return None
 
     def _batches(self, epoch: int, skip: int) -> Iterator[Any]:
         for sampler in (

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nucleate.precision.base import Precision
 from nucleate.strategies.base import Strategy
+from nucleate.wrappers.accumulation import Accumulation
 from nucleate.wrappers.free_parameters import FreeParameters
 from nucleate.wrappers.replaced import refuse_replaced
 
 #: The attributes of the wrapper itself. A scheduler patches the `step` of the optimizer that it gets: the wrapper.
-_OWN = ("optimizer", "precision", "strategy", "_check", "_free", "step")
+_OWN = ("optimizer", "precision", "strategy", "_check", "_accumulation", "_free", "_hooks", "step")
 
 #: Returns the free parameters among others, or refuses parameters that an optimizer cannot train.
 Check = Callable[[Optimizer, Iterable[Any]], list[Tensor]]
+
+
+class Hooks(Protocol):
+    """The part of the callbacks that an optimizer needs."""
+
+    def call(self, hook_name: str, /, *args: Any, **kwargs: Any) -> None:
+        """Call a hook of every callback."""
+        ...
 
 
 @final
@@ -31,6 +40,7 @@ class OptimizerWrapper(Optimizer):
         strategy: Surrounds each step and reads the state to save. None does neither.
         check: Refuses parameters that the optimizer cannot train, before they are added, and returns those that no
             model has. None accepts all that are in their model.
+        accumulation: Lets the optimizer wait for the last micro-batch of a step. None always steps.
         free: The parameters of optimizers that no model has. None leaves such parameters to the user.
     """
 
@@ -38,7 +48,9 @@ class OptimizerWrapper(Optimizer):
     precision: Precision
     strategy: Strategy | None
     _check: Check | None
+    _accumulation: Accumulation | None
     _free: FreeParameters | None
+    _hooks: Hooks | None
 
     # The base's __init__ is not called: it would make a second set of parameter groups, state and hooks.
     def __init__(
@@ -47,9 +59,11 @@ class OptimizerWrapper(Optimizer):
         precision: Precision,
         strategy: Strategy | None = None,
         check: Check | None = None,
+        accumulation: Accumulation | None = None,
         free: FreeParameters | None = None,
     ) -> None:
         self.__dict__.update(optimizer=optimizer, precision=precision, strategy=strategy, _check=check, _free=free)
+        self.__dict__.update(_accumulation=accumulation, _hooks=None)
 
     # `isinstance` looks at the type first and at `__class__` second, so both answers are true. A subclass of the user's
     # class would inherit its methods, and these would write their attributes to the wrapper.
@@ -103,6 +117,8 @@ class OptimizerWrapper(Optimizer):
         Returns:
             The result of the optimizer's step, or None if the step was skipped.
         """
+        if self._accumulation is not None and self._accumulation.hold_step(self.optimizer, closure):
+            return None
         if self._free is not None and closure is None:
             self._free.average(self.optimizer)
         elif self._free is not None and closure is not None:
@@ -110,10 +126,23 @@ class OptimizerWrapper(Optimizer):
         if self.strategy is None:
             return self.precision.step(self.optimizer, closure)
         with self.strategy.optimizer_step_context(self.optimizer):
-            return self.precision.step(self.optimizer, closure)
+            result = self.precision.step(self.optimizer, closure)
+        if self._hooks is not None:
+            self._hooks.call("on_after_optimizer_step", strategy=self.strategy, optimizer=self.optimizer)
+        return result
+
+    def after_step(self, hooks: Hooks) -> None:
+        """Call a hook after each step, with the strategy and the user's optimizer.
+
+        Args:
+            hooks: The object whose `call("on_after_optimizer_step", ...)` is called.
+        """
+        self.__dict__["_hooks"] = hooks
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the optimizer's parameters."""
+        """Clear the gradients of the optimizer's parameters, unless `Runtime.accumulate` still needs them."""
+        if self._accumulation is not None and self._accumulation.keeps_gradients(self.optimizer):
+            return
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -175,7 +204,11 @@ class OptimizerWrapper(Optimizer):
             delattr(self.optimizer, name)
 
     def __copy__(self) -> OptimizerWrapper:
-        return OptimizerWrapper(self.optimizer, self.precision, self.strategy, self._check, self._free)
+        clone = OptimizerWrapper(
+            self.optimizer, self.precision, self.strategy, self._check, self._accumulation, self._free
+        )
+        clone.__dict__["_hooks"] = self._hooks
+        return clone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
         """Copy the optimizer, but keep the same precision and strategy."""
@@ -191,7 +224,8 @@ class OptimizerWrapper(Optimizer):
         return _empty, (), {"optimizer": self.optimizer, "precision": self.precision}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"strategy": None, "_check": None, "_free": None, **state})
+        absent = dict.fromkeys(("strategy", "_check", "_accumulation", "_free", "_hooks"))
+        self.__dict__.update({**absent, **state})
 
     def __repr__(self) -> str:
         return f"OptimizerWrapper({self.optimizer!r})"

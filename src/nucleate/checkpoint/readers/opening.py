@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from nucleate.checkpoint.readers.base import Reader
@@ -25,13 +26,17 @@ _READ = (
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], reader: str | Reader | None = None, trusted: bool = False
+    path: str | os.PathLike[str],
+    reader: str | Reader | None = None,
+    readers: Sequence[Reader] = (),
+    trusted: bool = False,
 ) -> Contents:
     """Return the contents of the checkpoint at `path`, read from its headers alone.
 
     Args:
         path: A file or folder of any format.
         reader: The name of a reader, or a reader. By default, `reader_for` chooses the reader.
+        readers: Further readers; see `reader_for`.
         trusted: Let the files run code that they choose; see `Reader.trusting`.
 
     Raises:
@@ -40,7 +45,7 @@ def open_checkpoint(
         ConfigurationError: No reader has this name.
     """
     place = Path(path)
-    found = reader_for(place, reader)
+    found = reader_for(place, reader, readers)
     found = found.trusting() if trusted else found
     try:
         contents = found.read(place)
@@ -54,14 +59,17 @@ def open_checkpoint(
     return contents
 
 
-def reader_for(path: str | os.PathLike[str], name: str | Reader | None = None) -> Reader:
-    """Return the first reader that claims `path`. The function asks built-in readers first.
+def reader_for(
+    path: str | os.PathLike[str], name: str | Reader | None = None, readers: Sequence[Reader] = ()
+) -> Reader:
+    """Return the first reader that claims `path`. The function asks `readers` first, then built-in readers.
 
     It skips a plugin that cannot be loaded. If no other reader claims the path, the error names this plugin.
 
     Args:
         path: A file or folder of any format.
         name: The name of a reader, or a reader. The function then returns this reader without asking its `claims`.
+        readers: Further readers. They come before installed readers of the same name.
 
     Raises:
         CheckpointNotFoundError: Nothing exists at `path`.
@@ -82,10 +90,16 @@ def reader_for(path: str | os.PathLike[str], name: str | Reader | None = None) -
         )
     if not readable:
         raise CheckpointError(f"{place} cannot be read: permission denied. Ask its owner, or run as another user.")
+    given = {each.name: each for each in readers}
+    if isinstance(name, str) and name in given:
+        return given[name]
     if name is not None:
         chosen = READERS.choose(name)
         assert isinstance(chosen, Reader)
         return chosen
+    for first in readers:
+        if first.claims(place):
+            return first
     broken: list[str] = []
     for each in [*READERS.builtins, *(other for other in READERS.names() if other not in READERS.builtins)]:
         try:

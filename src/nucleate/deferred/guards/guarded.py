@@ -33,6 +33,7 @@ from nucleate.deferred.guards.refusals import (
     label,
     refuse,
     refuse_move,
+    refuse_replication,
     refuse_shared,
     refuse_stale,
 )
@@ -61,6 +62,7 @@ _LIKE = {
 # Calls that `nn.Parameter(data)` makes on a tensor subclass.
 _PARAMETER_CALLS = {Tensor.detach, Tensor.requires_grad_}
 _IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
+_DEVICE = Tensor.device.__get__
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -97,6 +99,8 @@ class Guarded:
             if func == _IS_META and not is_recording() and (frame := loading_frame()) is not None:
                 # torch asks this before it copies. It collects later errors, one for each tensor.
                 _check_load(guarded[0], frame.f_locals)
+            if func == _DEVICE and not is_recording():
+                refuse_replication(_handle(guarded[0]))
             return answers[func]
         if func in _QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nucleate.deferred.guards.handle import Handle, is_edited, is_shared
 from nucleate.errors import DeferredEditError, DeferredUseError
@@ -30,6 +32,7 @@ EDITS = {
     Tensor.map2_,
     _SET_GRAD,
 }
+_WRAPS = nn.parallel.DistributedDataParallel.__init__.__code__
 _LABELS = {
     Tensor.data.__set__: "assigning its `.data`",  # type: ignore[attr-defined]
     _SET_GRAD: "assigning its `.grad`",
@@ -63,9 +66,26 @@ def refuse(handle: Handle, what: str, edit: bool, cause: Exception | None = None
             "`setup`."
         ) from cause
     raise DeferredUseError(
-        f"{handle.fqn} is deferred and has no value yet, so {what} cannot work on it. Call `runtime.setup(model)` "
-        "first, or do it in an `init_module(empty_init=True)` block (you can enter one again)."
+        f"{handle.fqn} is deferred and has no value yet, so {what} cannot work on it. Give the model its values first: "
+        "call `runtime.setup(model)`, or `nucleate.materialize.materialize(model)` if you use no Runtime, or add the "
+        "callback `nucleate_lightning.Materialize()` to Lightning's Trainer. Operations that a constructor could do "
+        "also work in an `init_module(empty_init=True)` or `deferred()` block (you can enter one again)."
     ) from cause
+
+
+def refuse_replication(handle: Handle) -> None:
+    """Refuse a question about a tensor's device if `DistributedDataParallel` asks it while it wraps a model.
+
+    torch then reads the tensors in C++, past their guards: it fails with an error about meta tensors, or wraps them
+    without a value. Its constructor asks all parameters for their devices first (torch/nn/parallel/distributed.py,
+    2.13). It asks in comprehensions, which have frames of their own before Python 3.12.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(2):
+        if frame is not None:
+            if frame.f_code is _WRAPS:
+                refuse(handle, "DistributedDataParallel", edit=False)
+            frame = frame.f_back
 
 
 def refuse_edited(handle: Handle) -> NoReturn:

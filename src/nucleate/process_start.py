@@ -1,0 +1,270 @@
+"""The start of the ranks that `Runtime(devices=N)` asks for, where no launcher has started them.
+
+Without a function, the script runs again in each rank. With a function, the ranks run that function. This module
+chooses the way; `cluster/supervisor.py` runs the ranks and waits for them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+import torch
+
+from nucleate.errors import RankExitError, RankFailedError, UsageError
+
+if TYPE_CHECKING:
+    from nucleate.accelerators.base import Accelerator
+    from nucleate.cluster.supervisor import RanksFailed
+    from nucleate.strategies.base import Strategy
+
+#: The interrupt of Ctrl-C and its like: the exit code is this number and that of the signal.
+_SIGNALLED = 128
+
+
+class Startable(Protocol):
+    """The parts of a `Runtime` that this module uses."""
+
+    @property
+    def accelerator(self) -> Accelerator: ...
+    @property
+    def strategy(self) -> Strategy: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def world_size(self) -> int: ...
+
+    def _renew(self) -> None:
+        """Find the place of this process anew."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The work of every rank, as it travels to it."""
+
+    supervisor: int
+    start_method: str
+    num_threads: int | None
+    work: Any
+
+
+def start_script(runtime: Startable) -> NoReturn:
+    """Run the script of this process again in each rank, wait for the ranks, and end this process with their exit code.
+
+    Args:
+        runtime: The runtime that needs its ranks.
+
+    Raises:
+        UsageError: The script cannot be run again, or the strategy's start method needs a function.
+        SystemExit: The ranks have ended.
+    """
+    from nucleate.cluster.command import command_again
+    from nucleate.cluster.supervisor import Interrupted, RanksFailed, run_command
+
+    asked = f"devices={runtime.world_size}"
+    method = runtime.strategy.start_method
+    if method not in (None, "popen"):
+        raise UsageError(
+            f"start_method={method!r} starts processes that run a function, and `launch` got no function. Call "
+            "runtime.launch(main), which calls main(runtime) in each process, before any other method that needs the "
+            "processes. Or leave out the start method, and the script runs again in each process."
+        )
+    command = command_again(asked)
+    _flush()
+    try:
+        run_command(command, runtime.world_size)
+    except RanksFailed as error:
+        _flush()
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(error.failure.exit_code) from None
+    except Interrupted as error:
+        raise SystemExit(_SIGNALLED + error.signal) from None
+    raise SystemExit(0)
+
+
+def start_function(
+    runtime: Startable, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call `function(runtime, *args, **kwargs)` in each rank, and return rank 0's result.
+
+    Args:
+        runtime: The runtime. Each rank has one with the same settings.
+        function: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        RankFailedError: The function raised an error on a rank. All ranks have ended.
+        RankExitError: A rank was killed, or ended with an exit code of its own.
+        UsageError: The function, its arguments or its result cannot be sent to another process.
+    """
+    from nucleate.cluster.supervisor import Interrupted, RanksFailed, run_function, threads_per_rank
+
+    if runtime.strategy.start_method == "popen":
+        start_script(runtime)
+    num_threads = threads_per_rank(runtime.world_size)
+    work = (runtime, function, args, dict(kwargs))
+    method, sent = _choose(runtime, work, num_threads)
+    if method == "fork" and _has_thread_pool():
+        num_threads = _limited(num_threads)
+    job = _Job(os.getpid(), method, num_threads, work if sent is None else sent)
+    _flush()
+    try:
+        answer = run_function(_run_rank, job, runtime.world_size, method)
+    except RanksFailed as error:
+        raise _error_of(error) from None
+    except Interrupted as error:
+        # The handlers of this process are in place again: Ctrl-C is a KeyboardInterrupt here.
+        signal.raise_signal(error.signal)
+        raise SystemExit(_SIGNALLED + error.signal) from None
+    return pickle.loads(answer)
+
+
+def _choose(runtime: Startable, work: Any, num_threads: int | None) -> tuple[str, bytes | None]:
+    """Return a start method, and the work as bytes for the methods that send it.
+
+    Forking takes no time and sends nothing, but a fork cannot use an accelerator that this process has used, and not
+    more than one thread where this process has used several.
+    """
+    method = runtime.strategy.start_method
+    kind = runtime.device.type
+    is_used = kind != "cpu" and runtime.accelerator.is_initialized(kind)
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    is_interactive = not hasattr(sys.modules["__main__"], "__file__")
+    if method == "fork" and (is_used or not can_fork):
+        reason = f"this process has used {kind} already" if is_used else f"{sys.platform} cannot fork processes"
+        raise UsageError(
+            f"start_method='fork' cannot be used: {reason}. Call `launch` before this process uses the device, or use "
+            "start_method='spawn'."
+        )
+    if method is None:
+        is_slow = num_threads != 1 and _has_thread_pool()
+        forks = can_fork and not is_used and (kind == "cpu" or is_interactive)
+        if forks and (is_interactive or not is_slow):
+            return "fork", None
+        if is_interactive and can_fork:
+            raise UsageError(
+                f"this process has used {kind} already, so that its forks cannot use it, and the functions of an "
+                "interactive session cannot be sent to new processes. Call `launch` before anything uses the device."
+            )
+        try:
+            return "spawn", _pickled(work)
+        except UsageError:
+            if not forks:
+                raise
+            return "fork", None
+    return method, None if method == "fork" else _pickled(work)
+
+
+def _pickled(work: Any) -> bytes:
+    try:
+        return pickle.dumps(work)
+    except Exception as error:
+        raise UsageError(
+            "`launch` must send the runtime, the function and its arguments to new processes, and they cannot be "
+            f"pickled: {type(error).__name__}: {error}. Define the function at the top level of a module, make large "
+            "objects inside of it, or use start_method='fork' if the processes run on the CPU."
+        ) from error
+
+
+def _has_thread_pool() -> bool:
+    """Return whether this process has more threads than Python's own, such as those of OpenMP after a large operation.
+
+    A fork has none of these threads, and its OpenMP waits forever for them (libgomp, of gcc 11 to 15).
+    """
+    import threading
+
+    try:
+        return len(os.listdir("/proc/self/task")) > threading.active_count()
+    except OSError:
+        return torch.get_num_threads() > 1
+
+
+def _limited(num_threads: int | None) -> int:
+    if num_threads != 1:
+        warnings.warn(
+            "each rank computes with one thread: the ranks are forks of a process that has computed with several "
+            "threads, and forks cannot start these again. Call `launch` before the first large computation for more.",
+            stacklevel=4,
+        )
+    return 1
+
+
+def _run_rank(job: _Job) -> bytes | None:
+    """Run the function on this rank, and return rank 0's pickled result."""
+    from nucleate.cluster import parent, process_group, started_rank
+
+    is_fork = job.start_method == "fork"
+    if is_fork:
+        # The supervisor's own, which do not end a rank that waits inside of C++.
+        for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # As Python does from 3.13 on.
+        atexit._clear()
+    parent.bind(os.getppid() if job.start_method == "forkserver" else job.supervisor)
+    started_rank.be_child()
+    if job.num_threads is not None:
+        torch.set_num_threads(job.num_threads)
+    try:
+        runtime, function, args, kwargs = pickle.loads(job.work) if isinstance(job.work, bytes) else job.work
+        runtime._renew()
+        result = runtime.launch(function, *args, **kwargs)
+        answer = _answer(result) if runtime.global_rank == 0 else None
+    except BaseException as error:
+        code = started_rank.report(error.with_traceback(_users_part(error.__traceback__)))
+        if code:
+            sys.exit(code)
+        answer = pickle.dumps(None)
+    if is_fork:
+        atexit._run_exitfuncs()
+    else:
+        process_group.stop()
+    return answer
+
+
+def _users_part(frames: TracebackType | None) -> TracebackType | None:
+    """Return a traceback without the frames between this module and the user's function."""
+    start = frames
+    while start is not None and start.tb_frame.f_code.co_name in ("_run_rank", "launch"):
+        start = start.tb_next
+    return frames if start is None else start
+
+
+def _answer(result: Any) -> bytes:
+    """Pickle a result. Its tensors come to the CPU, so that the first process needs no device."""
+    from nucleate.wrappers.dataloader import move
+
+    try:
+        return pickle.dumps(move(result, torch.device("cpu")))
+    except Exception as error:
+        raise UsageError(
+            f"the function that `launch` ran returned {type(result).__name__}, which cannot be sent to the first "
+            f"process: {type(error).__name__}: {error}. Return plain values and tensors, such as "
+            "`model.state_dict()`, or save the result to a file."
+        ) from error
+
+
+def _error_of(error: RanksFailed) -> RankFailedError:
+    failure = error.failure
+    if failure.exit_code == 1:
+        return RankFailedError(str(error))
+    sys.stderr.write(f"{error}\n")
+    exit_error = RankExitError(str(error))
+    exit_error.code = failure.exit_code
+    return exit_error
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
