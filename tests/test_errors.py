@@ -1,7 +1,9 @@
 """The exception tree: one root, every class also the builtin that a caller would catch."""
 
 import inspect
+import pickle
 import re
+import traceback
 
 import pytest
 
@@ -50,6 +52,20 @@ def test_every_error_is_caught_without_knowing_nucleate(cls: type[Exception]) ->
 def test_every_error_carries_its_message(cls: type[Exception]) -> None:
     # LookupError's kin, KeyError above all, would print the repr of the message.
     assert str(cls("rank 1 of 2: 'x' is missing.\nAdd it.")) == "rank 1 of 2: 'x' is missing.\nAdd it."
+
+
+@pytest.mark.parametrize("builtin", [RuntimeError, ValueError, TypeError])
+def test_a_wrong_call_is_caught_by_the_builtin_that_fabric_raises(builtin: type[Exception]) -> None:
+    with pytest.raises(builtin, match="set up already"):
+        raise errors.UsageError("this model is set up already.")
+
+
+def test_missing_keys_are_a_key_error_whose_traceback_shows_the_lines_of_the_message() -> None:
+    with pytest.raises(KeyError) as caught:
+        raise errors.CheckpointKeyError("does not fit:\n  1 missing")
+    shown = "".join(traceback.format_exception_only(caught.value))
+    assert shown == "nucleate.errors.CheckpointKeyError: does not fit:\n  1 missing\n"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == "does not fit:\n  1 missing"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path(nucleate.__file__).parent
 
 PUBLIC = {
-    "nucleate": "Accelerator Integration Precision RandomState Runtime Strategy __version__ seed_everything",
+    "nucleate": "Accelerator Integration Precision RandomState Runtime Strategy __version__ is_wrapped seed_everything",
     "nucleate.accelerators": "Accelerator CPUAccelerator CUDAAccelerator TorchAccelerator",
     "nucleate.checkpoint": """
         ConvertReport Finding KeyMap LoadReport Reader Rule SaveHandle Selection StoredForm StoredSources VerifyReport
@@ -78,7 +78,7 @@ PUBLIC = {
         AcceleratorSuite IntegrationSuite MODELS PeakMemory PrecisionSuite ReaderSuite StrategySuite TinyConvNet
         TinyModel TinyOdd TinyRecurrent TinyTransformer WriterSuite assert_peak_memory_below peak_memory
     """,
-    "nucleate.wrappers": "DataLoaderWrapper ModuleWrapper OptimizerWrapper",
+    "nucleate.wrappers": "DataLoaderWrapper ModuleWrapper OptimizerWrapper is_wrapped",
 }
 
 

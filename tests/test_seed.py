@@ -1,6 +1,8 @@
 """One seed for every generator, many from one, and their state saved and restored."""
 
 import io
+import logging
+import os
 import pickle
 import random
 from functools import partial
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from nucleate.cluster.settings import GLOBAL_SEED, SEED_WORKERS
 from nucleate.errors import CheckpointKeyError, ConfigurationError
 from nucleate.seed import RandomState, derive_seed, last_seed, seed_everything, seed_worker, seeded, seeds_workers
 from tests.device import device
@@ -30,6 +33,34 @@ def test_the_same_seed_gives_the_same_numbers_everywhere() -> None:
     assert draw_everywhere() == first
     assert last_seed() == 7
     assert not seeds_workers()
+
+
+def test_a_seed_goes_to_started_processes_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(GLOBAL_SEED, "1")
+    monkeypatch.setenv(SEED_WORKERS, "1")
+    seed_everything(7, workers=False, verbose=False)
+    assert (os.environ[GLOBAL_SEED], os.environ[SEED_WORKERS]) == ("7", "0")
+    assert seed_everything() == 7
+    assert os.environ[SEED_WORKERS] == "1"
+    assert seeds_workers()
+
+
+def test_without_a_seed_anywhere_it_is_0_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(GLOBAL_SEED, raising=False)
+    with pytest.warns(UserWarning, match="so the seed is 0"):
+        assert seed_everything(None) == 0
+    monkeypatch.delenv(GLOBAL_SEED)
+    assert seed_everything(None, verbose=False) == 0
+    caplog.set_level(logging.INFO, "nucleate")
+    seed_everything(4, verbose=False)
+    assert not caplog.messages
+    seed_everything(4)
+    assert caplog.messages == ["Seed set to 4."]
+    monkeypatch.setenv(GLOBAL_SEED, "four")
+    with pytest.raises(ConfigurationError, match="PL_GLOBAL_SEED is 'four', which is not an integer"):
+        seed_everything()
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.0, "1", True])

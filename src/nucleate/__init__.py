@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nucleate.seed import RandomState as RandomState
     from nucleate.seed import seed_everything as seed_everything
     from nucleate.strategies import Strategy as Strategy
+    from nucleate.wrappers import is_wrapped as is_wrapped
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _PUBLIC = {
     "RandomState": "nucleate.seed",
     "Runtime": "nucleate.runtime",
     "Strategy": "nucleate.strategies",
+    "is_wrapped": "nucleate.wrappers",
     "seed_everything": "nucleate.seed",
 }
 

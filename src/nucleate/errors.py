@@ -7,7 +7,7 @@ NucleateError
 │   ├── PluginConflictError                     two distributions offer one name
 │   └── PluginLoadError (ImportError)           a registered plugin cannot be imported
 ├── MissingDependencyError (ImportError)        an extra is not installed
-├── UsageError (RuntimeError)                   a method called at the wrong time or on the wrong object
+├── UsageError (RuntimeError, ValueError, TypeError)  a method called at the wrong time or on the wrong object
 ├── DtypeMismatchError (RuntimeError, ValueError)  forward met a tensor of another dtype than the precision's
 ├── NonFiniteGradientError (ArithmeticError)    gradients are NaN or infinite
 ├── ConversionError (ValueError)                a weight cannot be quantized, for example one with a NaN
@@ -23,7 +23,7 @@ NucleateError
 │   └── RankDisagreementError                   ranks built different models or hold different values
 └── CheckpointError (RuntimeError)
     ├── CheckpointNotFoundError (FileNotFoundError)
-    ├── CheckpointKeyError (LookupError)        missing or unexpected keys
+    ├── CheckpointKeyError (KeyError)           missing or unexpected keys
     └── ShapeMismatchError (ValueError)         a tensor has another shape
 ```
 
@@ -58,8 +58,11 @@ class MissingDependencyError(NucleateError, ImportError):
     """A package that this feature needs is not installed."""
 
 
-class UsageError(NucleateError, RuntimeError):
-    """A method was called at the wrong time or on the wrong object."""
+class UsageError(NucleateError, RuntimeError, ValueError, TypeError):
+    """A method was called at the wrong time or on the wrong object.
+
+    Scripts written for Lightning Fabric expect one of these three builtin exceptions, depending on the method.
+    """
 
 
 class DtypeMismatchError(NucleateError, RuntimeError, ValueError):
@@ -131,8 +134,12 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """The path does not hold a complete checkpoint."""
 
 
-class CheckpointKeyError(CheckpointError, LookupError):
+class CheckpointKeyError(CheckpointError, KeyError):
     """The checkpoint lacks required keys, or has unexpected keys."""
+
+    def __str__(self) -> str:
+        """Return the message as it is. KeyError would return its repr."""
+        return Exception.__str__(self)
 
 
 class ShapeMismatchError(CheckpointError, ValueError):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nucleate.accelerators.base import Accelerator
@@ -16,7 +16,7 @@ from nucleate.cluster.numerics import Numerics
 from nucleate.composition import Components
 from nucleate.deferred import is_recording, resumed
 from nucleate.devices import made_current
-from nucleate.errors import name_list
+from nucleate.errors import ConfigurationError, name_list
 from nucleate.integrations.active import Integrations
 from nucleate.layout import LiveLayout
 from nucleate.materialize import Plan, reset
@@ -26,10 +26,11 @@ from nucleate.materialize.lazy_modules import refuse_uninitialized
 from nucleate.materialize.vacancies import vacancies
 from nucleate.materialize.verification import Verification
 from nucleate.report.meter import metered
-from nucleate.shells import apply_inside, inside, named_parameters, uncompiled
+from nucleate.shells import apply_inside, inside, named_buffers, named_parameters, uncompiled
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.gathering import follow_units
 from nucleate.wrappers.former import FormerParameters
+from nucleate.wrappers.free_parameters import FreeParameters, description, is_on, known_ids
 from nucleate.wrappers.looks import shown_by
 from nucleate.wrappers.module import ModuleWrapper, refuse_set_up
 from nucleate.wrappers.parts import surround_parts
@@ -45,10 +46,16 @@ class ModelSetup:
         communicator: The communicator of this process.
         integrations: The integrations that know models of other libraries.
         verify: See `Runtime`.
+        free: The parameters of optimizers that no model has.
     """
 
     def __init__(
-        self, parts: Components, communicator: Communicator, integrations: Integrations, verify: bool | str
+        self,
+        parts: Components,
+        communicator: Communicator,
+        integrations: Integrations,
+        verify: bool | str,
+        free: FreeParameters,
     ) -> None:
         self._accelerator, self._precision, self._strategy = parts.accelerator, parts.precision, parts.strategy
         self._device, self._world_size = parts.device, parts.environment.world_size
@@ -56,28 +63,43 @@ class ModelSetup:
         self._communicator = communicator
         self._integrations = list(integrations)
         self._verify = verify
+        self._free = free
+        # The parameters of each optimizer that no model has.
+        self._found: list[list[Tensor]] = []
 
-    def run(self, model: nn.Module, optimizers: Sequence[Optimizer], known: Container[nn.Module]) -> ModuleWrapper:
+    def run(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        known: Collection[nn.Module],
+        moves: bool = True,
+        compiles: bool = True,
+    ) -> ModuleWrapper:
         """Set the model up, and point the optimizers to its parameters; see `Runtime.setup`.
 
         Args:
             model: The model.
             optimizers: Optimizers on its parameters.
             known: The models that were set up before, without shells.
+            moves: Whether real tensors move to the device.
+            compiles: Whether a compiled model is compiled again.
         """
         with self._communicator.all_or_none("setup"):
             refuse_set_up(model, known)
             # The strategy lays out the user's model; what it returns is compiled again.
-            compiled, model = model, uncompiled(model)
+            compiled, model = model if compiles else None, uncompiled(model)
             refuse_uninitialized(model)
             former = FormerParameters(model)
             for optimizer in optimizers:
-                former.check(optimizer, self._strategy.shards)
+                strangers = former.check(optimizer, model, self._strategy.shards)
+                self._found.append(self._free.find(optimizer, strangers, known_ids(known)) if strangers else [])
                 self._strategy.check_optimizer(optimizer)
             replace_inference_tensors(model)
             for integration in self._integrations:
                 model = apply_inside(model, integration.setup)
             self._note_nothing_to_set_up(model)
+            if not moves:
+                self._refuse_elsewhere(model)
             vacant = [vacancy.fqn for vacancy in vacancies(model)]
             plan, facts = (None, None) if vacant else self._plan(model)
         self._compare_ranks(facts, vacant, model)
@@ -88,10 +110,13 @@ class ModelSetup:
             with resumed(model):
                 model = apply_inside(model, self._precision.setup)
             former.refuse_frozen(optimizers, model)
-            model = self._accelerator.setup(model)
+            if moves:
+                model = self._accelerator.setup(model)
             plan.renew(model)
         forward_module = self._laid_out(model, plan, former, optimizers)
         former.retire(model)
+        for optimizer, found in zip(optimizers, self._found, strict=True):
+            self._free.add(optimizer, found)
         shown = shown_by(self._strategy, forward_module)
         live = LiveLayout(inside(model), self._world_size, plan.converted(), shown)
         wrapped = ModuleWrapper(
@@ -138,6 +163,7 @@ class ModelSetup:
             frozen = [name for name, parameter in named_parameters(model) if not parameter.requires_grad]
             digest, numerics = facts or ("", None)
             settings = {"verify": self._verify, "precision": repr(self._precision)}
+            settings["the list of the optimizers' parameters that no model has"] = description(self._found)
             settings["the list of tensors without a recipe"] = name_list(vacant)
             # Precisions and strategies treat frozen parameters in another way. The message cuts a long list.
             checksum = zlib.crc32("\n".join(frozen).encode())
@@ -154,6 +180,18 @@ class ModelSetup:
             plan, facts = self._plan(model)
         self._compare_ranks(facts, (), model)
         return plan
+
+    def _refuse_elsewhere(self, model: nn.Module) -> None:
+        """Refuse real tensors on other devices, with which a strategy of several processes cannot work."""
+        if not self._strategy.distributed:
+            return
+        named = (*named_parameters(model), *named_buffers(model))
+        elsewhere = [f"{name} on {t.device}" for name, t in named if not t.is_meta and not is_on(t, self._device)]
+        if elsewhere:
+            raise ConfigurationError(
+                f"strategy {self._strategy.name!r} needs the model on {self._device}, but with move_to_device=False "
+                f"{name_list(elsewhere)} would stay there. Leave move_to_device out, or use strategy='single_device'."
+            )
 
     def _note_nothing_to_set_up(self, model: nn.Module) -> None:
         """Warn about a model without parameters and buffers. It is set up anyway, because it may be a loss function."""

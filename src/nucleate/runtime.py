@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from nucleate.accelerators.base import Accelerator
@@ -44,8 +45,10 @@ from nucleate.strategies.clip import refuse_limits
 from nucleate.wrappers.accumulation import Accumulation
 from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
 from nucleate.wrappers.deliveries import Deliveries
+from nucleate.wrappers.free_parameters import FreeParameters, known_ids
 from nucleate.wrappers.module import ModuleWrapper
-from nucleate.wrappers.optimizer import OptimizerWrapper, check_trainable
+from nucleate.wrappers.optimizer import OptimizerWrapper
+from nucleate.wrappers.running import launched_first
 from nucleate.wrappers.scaled_backward import backward_allowed
 
 if TYPE_CHECKING:
@@ -135,6 +138,7 @@ class Runtime:
         self._accelerator, self._precision, self._strategy = parts.accelerator, parts.precision, parts.strategy
         self._environment, self._device = environment, parts.device
         self._communicator = Communicator(environment, parts.device)
+        self._free = FreeParameters(self._communicator)
         self._integrations = Integrations(choices.integrations, parts.shown)
         self._loggers = choose_loggers(loggers, self.is_global_zero)
         self._launched = False
@@ -259,10 +263,25 @@ class Runtime:
         """
         self._callbacks.call(hook_name, *args, **kwargs)
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Do nothing, unless a subclass of `Runtime` has a method `run` of its own.
+
+        A call of that method first does what `launch` does: it is `runtime.launch(method, *args, **kwargs)`.
+
+        Args:
+            args: The arguments that the subclass chooses.
+            kwargs: The keyword arguments that the subclass chooses.
+        """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if callable(run := vars(cls).get("run")):
+            cls.run = launched_first(run)  # type: ignore[method-assign]
+
     @staticmethod
-    def seed_everything(seed: int, workers: bool = True) -> int:
+    def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
         """Seed Python, NumPy (if it is installed) and torch; see `nucleate.seed.seed_everything`."""
-        return seed_everything(seed, workers)
+        return seed_everything(seed, workers, verbose)
 
     # -- construct -----------------------------------------------------------------------------------------
 
@@ -303,6 +322,10 @@ class Runtime:
             with metered(self.is_global_zero), made_current(self._device):
                 block.make()
 
+    def sharded_model(self) -> AbstractContextManager[None]:
+        """Return `init_module()`. Lightning Fabric has this name too, and has deprecated it."""
+        return self.init_module()
+
     @contextmanager
     def init_tensor(self) -> Iterator[None]:
         """Create tensors on the device inside this context. Floating point tensors get the precision's dtype."""
@@ -317,21 +340,54 @@ class Runtime:
     # -- set up --------------------------------------------------------------------------------------------
 
     @overload
-    def setup(self, model: nn.Module) -> ModuleWrapper: ...
-
-    @overload
-    def setup(self, model: nn.Module, optimizer: Optimizer, /) -> tuple[ModuleWrapper, OptimizerWrapper]: ...
+    def setup(
+        self, module: nn.Module, *, move_to_device: bool = True, _reapply_compile: bool = True
+    ) -> ModuleWrapper: ...
 
     @overload
     def setup(
-        self, model: nn.Module, first: Optimizer, second: Optimizer, /
+        self,
+        module: nn.Module,
+        first: Optimizer,
+        /,
+        *,
+        scheduler: None = None,
+        move_to_device: bool = True,
+        _reapply_compile: bool = True,
+    ) -> tuple[ModuleWrapper, OptimizerWrapper]: ...
+
+    @overload
+    def setup(
+        self,
+        module: nn.Module,
+        first: Optimizer,
+        second: Optimizer,
+        /,
+        *,
+        scheduler: None = None,
+        move_to_device: bool = True,
+        _reapply_compile: bool = True,
     ) -> tuple[ModuleWrapper, OptimizerWrapper, OptimizerWrapper]: ...
 
     @overload
-    def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any: ...
+    def setup(
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        scheduler: LRScheduler | None = None,
+        move_to_device: bool = True,
+        _reapply_compile: bool = True,
+    ) -> Any: ...
 
     @outside_inference_mode()
-    def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
+    def setup(
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        scheduler: LRScheduler | None = None,
+        move_to_device: bool = True,
+        _reapply_compile: bool = True,
+    ) -> Any:
         """Materialize a model, lay it out by the strategy, and wrap the model and the optimizers.
 
         If the constructor left a tensor empty, or the tensor was built on the meta device by hand, its module's
@@ -339,62 +395,74 @@ class Runtime:
         0's generators. The log names at level `INFO` the method that made each of these tensors.
 
         Args:
-            model: The model, constructed inside `init_module` or not.
+            module: The model, constructed inside `init_module` or not.
             optimizers: Optimizers on the model's deferred or real parameters. They keep training the same parameters,
-                even if the strategy replaces the parameter objects.
+                even if the strategy replaces the parameter objects. They may also have parameters that no model has;
+                see `setup_optimizers`.
+            scheduler: A learning rate scheduler of one of the optimizers, which is returned as it is.
+            move_to_device: Whether to move real tensors to the device of the runtime. With False they stay where they
+                are, which strategies of several processes refuse for tensors elsewhere. Deferred tensors are made on
+                the device of the runtime in any case.
+            _reapply_compile: Whether a model that `torch.compile` returned is compiled again after the strategy has
+                wrapped it. With False it then runs without compilation.
 
         Returns:
-            The wrapped model. With optimizers, a tuple of the wrapped model and the wrapped optimizers.
+            The wrapped model. With optimizers, a tuple of the wrapped model, the wrapped optimizers and, if there is
+            one, the scheduler.
 
         Raises:
             UsageError: The model or an optimizer was set up before, or they have parameters that an earlier `setup` has
                 replaced.
             ConfigurationError: An optimizer has parameters of another model, or the strategy cannot take the model or
-                step the optimizer.
+                step the optimizer. Or there is a scheduler and no optimizer.
             UninitializedError: A parameter would be left without a value, because its module has no `reset_parameters`
                 or the like that writes it. Or a parameter of a lazy module has no shape yet.
             RankDisagreementError: The ranks constructed different models, or have CPUs, thread counts or torch builds
                 that would make different bits of this model.
             VerificationError: With `verify`, an installed tensor differs from the value that its recipe makes.
         """
+        if scheduler is not None and not optimizers:
+            raise ConfigurationError("setup() got a scheduler without its optimizer. Pass the optimizer before it.")
         self.launch()
-        setup = ModelSetup(self._parts, self._communicator, self._integrations, self._verify)
-        wrapped = setup.run(model, optimizers, self._models)
+        setup = ModelSetup(self._parts, self._communicator, self._integrations, self._verify, self._free)
+        wrapped = setup.run(module, optimizers, self._models, move_to_device, _reapply_compile)
         self._models.add(inside(wrapped.module))
         self.call("on_after_setup", runtime=self, fabric=self, module=wrapped)
-        return (wrapped, *map(self._wrap_optimizer, optimizers)) if optimizers else wrapped
+        last = () if scheduler is None else (scheduler,)
+        return (wrapped, *map(self._wrap_optimizer, optimizers), *last) if optimizers else wrapped
 
-    def setup_module(self, model: nn.Module) -> ModuleWrapper:
+    def setup_module(
+        self, module: nn.Module, move_to_device: bool = True, _reapply_compile: bool = True
+    ) -> ModuleWrapper:
         """Set up a model without optimizers; see `setup`."""
-        return self.setup(model)
+        return self.setup(module, move_to_device=move_to_device, _reapply_compile=_reapply_compile)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
-        """Wrap optimizers on the parameters of models that are set up.
+        """Wrap optimizers on the parameters of models that are set up. Every rank calls this method.
 
-        In one process an optimizer may also have parameters that no model has, such as a temperature of its own.
+        An optimizer may also have parameters that no model has, such as a learned temperature. All ranks take rank 0's
+        values. Each step averages the gradients over the ranks. The values are saved with the optimizer.
 
         Returns:
             The wrapped optimizer, or a tuple of them if there are several.
 
         Raises:
             UsageError: An optimizer is set up already, or it has parameters that `setup` has replaced in their model,
-                that have no value yet, or, in several processes, that are in no model that was set up.
+                that have no value yet, or that no model has and that are not on the device of the runtime.
             ConfigurationError: The strategy cannot step an optimizer.
+            RankDisagreementError: The ranks have parameters of different shapes that no model has.
         """
         self.launch()
         if not optimizers:
             raise UsageError("setup_optimizers() was called without an optimizer.")
-        for model in self._models:
-            LiveLayout.of(model).check()
-        for optimizer in optimizers:
-            if isinstance(optimizer, OptimizerWrapper):
-                raise UsageError("this optimizer has been set up already; use the optimizer that was returned then.")
-            if not isinstance(optimizer, Optimizer):
-                raise UsageError(f"setup_optimizers takes torch.optim.Optimizers; got {type(optimizer).__name__}.")
-            self._check_trainable(optimizer, (p for group in optimizer.param_groups for p in group["params"]))
-            self._strategy.check_optimizer(optimizer)
-        for optimizer in optimizers:
+        with self._communicator.all_or_none("setup_optimizers"):
+            for model in self._models:
+                LiveLayout.of(model).check()
+            found = [self._check_optimizer(optimizer) for optimizer in optimizers]
+        self._free.agree(found)
+        for optimizer, free in zip(optimizers, found, strict=True):
             self._strategy.setup_optimizer(optimizer)
+            self._free.add(optimizer, free)
         wrapped = tuple(map(self._wrap_optimizer, optimizers))
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
@@ -419,26 +487,35 @@ class Runtime:
 
     # -- train ---------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Compute gradients. Call this method instead of `loss.backward()`.
+
+        Args:
+            tensor: The loss.
+            args: Positional arguments of `torch.Tensor.backward`.
+            model: The model that `setup` returned. No strategy of the core needs it; one with an engine for each model
+                may.
+            kwargs: Keyword arguments of `torch.Tensor.backward`, such as `retain_graph=True` or `create_graph=True`.
 
         Raises:
             DeferredUseError: The loss came from a model that was not set up.
+            UsageError: The loss is not a tensor, or `model` was not set up.
         """
-        if not isinstance(loss, Tensor):
-            raise UsageError(f"backward() takes the loss, a tensor; got {type(loss).__name__}.")
-        if loss.is_meta:
+        if not isinstance(tensor, Tensor):
+            raise UsageError(f"backward() takes the loss, a tensor; got {type(tensor).__name__}.")
+        if tensor.is_meta:
             raise DeferredUseError("this loss has no value: its model is deferred. Call `runtime.setup(model)` first.")
-        for model in self._models:
-            LiveLayout.of(model).check_once()
+        if model is not None and not any(True for _ in self._live_in(model)):
+            raise UsageError(f"backward(model=...) takes a model that was set up, not this {type(model).__name__}.")
+        for known in self._models:
+            LiveLayout.of(known).check_once()
         with backward_allowed(), self._strategy.step_context():
-            self._strategy.backward(self._precision.scale(self._accumulation.divided(loss)))
+            self._strategy.backward(self._precision.scale(self._accumulation.divided(tensor)), *args, **kwargs)
 
     def clip_gradients(
         self,
-        model: nn.Module,
+        module: nn.Module,
         optimizer: Optimizer,
-        *,
         clip_val: float | None = None,
         max_norm: float | None = None,
         norm_type: float = 2.0,
@@ -447,7 +524,7 @@ class Runtime:
         """Clip the gradients of an optimizer's parameters, by value or by their norm over all ranks.
 
         Args:
-            model: The model that `setup` returned.
+            module: The model that `setup` returned.
             optimizer: The optimizer that `setup` or `setup_optimizers` returned.
             clip_val: Limit each element to `[-clip_val, clip_val]`, and each part of a complex element.
             max_norm: Scale all gradients so that the norm of all together is at most this number.
@@ -467,13 +544,14 @@ class Runtime:
             raise ConfigurationError(
                 f"give exactly one of clip_val and max_norm, not clip_val={clip_val!r} and max_norm={max_norm!r}."
             )
-        for live in self._live_in(model):
+        for live in self._live_in(module):
             live.refuse_emptied("clip_gradients")
         inner = optimizer.optimizer if isinstance(optimizer, OptimizerWrapper) else optimizer
         refuse_limits(max_norm=max_norm, norm_type=norm_type, clip_val=clip_val)
         if self._accumulation.holds(inner):
             return None
         self._accumulation.complete(inner)
+        self._free.average(inner)
         self._precision.unscale(inner)
         if error_if_nonfinite is None:
             error_if_nonfinite = not self._precision.scales_gradients
@@ -553,8 +631,12 @@ class Runtime:
         if self.is_global_zero:
             builtins.print(*args, **kwargs)  # noqa: T201
 
-    def barrier(self) -> None:
-        """Wait until every rank has called this method."""
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every rank has called this method.
+
+        Args:
+            name: A name for the readers of the script. It has no effect.
+        """
         self.launch()
         self._communicator.barrier()
 
@@ -563,10 +645,10 @@ class Runtime:
         self.launch()
         return self._communicator.broadcast(obj, src)
 
-    def all_gather(self, data: Any, sync_grads: bool = False) -> Any:
-        """Return every rank's tensors stacked along a new leading axis `(world_size, ...)`."""
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Return every rank's tensors stacked along a new leading axis; see `Communicator.all_gather`."""
         self.launch()
-        return self._communicator.all_gather(data, sync_grads)
+        return self._communicator.all_gather(data, sync_grads, group)
 
     def gather_for_metrics(
         self, data: Any, *, loader: DataLoaderWrapper | None = None, use_gather_object: bool = False
@@ -598,22 +680,27 @@ class Runtime:
         self.launch()
         return gather_for_metrics(data, self._communicator, self._strategy, self._deliveries, loader, use_gather_object)
 
-    def all_reduce(self, data: Any, reduce_op: str = "mean") -> Any:
+    def all_reduce(self, data: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return the combination of every rank's tensors; see `Communicator.all_reduce`."""
         self.launch()
-        return self._communicator.all_reduce(data, reduce_op)
+        return self._communicator.all_reduce(data, reduce_op, group)
 
     @contextmanager
-    def rank_zero_first(self) -> Iterator[None]:
-        """Run the block on rank 0 before the other ranks, for example to prepare a file that all ranks then read."""
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """Run the block on rank 0 before the other ranks, for example to prepare a file that all ranks then read.
+
+        Args:
+            local: Whether the first process of each node goes first, where nodes have file systems of their own.
+        """
         self.launch()
-        if not self.is_global_zero:
+        goes_first = self.local_rank == 0 if local else self.is_global_zero
+        if not goes_first:
             self._communicator.barrier()
         try:
             yield
         finally:
             # This also happens if rank 0 raised an error. The other ranks continue and do not wait forever.
-            if self.is_global_zero:
+            if goes_first:
                 self._communicator.barrier()
 
     # -- logs ----------------------------------------------------------------------------------------------
@@ -710,6 +797,7 @@ class Runtime:
         state: dict[str, Any] | nn.Module | None = None,
         strict: bool = True,
         *,
+        weights_only: bool | None = None,
         remainder: bool | None = None,
         reader: str | None = None,
     ) -> LoadReport:
@@ -719,6 +807,9 @@ class Runtime:
             path: The path that was given to `save`.
             state: The state to load into, as it was given to `save`, or a part of that state.
             strict: Refuse keys that are missing, unexpected or of another shape or dtype, in the entries of `state`.
+            weights_only: None and True read files as data, and never run code that a file names. False also restores
+                the other objects of a torch file, such as an `argparse.Namespace`, as `torch.load` does. This runs code
+                that the file chooses, so pass it only for files that you trust.
             remainder: Also return everything that `state` does not contain, whole on every rank. None means True only
                 without a `state`, so that a rank that loads a model does not also hold a whole optimizer state.
             reader: The format's name, if the files do not show it.
@@ -739,21 +830,23 @@ class Runtime:
                 remainder=wanted,
                 reader=reader,
                 readers=self._plugins.readers,
+                trusted=weights_only is False,
                 prepare=self._prepare_to_load,
             )
 
     def load_raw(
         self,
         path: str | PathLike[str],
-        model: nn.Module,
+        obj: nn.Module | Optimizer,
         strict: bool = True,
         *,
+        weights_only: bool | None = None,
         prefix: str = "",
         keys: KeyMap | None = None,
         reader: str | None = None,
         mmap: bool = False,
     ) -> LoadReport:
-        """Load a model's weights from a file or folder of any format. See `nucleate.checkpoint.load_raw`.
+        """Load a model's weights, or an optimizer's state, from any format. See `nucleate.checkpoint.load_raw`.
 
         A deferred model is bound to the files, and `setup` reads only this rank's shard of each tensor. Any other model
         is filled in place.
@@ -761,9 +854,10 @@ class Runtime:
         Args:
             path: A safetensors or torch file, a Hugging Face folder, a folder of torch.distributed.checkpoint, or a
                 checkpoint that `save` wrote.
-            model: The model, deferred, real or set up.
+            obj: The model, deferred, real or set up. Or an optimizer, for a file that holds its `state_dict()`.
             strict: Refuse keys that are missing, unexpected or of another shape or dtype. Otherwise deferred tensors
                 that are missing are made by their recipes.
+            weights_only: See `load`.
             prefix: Load only the keys that begin with this text, and remove it from the keys.
             keys: Other names for keys: a dict of regular expressions and replacements, a function, a rule that renames,
                 joins, splits or transposes tensors (`nucleate.checkpoint.rename`, ...), or a list of these.
@@ -779,7 +873,7 @@ class Runtime:
         with metered(self.is_global_zero):
             return load_raw(
                 path,
-                model,
+                obj,
                 self._communicator,
                 strict,
                 prefix=prefix,
@@ -787,6 +881,7 @@ class Runtime:
                 reader=reader,
                 readers=self._plugins.readers,
                 mmap=mmap,
+                trusted=weights_only is False,
                 prepare=self._prepare_to_load,
             )
 
@@ -864,14 +959,27 @@ class Runtime:
             with resumed(plain):
                 self._precision.before_load(plain, stored)
 
-    def _check_trainable(self, optimizer: Optimizer, parameters: Iterable[Any]) -> None:
-        """Refuse parameters that an optimizer would train in vain, or differently on each rank."""
-        known = set().union(*(LiveLayout.of(model).ids for model in self._models))
-        check_trainable(optimizer, parameters, known, self.world_size)
+    def _check_optimizer(self, optimizer: Optimizer) -> list[Tensor]:
+        """Refuse an optimizer that cannot be wrapped, and return its parameters that no model has."""
+        if isinstance(optimizer, OptimizerWrapper):
+            raise UsageError("this optimizer has been set up already; use the optimizer that was returned then.")
+        if not isinstance(optimizer, Optimizer):
+            raise UsageError(f"setup_optimizers takes torch.optim.Optimizers; got {type(optimizer).__name__}.")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found = self._free.find(optimizer, parameters, known_ids(self._models))
+        self._strategy.check_optimizer(optimizer)
+        return found
+
+    def _free_among(self, optimizer: Optimizer, parameters: Iterable[Any]) -> list[Tensor]:
+        """Return the parameters that no model has, on which all ranks agree; see `FreeParameters.find`."""
+        with self._communicator.all_or_none("adding parameters to an optimizer"):
+            found = self._free.find(optimizer, parameters, known_ids(self._models))
+        self._free.agree([found])
+        return found
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> OptimizerWrapper:
         wrapped = OptimizerWrapper(
-            optimizer, self._precision, self._strategy, self._check_trainable, self._accumulation
+            optimizer, self._precision, self._strategy, self._free_among, self._accumulation, self._free
         )
         wrapped.after_step(self._callbacks)
         return wrapped

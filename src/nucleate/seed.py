@@ -7,6 +7,7 @@ loaders and the user draw from them.
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import warnings
 from collections.abc import Iterator
@@ -16,10 +17,13 @@ from typing import Any
 
 import torch
 
+from nucleate.cluster.settings import global_seed, hand_down_seed
 from nucleate.devices import default_generator, devices_taken, hooks_of, is_present
 from nucleate.devices.generators import ModuleGenerator
 from nucleate.devices.kinds import is_kind
 from nucleate.errors import CheckpointKeyError, ConfigurationError
+
+_logger = logging.getLogger(__name__)
 
 _MAX_SEED = 2**32 - 1  # The largest seed that numpy takes.
 # The keys of the host's generators in a saved state. The other keys are kinds of device.
@@ -29,24 +33,39 @@ _seed: int | None = None
 _seeds_workers = False
 
 
-def seed_everything(seed: int, workers: bool = True) -> int:
+def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
     """Seed Python's `random`, numpy if it is installed, and torch on every device.
 
+    The seed also goes into the environment variable `PL_GLOBAL_SEED`, and `workers` into `PL_SEED_WORKERS`, for the
+    processes that this process starts. Lightning uses the same variables.
+
     Args:
-        seed: From 0 to 2**32 - 1.
+        seed: From 0 to 2**32 - 1. None takes the seed in `PL_GLOBAL_SEED`. Without that variable it is 0, with a
+            warning.
         workers: Whether to derive the seeds of data loader workers from `seed` too, a different one for each rank,
-            worker and epoch. Otherwise torch draws them.
+            worker and epoch. Otherwise torch draws them. None means True.
+        verbose: Whether to log the seed at level `INFO`, and to give the warning.
 
     Returns:
         The seed.
 
     Raises:
-        ConfigurationError: `seed` is out of range or not an integer.
+        ConfigurationError: `seed` is out of range or not an integer, or `PL_GLOBAL_SEED` is not.
 
     >>> seed_everything(42)
     42
     """
     global _seed, _seeds_workers
+    if seed is None:
+        seed = global_seed()
+    if seed is None:
+        seed = 0
+        if verbose:
+            warnings.warn(
+                "seed_everything() got no seed, and PL_GLOBAL_SEED is not set, so the seed is 0. Pass a seed.",
+                stacklevel=2,
+            )
+    workers = True if workers is None else bool(workers)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MAX_SEED:
         raise ConfigurationError(f"the seed is {seed!r}; it must be an integer from 0 to {_MAX_SEED}.")
     _seed, _seeds_workers = seed, workers
@@ -54,6 +73,9 @@ def seed_everything(seed: int, workers: bool = True) -> int:
     if (numpy := _numpy()) is not None:
         numpy.random.seed(seed)
     torch.manual_seed(seed)
+    hand_down_seed(seed, workers)
+    if verbose:
+        _logger.info("Seed set to %d.", seed)
     return seed
 
 

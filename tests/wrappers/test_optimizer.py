@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from nucleate.errors import UsageError
 from nucleate.precision import FullPrecision, MixedPrecision
 from nucleate.strategies import SingleDeviceStrategy
 from nucleate.wrappers import OptimizerWrapper
-from nucleate.wrappers.optimizer import check_trainable
 from tests.device import ACCELERATOR
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
@@ -203,25 +202,10 @@ def test_a_deep_copy_keeps_precision_and_strategy_but_copies_the_optimizer() -> 
 # -- parameters ----------------------------------------------------------------------------------------------
 
 
-def trainable(parameters: Any, known: Any = (), world_size: int = 1) -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    check_trainable(optimizer, parameters, {id(p) for p in known}, world_size)
-
-
-def test_parameters_of_no_model_are_refused_in_several_processes_only() -> None:
-    free, known = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(1))
-    trainable([free, known], [known])
-    trainable([known], [known], world_size=2)
-    with pytest.raises(
-        UsageError, match=r"belong to no model that was set up: a parameter of shape \(2, 3\)\. The 2 pr"
-    ):
-        trainable([free, known], [known], world_size=2)
-
-
 def test_every_way_to_add_parameters_is_checked_before_the_optimizer_changes() -> None:
     seen = []
 
-    def check(optimizer: Optimizer, parameters: Any) -> None:
+    def check(optimizer: Optimizer, parameters: Any) -> list[Tensor]:
         seen.append(list(parameters))
         raise UsageError("refused")
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @outside_inference_mode()
-def load(
+def load(  # noqa: PLR0913 - one call takes every option of a load
     path: str | os.PathLike[str],
     state: Any,
     communicator: Communicator,
@@ -41,6 +41,7 @@ def load(
     remainder: bool = True,
     reader: str | Reader | None = None,
     readers: Sequence[Reader] = (),
+    trusted: bool = False,
     prepare: Prepare | None = None,
 ) -> LoadReport:
     """Load the checkpoint at `path` into `state`, and return a report.
@@ -61,6 +62,7 @@ def load(
         remainder: Read everything that `state` does not contain, whole, on every rank. False saves that memory.
         reader: The format's name, if the files do not show it.
         readers: Readers of further formats. They are asked first, and `reader` takes their names.
+        trusted: Let the files run code that they choose; see `Reader.trusting`.
         prepare: Called with each module and its stored tensors, by the module's own names, before they are compared.
 
     Returns:
@@ -81,7 +83,7 @@ def load(
     where = communicator.broadcast(os.path.abspath(path))
     loading = f"loading the checkpoint {where}"
     with communicator.all_or_none(loading):
-        plan = LoadPlan(open_checkpoint(resolve(where), reader, readers))
+        plan = LoadPlan(open_checkpoint(resolve(where), reader, readers, trusted))
         entries = list(entries_of({} if state is None else state))
     agree(entries, communicator)
     modules: dict[KeyPath, tuple[Any, Any]] = {}

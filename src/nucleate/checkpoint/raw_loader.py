@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nucleate.checkpoint.disk.series import resolve
 from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.module_plan import Prepare, Ties, plan_module
+from nucleate.checkpoint.loading.raw_optimizer import load_raw_optimizer
 from nucleate.checkpoint.loading.report import Finding, LoadReport
 from nucleate.checkpoint.loading.shell_keys import plain_stored
 from nucleate.checkpoint.loading.tensor_map import map_tensors
@@ -26,7 +28,7 @@ from nucleate.checkpoint.state.entries import ParameterNames
 from nucleate.checkpoint.state.tree import KeyPath, key_of
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.deferred import outside_inference_mode
-from nucleate.errors import CheckpointKeyError, CheckpointNotFoundError, UsageError, name_list
+from nucleate.errors import CheckpointKeyError, CheckpointNotFoundError, ConfigurationError, UsageError, name_list
 from nucleate.shells import state_dict as plain_state_dict
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 @outside_inference_mode()
 def load_raw(  # noqa: PLR0913 - one call takes every option of a load
     path: str | os.PathLike[str],
-    model: nn.Module,
+    model: nn.Module | Optimizer,
     communicator: Communicator,
     strict: bool = True,
     *,
@@ -45,6 +47,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
     reader: str | Reader | None = None,
     readers: Sequence[Reader] = (),
     mmap: bool = False,
+    trusted: bool = False,
     prepare: Prepare | None = None,
 ) -> LoadReport:
     """Load a model's tensors from a checkpoint of any format.
@@ -54,7 +57,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
 
     Args:
         path: A file or folder; rank 0's path counts.
-        model: The model.
+        model: The model. Or an optimizer, for files that hold its `state_dict()`.
         communicator: The ranks that load together.
         strict: Refuse keys that are missing, unexpected or of another shape or dtype. Otherwise tensors that are
             missing or do not fit are made by their recipes, or stay as they are, with a warning.
@@ -67,6 +70,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
         mmap: Map deferred tensors on the CPU to the file's own pages, if they have the file's dtype and layout. They
             are ready at once, and take no memory of their own until they are written. The file must not be changed
             meanwhile.
+        trusted: Let the files run code that they choose; see `Reader.trusting`.
         prepare: Called with the model and its stored tensors, by the model's names, before they are compared.
 
     Returns:
@@ -83,12 +87,17 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
     where = communicator.broadcast(os.path.abspath(path))
     loading = f"loading {where}"
     with communicator.all_or_none(loading):
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, (nn.Module, Optimizer)):
             raise UsageError(
-                f"load_raw takes a path and then a torch.nn.Module, not {type(model).__name__}. For optimizers and "
+                f"load_raw takes a path and then a torch.nn.Module or an optimizer, not {type(model).__name__}. For "
                 "other state use `load`."
             )
-        contents = open_checkpoint(resolve(where), reader, readers)
+        contents = open_checkpoint(resolve(where), reader, readers, trusted)
+        if isinstance(model, Optimizer) and (keys is not None or mmap):
+            raise ConfigurationError("keys= and mmap= are for models; an optimizer's state is loaded as it is.")
+    if isinstance(model, Optimizer):
+        return load_raw_optimizer(contents, model, communicator, strict, prefix, loading)
+    with communicator.all_or_none(loading):
         prefix = prefix or _only_module(contents)
         contents, stored = _stored(contents, prefix, keys)
         stored = plain_stored(stored, model)

@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+#: The ranks of a collective; None means all.
+Group = Any
 
 # The allowed operations, and the names of the operations of torch.distributed that do them.
-_OPS = {"mean": "SUM", "avg": "SUM", "sum": "SUM", "min": "MIN", "max": "MAX", "product": "PRODUCT"}
+_OPS = {"mean": "SUM", "sum": "SUM", "min": "MIN", "max": "MAX", "product": "PRODUCT"}
+_ALIASES = {"avg": "mean", "prod": "product"}
 
 # Numbers the `all_or_none` blocks of this process. All ranks enter them in the same order, so the numbers agree.
 _blocks = count()
@@ -107,15 +110,20 @@ class Communicator(Ranks):
 
         return cast(T, apply_to_collection(pickle.loads(message[0]), _Slot, receive))
 
-    def gather_objects(self, obj: T) -> list[T]:
-        """Return every rank's object, by rank. The objects are pickled."""
+    def gather_objects(self, obj: T, group: Group = None) -> list[T]:
+        """Return every rank's object, by rank. The objects are pickled.
+
+        Args:
+            obj: This rank's object.
+            group: The ranks; None means all.
+        """
         if self.world_size == 1:
             return [obj]
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, obj)
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, obj, group=group)
         return gathered
 
-    def all_gather(self, data: Any, sync_grads: bool = False) -> Any:
+    def all_gather(self, data: Any, sync_grads: bool = False, group: Group = None) -> Any:
         """Return every rank's `data` stacked along a new leading axis.
 
         Args:
@@ -123,22 +131,26 @@ class Communicator(Ranks):
                 Anything else in the collection stays as it is on this rank.
             sync_grads: Whether gradients flow back to the rank that each slice came from. Then every rank must run
                 backward.
+            group: The ranks that take part, as `torch.distributed.new_group` returns them; None means all. Every rank
+                of the group calls this method, and `world_size` is the size of the group.
 
         Raises:
             RankDisagreementError: The ranks' tensors differ in number, shape, dtype or kind of device.
+            UsageError: This rank is not in the group.
         """
-        leaves = _Leaves(self, data, "all_gather", sync_grads)
+        self._check_group(group, "all_gather")
+        leaves = _Leaves(self, data, "all_gather", sync_grads, group)
 
         def gather(tensor: Tensor) -> Tensor:
             if not sync_grads:
                 tensor = tensor.detach()
             if self.world_size == 1:
                 return torch.stack([tensor])
-            return cast(Tensor, _AllGather.apply(tensor, self.world_size, self.rank))  # type: ignore[no-untyped-call]
+            return cast(Tensor, _AllGather.apply(tensor, group))  # type: ignore[no-untyped-call]
 
         return leaves.map(gather)
 
-    def all_reduce(self, data: Any, reduce_op: str = "mean") -> Any:
+    def all_reduce(self, data: Any, reduce_op: Any = "mean", group: Group = None) -> Any:
         """Return the combined `data` of all ranks, equal on every rank. `data` itself does not change.
 
         The result carries no gradient history. Integers keep every digit: sums and products of integers are int64, as
@@ -146,33 +158,48 @@ class Communicator(Ranks):
 
         Args:
             data: A tensor, a number, or a collection of them. Anything else in the collection stays as it is.
-            reduce_op: One of `"mean"` (also called `"avg"`), `"sum"`, `"min"`, `"max"`, `"product"`.
+            reduce_op: One of `"mean"` (or `"avg"`), `"sum"`, `"min"`, `"max"`, `"product"` (or `"prod"`), in lower or
+                upper case; or the member of `torch.distributed.ReduceOp` of the same meaning.
+            group: The ranks that take part, as `torch.distributed.new_group` returns them; None means all. Every rank
+                of the group calls this method.
 
         Raises:
             ConfigurationError: `reduce_op` is not one of these.
             RankDisagreementError: The ranks' tensors differ in number, shape, dtype or kind of device.
+            UsageError: This rank is not in the group.
         """
-        if reduce_op not in _OPS:
-            raise ConfigurationError(f"reduce_op is {reduce_op!r}; allowed are {', '.join(map(repr, _OPS))}.")
-        leaves = _Leaves(self, data, "all_reduce", False)
-        return leaves.map(lambda tensor: self._reduce(tensor.detach(), reduce_op))
+        operation = _operation(reduce_op)
+        self._check_group(group, "all_reduce")
+        leaves = _Leaves(self, data, "all_reduce", False, group)
+        return leaves.map(lambda tensor: self._reduce(tensor.detach(), operation, group))
 
-    def _reduce(self, tensor: Tensor, reduce_op: str) -> Tensor:
+    def _check_group(self, group: Any, what: str) -> None:
+        if group is None:
+            return
+        if not isinstance(group, dist.ProcessGroup):
+            if group is dist.GroupMember.NON_GROUP_MEMBER:
+                raise UsageError(f"{what}: rank {self.rank} is not in the group. Call it only on the group's ranks.")
+            raise ConfigurationError(
+                f"{what}: group is {group!r}; it must be None, or a group that `torch.distributed.new_group` returned. "
+                "Pass other arguments by their names."
+            )
+
+    def _reduce(self, tensor: Tensor, reduce_op: str, group: Group) -> Tensor:
         if tensor.is_complex():
-            if reduce_op not in ("mean", "avg", "sum"):
+            if reduce_op not in ("mean", "sum"):
                 raise ConfigurationError(
                     f"reduce_op {reduce_op!r} does not work on complex tensors; use 'sum' or 'mean'."
                 )
-            return torch.view_as_complex(self._reduce(torch.view_as_real(tensor), reduce_op))
+            return torch.view_as_complex(self._reduce(torch.view_as_real(tensor), reduce_op, group))
         extremum = reduce_op in ("min", "max")
         floating = tensor.is_floating_point()
         wide = torch.int64 if not floating else torch.float64 if tensor.dtype == torch.float64 else torch.float32
         # gloo knows neither float8 nor int16, and a sum in the narrow dtype would round or wrap around.
         total = tensor.to(wide, copy=True, memory_format=torch.contiguous_format)
         if self.world_size > 1:
-            dist.all_reduce(total, op=getattr(dist.ReduceOp, _OPS[reduce_op]))
-        if reduce_op in ("mean", "avg"):
-            total = total / self.world_size
+            dist.all_reduce(total, op=getattr(dist.ReduceOp, _OPS[reduce_op]), group=group)
+        if reduce_op == "mean":
+            total = total / (dist.get_world_size(group) if self.world_size > 1 else 1)
         return total.to(tensor.dtype) if floating or extremum else total
 
     @contextmanager
@@ -220,7 +247,7 @@ class Communicator(Ranks):
 class _Leaves:
     """The tensors and numbers of a collection. Their dtypes, shapes and kinds of device are equal on all ranks."""
 
-    def __init__(self, communicator: Communicator, data: Any, what: str, sync_grads: bool) -> None:
+    def __init__(self, communicator: Communicator, data: Any, what: str, sync_grads: bool, group: Group) -> None:
         from lightning_utilities.core.apply_func import apply_to_collection
 
         self.data = data
@@ -228,7 +255,7 @@ class _Leaves:
         self._tensors: list[Tensor] = []
         apply_to_collection(data, (Tensor, int, float), self._tensors_of)
         if communicator.world_size > 1:
-            self._agree(communicator, what, sync_grads)
+            self._agree(communicator, what, sync_grads, group)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Any:
         """Return the collection with `function` applied to each leaf, in the order that all ranks share."""
@@ -242,13 +269,13 @@ class _Leaves:
         # A sharded tensor stands for its whole value, not for the shard that this rank happens to hold.
         self._tensors.append(tensor.full_tensor() if _is_dtensor(tensor) else tensor)
 
-    def _agree(self, communicator: Communicator, what: str, sync_grads: bool) -> None:
+    def _agree(self, communicator: Communicator, what: str, sync_grads: bool, group: Group) -> None:
         mine = [
             f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device.type}"
             + (" with gradient" if sync_grads and tensor.requires_grad else "")
             for tensor in self._tensors
         ]
-        all_ranks = communicator.gather_objects(mine)
+        all_ranks = communicator.gather_objects(mine, group)
         for rank, theirs in enumerate(all_ranks):
             if len(theirs) != len(all_ranks[0]):
                 raise RankDisagreementError(
@@ -282,19 +309,35 @@ class _Slot:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, world_size: int, rank: int) -> Tensor:
-        ctx.rank = rank
-        gathered = tensor.new_empty((world_size, *tensor.shape))
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        gathered = tensor.new_empty((dist.get_world_size(group), *tensor.shape))
         if tensor.numel() > 0:
-            dist.all_gather([_as_bytes(part) for part in gathered], _as_bytes(tensor))
+            dist.all_gather([_as_bytes(part) for part in gathered], _as_bytes(tensor), group=group)
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
         if grad.numel() > 0:
-            dist.all_reduce(grad)
-        return grad[ctx.rank], None, None
+            dist.all_reduce(grad, group=ctx.group)
+        return grad[dist.get_rank(ctx.group)], None
+
+
+def _operation(reduce_op: Any) -> str:
+    """Return the name of an operation that is given by its name or as a member of torch's `ReduceOp`."""
+    if isinstance(reduce_op, str):
+        name = reduce_op.lower()
+    else:
+        names = ("AVG", "SUM", "MIN", "MAX", "PRODUCT")
+        name = next((known.lower() for known in names if reduce_op == getattr(dist.ReduceOp, known)), "")
+    name = _ALIASES.get(name, name)
+    if name not in _OPS:
+        raise ConfigurationError(
+            f"reduce_op is {reduce_op!r}; allowed are {', '.join(map(repr, (*_OPS, *_ALIASES)))}, and the members of "
+            "torch.distributed.ReduceOp with these names."
+        )
+    return name
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

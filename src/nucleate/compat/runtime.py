@@ -53,12 +53,12 @@ class Fabric(Runtime):
         with super().init_module(empty_init if self.strategy.shards or not empty_init else None):
             yield
 
-    def setup(self, model: nn.Module, *optimizers: Optimizer, **arguments: Any) -> Any:
+    def setup(self, module: nn.Module, *optimizers: Optimizer, **arguments: Any) -> Any:
         """Set up a model and optimizers; see `Runtime.setup` and this class."""
         if self.strategy.shards:
             with super().init_module(empty_init=True):
-                call_assigned_reset_methods(model)
-        return super().setup(model, *optimizers, **arguments)
+                call_assigned_reset_methods(module)
+        return super().setup(module, *optimizers, **arguments)
 
     def load(self, path: str | PathLike[str], state: Any = None, strict: bool = True, **arguments: Any) -> Any:
         """Read a checkpoint into `state`, and return the remainder."""

@@ -140,15 +140,20 @@ class Strategy(Plugin):
         """The number of this rank's part of the data."""
         return self.environment.global_rank if self.distributed else 0
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients of `loss`.
+
+        Args:
+            loss: The loss.
+            args: Positional arguments of `torch.Tensor.backward`.
+            kwargs: Keyword arguments of `torch.Tensor.backward`.
 
         Raises:
             ConfigurationError: A unit of `fully_shard` cannot exchange a gradient, because it is sparse or has another
                 dtype.
         """
         try:
-            loss.backward()
+            loss.backward(*args, **kwargs)
         except Exception as error:
             explained = abandon_backward(error)
             if explained is not None:

@@ -47,26 +47,32 @@ class FormerParameters:
         del named
         self._kept = _kept_by_others(model)
 
-    def check(self, optimizer: Optimizer, shards: bool) -> None:
+    def check(self, optimizer: Optimizer, model: nn.Module, shards: bool) -> list[Tensor]:
         """Refuse an optimizer that cannot be set up with the model, before any change.
 
         Args:
             optimizer: The user's optimizer.
+            model: The model.
             shards: Whether the strategy replaces the parameters.
+
+        Returns:
+            The parameters of the optimizer that the model does not have.
 
         Raises:
             UsageError: The object is not an optimizer, is set up already, has parameters that an earlier setup
                 replaced, or has state for other tensors than it will train.
-            ConfigurationError: The optimizer has parameters of another model.
+            ConfigurationError: The optimizer has deferred parameters of another model, or was built on another instance
+                of this model.
         """
         if isinstance(optimizer, OptimizerWrapper):
             raise UsageError("this optimizer has been set up already. Use the optimizer that the first setup returned.")
         if not isinstance(optimizer, Optimizer):
             raise UsageError(f"setup takes optimizers after the model; got {type(optimizer).__name__}.")
-        strangers = [p for p in _parameters(optimizer) if id(p) not in self._names]
-        if strangers:
-            refuse_replaced(type(optimizer).__name__, strangers)
-            named = [handle.fqn for p in strangers if (handle := handle_of(p)) is not None]
+        parameters = _parameters(optimizer)
+        strangers = [p for p in parameters if id(p) not in self._names]
+        refuse_replaced(type(optimizer).__name__, strangers)
+        named = [handle.fqn for p in strangers if (handle := handle_of(p)) is not None]
+        if named or (strangers and len(strangers) == len(parameters) and _fits(parameters, model)):
             described = name_list(named or (str(tuple(p.shape)) for p in strangers))
             raise ConfigurationError(
                 f"{type(optimizer).__name__} has {len(strangers)} parameters that {self._title} does not have: "
@@ -79,6 +85,7 @@ class FormerParameters:
                 "train. Build it after setup, from the parameters of the model that `setup` returned, then call "
                 "`runtime.setup_optimizers(optimizer)`."
             )
+        return strangers
 
     def refuse_frozen(self, optimizers: Sequence[Optimizer], model: nn.Module) -> None:
         """Refuse optimizers of parameters that do not train any more.
@@ -92,12 +99,12 @@ class FormerParameters:
         """
         with torch._C.DisableTorchFunctionSubclass():
             current = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
-        every = [parameter for optimizer in optimizers for parameter in _parameters(optimizer)]
+        every = [parameter for optimizer in optimizers for parameter in self._of_model(optimizer)]
         if all(id(p) in current and (current[id(p)] or id(p) not in self._trained) for p in every):
             return
         now = _by_name(model)
         for optimizer in optimizers:
-            named = [(self._names[id(p)], id(p) in self._trained) for p in _parameters(optimizer)]
+            named = [(self._names[id(p)], id(p) in self._trained) for p in self._of_model(optimizer)]
             frozen = [name for name, trained in named if name not in now or (trained and not now[name].requires_grad)]
             if frozen:
                 # The precision has replaced parameters already, and the next setup will not know the old ones.
@@ -116,13 +123,13 @@ class FormerParameters:
             model: The model after the strategy's setup.
         """
         current = {id(parameter) for parameter in model.parameters()}
-        if all(id(parameter) in current for optimizer in optimizers for parameter in _parameters(optimizer)):
+        if all(id(parameter) in current for optimizer in optimizers for parameter in self._of_model(optimizer)):
             return
-        now = _by_name(model)
+        now, names = _by_name(model), self._names
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 # In place: some optimizers (LBFGS) keep the list itself.
-                group["params"][:] = [now[self._names[id(parameter)]] for parameter in group["params"]]
+                group["params"][:] = [now[names[id(p)]] if id(p) in names else p for p in group["params"]]
 
     def retire(self, model: nn.Module) -> None:
         """Mark the parameters that the model does not have any more; reading their gradients is then an error.
@@ -137,9 +144,19 @@ class FormerParameters:
                 mark_replaced(parameter, name)
         self._kept.clear()
 
+    def _of_model(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return the parameters of an optimizer that the model had before its setup."""
+        return [parameter for parameter in _parameters(optimizer) if id(parameter) in self._names]
+
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _fits(parameters: Sequence[Tensor], model: nn.Module) -> bool:
+    """Return whether parameters have the shapes of all of a model's parameters: they are those of another instance."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [p.shape for p in parameters] == [p.shape for p in model.parameters()]
 
 
 def _by_name(model: nn.Module) -> Mapping[str, nn.Parameter]:

@@ -31,6 +31,9 @@ from nucleate.wrappers.looks import LOOKS, look, shown_by
 from nucleate.wrappers.scaled_backward import refuse_plain_backward
 from nucleate.wrappers.special_methods import OPERATORS, Methods, bound, class_with, special_methods
 
+#: Methods that a Lightning module runs instead of forward. They are forward methods without being marked.
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
 
 @final
 class ModuleWrapper(Delegating):
@@ -39,7 +42,8 @@ class ModuleWrapper(Delegating):
     It has the special methods of the model's class too: `wrapper[0]`, `len(wrapper)` or iteration work where they work
     with the model. Names and keys are those of the plain model, without `_orig_mod` and the like. A model that has no
     attribute `device` or `dtype` gets them: the device of this process, and the dtype of the first floating point
-    parameter.
+    parameter. The methods `training_step`, `validation_step`, `test_step` and `predict_step` go through precision and
+    strategy as forward does.
 
     Args:
         forward_module: The module that the strategy's `setup` returned; its forward is called.
@@ -85,6 +89,9 @@ class ModuleWrapper(Delegating):
             _compiled=None,
             _original=original,
         )
+        for name in _STEPS:
+            if inspect.isfunction(getattr(type(original), name, None)):
+                self.mark_forward_method(name)
         if compiled is not None and is_compiled(compiled):
             self.__dict__["_compiled"] = compiled_like(compiled, forward_module)
 

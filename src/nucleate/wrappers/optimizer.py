@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nucleate.deferred import handle_of
-from nucleate.errors import UsageError, name_list
 from nucleate.precision.base import Precision
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers.accumulation import Accumulation
+from nucleate.wrappers.free_parameters import FreeParameters
 from nucleate.wrappers.replaced import refuse_replaced
 
 #: The attributes of the wrapper itself. A scheduler patches the `step` of the optimizer that it gets: the wrapper.
-_OWN = ("optimizer", "precision", "strategy", "_check", "_accumulation", "_hooks", "step")
+_OWN = ("optimizer", "precision", "strategy", "_check", "_accumulation", "_free", "_hooks", "step")
+
+#: Returns the free parameters among others, or refuses parameters that an optimizer cannot train.
+Check = Callable[[Optimizer, Iterable[Any]], list[Tensor]]
 
 
 class Hooks(Protocol):
@@ -36,16 +38,18 @@ class OptimizerWrapper(Optimizer):
         optimizer: The user's optimizer.
         precision: Steps the optimizer, or skips a step whose gradients overflowed.
         strategy: Surrounds each step and reads the state to save. None does neither.
-        check: Refuses parameters that the optimizer cannot train, before they are added. None accepts all that are in
-            their model.
+        check: Refuses parameters that the optimizer cannot train, before they are added, and returns those that no
+            model has. None accepts all that are in their model.
         accumulation: Lets the optimizer wait for the last micro-batch of a step. None always steps.
+        free: The parameters of optimizers that no model has. None leaves such parameters to the user.
     """
 
     optimizer: Optimizer
     precision: Precision
     strategy: Strategy | None
-    _check: Callable[[Optimizer, Iterable[Any]], None] | None
+    _check: Check | None
     _accumulation: Accumulation | None
+    _free: FreeParameters | None
     _hooks: Hooks | None
 
     # The base's __init__ is not called: it would make a second set of parameter groups, state and hooks.
@@ -54,11 +58,12 @@ class OptimizerWrapper(Optimizer):
         optimizer: Optimizer,
         precision: Precision,
         strategy: Strategy | None = None,
-        check: Callable[[Optimizer, Iterable[Any]], None] | None = None,
+        check: Check | None = None,
         accumulation: Accumulation | None = None,
+        free: FreeParameters | None = None,
     ) -> None:
-        self.__dict__.update(optimizer=optimizer, precision=precision, strategy=strategy, _check=check, _hooks=None)
-        self.__dict__["_accumulation"] = accumulation
+        self.__dict__.update(optimizer=optimizer, precision=precision, strategy=strategy, _check=check, _free=free)
+        self.__dict__.update(_accumulation=accumulation, _hooks=None)
 
     # `isinstance` looks at the type first and at `__class__` second, so both answers are true. A subclass of the user's
     # class would inherit its methods, and these would write their attributes to the wrapper.
@@ -95,8 +100,16 @@ class OptimizerWrapper(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.optimizer.defaults = defaults
 
+    @property
+    def free_parameters(self) -> list[Tensor]:
+        """The optimizer's parameters that no model has. They are saved with the optimizer."""
+        return [] if self._free is None else self._free.of(self.optimizer)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the optimizer through the precision.
+
+        If the optimizer has parameters that no model has, this method averages their gradients over the ranks first, so
+        every rank must call it.
 
         Args:
             closure: Computes the loss again and returns it, for optimizers that need a closure.
@@ -106,6 +119,10 @@ class OptimizerWrapper(Optimizer):
         """
         if self._accumulation is not None and self._accumulation.hold_step(self.optimizer, closure):
             return None
+        if self._free is not None and closure is None:
+            self._free.average(self.optimizer)
+        elif self._free is not None and closure is not None:
+            closure = self._free.averaging(self.optimizer, closure)
         if self.strategy is None:
             return self.precision.step(self.optimizer, closure)
         with self.strategy.optimizer_step_context(self.optimizer):
@@ -129,14 +146,15 @@ class OptimizerWrapper(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the optimizer.
+        """Add parameters to the optimizer. Every rank calls this method.
 
         Args:
             param_group: The parameters and their options, as torch takes them.
 
         Raises:
             UsageError: `setup` has replaced some of the parameters in their model, or they have no value yet, or no
-                model that was set up has them and there are several processes. Nothing has been changed.
+                model has them and they are not on the device of the runtime. Nothing has been changed.
+            RankDisagreementError: The ranks add parameters of different shapes that no model has.
             ConfigurationError: The strategy cannot step the optimizer with these parameters. Nothing has been changed.
         """
         parameters = param_group.get("params") if isinstance(param_group, dict) else None
@@ -147,8 +165,7 @@ class OptimizerWrapper(Optimizer):
             parameters = [parameters]
         added = [item[1] if isinstance(item, tuple) else item for item in parameters or ()]
         refuse_replaced(type(self.optimizer).__name__, added)
-        if self._check is not None:
-            self._check(self.optimizer, added)
+        free = [] if self._check is None else self._check(self.optimizer, added)
         self.optimizer.add_param_group(param_group)
         if self.strategy is not None:
             try:
@@ -156,6 +173,8 @@ class OptimizerWrapper(Optimizer):
             except BaseException:
                 self.optimizer.param_groups.pop()
                 raise
+        if self._free is not None:
+            self._free.add(self.optimizer, free)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's own state dict, as the strategy reads it."""
@@ -185,7 +204,9 @@ class OptimizerWrapper(Optimizer):
             delattr(self.optimizer, name)
 
     def __copy__(self) -> OptimizerWrapper:
-        clone = OptimizerWrapper(self.optimizer, self.precision, self.strategy, self._check, self._accumulation)
+        clone = OptimizerWrapper(
+            self.optimizer, self.precision, self.strategy, self._check, self._accumulation, self._free
+        )
         clone.__dict__["_hooks"] = self._hooks
         return clone
 
@@ -193,6 +214,8 @@ class OptimizerWrapper(Optimizer):
         """Copy the optimizer, but keep the same precision and strategy."""
         memo[id(self)] = clone = copy.copy(self)
         clone.optimizer = copy.deepcopy(self.optimizer, memo)
+        if self._free is not None:
+            self._free.follow(self.optimizer, clone.optimizer)
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -201,7 +224,8 @@ class OptimizerWrapper(Optimizer):
         return _empty, (), {"optimizer": self.optimizer, "precision": self.precision}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"strategy": None, "_check": None, "_accumulation": None, "_hooks": None, **state})
+        absent = dict.fromkeys(("strategy", "_check", "_accumulation", "_free", "_hooks"))
+        self.__dict__.update({**absent, **state})
 
     def __repr__(self) -> str:
         return f"OptimizerWrapper({self.optimizer!r})"
@@ -209,39 +233,3 @@ class OptimizerWrapper(Optimizer):
 
 def _empty() -> OptimizerWrapper:
     return object.__new__(OptimizerWrapper)
-
-
-def check_trainable(optimizer: Optimizer, parameters: Iterable[Any], known: Container[int], world_size: int) -> None:
-    """Refuse parameters that an optimizer would train in vain, or differently on each rank.
-
-    Args:
-        optimizer: The user's optimizer.
-        parameters: Its parameters, or others that it will get.
-        known: The ids of the parameters of all models that were set up.
-        world_size: The number of ranks.
-
-    Raises:
-        UsageError: `setup` has replaced some of the parameters in their model, or they have no value yet, or no model
-            that was set up has them and there are several ranks.
-    """
-    name = type(optimizer).__name__
-    strangers = [p for p in parameters if isinstance(p, Tensor) and id(p) not in known]
-    refuse_replaced(name, strangers)
-    deferred = [_describe(p) for p in strangers if handle_of(p) is not None or p.is_meta]
-    if deferred:
-        raise UsageError(
-            f"{name} has {len(deferred)} parameters without values: {name_list(deferred)}. Set up their model first, "
-            "or pass both: `model, optimizer = runtime.setup(model, optimizer)`."
-        )
-    if strangers and world_size > 1:
-        raise UsageError(
-            f"{name} has {len(strangers)} parameters that belong to no model that was set up: "
-            f"{name_list(map(_describe, strangers))}. The {world_size} processes would not exchange their gradients, "
-            "and each process would train values of its own. Put the parameters into a module, pass it to "
-            "`runtime.setup`, and build the optimizer on the parameters of the returned model."
-        )
-
-
-def _describe(parameter: Tensor) -> str:
-    handle = handle_of(parameter)
-    return f"a parameter of shape {tuple(parameter.shape)}" if handle is None else handle.fqn

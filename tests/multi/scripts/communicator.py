@@ -114,6 +114,26 @@ def all_reduce_combines_and_keeps_its_input(comm: Communicator) -> None:
         comm.all_reduce(1.0, "median")
 
 
+def a_group_of_ranks_gathers_and_reduces_alone(comm: Communicator) -> None:
+    last = comm.world_size - 1
+    alone = [dist.new_group([rank]) for rank in range(comm.world_size)]
+    pair = dist.new_group([0, last])
+    assert comm.all_reduce(comm.rank, "sum", alone[comm.rank]).item() == comm.rank
+    if comm.rank in (0, last):
+        assert comm.all_reduce(comm.rank, dist.ReduceOp.SUM, pair).item() == last
+        assert comm.all_reduce(float(comm.rank), "avg", pair).item() == last / 2
+        mine = torch.full((2,), float(comm.rank), requires_grad=True)
+        gathered = comm.all_gather(mine, sync_grads=True, group=pair)
+        assert gathered.tolist() == [[0, 0], [last, last]]
+        (gathered * torch.tensor([[1.0], [2.0]])).sum().backward()
+        assert mine.grad is not None
+        assert mine.grad.tolist() == ([2, 2] if comm.rank == 0 else [4, 4])
+    else:
+        with pytest.raises(UsageError, match=rf"all_gather: rank {comm.rank} is not in the group"):
+            comm.all_gather(torch.ones(1), group=pair)
+    assert comm.all_reduce(1, "sum", dist.group.WORLD).item() == comm.world_size
+
+
 def a_sharded_tensor_stands_for_its_whole_value(comm: Communicator) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -160,6 +180,7 @@ CHECKS: list[Callable[[Communicator], None]] = [
     all_gather_lets_gradients_flow_back,
     disagreeing_shapes_are_an_error_on_every_rank,
     all_reduce_combines_and_keeps_its_input,
+    a_group_of_ranks_gathers_and_reduces_alone,
     a_sharded_tensor_stands_for_its_whole_value,
     an_error_on_one_rank_reaches_the_others,
 ]

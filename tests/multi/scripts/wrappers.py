@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from nucleate import Runtime
 from nucleate.cluster import Communicator
 from nucleate.errors import UsageError
 from nucleate.precision import FullPrecision, MixedPrecision
 from nucleate.seed import RandomState
 from nucleate.strategies.base import Strategy
 from nucleate.wrappers import ModuleWrapper, OptimizerWrapper
-from tests.multi.device import ACCELERATOR, start_group
+from tests.multi.device import ACCELERATOR, accelerator, start_group
 
 
 class Replicas(Strategy):
@@ -65,6 +66,26 @@ def a_marked_method_exchanges_gradients(comm: Communicator) -> None:
     assert list(wrapper.state_dict()) == ["first.weight", "first.bias", "last.weight", "last.bias"]
 
 
+def a_training_step_exchanges_gradients_without_a_mark(comm: Communicator) -> None:
+    class Stepping(Model):
+        def training_step(self, x: torch.Tensor) -> torch.Tensor:
+            return self(x).square().mean()
+
+    for strategy in ("ddp", "fsdp"):
+        runtime = Runtime(accelerator=accelerator(), strategy=strategy)
+        with runtime.init_module(empty_init=True):
+            model = Stepping()
+        wrapper = runtime.setup(model)
+        runtime.backward(wrapper.training_step(torch.full((2, 4), 1.0 + comm.rank)))
+        with runtime.rank_zero_first(local=True):
+            gradients = [parameter.grad for parameter in wrapper.parameters()]
+        for gradient in gradients:
+            whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            everywhere = comm.all_gather(whole)
+            assert torch.equal(everywhere[0], everywhere[1]), strategy
+            assert whole.abs().sum() > 0
+
+
 def an_overflow_in_one_shard_skips_the_step_on_every_rank(comm: Communicator) -> None:
     for options in ({"foreach": False}, {"foreach": True}, {"fused": True}):
         torch.manual_seed(0)
@@ -104,6 +125,7 @@ def every_rank_gets_back_its_own_random_state(comm: Communicator) -> None:
 
 CHECKS: list[Callable[[Communicator], None]] = [
     a_marked_method_exchanges_gradients,
+    a_training_step_exchanges_gradients_without_a_mark,
     an_overflow_in_one_shard_skips_the_step_on_every_rank,
     every_rank_gets_back_its_own_random_state,
 ]

@@ -16,8 +16,8 @@ from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.report import Finding
 from nucleate.checkpoint.loading.shell_keys import plain_keys
 from nucleate.checkpoint.state.entries import Entry, ParameterNames
-from nucleate.checkpoint.state.optimizer_names import check_named
-from nucleate.checkpoint.state.tree import KeyPath, has_data
+from nucleate.checkpoint.state.optimizer_names import FREE, OptimizerNames, check_named
+from nucleate.checkpoint.state.tree import KeyPath, has_data, key_of
 from nucleate.deferred import record_of
 from nucleate.errors import UsageError
 from nucleate.layout import is_sharded, zeros_beside
@@ -35,7 +35,8 @@ def plan_optimizer(plan: LoadPlan, entry: Entry, names: ParameterNames) -> None:
         UsageError: Some parameters of the optimizer are not in these modules, or they are deferred.
     """
     optimizer: Optimizer = entry.value
-    check_named(entry, names)
+    own = OptimizerNames(entry, names)
+    check_named(entry, own)
     _refuse_deferred(entry)
     saved = plan.contents.at(entry.path)
     if not (isinstance(saved, dict) and {"state", "param_groups"} <= saved.keys()):
@@ -47,7 +48,7 @@ def plan_optimizer(plan: LoadPlan, entry: Entry, names: ParameterNames) -> None:
             "the checkpoint"
         )
         return
-    numbered = _Numbered(plan, entry, names, saved)
+    numbered = _Numbered(plan, entry, own, saved)
     if numbered.by_order and any(
         len(theirs["params"]) != len(ours["params"])
         for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
@@ -58,10 +59,11 @@ def plan_optimizer(plan: LoadPlan, entry: Entry, names: ParameterNames) -> None:
         return
     for place in range(len(optimizer.param_groups)):
         numbered.add_group(place)
+    _fill_free(plan, entry, own, saved, needed=not numbered.by_order)
     others = {
         key: plan.tree((*entry.path, "state", key)) for key in saved["state"] if key not in numbered.saved_keys.values()
     }
-    top = {key: plan.tree((*entry.path, key)) for key in saved if key not in ("state", "param_groups")}
+    top = {key: plan.tree((*entry.path, key)) for key in saved if key not in ("state", "param_groups", FREE)}
 
     def finish() -> None:
         optimizer.load_state_dict({**top, "state": {**others, **numbered.state}, "param_groups": numbered.groups})
@@ -71,6 +73,32 @@ def plan_optimizer(plan: LoadPlan, entry: Entry, names: ParameterNames) -> None:
                 _keep_dtypes(optimizer.state[parameter], fields)
 
     plan.finish.append((entry.key, finish))
+
+
+def _fill_free(plan: LoadPlan, entry: Entry, names: OptimizerNames, saved: dict[str, Any], needed: bool) -> None:
+    """Add the reading of the parameters that no model has.
+
+    Args:
+        plan: Receives the reads and the misfits.
+        entry: The optimizer.
+        names: The names of its parameters.
+        saved: The saved state.
+        needed: Whether every such parameter must be there. Other libraries do not save them with the optimizer.
+    """
+    there = saved.get(FREE) or {}
+    for number, parameter in names.free.items():
+        place = (*entry.path, FREE, number)
+        key = plan.contents.keys.get(place)
+        if key is not None:
+            plan.fill(key_of(place), plan.contents.tensors[key], parameter)
+        elif needed:
+            plan.miss(key_of(place), parameter)
+    for number in there:
+        if number not in names.free:
+            place = (*entry.path, FREE, number)
+            stored = plan.contents.tensors.get(plan.contents.keys.get(place, ""))
+            plan.leftover.append(place)
+            plan.report.unexpected.append(Finding(key_of(place), 0 if stored is None else stored.size_bytes))
 
 
 def _refuse_deferred(entry: Entry) -> None:
@@ -94,7 +122,7 @@ class _Numbered:
         saved_keys: The name of each saved parameter to its key in the saved state.
     """
 
-    def __init__(self, plan: LoadPlan, entry: Entry, names: ParameterNames, saved: dict[str, Any]) -> None:
+    def __init__(self, plan: LoadPlan, entry: Entry, names: OptimizerNames, saved: dict[str, Any]) -> None:
         self.groups: list[dict[str, Any]] = []
         self.state: dict[Any, Any] = {}
         self.restored: list[tuple[Tensor, str, dict[str, Any]]] = []

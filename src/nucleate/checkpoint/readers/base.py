@@ -43,3 +43,11 @@ class Reader(Named):
             CheckpointError: The checkpoint is damaged or has another format. The message names the file and the key,
                 and says what to do.
         """
+
+    def trusting(self) -> Reader:
+        """Return a reader for files that the user trusts, which may run code that they choose.
+
+        It reads objects that only such code can make. By default a format has no such objects, so this is the same
+        reader.
+        """
+        return self

@@ -26,7 +26,10 @@ _READ = (
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], reader: str | Reader | None = None, readers: Sequence[Reader] = ()
+    path: str | os.PathLike[str],
+    reader: str | Reader | None = None,
+    readers: Sequence[Reader] = (),
+    trusted: bool = False,
 ) -> Contents:
     """Return the contents of the checkpoint at `path`, read from its headers alone.
 
@@ -34,6 +37,7 @@ def open_checkpoint(
         path: A file or folder of any format.
         reader: The name of a reader, or a reader. By default, `reader_for` chooses the reader.
         readers: Further readers; see `reader_for`.
+        trusted: Let the files run code that they choose; see `Reader.trusting`.
 
     Raises:
         CheckpointNotFoundError: Nothing exists at `path`.
@@ -42,6 +46,7 @@ def open_checkpoint(
     """
     place = Path(path)
     found = reader_for(place, reader, readers)
+    found = found.trusting() if trusted else found
     try:
         contents = found.read(place)
     except OSError as error:

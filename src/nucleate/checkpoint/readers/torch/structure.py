@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from typing import Any
 
+import torch
+
 from nucleate.checkpoint.readers.torch.pickled import Global, Unmade
-from nucleate.checkpoint.readers.torch.torch_archive import TorchArchive
+from nucleate.checkpoint.readers.torch.torch_archive import TorchArchive, is_legacy
 from nucleate.checkpoint.readers.torch.torch_pickle import PickledTensor, Refused, StateDict, StorageRef, unwrapped
 from nucleate.checkpoint.state.tree import KeyPath, key_of
+from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
 from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.errors import CheckpointError
 
@@ -21,14 +24,19 @@ _EXPANDED_BYTES = 1 << 20
 class Structure:
     """The tensors and modules that were found in archives.
 
+    Args:
+        trusts: Whether to restore objects that are not plain data by code that the file chooses.
+
     Attributes:
+        trusts: See above.
         tensors: The tensors by key.
         keys: The key of each tensor, by the tensor's place.
         modules: The places of the dicts that `Module.state_dict` returned.
         versions: For each of these places, the versions of the modules there, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trusts: bool = False) -> None:
+        self.trusts = trusts
         self.tensors: dict[str, StoredTensor] = {}
         self.keys: dict[KeyPath, str] = {}
         self.modules: list[KeyPath] = []
@@ -45,15 +53,17 @@ class Structure:
             CheckpointError: A part of the value cannot be read without running code, is damaged, or has the key of
                 another tensor.
         """
-        walk = _Walk(self, archive)
+        walk = _Walk(self, archive, path)
         return walk.split(archive.value, path)
 
 
 class _Walk:
     """The walk through the value of one archive."""
 
-    def __init__(self, structure: Structure, archive: TorchArchive) -> None:
+    def __init__(self, structure: Structure, archive: TorchArchive, root: KeyPath) -> None:
         self._structure = structure
+        self._root = root
+        self._restored: Any = None
         self._archive = archive
         # A list may hold another list many times, which again holds a list many times, and so on. That is small in the
         # file, but a walk through it never ends.
@@ -77,8 +87,22 @@ class _Walk:
             return kind((key, self.split(item, (*path, key), depth + 1)) for key, item in value.items())
         if type(value) in (list, tuple):
             return type(value)(self.split(item, (*path, place), depth + 1) for place, item in enumerate(value))
+        file = self._archive.file
+        if self._structure.trusts and isinstance(value, (Global, Unmade)) and isinstance(file, DataFile):
+            return self._restore(file, path)
         self._check(value, path)
         return unwrapped(value)
+
+    def _restore(self, file: DataFile, path: KeyPath) -> Any:
+        """Return the object at a place as torch restores it, which runs code that the file chooses."""
+        if self._restored is None:
+            # With `mmap` torch does not read the tensors, which nobody takes from here. Old files cannot be mapped.
+            mapped = not is_legacy(first_bytes(file.path, 256))
+            self._restored = torch.load(file.path, map_location="cpu", mmap=mapped, weights_only=False)
+        value = self._restored
+        for part in path[len(self._root) :]:
+            value = value[part]
+        return value
 
     @property
     def _name(self) -> str:
@@ -129,9 +153,10 @@ class _Walk:
     def _code(self, value: Global | Unmade, path: KeyPath) -> CheckpointError:
         return CheckpointError(
             f"{_at(path)} in {self._name} is a {value.name}. It cannot be restored without running code that the file "
-            "names. nucleate refuses this, because anybody may have written the file. If you trust it, load it with "
-            "`torch.load(path, weights_only=False)` and save only tensors and plain values, such as "
-            "`model.state_dict()`; or allow the class with `torch.serialization.add_safe_globals`."
+            "names. nucleate refuses this, because anybody may have written the file. If you trust it, pass "
+            "`weights_only=False` to `load` or `load_raw`. Or load it with `torch.load(path, weights_only=False)` and "
+            "save only tensors and plain values, such as `model.state_dict()`; or allow the class with "
+            "`torch.serialization.add_safe_globals`."
         )
 
 

@@ -24,9 +24,20 @@ ENTRY = "nucleate"
 
 @final
 class TorchReader(Reader):
-    """The reader of `.pt`, `.pth`, `.bin` and `.ckpt` files, and of folders of them with an index."""
+    """The reader of `.pt`, `.pth`, `.bin` and `.ckpt` files, and of folders of them with an index.
+
+    Args:
+        trusts: Whether to let torch restore the objects that are not plain data, which runs code that the file chooses.
+    """
 
     name = "torch"
+
+    def __init__(self, trusts: bool = False) -> None:
+        self._trusts = trusts
+
+    def trusting(self) -> TorchReader:
+        """Return a reader that restores all objects as `torch.load(weights_only=False)` does."""
+        return TorchReader(trusts=True)
 
     def claims(self, path: Path) -> bool:
         """Claim a file with one of these suffixes, a folder of such files, and a file that begins like one."""
@@ -51,7 +62,7 @@ class TorchReader(Reader):
         return self._read_shards(path, indexes[0]) if indexes else self._read_file(files[0])
 
     def _read_file(self, path: Path) -> Contents:
-        structure = Structure()
+        structure = Structure(self._trusts)
         skeleton = structure.skeleton(open_archive(DataFile(path)))
         if not isinstance(skeleton, dict):
             what = f"a {type(skeleton).__name__}" if skeleton is not None else "one tensor"
