@@ -7,12 +7,12 @@ chooses the way; `cluster/supervisor.py` runs the ranks and waits for them.
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -78,17 +78,18 @@ def start_script(runtime: Startable) -> NoReturn:
             "runtime.launch(main), which calls main(runtime) in each process, before any other method that needs the "
             "processes. Or leave out the start method, and the script runs again in each process."
         )
+    _refuse_unguarded()
     command = command_again(asked)
-    _flush()
+    _prepare()
+    code = 0
     try:
         run_command(command, runtime.world_size)
     except RanksFailed as error:
-        _flush()
         sys.stderr.write(f"{error}\n")
-        raise SystemExit(error.failure.exit_code) from None
+        code = error.failure.exit_code
     except Interrupted as error:
-        raise SystemExit(_SIGNALLED + error.signal) from None
-    raise SystemExit(0)
+        code = _SIGNALLED + error.signal
+    raise SystemExit(code)
 
 
 def start_function(
@@ -107,62 +108,68 @@ def start_function(
         RankExitError: A rank was killed, or ended with an exit code of its own.
         UsageError: The function, its arguments or its result cannot be sent to another process.
     """
+    from nucleate.cluster import forking
     from nucleate.cluster.supervisor import Interrupted, RanksFailed, run_function, threads_per_rank
 
     if runtime.strategy.start_method == "popen":
         start_script(runtime)
+    _refuse_unguarded()
     num_threads = threads_per_rank(runtime.world_size)
-    work = (runtime, function, args, dict(kwargs))
-    method, sent = _choose(runtime, work, num_threads)
-    if method == "fork" and _has_thread_pool():
-        num_threads = _limited(num_threads)
-    job = _Job(os.getpid(), method, num_threads, work if sent is None else sent)
-    _flush()
+    method, work = _choose_method(runtime), (runtime, function, args, dict(kwargs))
+    if method == "fork" and not forking.release_threads():
+        num_threads = 1
+    job = _Job(os.getpid(), method, num_threads, work if method == "fork" else _pickled(work))
+    _prepare()
     try:
-        answer = run_function(_run_rank, job, runtime.world_size, method)
+        return pickle.loads(run_function(_run_rank, job, runtime.world_size, method))
     except RanksFailed as error:
         raise _error_of(error) from None
     except Interrupted as error:
-        # The handlers of this process are in place again: Ctrl-C is a KeyboardInterrupt here.
-        signal.raise_signal(error.signal)
-        raise SystemExit(_SIGNALLED + error.signal) from None
-    return pickle.loads(answer)
+        number = error.signal
+    # The handlers of this process are in place again: Ctrl-C is a KeyboardInterrupt here.
+    signal.raise_signal(number)
+    raise SystemExit(_SIGNALLED + number)
 
 
-def _choose(runtime: Startable, work: Any, num_threads: int | None) -> tuple[str, bytes | None]:
-    """Return a start method, and the work as bytes for the methods that send it.
+def _choose_method(runtime: Startable) -> str:
+    """Return the start method for a function.
 
-    Forking takes no time and sends nothing, but a fork cannot use an accelerator that this process has used, and not
-    more than one thread where this process has used several.
+    Forking takes no time and sends nothing, but a fork cannot use an accelerator that this process has used.
+
+    Raises:
+        UsageError: The processes cannot be started in this way, or in any way.
     """
-    method = runtime.strategy.start_method
-    kind = runtime.device.type
+    from nucleate.cluster.command import program_file
+
+    method, kind = runtime.strategy.start_method, runtime.device.type
     is_used = kind != "cpu" and runtime.accelerator.is_initialized(kind)
-    can_fork = "fork" in multiprocessing.get_all_start_methods()
-    is_interactive = not hasattr(sys.modules["__main__"], "__file__")
-    if method == "fork" and (is_used or not can_fork):
-        reason = f"this process has used {kind} already" if is_used else f"{sys.platform} cannot fork processes"
-        raise UsageError(
-            f"start_method='fork' cannot be used: {reason}. Call `launch` before this process uses the device, or use "
-            "start_method='spawn'."
-        )
+    can_fork = "fork" in multiprocessing.get_all_start_methods() and not is_used
     if method is None:
-        is_slow = num_threads != 1 and _has_thread_pool()
-        forks = can_fork and not is_used and (kind == "cpu" or is_interactive)
-        if forks and (is_interactive or not is_slow):
-            return "fork", None
-        if is_interactive and can_fork:
-            raise UsageError(
-                f"this process has used {kind} already, so that its forks cannot use it, and the functions of an "
-                "interactive session cannot be sent to new processes. Call `launch` before anything uses the device."
-            )
-        try:
-            return "spawn", _pickled(work)
-        except UsageError:
-            if not forks:
-                raise
-            return "fork", None
-    return method, None if method == "fork" else _pickled(work)
+        if program_file() is None:
+            method = "fork"  # Other methods could not find the functions of an interactive session.
+        else:
+            # macOS does not allow forks to use all of its libraries.
+            method = "fork" if can_fork and kind == "cpu" and sys.platform == "linux" else "spawn"
+    if method == "fork" and not can_fork:
+        reason = f"this process has used {kind} already" if is_used else f"{sys.platform} does not fork processes"
+        raise UsageError(
+            f"`launch` cannot fork processes for this function: {reason}. Call `launch` before anything uses the "
+            "device, or put the function into a script and use start_method='spawn'."
+        )
+    return method
+
+
+def _refuse_unguarded() -> None:
+    """Refuse to start ranks while the script is imported by one of them.
+
+    Raises:
+        UsageError: This process is a rank that has not begun to work.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UsageError(
+            "a process that `launch` has started imports the script, and the script calls `launch` again. Call it "
+            "below `if __name__ == '__main__':`, so that only the first process does."
+        )
 
 
 def _pickled(work: Any) -> bytes:
@@ -176,41 +183,13 @@ def _pickled(work: Any) -> bytes:
         ) from error
 
 
-def _has_thread_pool() -> bool:
-    """Return whether this process has more threads than Python's own, such as those of OpenMP after a large operation.
-
-    A fork has none of these threads, and its OpenMP waits forever for them (libgomp, of gcc 11 to 15).
-    """
-    import threading
-
-    try:
-        return len(os.listdir("/proc/self/task")) > threading.active_count()
-    except OSError:
-        return torch.get_num_threads() > 1
-
-
-def _limited(num_threads: int | None) -> int:
-    if num_threads != 1:
-        warnings.warn(
-            "each rank computes with one thread: the ranks are forks of a process that has computed with several "
-            "threads, and forks cannot start these again. Call `launch` before the first large computation for more.",
-            stacklevel=4,
-        )
-    return 1
-
-
 def _run_rank(job: _Job) -> bytes | None:
     """Run the function on this rank, and return rank 0's pickled result."""
-    from nucleate.cluster import parent, process_group, started_rank
+    from nucleate.cluster import forking, parent, process_group, started_rank
 
     is_fork = job.start_method == "fork"
     if is_fork:
-        # The supervisor's own, which do not end a rank that waits inside of C++.
-        for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # As Python does from 3.13 on.
-        atexit._clear()
+        forking.begin()
     parent.bind(os.getppid() if job.start_method == "forkserver" else job.supervisor)
     started_rank.be_child()
     if job.num_threads is not None:
@@ -226,7 +205,7 @@ def _run_rank(job: _Job) -> bytes | None:
             sys.exit(code)
         answer = pickle.dumps(None)
     if is_fork:
-        atexit._run_exitfuncs()
+        forking.end()
     else:
         process_group.stop()
     return answer
@@ -264,7 +243,10 @@ def _error_of(error: RanksFailed) -> RankFailedError:
     return exit_error
 
 
-def _flush() -> None:
+def _prepare() -> None:
+    """Write out the text of this process before the ranks write theirs, and let this process end quickly later."""
+    # The interpreter ends by several collections over all objects of torch, a quarter of the time of its import.
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()

@@ -14,6 +14,15 @@ _TO_DO = (
 )
 
 
+def program_file() -> str | None:
+    """Return the file of this process's program, or None, as for a notebook or a program that comes through a pipe."""
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    # A program in an archive has a specification, and its file is inside of the archive.
+    is_found = file is not None and (os.path.isfile(file) or getattr(main, "__spec__", None) is not None)
+    return file if is_found else None
+
+
 def command_again(asked: str) -> list[str]:
     """Return the command line of this process: the interpreter, its options, the script or module, and the arguments.
 
@@ -23,9 +32,7 @@ def command_again(asked: str) -> list[str]:
     Raises:
         UsageError: This process runs no program that can be run again, such as an interactive session.
     """
-    main = sys.modules["__main__"]
-    file = getattr(main, "__file__", None)
-    reason = None
+    file, reason = program_file(), None
     if hasattr(sys, "ps1") or sys.flags.interactive:
         reason = "this is an interactive session"
     elif multiprocessing.parent_process() is not None:
@@ -37,7 +44,7 @@ def command_again(asked: str) -> list[str]:
     if reason is not None:
         raise UsageError(f"{asked} runs the script again in each process, but {reason}. {_TO_DO}.")
     options = list(sys.orig_argv[1:])
-    if file is not None and getattr(main, "__spec__", None) is None:
+    if file is not None and getattr(sys.modules["__main__"], "__spec__", None) is None:
         # A script may have changed the folder since it began.
         for place, option in enumerate(options):
             if os.path.basename(option) == os.path.basename(file):

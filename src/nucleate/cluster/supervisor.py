@@ -23,7 +23,7 @@ from nucleate.cluster.rank_end import Failure, RankEnd, first_failure
 from nucleate.cluster.started_rank import FOLDER, SUPERVISOR
 
 #: The time that ranks get to end after a signal, before they are killed.
-_END_S = 3
+_END_S = 2
 _POLL_S = 0.05
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 _THREADS = "OMP_NUM_THREADS"

@@ -1,0 +1,41 @@
+"""Ranks that `devices=2` starts, and a fault: `script` runs this file again, any other way runs a function."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from nucleate import Runtime
+
+
+def work(runtime: Runtime, fault: str) -> int:
+    runtime.barrier()
+    print(f"PID {os.getpid()}", flush=True)
+    if runtime.global_rank == 1:
+        if fault == "error":
+            raise ValueError("out of cheese")
+        if fault == "exit":
+            sys.exit(3)
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "wait":
+            time.sleep(600)
+    runtime.barrier()
+    return int(runtime.all_reduce(1, reduce_op="sum"))
+
+
+def main(way: str, fault: str) -> None:
+    options: dict[str, Any] = {} if way in ("script", "function") else {"strategy": f"ddp_{way}"}
+    runtime = Runtime(accelerator="cpu", devices=2, **options)
+    if way == "script":
+        # Without `launch`: the first method that needs the ranks starts them.
+        print("ranks", work(runtime, fault))
+    else:
+        print("result", runtime.launch(work, fault=fault))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
