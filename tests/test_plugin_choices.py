@@ -97,6 +97,7 @@ def test_a_given_reader_and_writer_serve_this_runtime_by_name_and_by_ending(tmp_
         ([type("Nameless", (BackwardsWriter,), {"name": ""})()], {}, "has no name"),
         (3, {}, "has 3, which is not a plugin of these kinds"),
         (FullPrecision, {}, "which is not a plugin of these kinds"),
+        ("16-mixed", {}, r"has '16-mixed', which is not.*Give it to Runtime\(precision=...\)"),
         (CPUAccelerator(), {}, r"Give it to Runtime\(accelerator=...\)"),
         ([FSDPStrategy()], {}, r"Give it to Runtime\(strategy=...\)"),
     ],

@@ -12,6 +12,7 @@ from nucleate.fabric_objects import refuse_fabric_object
 from nucleate.integrations.base import Integration
 from nucleate.plugin import Named
 from nucleate.precision.base import Precision
+from nucleate.registry import INTEGRATIONS, PRECISIONS
 
 if TYPE_CHECKING:
     from nucleate.checkpoint.readers import Reader
@@ -76,7 +77,7 @@ _KINDS = ("precision", "environment", "reader", "writer", "integration")
 
 def _kind_of(item: object) -> str:
     if isinstance(item, str):
-        return "integration"
+        return "" if item in PRECISIONS.names() and item not in INTEGRATIONS.names() else "integration"
     if isinstance(item, Environment):
         return "environment"
     # The kind, not the class: the classes of readers and writers need not be imported.
@@ -86,15 +87,15 @@ def _kind_of(item: object) -> str:
 def _listed(plugins: Any) -> list[Any]:
     if plugins is None:
         return []
-    if _kind_of(plugins) or isinstance(plugins, type) or not isinstance(plugins, Iterable):
+    if _kind_of(plugins) or isinstance(plugins, (str, type)) or not isinstance(plugins, Iterable):
         return [plugins]
     return list(plugins)
 
 
 def _refuse(item: object) -> NoReturn:
     refuse_fabric_object(item, "plugins=...")
-    other = getattr(item, "kind", "")
-    advice = f" Give it to Runtime({other}=...)." if other in ("accelerator", "strategy") else ""
+    other = "precision" if isinstance(item, str) else getattr(item, "kind", "")
+    advice = f" Give it to Runtime({other}=...)." if other in ("accelerator", "strategy", "precision") else ""
     raise ConfigurationError(
         f"plugins has {item!r}, which is not a plugin of these kinds: a Precision, an Environment, a Reader, a Writer, "
         f"an Integration or the name of one.{advice}"
