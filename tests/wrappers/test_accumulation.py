@@ -12,11 +12,16 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nucleate import Runtime
 from nucleate.errors import ConfigurationError, UsageError
+from nucleate.precision import MixedPrecision
 from tests.device import accelerator, device
 
 
 def start(precision: str | None = None, lr: float = 0.1) -> tuple[Runtime, Any, Any]:
-    runtime = Runtime(accelerator=accelerator(), precision=precision)
+    chosen: Any = precision
+    if precision == "16-mixed":
+        # Nothing overflows with this scale: a step that is skipped is another matter.
+        chosen = MixedPrecision(torch.float16, scaler=torch.amp.GradScaler(device().type, init_scale=256.0))
+    runtime = Runtime(accelerator=accelerator(), precision=chosen)
     torch.manual_seed(0)
     with runtime.init_module():
         model = nn.Linear(3, 1)

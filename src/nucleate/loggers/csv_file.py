@@ -62,7 +62,8 @@ class CSVFile:
 
     def _open(self) -> IO[str]:
         file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - open as long as this object lives
-        weakref.finalize(self, file.close)
+        # Not at exit: the loggers of a runtime end there, and still need the file.
+        weakref.finalize(self, file.close).atexit = False
         return file
 
     def _read(self) -> None:
