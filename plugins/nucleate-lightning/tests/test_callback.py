@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from tiny import Module, assert_same, data, make, trainer
 
-from nucleate.deferred import deferred
+from nucleate import Runtime
+from nucleate.deferred import deferred, handle_of
 from nucleate.errors import DeferredUseError
+from nucleate.materialize import Plan
 from nucleate_lightning import Materialize
 
 PLACES = ["init", "setup", "configure_model"]
@@ -71,6 +74,35 @@ def test_a_checkpoint_resumes_into_a_deferred_model(where: str, tmp_path: Path) 
     trainer(callbacks=[Materialize()], max_epochs=3).fit(resumed, data(), ckpt_path=tmp_path / "last.ckpt")
     assert_same(resumed.first, first.state_dict())
     assert_same(resumed.state_dict(), model.state_dict())
+
+
+@contextmanager
+def under_runtime() -> Iterator[None]:
+    with Runtime(accelerator="cpu").init_module(empty_init=True):
+        yield
+
+
+@contextmanager
+def under_trainer() -> Iterator[None]:
+    # Lightning skips the functions of `nn.init` here.
+    with trainer().init_module(empty_init=True), deferred():
+        yield
+
+
+@pytest.mark.parametrize("context", [deferred, under_runtime, under_trainer])
+@pytest.mark.parametrize("where", ["init", "configure_model"])
+def test_load_from_checkpoint_makes_a_deferred_model_with_the_values_of_the_file(
+    context: Any, where: str, tmp_path: Path
+) -> None:
+    begun, model = trainer(callbacks=[Materialize()]), make(where, nullcontext)
+    begun.fit(model, data())
+    begun.save_checkpoint(tmp_path / "last.ckpt")
+    with context():
+        again = Module.load_from_checkpoint(tmp_path / "last.ckpt", where=where, context=nullcontext)
+    assert handle_of(again.net[0].weight) is not None
+    assert "checkpoint" in Plan.of(again).origins()["net.0.weight"]
+    trainer(callbacks=[Materialize()]).fit(again, data())
+    assert_same(again.first, model.state_dict())
 
 
 def test_one_trainer_runs_several_functions_and_models() -> None:

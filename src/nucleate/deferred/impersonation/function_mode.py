@@ -283,7 +283,10 @@ class Impersonation(TorchFunctionMode):
             return there if is_device and _same_device(leaf, self.recorder.device) else leaf
 
         with self._impersonated_target():
-            return func(args[0], *map(here, args[1:]), **{name: here(value) for name, value in kwargs.items()})
+            moved = func(args[0], *map(here, args[1:]), **{name: here(value) for name, value in kwargs.items()})
+        # torch does not know that the CPU with an index is the CPU, and copies.
+        copies = moved is args[0] and any(_is_indexed_cpu(arg) for arg in (*args[1:], *kwargs.values()))
+        return moved.clone() if copies else moved
 
     def _move_to_absent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the move of a real tensor to a device that this machine does not have."""
@@ -417,6 +420,11 @@ def _is_meta_device(value: Any) -> bool:
     return isinstance(value, str) and value == "meta"
 
 
+def _is_indexed_cpu(value: Any) -> bool:
+    named = isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cpu:"))
+    return named and torch.device(value).type == "cpu" and torch.device(value).index is not None
+
+
 def _same_device(value: Any, own: torch.device) -> bool:
     try:
         device = torch.device(value)
@@ -424,6 +432,8 @@ def _same_device(value: Any, own: torch.device) -> bool:
         return False
     if device.type != own.type:
         return False
+    if own.type == "cpu":
+        return True  # Every index means the one CPU.
     if device.index is None and own.index is not None and is_present(own):
         device = concrete(device)  # The current device, which the constructor may have changed.
     return device.index in (None, own.index)

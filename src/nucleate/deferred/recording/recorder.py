@@ -312,6 +312,8 @@ class Recorder(TorchDispatchMode):
     def _is_own(self, device: torch.device) -> bool:
         if device.type != self.device.type:
             return False
+        if device.type == "cpu":
+            return True  # Every index means the one CPU.
         if device.index is None and self.is_present:
             device = concrete(device)  # The current device, which the constructor may have changed.
         return device.index in (None, self.device.index)
