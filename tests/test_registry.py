@@ -149,7 +149,7 @@ def test_an_unknown_name_suggests_close_ones_and_lists_the_installed() -> None:
     message = str(caught.value)
     assert "no strategy plugin named 'fspd'" in message
     assert "Did you mean 'fsdp'" in message
-    assert "ddp, fsdp" in message
+    assert "ddp_spawn, fsdp" in message
 
 
 def test_a_name_that_resembles_nothing_gets_no_suggestion() -> None:
