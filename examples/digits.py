@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import TensorDataset
+
+try:
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    raise SystemExit(
+        'The digits come with scikit-learn, which is not installed: pip install -e ".[examples-all]"'
+    ) from error
 
 #: Images that no training sees. 360 = 2 * 2 * 2 * 3 * 3 * 5: 2, 3, 4, 5, 6 or 8 processes get equal shares.
 NUM_HELD_OUT = 360

@@ -38,6 +38,8 @@ PUBLIC = {
     "nucleate.checkpoint.writers": "Place Writer create_file write_tensors",
     "nucleate.cli": "main",
     "nucleate.cluster": "Communicator Environment",
+    "nucleate.compat": "",
+    "nucleate.compat.pieces": "",
     "nucleate.deferred": """
         ComputedSource Conversion ConvertedSource ElementSource Handle Layout Output RangeMaker Record StreamCursors
         TensorSource bind convert deferred eager handle_of held_tensors is_recording ordinary outside_inference_mode

@@ -47,7 +47,7 @@ from nucleate.wrappers.dataloader import DataLoaderWrapper, move, prepare
 from nucleate.wrappers.deliveries import Deliveries
 from nucleate.wrappers.free_parameters import FreeParameters, known_ids
 from nucleate.wrappers.module import ModuleWrapper
-from nucleate.wrappers.optimizer import OptimizerWrapper
+from nucleate.wrappers.optimizer import OptimizerWrapper, RuntimeLinks
 from nucleate.wrappers.running import launched_first
 from nucleate.wrappers.scaled_backward import backward_allowed
 
@@ -978,11 +978,8 @@ class Runtime:
         return found
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> OptimizerWrapper:
-        wrapped = OptimizerWrapper(
-            optimizer, self._precision, self._strategy, self._free_among, self._accumulation, self._free
-        )
-        wrapped.after_step(self._callbacks)
-        return wrapped
+        links = RuntimeLinks(self._free_among, self._accumulation, self._free, self._callbacks)
+        return OptimizerWrapper(optimizer, self._precision, self._strategy, links)
 
     def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
         return prepare(

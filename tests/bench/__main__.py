@@ -3,6 +3,7 @@
 python -m tests.bench                                  # all but large, at full size: 1.5 hours on two cores
 python -m tests.bench init --size 1b --runs 5 --write  # one section, into docs/benchmarks.md
 python -m tests.bench step imports                     # two of them
+python -m tests.bench launch --runs 5                  # two ranks, beside Fabric
 python -m tests.bench init --size 1m --runs 1          # a try
 python -m tests.bench load --size 10m --runs 1         # another
 python -m tests.bench when --runs 2 --write            # with its picture: about 20 minutes
@@ -25,6 +26,7 @@ from tests.bench.init_section import construct
 from tests.bench.large import WAYS as LARGE_WAYS
 from tests.bench.large_section import IDLE_S as LARGE_IDLE_S
 from tests.bench.large_section import large
+from tests.bench.launch import launch
 from tests.bench.load_section import PARTS, load
 from tests.bench.load_ways import WAYS as LOAD_WAYS
 from tests.bench.machine import describe
@@ -37,7 +39,7 @@ from tests.bench.state import IDLE_S, STATES, UNTOUCHED
 from tests.bench.when import SIZES as WHEN_SIZES
 from tests.bench.when_section import THREADS, when
 
-BENCHMARKS = ("init", "first-use", "record", "load", "quantize", "large", "step", "imports", "when")
+BENCHMARKS = ("init", "first-use", "record", "load", "quantize", "large", "step", "imports", "launch", "when")
 #: The numbers of these depend on the state of memory.
 _BY_STATE = ("init", "load", "quantize", "large", "when")
 #: What is run when nothing is named.
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "record": lambda: record(args.runs),
         "step": lambda: step(args.step_sizes, args.runs, quick=args.quick),
         "imports": lambda: imports(args.runs),
+        "launch": lambda: launch(args.runs),
         "when": lambda: when(args.runs, args.sizes, states, args.threads, idle_s),
     }
     faults = []

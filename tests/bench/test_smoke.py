@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import launch as bench_launch
 from tests.bench import recordings
 from tests.bench.__main__ import BENCHMARKS, PAGE, main
 from tests.bench.construct import digest
@@ -91,6 +92,22 @@ def test_imports_are_measured() -> None:
     section = imports(1, ["nucleate-made"])
     assert section.series["nucleate-made"].failure is None
     assert section.faults == []
+
+
+def test_a_launch_of_two_ranks_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def time(library: str, way: str) -> Numbers:
+        asked.append((library, way))
+        return {"wall_s": 1.0 if library == "nucleate" else 4.0}
+
+    whole = bench_launch.time_program("nucleate", "function")
+    assert whole["wall_s"] > 0
+    monkeypatch.setattr(bench_launch, "time_program", time)
+    section = bench_launch.launch(1, ["script"])
+    assert "| 0.25 | yes |" in section.text
+    assert section.faults == []
+    assert asked[-2:] == [("nucleate", "script"), ("fabric", "script")]
 
 
 def test_a_table_is_written_into_its_section_of_the_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ OWN = {"accelerators/cuda.py", "devices/cuda.py", "devices/philox.py"}
 ALLOWED = {
     ("accelerators/__init__.py", "cuda"): "exports the class",
     ("accelerators/__init__.py", "CUDAAccelerator"): "exports the class",
+    ("compat/names.py", "CUDAAccelerator"): "a name that scripts of Fabric import",
     ("deferred/recording/op_schema.py", "cudnn_batch_norm"): "torch's name of an operation",
     ("devices/table.py", "cuda"): "the kind that has hooks of its own",
     ("devices/table.py", "CUDAHooks"): "the kind that has hooks of its own",

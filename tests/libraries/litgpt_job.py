@@ -1,16 +1,17 @@
-"""Programs of litgpt with a tiny model, as a user writes them for Lightning Fabric: nothing here knows nucleate.
+"""litgpt pretrains a tiny model, as a user of Lightning Fabric writes it: nothing here knows nucleate.
 
-`python -m nucleate.compat.fabric litgpt_job.py pretrain FOLDER --devices 2` runs one.
+`python -m nucleate.compat.fabric litgpt_job.py FOLDER --devices 2` runs it.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
-from litgpt.data import JSON, DataModule
+from litgpt.data import DataModule
 from tokenizers import Tokenizer as Trained
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
@@ -66,20 +67,6 @@ def make_files(folder: Path) -> None:
     (folder / "pairs.json").write_text(json.dumps(pairs))
 
 
-def train_args(**changes) -> TrainArgs:
-    return TrainArgs(
-        **{
-            "save_interval": None,
-            "log_interval": 1,
-            "global_batch_size": 8,
-            "micro_batch_size": 2,
-            "lr_warmup_steps": 1,
-            "max_seq_length": 32,
-            **changes,
-        }
-    )
-
-
 def pretrain(folder: Path, devices: int, resume: bool) -> None:
     from litgpt.pretrain import setup
 
@@ -91,7 +78,17 @@ def pretrain(folder: Path, devices: int, resume: bool) -> None:
         out_dir=folder / "pretrained",
         precision="32-true",
         data=Sums(),
-        train=train_args(max_tokens=6000 if resume else 4000, save_interval=5, max_norm=1.0, min_lr=1e-4),
+        train=TrainArgs(
+            max_tokens=6000 if resume else 4000,
+            save_interval=5,
+            log_interval=1,
+            global_batch_size=8,
+            micro_batch_size=2,
+            lr_warmup_steps=1,
+            max_seq_length=32,
+            max_norm=1.0,
+            min_lr=1e-4,
+        ),
         eval=EvalArgs(interval=5, max_iters=2),
         optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
         devices=devices,
@@ -101,44 +98,16 @@ def pretrain(folder: Path, devices: int, resume: bool) -> None:
     )
 
 
-def finetune(folder: Path, devices: int, way: str) -> None:
-    if way == "full":
-        from litgpt.finetune.full import setup
-    elif way == "lora":
-        from litgpt.finetune.lora import setup
-    else:
-        from litgpt.finetune.lora_legacy import setup
-    setup(
-        checkpoint_dir=folder / "base",
-        out_dir=folder / way,
-        precision="32-true",
-        devices=devices,
-        data=JSON(folder / "tokenizer" / "pairs.json", val_split_fraction=0.1, num_workers=0),
-        train=train_args(epochs=2, max_steps=6),
-        eval=EvalArgs(interval=100, max_iters=2, max_new_tokens=4),
-        logger_name="csv",
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("job", choices=["pretrain", "resume", "convert", "full", "lora", "lora_legacy", "generate"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--resume", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    if chosen.job in ("pretrain", "resume"):
-        pretrain(chosen.folder, chosen.devices, chosen.job == "resume")
-    elif chosen.job == "convert":
-        from litgpt.scripts.convert_pretrained_checkpoint import convert_pretrained_checkpoint
-
-        convert_pretrained_checkpoint(chosen.folder / "pretrained" / "final", chosen.folder / "base")
-    elif chosen.job == "generate":
-        from litgpt.generate.base import main as generate
-
-        generate(chosen.folder / "base", "3 and 4", max_new_tokens=8, precision="32-true")
-    else:
-        finetune(chosen.folder, chosen.devices, chosen.job)
+    # litgpt reads its own options from the command line when it saves them.
+    sys.argv[1:] = ["tiny"]
+    pretrain(chosen.folder, chosen.devices, chosen.resume)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,39 @@ JOB = Path(__file__).with_name("litgpt_job.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
-def run(job: str, folder: Path, devices: int = 1, **variables: str) -> str:
-    command = [sys.executable, "-m", "nucleate.compat.fabric", str(JOB), job, str(folder), "--devices", str(devices)]
+def run(*arguments: object, **variables: str) -> str:
+    """Run a script, or `-m litgpt`, by the stand-in, and return everything that it prints."""
+    command = [sys.executable, "-m", "nucleate.compat.fabric", *map(str, arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=280, env={**ENVIRONMENT, **variables}, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
+
+
+def finetune(way: str, folder: Path, devices: int) -> Path:
+    """Run a finetuning command of litgpt, and return the folder that it writes."""
+    options = {
+        "out_dir": folder / way,
+        "precision": "32-true",
+        "devices": devices,
+        "data": "JSON",
+        "data.json_path": folder / "tokenizer/pairs.json",
+        "data.val_split_fraction": 0.1,
+        "data.num_workers": 0,
+        "train.max_steps": 6,
+        "train.epochs": 2,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 2,
+        "train.lr_warmup_steps": 1,
+        "train.max_seq_length": 32,
+        "eval.interval": 100,
+        "eval.max_iters": 2,
+        "eval.max_new_tokens": 4,
+    }
+    pairs = (part for name, value in options.items() for part in (f"--{name}", value))
+    run("-m", "litgpt", way, folder / "base", *pairs)
+    return folder / way / "final"
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -33,9 +59,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A folder with a pretrained model, and the number of ranks that trained it."""
     folder = tmp_path_factory.mktemp("litgpt")
-    printed = run("pretrain", folder, request.param)
-    assert "Final evaluation" in printed
-    run("convert", folder)
+    assert "Final evaluation" in run(JOB, folder, "--devices", request.param)
+    run("-m", "litgpt", "convert_pretrained_checkpoint", folder / "pretrained/final", folder / "base")
     return folder, request.param
 
 
@@ -56,22 +81,22 @@ def test_the_weights_begin_as_litgpt_initializes_them(pretrained: tuple[Path, in
 
 def test_pretraining_goes_on_from_a_checkpoint(pretrained: tuple[Path, int]) -> None:
     folder, devices = pretrained
-    assert "Resuming training from" in run("resume", folder, devices)
+    assert "Resuming training from" in run(JOB, folder, "--devices", devices, "--resume")
 
 
-@pytest.mark.parametrize("way", ["full", "lora", "lora_legacy"])
+@pytest.mark.parametrize("way", ["finetune_full", "finetune_lora"])
 def test_a_model_is_finetuned(way: str, pretrained: tuple[Path, int]) -> None:
     folder, devices = pretrained
-    run(way, folder, devices)
-    before, after = weights(folder / "base/lit_model.pth"), weights(folder / way / "final/lit_model.pth")
+    before, after = weights(folder / "base/lit_model.pth"), weights(finetune(way, folder, devices) / "lit_model.pth")
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
 def test_a_model_generates_text(pretrained: tuple[Path, int]) -> None:
     folder, _ = pretrained
-    assert "3 and 4" in run("generate", folder)
+    options = ("--prompt", "3 and 4", "--max_new_tokens", 8, "--precision", "32-true")
+    assert "3 and 4" in run("-m", "litgpt", "generate", folder / "base", *options)
 
 
 def test_a_compiled_model_pretrains(tmp_path: Path) -> None:
-    assert "Final evaluation" in run("pretrain", tmp_path, TORCHDYNAMO_DISABLE="0")
+    assert "Final evaluation" in run(JOB, tmp_path, TORCHDYNAMO_DISABLE="0")

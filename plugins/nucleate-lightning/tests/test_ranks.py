@@ -8,24 +8,20 @@ import pytest
 from started import run
 
 
-@pytest.mark.parametrize("torchrun", [False, True], ids=["lightning", "torchrun"])
-@pytest.mark.parametrize("where", ["init", "configure_model"])
+@pytest.mark.parametrize(("where", "torchrun"), [("init", False), ("configure_model", True)])
 def test_a_deferred_model_trains_with_ddp_as_an_eager_one_does(where: str, torchrun: bool, tmp_path: Path) -> None:
     output = run("fit.py", "ddp", where, tmp_path, torchrun=torchrun)
     assert "rank 0: kept" in output
     assert "rank 1: kept" in output
 
 
-@pytest.mark.parametrize("torchrun", [False, True], ids=["lightning", "torchrun"])
-def test_each_rank_makes_the_shards_that_configure_model_gives_it(torchrun: bool, tmp_path: Path) -> None:
-    output = run("shard.py", tmp_path, torchrun=torchrun)
+def test_each_rank_makes_the_shards_that_configure_model_gives_it(tmp_path: Path) -> None:
+    output = run("shard.py", tmp_path, torchrun=True)
     assert "rank 0: kept" in output
     assert "rank 1: kept" in output
 
 
-@pytest.mark.parametrize(
-    ("strategy", "where"), [("ddp_fork", "init"), ("ddp_fork", "configure_model"), ("ddp_spawn", "configure_model")]
-)
+@pytest.mark.parametrize(("strategy", "where"), [("ddp_fork", "init"), ("ddp_spawn", "configure_model")])
 def test_processes_that_lightning_forks_or_spawns_train_it_too(strategy: str, where: str) -> None:
     output = run("processes.py", strategy, where, torchrun=False)
     assert [output.count(f"{who}: kept") for who in ("rank 0", "rank 1", "after")] == [2, 2, 1]

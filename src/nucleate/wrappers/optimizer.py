@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from nucleate.wrappers.free_parameters import FreeParameters
 from nucleate.wrappers.replaced import refuse_replaced
 
 #: The attributes of the wrapper itself. A scheduler patches the `step` of the optimizer that it gets: the wrapper.
-_OWN = ("optimizer", "precision", "strategy", "_check", "_accumulation", "_free", "_hooks", "step")
+_OWN = ("optimizer", "precision", "strategy", "_links", "step")
 
 #: Returns the free parameters among others, or refuses parameters that an optimizer cannot train.
 Check = Callable[[Optimizer, Iterable[Any]], list[Tensor]]
@@ -30,6 +31,27 @@ class Hooks(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class RuntimeLinks:
+    """The parts of a runtime that a wrapped optimizer asks. None stands for a part that is absent.
+
+    Attributes:
+        check: Refuses parameters that the optimizer cannot train, before they are added, and returns those that no
+            model has. Without it, all are accepted.
+        accumulation: Lets the optimizer wait for the last micro-batch of a step.
+        free: The parameters of optimizers that no model has. Without it, such parameters are left to the user.
+        callbacks: Gets the call `on_after_optimizer_step` after each step.
+    """
+
+    check: Check | None = None
+    accumulation: Accumulation | None = None
+    free: FreeParameters | None = None
+    callbacks: Hooks | None = None
+
+
+_NO_LINKS = RuntimeLinks()
+
+
 @final
 class OptimizerWrapper(Optimizer):
     """A wrapper of the user's optimizer. `isinstance` takes it for an optimizer of the user's class, too.
@@ -38,19 +60,13 @@ class OptimizerWrapper(Optimizer):
         optimizer: The user's optimizer.
         precision: Steps the optimizer, or skips a step whose gradients overflowed.
         strategy: Surrounds each step and reads the state to save. None does neither.
-        check: Refuses parameters that the optimizer cannot train, before they are added, and returns those that no
-            model has. None accepts all that are in their model.
-        accumulation: Lets the optimizer wait for the last micro-batch of a step. None always steps.
-        free: The parameters of optimizers that no model has. None leaves such parameters to the user.
+        links: The parts of the runtime that the wrapper asks.
     """
 
     optimizer: Optimizer
     precision: Precision
     strategy: Strategy | None
-    _check: Check | None
-    _accumulation: Accumulation | None
-    _free: FreeParameters | None
-    _hooks: Hooks | None
+    _links: RuntimeLinks
 
     # The base's __init__ is not called: it would make a second set of parameter groups, state and hooks.
     def __init__(
@@ -58,12 +74,9 @@ class OptimizerWrapper(Optimizer):
         optimizer: Optimizer,
         precision: Precision,
         strategy: Strategy | None = None,
-        check: Check | None = None,
-        accumulation: Accumulation | None = None,
-        free: FreeParameters | None = None,
+        links: RuntimeLinks = _NO_LINKS,
     ) -> None:
-        self.__dict__.update(optimizer=optimizer, precision=precision, strategy=strategy, _check=check, _free=free)
-        self.__dict__.update(_accumulation=accumulation, _hooks=None)
+        self.__dict__.update(optimizer=optimizer, precision=precision, strategy=strategy, _links=links)
 
     # `isinstance` looks at the type first and at `__class__` second, so both answers are true. A subclass of the user's
     # class would inherit its methods, and these would write their attributes to the wrapper.
@@ -103,7 +116,8 @@ class OptimizerWrapper(Optimizer):
     @property
     def free_parameters(self) -> list[Tensor]:
         """The optimizer's parameters that no model has. They are saved with the optimizer."""
-        return [] if self._free is None else self._free.of(self.optimizer)
+        free = self._links.free
+        return [] if free is None else free.of(self.optimizer)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the optimizer through the precision.
@@ -117,31 +131,25 @@ class OptimizerWrapper(Optimizer):
         Returns:
             The result of the optimizer's step, or None if the step was skipped.
         """
-        if self._accumulation is not None and self._accumulation.hold_step(self.optimizer, closure):
+        links = self._links
+        if links.accumulation is not None and links.accumulation.hold_step(self.optimizer, closure):
             return None
-        if self._free is not None and closure is None:
-            self._free.average(self.optimizer)
-        elif self._free is not None and closure is not None:
-            closure = self._free.averaging(self.optimizer, closure)
+        if links.free is not None and closure is None:
+            links.free.average(self.optimizer)
+        elif links.free is not None and closure is not None:
+            closure = links.free.averaging(self.optimizer, closure)
         if self.strategy is None:
             return self.precision.step(self.optimizer, closure)
         with self.strategy.optimizer_step_context(self.optimizer):
             result = self.precision.step(self.optimizer, closure)
-        if self._hooks is not None:
-            self._hooks.call("on_after_optimizer_step", strategy=self.strategy, optimizer=self.optimizer)
+        if links.callbacks is not None:
+            links.callbacks.call("on_after_optimizer_step", strategy=self.strategy, optimizer=self.optimizer)
         return result
-
-    def after_step(self, hooks: Hooks) -> None:
-        """Call a hook after each step, with the strategy and the user's optimizer.
-
-        Args:
-            hooks: The object whose `call("on_after_optimizer_step", ...)` is called.
-        """
-        self.__dict__["_hooks"] = hooks
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the optimizer's parameters, unless `Runtime.accumulate` still needs them."""
-        if self._accumulation is not None and self._accumulation.keeps_gradients(self.optimizer):
+        accumulation = self._links.accumulation
+        if accumulation is not None and accumulation.keeps_gradients(self.optimizer):
             return
         self.optimizer.zero_grad(set_to_none)
 
@@ -165,7 +173,8 @@ class OptimizerWrapper(Optimizer):
             parameters = [parameters]
         added = [item[1] if isinstance(item, tuple) else item for item in parameters or ()]
         refuse_replaced(type(self.optimizer).__name__, added)
-        free = [] if self._check is None else self._check(self.optimizer, added)
+        check = self._links.check
+        free = [] if check is None else check(self.optimizer, added)
         self.optimizer.add_param_group(param_group)
         if self.strategy is not None:
             try:
@@ -173,8 +182,8 @@ class OptimizerWrapper(Optimizer):
             except BaseException:
                 self.optimizer.param_groups.pop()
                 raise
-        if self._free is not None:
-            self._free.add(self.optimizer, free)
+        if self._links.free is not None:
+            self._links.free.add(self.optimizer, free)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's own state dict, as the strategy reads it."""
@@ -204,18 +213,14 @@ class OptimizerWrapper(Optimizer):
             delattr(self.optimizer, name)
 
     def __copy__(self) -> OptimizerWrapper:
-        clone = OptimizerWrapper(
-            self.optimizer, self.precision, self.strategy, self._check, self._accumulation, self._free
-        )
-        clone.__dict__["_hooks"] = self._hooks
-        return clone
+        return OptimizerWrapper(self.optimizer, self.precision, self.strategy, self._links)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
         """Copy the optimizer, but keep the same precision and strategy."""
         memo[id(self)] = clone = copy.copy(self)
         clone.optimizer = copy.deepcopy(self.optimizer, memo)
-        if self._free is not None:
-            self._free.follow(self.optimizer, clone.optimizer)
+        if self._links.free is not None:
+            self._links.free.follow(self.optimizer, clone.optimizer)
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -224,8 +229,7 @@ class OptimizerWrapper(Optimizer):
         return _empty, (), {"optimizer": self.optimizer, "precision": self.precision}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        absent = dict.fromkeys(("strategy", "_check", "_accumulation", "_free", "_hooks"))
-        self.__dict__.update({**absent, **state})
+        self.__dict__.update({"strategy": None, "_links": _NO_LINKS, **state})
 
     def __repr__(self) -> str:
         return f"OptimizerWrapper({self.optimizer!r})"

@@ -12,6 +12,8 @@ from nucleate import Runtime
 from nucleate.precision import MixedPrecision
 from tests.multi.device import accelerator, device
 
+# Samplers draw on the CPU; the loaders move the batches to the device.
+torch.set_default_device("cpu")
 SIZE, BATCH, EVERY = 44, 2, 4
 
 
@@ -39,7 +41,8 @@ def loss_of(model: Any, x: Tensor, y: Tensor) -> Tensor:
 def reference(world_size: int, clip: dict[str, float], has_scalar: bool) -> Net:
     """Train in one process by large batches: the loader gives each rank every so many-th sample."""
     torch.manual_seed(0)
-    model = Net(has_scalar).to(device())
+    with device():
+        model = Net(has_scalar)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = (tensor.to(device()) for tensor in data())
     large = BATCH * EVERY * world_size

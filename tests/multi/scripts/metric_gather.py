@@ -15,6 +15,8 @@ from nucleate.errors import RankDisagreementError, UsageError
 from nucleate.wrappers.dataloader import prepare
 from tests.multi.device import accelerator
 
+# Samplers draw on the CPU; the loaders move the batches to the device.
+torch.set_default_device("cpu")
 runtime = Runtime(accelerator=accelerator(), strategy="ddp")
 runtime.launch()
 rank, world_size = runtime.global_rank, runtime.world_size

@@ -5,6 +5,7 @@ Argument: a folder.
 
 from __future__ import annotations
 
+import resource
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny import Module, assert_same, data, trainer
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -77,6 +79,19 @@ def fitted(where: str, way: str, seed: int = 0, **options: Any) -> tuple[Sharded
     return model, used
 
 
+def the_peak_is_this_rank_s_part() -> None:
+    mib = 2**20
+    with deferred():
+        layers = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(16)))  # 256 MiB
+    mesh = init_device_mesh("cpu", (2,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with sharding(layers):
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+    added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    assert added < (128 + 48) * mib, added / mib
+
+
 def main() -> None:
     for where in ("init", "configure_model"):
         eager, _ = fitted(where, "eager")
@@ -94,6 +109,7 @@ def main() -> None:
         assert_same(resumed.first, gathered(ours))
         assert_same(gathered(resumed), gathered(longer))
 
+    the_peak_is_this_rank_s_part()
     rank = torch.distributed.get_rank()
     with pytest.raises(DeferredUseError, match="net.0.weight is deferred"):
         fitted("init", "unmarked")
