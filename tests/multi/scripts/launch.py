@@ -11,9 +11,15 @@ from typing import Any
 from nucleate import Runtime
 
 
+def say(text: str) -> None:
+    # In one write: two ranks would mix the words of `print`.
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def work(runtime: Runtime, fault: str) -> int:
     runtime.barrier()
-    print(f"PID {os.getpid()}", flush=True)
+    say(f"PID {os.getpid()}")
     if runtime.global_rank == 1:
         if fault == "error":
             raise ValueError("out of cheese")
@@ -32,9 +38,9 @@ def main(way: str, fault: str) -> None:
     runtime = Runtime(accelerator="cpu", devices=2, **options)
     if way == "script":
         # Without `launch`: the first method that needs the ranks starts them.
-        print("ranks", work(runtime, fault))
+        say(f"ranks {work(runtime, fault)}")
     else:
-        print("result", runtime.launch(work, fault=fault))
+        say(f"result {runtime.launch(work, fault=fault)}")
 
 
 if __name__ == "__main__":
