@@ -354,7 +354,9 @@ def test_a_file_that_is_replaced_after_binding_is_read_as_it_was(runtime: Runtim
 def test_nothing_there_and_nothing_to_load_into(runtime: Runtime, tmp_path: Path, path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="nothing has that name"):
         runtime.load_raw(tmp_path / "absent", make(1))
-    with pytest.raises(UsageError, match=r"load_raw takes a path and then a torch\.nn\.Module or an optimizer, not dict"):
+    with pytest.raises(
+        UsageError, match=r"load_raw takes a path and then a torch\.nn\.Module or an optimizer, not dict"
+    ):
         runtime.load_raw(path, {"model": make(1)})  # type: ignore[arg-type]
 
 

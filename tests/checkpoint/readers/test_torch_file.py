@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -105,6 +106,23 @@ def test_tied_tensors_are_the_same_bytes(tmp_path: Path, zipped: bool) -> None:
     assert a.is_same(b)
     assert not a.is_same(c)
     assert contents.size_bytes == a.size_bytes + c.size_bytes
+
+
+def test_storages_may_have_numbers_for_names(tmp_path: Path) -> None:
+    # litgpt's `incremental_save` writes such files, and torch reads them.
+    class Numbered(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            return ("storage", torch.FloatStorage, 7, "cpu", 3) if isinstance(obj, torch.storage.TypedStorage) else None
+
+    path, tensor = tmp_path / "model.pth", torch.arange(3.0)
+    data = io.BytesIO()
+    Numbered(data, protocol=2).dump({"weight": tensor})
+    writer = torch._C.PyTorchFileWriter(str(path))
+    writer.write_record("data.pkl", data.getvalue(), len(data.getvalue()))
+    writer.write_record("data/7", tensor.untyped_storage(), 12)
+    writer.write_end_of_file()
+    assert torch.equal(torch.load(path)["weight"], tensor)
+    assert torch.equal(tensor_at(open_checkpoint(path), "weight"), tensor)
 
 
 def test_modules_are_recognized_by_what_their_state_dict_leaves(tmp_path: Path) -> None:

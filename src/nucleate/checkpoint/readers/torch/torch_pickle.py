@@ -169,6 +169,9 @@ def storage_of(persistent_id: Any) -> StorageRef:
     if type(persistent_id) is not tuple or persistent_id[0] not in ("storage", b"storage"):
         raise ValueError("it asks for something that is not a storage")
     dtype, key, numel = persistent_id[1], persistent_id[2], persistent_id[4]
+    if type(key) is int:
+        # litgpt's `incremental_save` writes numbers; torch puts them into the name of the member, as text.
+        key = str(key)
     if not isinstance(dtype, torch.dtype) or type(key) is not str or type(numel) is not int or not 0 <= numel < 1 << 60:
         raise ValueError("it asks for a storage without a name, a dtype or a size")
     view = persistent_id[5] if len(persistent_id) > 5 else None
