@@ -45,6 +45,18 @@ def test_a_wrapper_names_the_plain_model(shell: Any, at: str, late: bool) -> Non
     assert isinstance(wrapper.get_submodule("1.0"), nn.Linear)
 
 
+def test_assigned_values_are_copied_so_that_the_optimizer_goes_on() -> None:
+    runtime = Runtime(accelerator="cpu", strategy="single_device")
+    model = nn.Linear(2, 2)
+    wrapper, optimizer = runtime.setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    kept = wrapper.weight
+    wrapper.load_state_dict({"weight": torch.ones(2, 2), "bias": torch.zeros(2)}, assign=True)
+    assert wrapper.weight is kept
+    runtime.backward(wrapper(torch.ones(1, 2)).sum())
+    optimizer.step()
+    assert torch.equal(wrapper.weight, torch.zeros(2, 2))
+
+
 @pytest.mark.parametrize("at", PLACES)
 @every_shell
 def test_a_wrapper_loads_the_keys_of_the_plain_model_and_complains_in_them(shell: Any, at: str) -> None:

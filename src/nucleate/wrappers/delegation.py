@@ -7,7 +7,7 @@ which of them get their names from there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -37,10 +37,19 @@ class Delegating(nn.Module):
         """Return the model's state dict, with the keys of the plain model."""
         return state_dict(self.module, *args, **kwargs)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load a state dict with the keys of the plain model into the model."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict with the keys of the plain model into the model.
+
+        Values are copied also with `assign=True`. Assigned parameters would be others than those that optimizers and
+        strategies know, so no step would train them.
+
+        Args:
+            state_dict: Tensors by key.
+            strict: Refuse missing and unexpected keys.
+            assign: Accepted, without an effect.
+        """
         with without_shells(self.module) as plain:
-            return plain.load_state_dict(*args, **kwargs)
+            return plain.load_state_dict(state_dict, strict)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         # A parent loads its children by this method, and torch then looks for the keys that shells have.
