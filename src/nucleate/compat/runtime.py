@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
+import torch.distributed
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 from torch.optim import Optimizer
 
+from nucleate.cluster.environment import Environment
 from nucleate.compat.pieces.reset_methods import call_assigned_reset_methods
+from nucleate.precision.base import Precision
 from nucleate.runtime import Runtime
 
 
@@ -29,23 +32,34 @@ class Fabric(Runtime):
       shard, at `setup`.
     - `load` returns everything in the checkpoint that the state does not contain.
     - `all_gather` in one process returns the tensors as they are.
+    - In a rank of a running group, `devices=1` makes a runtime of this process alone. A script does so on rank 0 to
+      convert a checkpoint.
 
     Args:
-        accelerator: See `Runtime`.
         precision: See `Runtime`. None stands for `"32-true"`.
+        plugins: See `Runtime`.
         arguments: The other arguments of `Runtime`.
     """
 
     def __init__(self, *, precision: Any = None, plugins: Any = None, **arguments: Any) -> None:
-        from nucleate.precision.base import Precision
-
-        given = plugins if isinstance(plugins, (list, tuple)) else [plugins]
+        given = [plugin for plugin in _listed(plugins) if plugin is not None]
         if precision is None and not any(isinstance(plugin, Precision) for plugin in given):
             precision = "32-true"
-        super().__init__(precision=precision, plugins=plugins, **arguments)
-        # Scripts read the precision there.
+        self._is_alone = arguments.get("devices") in (1, "1") and _runs_in_group()
+        if self._is_alone:
+            given.append(Environment())
+        super().__init__(precision=precision, plugins=given, **arguments)
+        self._show_to_scripts()
+
+    def _renew(self) -> None:
+        super()._renew()
+        self._show_to_scripts()
+
+    def _show_to_scripts(self) -> None:
+        """Put parts of this runtime where scripts look for them."""
         self.strategy.precision = self.precision  # type: ignore[attr-defined]
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        if not self._is_alone:
+            rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     @contextmanager
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -67,3 +81,13 @@ class Fabric(Runtime):
     def all_gather(self, data: Any, *arguments: Any, **keywords: Any) -> Any:
         """Return every rank's tensors stacked along a new leading axis; in one process return `data`."""
         return data if self.world_size == 1 else super().all_gather(data, *arguments, **keywords)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _runs_in_group() -> bool:
+    """Return whether this process is one of several ranks that have started."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1

@@ -111,10 +111,12 @@ def call_whole(recorder: Recorder, func: Callable[..., Any], args: tuple[Any, ..
     given = tensors((args, kwargs))
     replayed = _Replayed(func, recorder.device)
     schema = _traits(func, args, kwargs)
-    if schema.mutated or not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in given):
+    if not schema.mutated:
+        replayed.wanted = [tensor.requires_grad for tensor in given]
+    if schema.mutated or not torch.is_grad_enabled() or not any(replayed.wanted):
         with torch._C._AutoDispatchBelowAutograd():
             return recorder.record(replayed, schema, args, kwargs)
-    replayed.wanted = [tensor.requires_grad for tensor in given]
+    replayed.tracks = True
     structure: list[Any] = []
     outputs = _Differentiable.apply(  # type: ignore[no-untyped-call]
         recorder, replayed, schema, (args, kwargs), structure, *given
@@ -133,23 +135,26 @@ class _Replayed:
 
     def __init__(self, func: Callable[..., Any], device: torch.device) -> None:
         self.func = func
-        #: Whether each tensor among the arguments requires a gradient; empty if no gradient is tracked. This decides
-        #: how torch multiplies matrices (`should_fold` in aten/src/ATen/native/LinearAlgebra.cpp, torch 2.13).
+        #: Whether each tensor among the arguments requires a gradient; empty if the function writes them. This decides
+        #: how torch multiplies matrices, also where no gradient is tracked (`should_fold` in
+        #: aten/src/ATen/native/LinearAlgebra.cpp, torch 2.13). Not every CPU gives the same bits in both ways.
         self.wanted: list[bool] = []
+        #: Whether gradients are tracked.
+        self.tracks = False
         self.__qualname__ = func.__qualname__
         self._autocast: tuple[str, torch.dtype] | None = None
         if torch.is_autocast_enabled(device.type):
             self._autocast = device.type, torch.get_autocast_dtype(device.type)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.wanted:
+        if not any(self.wanted):
             return self.run(args, kwargs)
         wanted = iter(self.wanted)
         args, kwargs = map_leaves(
             (args, kwargs),
             lambda leaf: leaf.detach().requires_grad_(next(wanted)) if isinstance(leaf, Tensor) else leaf,
         )
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.tracks):
             result = self.run(args, kwargs)
         return map_leaves(result, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
 
