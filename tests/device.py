@@ -5,6 +5,7 @@ With another device the same tests compare with what eager torch makes there.
 
 from __future__ import annotations
 
+import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,6 +30,17 @@ def cpu_only(reason: str) -> pytest.MarkDecorator:
 def device() -> torch.device:
     """Return the device of this process."""
     return torch.device("cpu") if ON_CPU else torch.device(ACCELERATOR, torch.accelerator.current_device_index())
+
+
+@functools.cache
+def lstm_runs_in(dtype: torch.dtype) -> bool:
+    """Return whether torch has an LSTM in a half dtype here: oneDNN's needs a CPU with instructions for the dtype."""
+    with on_device(), torch.autocast(device().type, dtype):
+        try:
+            torch.nn.LSTM(2, 2)(torch.ones(1, 2))
+        except RuntimeError:
+            return False
+    return True
 
 
 def on_device() -> AbstractContextManager[Any]:

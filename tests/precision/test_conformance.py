@@ -1,8 +1,10 @@
 """Every built-in precision passes the suite that plugins inherit."""
 
+import torch
+
 from nucleate.precision import FullPrecision, HalfPrecision, MixedPrecision, NoCastPrecision, Precision
 from nucleate.testing import PrecisionSuite, TinyRecurrent
-from tests.device import ACCELERATOR
+from tests.device import ACCELERATOR, lstm_runs_in
 
 
 class TestNoCast(PrecisionSuite):
@@ -43,6 +45,8 @@ class Test16True(PrecisionSuite):
 class TestBF16Mixed(PrecisionSuite):
     accelerator = ACCELERATOR
 
+    cannot_run = () if lstm_runs_in(torch.bfloat16) else (TinyRecurrent,)
+
     def make_precision(self) -> Precision:
         return MixedPrecision.from_name("bf16-mixed")
 
@@ -50,8 +54,7 @@ class TestBF16Mixed(PrecisionSuite):
 class Test16Mixed(PrecisionSuite):
     accelerator = ACCELERATOR
 
-    # oneDNN has no float16 LSTM on CPUs without AVX512-FP16: "could not create a primitive descriptor".
-    cannot_run = (TinyRecurrent,)
+    cannot_run = () if lstm_runs_in(torch.float16) else (TinyRecurrent,)
 
     def make_precision(self) -> Precision:
         return MixedPrecision.from_name("16-mixed")

@@ -14,6 +14,7 @@ from nucleate.errors import UsageError
 from nucleate.precision import FullPrecision, MixedPrecision
 from nucleate.strategies import SingleDeviceStrategy
 from nucleate.wrappers import OptimizerWrapper
+from nucleate.wrappers.optimizer import RuntimeLinks
 from tests.device import ACCELERATOR
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
@@ -210,7 +211,7 @@ def test_every_way_to_add_parameters_is_checked_before_the_optimizer_changes() -
         raise UsageError("refused")
 
     inner = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    wrapper = OptimizerWrapper(inner, FullPrecision(), check=check)
+    wrapper = OptimizerWrapper(inner, FullPrecision(), links=RuntimeLinks(check=check))
     first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     ways: list[Any] = [first, [first, second], iter([first, second]), [("a", first)]]
     for way in ways:

@@ -49,9 +49,6 @@ class RuntimeLinks:
     callbacks: Hooks | None = None
 
 
-_NO_LINKS = RuntimeLinks()
-
-
 @final
 class OptimizerWrapper(Optimizer):
     """A wrapper of the user's optimizer. `isinstance` takes it for an optimizer of the user's class, too.
@@ -60,7 +57,7 @@ class OptimizerWrapper(Optimizer):
         optimizer: The user's optimizer.
         precision: Steps the optimizer, or skips a step whose gradients overflowed.
         strategy: Surrounds each step and reads the state to save. None does neither.
-        links: The parts of the runtime that the wrapper asks.
+        links: The parts of the runtime that the wrapper asks. None is a wrapper without a runtime.
     """
 
     optimizer: Optimizer
@@ -74,9 +71,11 @@ class OptimizerWrapper(Optimizer):
         optimizer: Optimizer,
         precision: Precision,
         strategy: Strategy | None = None,
-        links: RuntimeLinks = _NO_LINKS,
+        links: RuntimeLinks | None = None,
     ) -> None:
-        self.__dict__.update(optimizer=optimizer, precision=precision, strategy=strategy, _links=links)
+        self.__dict__.update(
+            optimizer=optimizer, precision=precision, strategy=strategy, _links=links or RuntimeLinks()
+        )
 
     # `isinstance` looks at the type first and at `__class__` second, so both answers are true. A subclass of the user's
     # class would inherit its methods, and these would write their attributes to the wrapper.
@@ -229,7 +228,7 @@ class OptimizerWrapper(Optimizer):
         return _empty, (), {"optimizer": self.optimizer, "precision": self.precision}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"strategy": None, "_links": _NO_LINKS, **state})
+        self.__dict__.update({"strategy": None, "_links": RuntimeLinks(), **state})
 
     def __repr__(self) -> str:
         return f"OptimizerWrapper({self.optimizer!r})"
