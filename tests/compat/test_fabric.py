@@ -95,7 +95,9 @@ for module, names in {MODULES!r}.items():
         print(*(f"{{module}}.{{name}}" for name in names if not hasattr(real, name)))
 """
     done = run("-W", "ignore", "-c", code)
-    assert done.stdout.split() == [], done.stdout
+    # Lightning's own examples take these from there.
+    newer = {f"lightning_fabric.utilities.types.{name}" for name in ("LRScheduler", "ReduceLROnPlateau")}
+    assert set(done.stdout.split()) <= newer, done.stdout
     assert done.returncode == 0, done.stderr
 
 

@@ -15,6 +15,10 @@ _TOP = {
     "Fabric": "nucleate.compat.runtime:Fabric",
     "seed_everything": "nucleate.seed:seed_everything",
 }
+_MODULES = {
+    "LightningDataModule": f"{_PIECES}.data_module:LightningDataModule",
+    "LightningModule": f"{_PIECES}.lightning_module:LightningModule",
+}
 _RANK_ZERO_NAMES = {
     name: f"{_RANK_ZERO}:{name}"
     for name in ("rank_zero_debug", "rank_zero_deprecation", "rank_zero_info", "rank_zero_only", "rank_zero_warn")
@@ -41,6 +45,7 @@ _WRAPPERS = {
     "_FabricDataLoader": "nucleate.wrappers:DataLoaderWrapper",
     "_FabricModule": "nucleate.wrappers:ModuleWrapper",
     "_FabricOptimizer": "nucleate.wrappers:OptimizerWrapper",
+    "_unwrap_objects": f"{_PIECES}.unwrapping:unwrap_objects",
     "is_wrapped": "nucleate.wrappers:is_wrapped",
 }
 _ACCELERATORS = {
@@ -95,19 +100,23 @@ _FABRIC: dict[str, dict[str, str]] = {
     ".utilities.rank_zero": _RANK_ZERO_NAMES,
     ".utilities.seed": {"seed_everything": _TOP["seed_everything"]},
     ".utilities.throughput": _THROUGHPUT,
+    ".utilities.types": {
+        "LRScheduler": "torch.optim.lr_scheduler:LRScheduler",
+        "Optimizable": "torch.optim:Optimizer",
+        "ReduceLROnPlateau": "torch.optim.lr_scheduler:ReduceLROnPlateau",
+    },
     ".wrappers": _WRAPPERS,
 }
 
 #: The names of each module.
 MODULES: dict[str, dict[str, str]] = {
-    "lightning": {**_TOP, "LightningDataModule": f"{_PIECES}.data_module:LightningDataModule"},
+    "lightning": {**_TOP, **_MODULES},
     **{f"lightning.fabric{below}": names for below, names in _FABRIC.items()},
     **{f"lightning_fabric{below}": names for below, names in _FABRIC.items()},
-    "lightning.pytorch": {
-        "LightningDataModule": f"{_PIECES}.data_module:LightningDataModule",
-        "seed_everything": _TOP["seed_everything"],
-    },
+    "lightning.pytorch": {**_MODULES, "seed_everything": _TOP["seed_everything"]},
     "lightning.pytorch.cli": {"instantiate_class": f"{_PIECES}.instantiation:instantiate_class"},
+    "lightning.pytorch.utilities": {},
+    "lightning.pytorch.utilities.model_helpers": {"is_overridden": f"{_PIECES}.lightning_module:is_overridden"},
     "lightning.pytorch.loggers": {
         **_LOGGERS,
         "MLFlowLogger": "nucleate.loggers:MLFlowLogger",
@@ -122,7 +131,6 @@ ABSENT = {
     "Callback": "A callback is any object with the hooks' names as methods.",
     "DataParallelStrategy": "Use strategy='ddp'.",
     "DeepSpeedStrategy": "Use strategy='fsdp'.",
-    "LightningModule": _TRAINER,
     "Trainer": _TRAINER,
     "TransformerEnginePrecision": "Use precision='bf16-mixed'.",
     "XLAAccelerator": "nucleate has no accelerator for TPUs.",

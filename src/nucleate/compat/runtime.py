@@ -6,17 +6,20 @@ Fabric's way there. Everything else is `Runtime`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
 import torch.distributed
+from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 from torch.optim import Optimizer
 
 from nucleate.cluster.environment import Environment
+from nucleate.compat.pieces.lightning_module import LightningModule
 from nucleate.compat.pieces.reset_methods import call_assigned_reset_methods
 from nucleate.precision.base import Precision
 from nucleate.runtime import Runtime
@@ -72,6 +75,9 @@ class Fabric(Runtime):
         if self.strategy.shards:
             with super().init_module(empty_init=True):
                 call_assigned_reset_methods(module)
+        for part in module.modules():
+            if isinstance(part, LightningModule):
+                part.fabric = self
         return super().setup(module, *optimizers, **arguments)
 
     def load(self, path: str | PathLike[str], state: Any = None, strict: bool = True, **arguments: Any) -> Any:
@@ -79,8 +85,9 @@ class Fabric(Runtime):
         return super().load(path, state, strict, **{"remainder": True, **arguments})
 
     def all_gather(self, data: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Return every rank's tensors stacked along a new leading axis; in one process return `data`."""
-        return data if self.world_size == 1 else super().all_gather(data, *arguments, **keywords)
+        """Return every rank's tensors stacked along a new leading axis; in one process without this axis."""
+        gathered = super().all_gather(data, *arguments, **keywords)
+        return gathered if self.world_size > 1 else apply_to_collection(gathered, torch.Tensor, operator.itemgetter(0))
 
 
 def _listed(value: Any) -> list[Any]:
