@@ -101,7 +101,8 @@ load(small, 1)
 with Watched():
     model = load(large, 8)
 """
-    assert 512 <= peak_of(tmp_path, code, 512 + 24) < 512 + 24
+    # The allocator may still hold the 64 MiB of the small model, which then serve the large one.
+    assert 512 - 64 <= peak_of(tmp_path, code, 512 + 24) < 512 + 24
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
