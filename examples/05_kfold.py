@@ -67,7 +67,9 @@ def train_and_judge(runtime: Runtime, data: TensorDataset, held_out: list[int], 
     images, digits = runtime.to_device(data[mine])
     with torch.no_grad():
         right = (model(images).argmax(dim=1) == digits).sum()
-    counts: Tensor = runtime.all_reduce(torch.stack((right, torch.tensor(len(mine), device=right.device))), "sum")
+    counts: Tensor = runtime.all_reduce(
+        torch.stack((right, torch.tensor(len(mine), device=right.device))), reduce_op="sum"
+    )
     return float(counts[0] / counts[1])
 
 

@@ -109,6 +109,7 @@ class Runtime:
 
     # Whether this process has started ranks.
     _has_supervised = False
+    _renewed: frozenset[str] = frozenset()
 
     def __init__(  # noqa: PLR0913 - the arguments that Lightning Fabric has too
         self,
@@ -125,6 +126,7 @@ class Runtime:
     ) -> None:
         # All arguments, for `_renew`.
         self._settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        kept = set(vars(self)) - self._renewed
         if not isinstance(verify, bool) and verify != "all":
             raise ConfigurationError(f"verify={verify!r} must be False, True (a sample) or 'all'.")
         self._verify = verify
@@ -146,6 +148,8 @@ class Runtime:
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._deliveries = Deliveries()
         self._accumulation = Accumulation(self._deliveries, self._models)
+        # `_renew` makes these again.
+        self._renewed = frozenset(vars(self)) - kept
 
     def __repr__(self) -> str:
         return f"Runtime({self._parts})"
@@ -934,8 +938,8 @@ class Runtime:
         Runtime.__init__(self, **self._settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The set of models has weak references. `_renew` makes a new one.
-        return {name: value for name, value in vars(self).items() if name != "_models"}
+        # Only the arguments, and the attributes of a subclass. `_renew` makes the others.
+        return {name: value for name, value in vars(self).items() if name not in self._renewed}
 
     def _live_in(self, state: Any) -> Iterator[LiveLayout]:
         """Yield the layouts of the models in a state."""

@@ -20,7 +20,7 @@ JOBS = {
     "04_image_classifier": (("--epochs", 4), "held-out accuracy", 0.95),
     "05_kfold": (("--folds", 3, "--epochs", 6), "accuracy over 3 folds:", 0.93),
     "06_gan": (("--epochs", 30), "held-out accuracy of reading by generated images:", 0.75),
-    "07_meta_learning": (("--iterations", 150), "accuracy on new digits after training:", 0.72),
+    "07_meta_learning": (("--iterations", 300), "accuracy on new digits after training:", 0.75),
     "08_reinforcement_learning": (("--iterations", 12), "return after training:", 200),
     "09_trainer": (("--epochs", 5), "best held-out accuracy:", 0.94),
 }
