@@ -24,6 +24,15 @@ JOBS = {
     "08_reinforcement_learning": (("--iterations", 12), "return after training:", 200),
     "09_trainer": (("--epochs", 5), "best held-out accuracy:", 0.94),
 }
+#: Options that make two ranks begin and end each job, without a figure worth a bound.
+SHORT = {
+    "04_image_classifier": ("--epochs", 1),
+    "05_kfold": ("--folds", 3, "--epochs", 1),
+    "06_gan": ("--epochs", 2),
+    "07_meta_learning": ("--iterations", 10),
+    "08_reinforcement_learning": ("--iterations", 2),
+    "09_trainer": ("--epochs", 1),
+}
 WRITES = {"04_image_classifier": "digits.safetensors", "09_trainer": "trainer"}
 
 
@@ -61,14 +70,13 @@ def test_it_does_its_job(name: str, on_path: None, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", JOBS)
 def test_two_ranks_do_the_same_job_and_one_of_them_prints(name: str, strategy: str, tmp_path: Path) -> None:
-    options, words, at_least = JOBS[name]
+    _, words, _ = JOBS[name]
     # The first as users start it.
     start = run_ranks if (name, strategy) == ("04_image_classifier", "ddp") else fork_ranks
-    command = arguments(name, tmp_path, *options, "--strategy", strategy)
+    command = arguments(name, tmp_path, *SHORT[name], "--strategy", strategy)
     printed = start(EXAMPLES / f"{name}.py", 2, *command, timeout=240).stdout
-    assert figure(printed, words) > at_least
-    lines = printed.splitlines()
-    assert sum(words in line for line in lines) == (4 if name == "04_image_classifier" else 1)
+    assert figure(printed, words) >= 0
+    assert sum(words in line for line in printed.splitlines()) == 1
 
 
 def test_each_sample_is_held_out_once(on_path: None) -> None:
