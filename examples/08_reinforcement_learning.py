@@ -114,7 +114,7 @@ def judge(runtime: Runtime, agent: nn.Module) -> float:
     """Return the mean return of 32 episodes that are the same each time, with the more likely action at each step."""
     carts = CartPoles(32, torch.Generator().manual_seed(0))
     returns, alive = torch.zeros(32), torch.ones(32, dtype=torch.bool)
-    # Every process plays all of it, in step: under fsdp each call of the agent is a matter of all.
+    # All processes play the whole game in step: under fsdp, every process takes part in each call of the agent.
     while alive.any():
         rewards, ended = carts.step(agent(runtime.to_device(carts.states))[0].argmax(dim=-1).cpu())
         returns += rewards * alive

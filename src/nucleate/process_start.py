@@ -179,7 +179,7 @@ def _pickled(work: Any) -> bytes:
         raise UsageError(
             "`launch` must send the runtime, the function and its arguments to new processes, and they cannot be "
             f"pickled: {type(error).__name__}: {error}. Define the function at the top level of a module, make large "
-            "objects inside of it, or use start_method='fork' if the processes run on the CPU."
+            "objects inside the function, or use start_method='fork' if the processes run on the CPU."
         ) from error
 
 

@@ -591,7 +591,7 @@ class Runtime:
 
     @contextmanager
     def accumulate(self, *models: nn.Module, every: int, last: bool | None = None) -> Iterator[bool]:
-        """Surround the forward, backward and step of one micro-batch, of which several make a step.
+        """Surround the forward, backward and step of one micro-batch. Several micro-batches make a step.
 
         The block counts. Before the last micro-batch of a step, gradients are not exchanged, and `clip_gradients` and
         the `step` of the models' optimizers do nothing. `zero_grad` never clears gradients that the next step needs.

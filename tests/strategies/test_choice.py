@@ -1,4 +1,4 @@
-"""Which strategy a name stands for."""
+"""The strategies that names stand for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every test: Lightning is quiet, and its seeding leaves nothing behind."""
+"""Settings of every test: Lightning is quiet, and its seeding leaves nothing behind."""
 
 from __future__ import annotations
 

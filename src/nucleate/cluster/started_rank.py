@@ -17,7 +17,7 @@ from nucleate.cluster.rank_end import RankEnd, consequence
 FOLDER = "NUCLEATE_RANK_FOLDER"
 #: The environment variable with the process id of the rank's parent.
 SUPERVISOR = "NUCLEATE_SUPERVISOR"
-# A rank that was killed is noticed in this time, before the ranks that fail because of it end too.
+# The time in which a killed rank is noticed. Ranks that fail as a consequence wait for it before they end.
 _NOTICED_S = 0.2
 
 _has_joined = False

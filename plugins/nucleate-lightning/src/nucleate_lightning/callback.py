@@ -63,7 +63,7 @@ class Materialize(Callback):
 
 
 def _materialize(trainer: Trainer, module: LightningModule) -> None:
-    """Materialize a module, and the copies of it that other callbacks keep."""
+    """Materialize a module, and its copies that other callbacks keep."""
     # Lightning's FSDPStrategy takes the model from the CPU and moves it unit by unit.
     is_fsdp = isinstance(trainer.strategy, FSDPStrategy)
     device = torch.device("cpu") if is_fsdp else trainer.strategy.root_device
