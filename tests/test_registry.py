@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,7 +150,8 @@ def test_an_unknown_name_suggests_close_ones_and_lists_the_installed() -> None:
     message = str(caught.value)
     assert "no strategy plugin named 'fspd'" in message
     assert "Did you mean 'fsdp'" in message
-    assert "Installed: ddp, ddp_find_unused_parameters_false" in message
+    # An installed package may add names.
+    assert re.search(r"Installed: .*\bddp, ddp_find_unused_parameters_false", message)
 
 
 def test_a_name_that_resembles_nothing_gets_no_suggestion() -> None:

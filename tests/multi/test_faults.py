@@ -18,7 +18,12 @@ SCRIPT = Path(__file__).parent / "scripts" / "faults.py"
     ("run", "strategy", "fault", "message"),
     [
         (run_ranks, "ddp", "constructor", "[rank1]: ValueError: out of cheese"),
-        (fork_ranks, "ddp", "another optimizer", "RankFailedError: setup failed on rank 1"),
+        (
+            fork_ranks,
+            "ddp",
+            "another optimizer",
+            "RankDisagreementError: the list of the optimizers' parameters that no model has is '' on rank 0 but",
+        ),
         (fork_ranks, "fsdp", "another model", "RankDisagreementError: rank 1 constructed another model than rank 0"),
         (run_ranks, "fsdp", "training", "[rank1]: ValueError: out of cheese"),
         (fork_ranks, "ddp", "precision", "RankFailedError: setup failed on rank 1"),

@@ -75,7 +75,7 @@ def train_and_save(runtime: Runtime, name: str) -> float:
 
 def check_collectives(runtime: Runtime) -> None:
     here, rank = runtime.device, runtime.global_rank
-    assert runtime.all_reduce(torch.ones(1, device=here), "sum").item() == RANKS
+    assert runtime.all_reduce(torch.ones(1, device=here), reduce_op="sum").item() == RANKS
     assert runtime.all_gather(torch.tensor([rank])).flatten().tolist() == list(range(RANKS))
     received = runtime.broadcast({"a": torch.full((2,), rank, device=here), "b": rank})
     assert received["a"].device == here
