@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nucleate.cluster.environment import Environment
 from nucleate.cluster.ranks import Ranks
+from nucleate.cluster.watch import CALLS
 from nucleate.errors import ConfigurationError, RankDisagreementError, RankFailedError, UsageError
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ class Communicator(Ranks):
 
     def barrier(self) -> None:
         """Wait until every rank has called this method."""
-        if self.world_size > 1:
-            dist.barrier()
+        with CALLS.meeting("barrier") as has_met:
+            if self.world_size > 1 and not has_met:
+                dist.barrier()
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Return rank `src`'s object on every rank.
@@ -86,6 +88,10 @@ class Communicator(Ranks):
             raise ConfigurationError(f"broadcast from rank {src}, but the ranks are 0 to {self.world_size - 1}.")
         if self.world_size == 1:
             return obj
+        with CALLS.meeting("broadcast"):
+            return self._broadcast(obj, src)
+
+    def _broadcast(self, obj: T, src: int) -> T:
         # Imported here: it imports a parser of version numbers, which a single process does not need.
         from lightning_utilities.core.apply_func import apply_to_collection
 
@@ -139,7 +145,6 @@ class Communicator(Ranks):
             UsageError: This rank is not in the group.
         """
         self._check_group(group, "all_gather")
-        leaves = _Leaves(self, data, "all_gather", sync_grads, group)
 
         def gather(tensor: Tensor) -> Tensor:
             if not sync_grads:
@@ -148,7 +153,8 @@ class Communicator(Ranks):
                 return torch.stack([tensor])
             return cast(Tensor, _AllGather.apply(tensor, group))  # type: ignore[no-untyped-call]
 
-        return leaves.map(gather)
+        with _call("all_gather", group):
+            return _Leaves(self, data, "all_gather", sync_grads, group).map(gather)
 
     def all_reduce(self, data: Any, reduce_op: Any = "mean", group: Group = None) -> Any:
         """Return the combined `data` of all ranks, equal on every rank. `data` itself does not change.
@@ -170,8 +176,9 @@ class Communicator(Ranks):
         """
         operation = _operation(reduce_op)
         self._check_group(group, "all_reduce")
-        leaves = _Leaves(self, data, "all_reduce", False, group)
-        return leaves.map(lambda tensor: self._reduce(tensor.detach(), operation, group))
+        with _call("all_reduce", group):
+            leaves = _Leaves(self, data, "all_reduce", False, group)
+            return leaves.map(lambda tensor: self._reduce(tensor.detach(), operation, group))
 
     def _check_group(self, group: Any, what: str) -> None:
         if group is None:
@@ -218,6 +225,7 @@ class Communicator(Ranks):
         if self.world_size == 1:
             yield
             return
+        CALLS.refuse()
         store = dist.distributed_c10d._get_default_store()
         prefix = f"nucleate/all_or_none/{next(_blocks)}"
         try:
@@ -236,12 +244,18 @@ class Communicator(Ranks):
         if store.add(f"{prefix}/arrived", 1) == self.world_size:
             store.set(f"{prefix}/done", "whole")
         try:
-            outcome = store.get(f"{prefix}/done").decode()
+            with CALLS.waiting_for(prefix):
+                outcome = store.get(f"{prefix}/done").decode()
         except dist.DistError as error:
             raise RankFailedError(f"{what}: not every rank reached the end before the timeout.") from error
         if outcome == "failed":
             rank, _, description = store.get(f"{prefix}/failed").decode().partition("\n")
             raise RankFailedError(f"{what} failed on rank {rank}:\n{description}")
+
+
+def _call(name: str, group: Group) -> AbstractContextManager[bool]:
+    """Return the context of a collective: all ranks meet in it, unless it is one of some ranks."""
+    return CALLS.meeting(name) if group is None else CALLS.exchange(name, counts=False)
 
 
 class _Leaves:

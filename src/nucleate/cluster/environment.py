@@ -24,6 +24,7 @@ class Environment:
         node_rank: The number of this node among all nodes.
         restart_count: The number of times that the launcher has restarted this group of processes after a failure.
         agent_store: `"host:port"` of the store that the launcher's agent keeps for its workers, or `""`.
+        store_address: `"host:port"` of the store by which the processes find each other, or `""`.
         is_planned: Whether the ranks do not run yet: this process starts them when they are needed. The place is then
             that of rank 0.
     """
@@ -36,6 +37,7 @@ class Environment:
     node_rank: int = 0
     restart_count: int = 0
     agent_store: str = ""
+    store_address: str = ""
     is_planned: bool = False
 
     @property
@@ -65,6 +67,7 @@ class Environment:
             )
         rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
         local_world_size = _number(env, "LOCAL_WORLD_SIZE", world_size)
+        address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         return cls(
             launcher="nucleate" if started_rank.FOLDER in env else "torchrun",
             world_size=world_size,
@@ -73,11 +76,8 @@ class Environment:
             local_world_size=local_world_size,
             node_rank=_number(env, "GROUP_RANK", rank // local_world_size),
             restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
-            agent_store=(
-                f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-                if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-                else ""
-            ),
+            agent_store=address if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "",
+            store_address=address,
         )
 
 

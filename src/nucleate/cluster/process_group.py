@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from nucleate.cluster import started_rank
+from nucleate.cluster import started_rank, watch
 from nucleate.cluster.backends import serves
 from nucleate.cluster.environment import Environment
 from nucleate.errors import ConfigurationError
@@ -59,6 +59,9 @@ def start(environment: Environment, backend: str, timeout: timedelta, device: to
                 f"says rank {place[0]} of {place[1]}. Start the processes with torchrun, or let nucleate start "
                 "the group."
             )
+        if not watch.is_on():
+            watch.begin(environment, gloo_beside(dist.group.WORLD), timeout)
+            atexit.register(watch.end)
         return
     bound = device if device.type != "cpu" and serves(backend, device.type) else None
     dist.init_process_group(
@@ -80,6 +83,7 @@ def start(environment: Environment, backend: str, timeout: timedelta, device: to
     _starts += 1
     # Without this, gloo's threads sometimes abort the interpreter at its exit. Registering twice is harmless.
     atexit.register(stop)
+    watch.begin(environment, gloo_beside(group), timeout)
 
 
 def gloo_beside(group: dist.ProcessGroup | None) -> str:
@@ -98,6 +102,7 @@ def stop() -> None:
     global _started_here
     if _started_here and is_running():
         started_rank.note_end()
+        watch.end()
         # A gloo thread may still wait for the GIL, to release the tensors of the last collective. DTensor's caches keep
         # the group and so its threads alive beyond `destroy_process_group` (2.13). Python cancels a thread that asks
         # for the GIL while the interpreter ends, and C++ turns this into an abort. Sleeping gives the thread the GIL in

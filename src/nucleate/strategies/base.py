@@ -164,6 +164,26 @@ class Strategy(Plugin):
         """Return the context that surrounds each forward and each backward."""
         return nullcontext()
 
+    def exchanges(self, call: str, module: nn.Module | None = None) -> bool:
+        """Return whether every rank must make a call, because this strategy exchanges tensors in it.
+
+        A rank that waits in such a call for a rank that will not come is noticed within seconds. By default, a
+        strategy that shards exchanges in every call.
+
+        Args:
+            call: `"forward"`, `"backward"` or `"clip_gradients"`.
+            module: The module that `setup` returned, for `"forward"`.
+        """
+        return self.shards
+
+    def evaluation_context(self, module: nn.Module) -> AbstractContextManager[object]:
+        """Return the context that surrounds a forward without gradients of a model in evaluation mode.
+
+        Args:
+            module: The module that `setup` returned.
+        """
+        return nullcontext()
+
     def no_backward_sync(self, module: nn.Module) -> AbstractContextManager[object]:
         """Return a context in which backward accumulates gradients without exchanging them.
 

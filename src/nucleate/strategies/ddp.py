@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from inspect import signature
 from typing import Any, Self
@@ -158,6 +159,26 @@ class DDPStrategy(Strategy):
         # torch 2.13 renamed the argument and warns about the old name.
         renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
         return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+
+    def exchanges(self, call: str, module: nn.Module | None = None) -> bool:
+        """Return True for backward, and for a forward before which rank 0 sends its buffers."""
+        if call == "backward":
+            return True
+        is_replica = call == "forward" and isinstance(module, DistributedDataParallel)
+        return is_replica and module.require_forward_param_sync and bool(module.modules_buffers) and self.sync_buffers
+
+    @contextmanager
+    def evaluation_context(self, module: nn.Module) -> Iterator[None]:
+        """Keep DDP from sending rank 0's buffers: a rank may evaluate alone."""
+        if not isinstance(module, DistributedDataParallel):
+            yield
+            return
+        before = module.require_forward_param_sync
+        module.require_forward_param_sync = False
+        try:
+            yield
+        finally:
+            module.require_forward_param_sync = before
 
     def no_backward_sync(self, module: nn.Module) -> AbstractContextManager[object]:
         """Accumulate gradients locally."""

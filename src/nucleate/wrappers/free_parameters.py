@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nucleate.cluster.communicator import Communicator
+from nucleate.cluster.watch import CALLS
 from nucleate.deferred import handle_of
 from nucleate.errors import RankDisagreementError, UsageError, name_list
 from nucleate.layout import LiveLayout, is_sharded
@@ -146,7 +147,7 @@ class FreeParameters:
             is_double = parameter.dtype in (torch.float64, torch.complex128)
             # A sum in half precision would round, or overflow.
             lots.setdefault(torch.float64 if is_double else torch.float32, []).append(parameter)
-        with torch.no_grad():
+        with CALLS.exchange("step"), torch.no_grad():
             for dtype, lot in lots.items():
                 self._average(lot, dtype)
 

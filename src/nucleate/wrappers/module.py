@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from nucleate.cluster.watch import CALLS
 from nucleate.devices import made_current
 from nucleate.errors import UsageError, name_list
 from nucleate.layout import LiveLayout
@@ -154,6 +155,17 @@ class ModuleWrapper(Delegating):
         return self._run(forward, args, kwargs)
 
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling() or CALLS.watch is None or self._forward_depth:
+            return self._run_here(function, args, kwargs)
+        module, strategy = self.forward_module, self._strategy
+        evaluates = not torch.is_grad_enabled() and not self.training
+        with strategy.evaluation_context(module) if evaluates else nullcontext():
+            if not strategy.exchanges("forward", module):
+                return self._run_here(function, args, kwargs)
+            with CALLS.exchange("forward"):
+                return self._run_here(function, args, kwargs)
+
+    def _run_here(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         precision: Precision = self._precision
         args, kwargs = precision.convert_input((args, kwargs))
         self.__dict__["_forward_depth"] += 1

@@ -1,0 +1,95 @@
+"""Nobody waits for a rank that will not come: every rank raises one error that says where all ranks are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.multi.ranks import fork_unattended
+
+SCRIPT = Path(__file__).parent / "scripts" / "watch.py"
+
+
+@dataclass
+class Outcome:
+    rank: int
+    seconds: float
+    error: str
+    text: str
+
+
+def outcomes(case: str, strategy: str, folder: Path, nproc: int = 2, timeout: float = 60) -> tuple[list[Outcome], str]:
+    # No launcher ends a rank because another one has failed.
+    _, stdout, stderr = fork_unattended(SCRIPT, nproc, case, strategy, folder, timeout=timeout)
+    found = [Outcome(**json.loads(line)) for line in stdout.splitlines() if line.startswith("{")]
+    assert found, stderr
+    assert "SIGABRT" not in stderr
+    return sorted(found, key=lambda one: one.rank), stderr
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("call", ["save", "load", "load_raw", "setup", "all_reduce", "barrier"])
+def test_a_call_of_one_rank_ends_in_seconds(call: str, strategy: str, tmp_path: Path) -> None:
+    found, stderr = outcomes(f"only {call}", strategy, tmp_path)
+    assert [one.error for one in found] == ["RankDisagreementError"] * 2, stderr
+    for one in found:
+        assert f"rank 0 is in {call} and rank 1 is in " in one.text
+        assert f"rank 0 has been in {call} for " in one.text
+        assert "watch.py:" in one.text
+        assert one.seconds < 15
+
+
+def test_one_rank_evaluates_a_replica(tmp_path: Path) -> None:
+    found, stderr = outcomes("only evaluate", "ddp", tmp_path)
+    assert [one.error for one in found] == ["", ""], stderr
+
+
+def test_one_rank_cannot_evaluate_a_sharded_model(tmp_path: Path) -> None:
+    found, stderr = outcomes("only evaluate", "fsdp", tmp_path)
+    assert [one.error for one in found] == ["RankDisagreementError"] * 2, stderr
+    assert "rank 0 is in forward" in found[0].text or "rank 1 is in barrier and rank 0 is in forward" in found[0].text
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_with_more_steps_learns_that_the_other_has_ended(strategy: str, tmp_path: Path) -> None:
+    (first, second), stderr = outcomes("uneven", strategy, tmp_path)
+    assert first.error == "", stderr
+    assert second.error == "RankFailedError", stderr
+    assert "rank 0 has ended its script. Rank 1 needs it in " in second.text
+    assert "Connection closed" not in stderr
+
+
+@pytest.mark.parametrize("how", ["killed", "exit", "raises"])
+@pytest.mark.parametrize("where", ["init", "load", "step"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_end_of_a_rank_ends_the_others(how: str, where: str, strategy: str, tmp_path: Path) -> None:
+    found, stderr = outcomes(f"{where} {how}", strategy, tmp_path)
+    first = found[0]
+    assert first.rank == 0
+    assert first.error == "RankFailedError", stderr
+    expected = "rank 1 has ended by ValueError: out of cheese" if how == "raises" else "rank 1 has died"
+    assert expected in first.text
+
+
+def test_four_ranks_hear_of_one_that_is_gone(tmp_path: Path) -> None:
+    found, stderr = outcomes("step killed", "fsdp", tmp_path, nproc=4)
+    assert [(one.rank, one.error) for one in found] == [(rank, "RankFailedError") for rank in (0, 2, 3)], stderr
+    assert all("rank 1 has died" in one.text for one in found)
+
+
+def test_different_calls_are_named_at_once(tmp_path: Path) -> None:
+    found, stderr = outcomes("names", "ddp", tmp_path)
+    assert [one.error for one in found] == ["RankDisagreementError"] * 2, stderr
+    assert all("the ranks have entered different calls: barrier, broadcast." in one.text for one in found)
+    assert all(one.seconds < 5 for one in found)
+
+
+def test_a_rank_that_waits_for_long_says_so_and_goes_on(tmp_path: Path) -> None:
+    found, stderr = outcomes("late 6", "ddp", tmp_path)
+    assert [one.error for one in found] == ["", ""]
+    (line,) = [line for line in stderr.splitlines() if line.startswith("nucleate: ")]
+    assert "rank 1 has been in barrier for" in line
+    assert "and goes on waiting. rank 0 is at " in line
