@@ -75,6 +75,7 @@ PUBLIC = {
         Progress Throughput ThroughputMonitor anonymous_bytes format_bytes measure_flops peak_rss_bytes progress
         save_loss_curve
     """,
+    "nucleate.runtime": "Runtime",
     "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy declare_units",
     "nucleate.testing": """
         AcceleratorSuite IntegrationSuite MODELS PeakMemory PrecisionSuite ReaderSuite StrategySuite TinyConvNet
@@ -121,6 +122,13 @@ def test_nothing_public_is_imported_without_being_exported(package: str) -> None
         and str(getattr(value, "__module__", "")).startswith("nucleate")
     }
     assert imported <= {*module.__all__, "MissingDependencyError"}
+
+
+@pytest.mark.skipif(not (ROOT / "docs").exists(), reason="needs the repository, not an installed package")
+def test_the_page_of_the_runtime_lists_its_methods() -> None:
+    page = (ROOT / "docs" / "reference" / "runtime.md").read_text()
+    public = {name for name in dir(nucleate.Runtime) if not name.startswith("_")}
+    assert set(re.findall(r"^ {8}- (\w+)$", page, flags=re.MULTILINE)) == public
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:

@@ -63,7 +63,7 @@ print(sys.meta_path == before, 'torch' in sys.modules)
 def test_a_script_of_fabric_runs_unedited(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     done = run("-m", "nucleate.compat.fabric", "script.py", cwd=tmp_path)
-    assert done.stdout.split() == ["nucleate.runtime", "24.0", "1"], done.stderr
+    assert done.stdout.split() == ["nucleate.runtime.runtime", "24.0", "1"], done.stderr
 
 
 def test_a_module_of_fabric_runs_unedited(tmp_path: Path) -> None:
