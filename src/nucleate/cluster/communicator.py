@@ -64,9 +64,41 @@ class Communicator(Ranks):
         """The number of processes."""
         return self.environment.world_size
 
-    def barrier(self) -> None:
-        """Wait until every rank has called this method."""
-        with CALLS.meeting("barrier") as has_met:
+    def meeting(self, name: str) -> AbstractContextManager[bool]:
+        """Return the context of a call that begins when every rank has entered it.
+
+        A rank that enters another call, or ends, is an error on all ranks within seconds. A meeting inside another call
+        does nothing.
+
+        Args:
+            name: The name of the call.
+
+        Raises:
+            RankDisagreementError: The ranks have entered different calls.
+            RankFailedError: A rank has ended or died.
+        """
+        return CALLS.meeting(name)
+
+    def exchange(self, name: str, counts: bool = True) -> AbstractContextManager[bool]:
+        """Return the context of a call whose own collectives wait for the other ranks. Nothing is exchanged for it.
+
+        Args:
+            name: The name of the call.
+            counts: Whether every rank makes this call. Otherwise only the end of a rank is noticed.
+
+        Raises:
+            RankDisagreementError: A rank waits in another call.
+            RankFailedError: A rank has ended or died.
+        """
+        return CALLS.exchange(name, counts)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every rank has called this method.
+
+        Args:
+            name: A name for messages.
+        """
+        with CALLS.meeting("barrier" if name is None else f"barrier({name!r})") as has_met:
             if self.world_size > 1 and not has_met:
                 dist.barrier()
 

@@ -111,7 +111,8 @@ class Building(Parts):
         """
         self.launch()
         decided = True if empty_init is None and self._strategy.shards else empty_init
-        agree_on_generators(self._communicator, self._accelerator)
+        with self._communicator.meeting("init_module"):
+            agree_on_generators(self._communicator, self._accelerator)
         block = Block(self._device) if decided is None else None
         with ExitStack() as stack:
             stack.enter_context(outside_inference_mode())
@@ -230,7 +231,8 @@ class Building(Parts):
             raise ConfigurationError("setup() got a scheduler without its optimizer. Pass the optimizer before it.")
         self.launch()
         setup = ModelSetup(self._parts, self._communicator, self._integrations, self._verify, self._free)
-        wrapped = setup.run(module, optimizers, self._models, move_to_device, _reapply_compile)
+        with self._communicator.meeting("setup"):
+            wrapped = setup.run(module, optimizers, self._models, move_to_device, _reapply_compile)
         self._models.add(inside(wrapped.module))
         self.call("on_after_setup", runtime=self, fabric=self, module=wrapped)
         last = () if scheduler is None else (scheduler,)

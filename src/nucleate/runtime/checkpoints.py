@@ -64,7 +64,7 @@ class Checkpoints(Parts):
         self.launch()
         for live in layouts_in(state, self._models):
             live.refuse_emptied("save")
-        with metered(self.is_global_zero):
+        with self._communicator.meeting("save"), metered(self.is_global_zero):
             return save(
                 path,
                 state,
@@ -109,7 +109,7 @@ class Checkpoints(Parts):
 
         self.launch()
         wanted = state is None if remainder is None else remainder
-        with metered(self.is_global_zero):
+        with self._communicator.meeting("load"), metered(self.is_global_zero):
             return load(
                 path,
                 state,
@@ -158,7 +158,7 @@ class Checkpoints(Parts):
         from nucleate.checkpoint import load_raw
 
         self.launch()
-        with metered(self.is_global_zero):
+        with self._communicator.meeting("load_raw"), metered(self.is_global_zero):
             return load_raw(
                 path,
                 obj,

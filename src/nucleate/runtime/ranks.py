@@ -33,10 +33,10 @@ class Ranks(Parts):
         """Wait until every rank has called this method.
 
         Args:
-            name: A name for the readers of the script. It has no effect.
+            name: A name for the readers of the script, and for messages about ranks that wait.
         """
         self.launch()
-        self._communicator.barrier()
+        self._communicator.barrier(name)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Return rank `src`'s object on every rank; see `Communicator.broadcast`."""
@@ -76,7 +76,10 @@ class Ranks(Parts):
         from nucleate.wrappers.metric_gather import gather_for_metrics
 
         self.launch()
-        return gather_for_metrics(data, self._communicator, self._strategy, self._deliveries, loader, use_gather_object)
+        with self._communicator.meeting("gather_for_metrics"):
+            return gather_for_metrics(
+                data, self._communicator, self._strategy, self._deliveries, loader, use_gather_object
+            )
 
     def all_reduce(self, data: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return the combination of every rank's tensors; see `Communicator.all_reduce`."""
@@ -93,10 +96,10 @@ class Ranks(Parts):
         self.launch()
         goes_first = self.local_rank == 0 if local else self.is_global_zero
         if not goes_first:
-            self._communicator.barrier()
+            self._communicator.barrier("rank_zero_first")
         try:
             yield
         finally:
             # This also happens if rank 0 raised an error. The other ranks continue and do not wait forever.
             if goes_first:
-                self._communicator.barrier()
+                self._communicator.barrier("rank_zero_first")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ from nucleate.wrappers.scaled_backward import backward_allowed
 class Training(Parts):
     """The methods of a `Runtime` for a training loop."""
 
+    # The number of open blocks in which gradients are not exchanged.
+    _num_unsynchronized: int = 0
+
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Wrap optimizers on the parameters of models that are set up. Every rank calls this method.
 
@@ -44,7 +47,8 @@ class Training(Parts):
         self.launch()
         if not optimizers:
             raise UsageError("setup_optimizers() was called without an optimizer.")
-        wrapped = self._optimizer_setup.run(optimizers)
+        with self._communicator.meeting("setup_optimizers"):
+            wrapped = self._optimizer_setup.run(optimizers)
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def setup_dataloaders(
@@ -63,7 +67,8 @@ class Training(Parts):
         self.launch()
         if not loaders:
             raise UsageError("setup_dataloaders() was called without a data loader.")
-        wrapped = tuple(self._wrap_loader(loader, use_distributed_sampler, move_to_device) for loader in loaders)
+        with self._communicator.meeting("setup_dataloaders"):
+            wrapped = tuple(self._wrap_loader(loader, use_distributed_sampler, move_to_device) for loader in loaders)
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
@@ -88,7 +93,7 @@ class Training(Parts):
             raise UsageError(f"backward(model=...) takes a model that was set up, not this {type(model).__name__}.")
         for known in self._models:
             LiveLayout.of(known).check_once()
-        with backward_allowed(), self._strategy.step_context():
+        with self._exchange("backward"), backward_allowed(), self._strategy.step_context():
             self._strategy.backward(self._precision.scale(self._accumulation.divided(tensor)), *args, **kwargs)
 
     def clip_gradients(
@@ -135,13 +140,14 @@ class Training(Parts):
         if error_if_nonfinite is None:
             error_if_nonfinite = not self._precision.scales_gradients
         parameters = [p for group in inner.param_groups for p in group["params"]]
-        return self._strategy.clip_gradients(
-            parameters,
-            max_norm=max_norm,
-            norm_type=norm_type,
-            clip_val=clip_val,
-            error_if_nonfinite=error_if_nonfinite,
-        )
+        with self._exchange("clip_gradients"):
+            return self._strategy.clip_gradients(
+                parameters,
+                max_norm=max_norm,
+                norm_type=norm_type,
+                clip_val=clip_val,
+                error_if_nonfinite=error_if_nonfinite,
+            )
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the precision's context for a forward pass, for computation outside of a model."""
@@ -162,6 +168,8 @@ class Training(Parts):
         with ExitStack() as stack:
             if enabled:
                 stack.enter_context(self._strategy.no_backward_sync(model.forward_module))
+                self._num_unsynchronized += 1
+                stack.callback(lambda: setattr(self, "_num_unsynchronized", self._num_unsynchronized - 1))
             yield
 
     @contextmanager
@@ -196,6 +204,13 @@ class Training(Parts):
             for model in models:
                 stack.enter_context(self.no_backward_sync(model, enabled=not is_last))
             yield is_last
+
+    def _exchange(self, name: str) -> AbstractContextManager[object]:
+        """Return the context of a call that every rank must make, if the strategy exchanges tensors in it."""
+        if not self._strategy.exchanges(name):
+            return nullcontext()
+        # Without synchronization, ranks may make different numbers of calls.
+        return self._communicator.exchange(name, counts=not self._num_unsynchronized)
 
     def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
         return prepare(

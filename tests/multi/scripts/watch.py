@@ -5,6 +5,7 @@ Run as `watch.py CASE STRATEGY FOLDER`.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from torch import nn
 from nucleate import Runtime
 from nucleate.cluster.watch import hub
 
+faulthandler.dump_traceback_later(30, exit=False)
 CASE, STRATEGY, FOLDER = sys.argv[1:]
 RANK = int(os.environ["RANK"])
 IS_ODD = RANK == 1

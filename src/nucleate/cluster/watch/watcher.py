@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import selectors
 import socket
+import struct
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nucleate.cluster.watch import gloo_sockets
 from nucleate.cluster.watch.calls import CALLS, State
 from nucleate.cluster.watch.link import Link, Message
 from nucleate.cluster.watch.position import Position
@@ -29,6 +31,7 @@ _PATIENCE_S = 5.0
 _ANSWER_S = 4.0
 #: Words in the errors of transports. torch raises plain RuntimeErrors for many of them (2.13).
 _TRANSPORT = ("gloo", "NCCL", "onnection", "Broken pipe", "imed out", "ocket", "aborted", "recvValue", "sendBytes")
+_PAIR = struct.Struct("qq")
 
 
 class Watcher:
@@ -44,9 +47,11 @@ class Watcher:
     def __init__(self, rank: int, world_size: int, group: Any, store: Any) -> None:
         self._rank, self._world_size = rank, world_size
         self._group, self._store = group, store
-        self._mine = torch.zeros(2, dtype=torch.int64)
-        self._all = torch.zeros(world_size, 2, dtype=torch.int64)
-        self._received = [list(self._all.unbind())]
+        # Meetings use no operation of torch: a mode that is on, such as a recording, would see it.
+        self._backend = group._get_backend(torch.device("cpu"))
+        self._said, self._heard = bytearray(16), bytearray(16 * world_size)
+        self._mine = torch.frombuffer(self._said, dtype=torch.int64)
+        self._received = [list(torch.frombuffer(self._heard, dtype=torch.int64).view(world_size, 2).unbind())]
         self._selector = selectors.DefaultSelector()
         self._switchboard: Switchboard | None = None
         self._link: Link | None = None
@@ -70,7 +75,9 @@ class Watcher:
             key: The key in the store under which rank 0 tells it.
         """
         if self._rank == 0:
-            self._switchboard = board = Switchboard(self._world_size, self._selector, hosts[0] if len(hosts) == 1 else "")
+            self._switchboard = board = Switchboard(
+                self._world_size, self._selector, hosts[0] if len(hosts) == 1 else ""
+            )
             mine, theirs = socket.socketpair()
             board.add(0, Link(theirs))
             self._link = Link(mine)
@@ -107,11 +114,10 @@ class Watcher:
             RankDisagreementError: The ranks have entered different meetings. All ranks raise it.
             RankFailedError: A rank has ended or died.
         """
-        said = (number, zlib.crc32(name.encode()))
-        self._mine[0], self._mine[1] = said
+        _PAIR.pack_into(self._said, 0, number, zlib.crc32(name.encode()))
         try:
-            self._group.allgather(self._received, [self._mine]).wait()
-            if self._all.flatten().tolist() == [*said] * self._world_size:
+            self._backend.allgather(self._received, [self._mine]).wait()
+            if self._heard == self._said * self._world_size:
                 return
             positions: list[Any] = [None] * self._world_size
             dist.all_gather_object(positions, Position.of(self._rank, CALLS).written(), group=self._group)
@@ -265,9 +271,11 @@ class Watcher:
             if prefix:
                 self._store.compare_set(f"{prefix}/failed", "", f"{self._rank}\n{verdict.text}")
                 self._store.set(f"{prefix}/done", "failed")
-            if dist.is_initialized():
+            is_woken = gloo_sockets.shut_down() > 0
+            # Other backends can abort what waits in this process.
+            if dist.is_initialized() and not (is_woken and dist.get_backend() == "gloo"):
                 dist.distributed_c10d._abort_process_group()
-        except Exception as error:  # noqa: BLE001 - the thread must go on, and the verdict stands
+        except Exception as error:
             _print(f"closing the process groups of rank {self._rank} failed: {error}")
 
     def _say(self, message: Message) -> bool:
