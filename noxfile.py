@@ -1,7 +1,7 @@
 """Every check of the project, one session each. `python -m nox` runs the short ones.
 
-`python -m nox -t long` runs `bench`, `zoo`, `limits`, `libraries` and `devices-long`, which take hours together; `gpu`
-needs a device.
+`python -m nox -t long` runs `tests-long`, `bench`, `zoo`, `limits`, `libraries` and `devices-long`, which take hours
+together; `gpu` needs a device.
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
 
@@ -92,6 +92,13 @@ def multi(session: nox.Session) -> None:
     pytest(session, *TWO_AT_ONCE, "tests/multi")
 
 
+@nox.session(name="tests-long", default=False, venv_backend="none", requires=["environment"], tags=["long"])
+def tests_long(session: nox.Session) -> None:
+    """Run the tests that are marked `long`: further cases of promises that short tests hold too."""
+    elsewhere = [f"--ignore=tests/{folder}" for folder in ("sim", "bench", "gpu", "libraries")]
+    pytest(session, *TWO_AT_ONCE, "-m", "long", "tests", *elsewhere)
+
+
 SUITE = "test_a_strategy_passes_its_suite_on_several_ranks"
 # On the simulated device in the default run: each room once. `devices-long` runs all.
 QUICK_ON_DEVICES = (
@@ -126,7 +133,7 @@ def devices(session: nox.Session) -> None:
 def devices_long(session: nox.Session) -> None:
     """Run all tests that can run on the simulated device there."""
     run(session, "python", "-m", "tests.sim.build", env=ONE_THREAD)
-    on_device(session, *ALL_ON_DEVICES)
+    on_device(session, "-m", "long or not long", *ALL_ON_DEVICES)
 
 
 @shared
