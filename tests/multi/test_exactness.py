@@ -22,6 +22,13 @@ def test_two_ranks_make_what_eager_makes_and_train_as_eager_trains(strategy: str
     fork_ranks(SCRIPT, 2, strategy, "train", timeout=240)
 
 
-@pytest.mark.parametrize(("strategy", "num_ranks"), [("fsdp", 4), ("hsdp", 4), ("fsdp-linear", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "num_ranks"),
+    [
+        pytest.param("fsdp", 4, marks=pytest.mark.long),
+        ("hsdp", 4),
+        pytest.param("fsdp-linear", 2, marks=pytest.mark.long),
+    ],
+)
 def test_other_layouts_make_what_eager_makes(strategy: str, num_ranks: int) -> None:
     fork_ranks(SCRIPT, num_ranks, strategy, "weights", timeout=240)

@@ -48,7 +48,7 @@ def test_a_fault_on_one_rank_ends_all_of_them(run: Callable[..., Any], strategy:
 
 def test_clean_runs_in_a_row_all_exit_with_zero() -> None:
     # Forked ranks end as scripts do, so most runs need no torchrun.
-    for run in (run_ranks, *[fork_ranks] * 5):
+    for run in (run_ranks, *[fork_ranks] * 2):
         done = run(SCRIPT, 2, "fsdp", "none")
         assert done.stdout.startswith("trained")
         assert "terminate called" not in done.stderr

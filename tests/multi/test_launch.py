@@ -19,6 +19,8 @@ from tests.multi.ranks import ROOT
 SCRIPTS = Path(__file__).parent / "scripts"
 SCRIPT = str(SCRIPTS / "launch.py")
 WAYS = ("script", "function")
+EXITED = "rank 1 of 2 ended first, with the exit code 3. It left no traceback."
+KILLED = "rank 1 of 2 was killed first, by SIGKILL (signal 9). It left no traceback."
 #: The promise: after this time no process is left.
 LIMIT_S = 5.0
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -99,7 +101,7 @@ def test_ranks_start_and_the_first_process_ends_with_them(way: str) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["script", pytest.param("function", marks=pytest.mark.long)])
 def test_the_first_traceback_comes_at_once_and_as_the_last_lines(way: str) -> None:
     with started(SCRIPT, way, "error") as process:
         pids = wait_for_ranks(process)
@@ -115,12 +117,13 @@ def test_the_first_traceback_comes_at_once_and_as_the_last_lines(way: str) -> No
     assert "elastic" not in shown
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("fault", "code", "last"),
+    ("way", "fault", "code", "last"),
     [
-        ("exit", 3, "rank 1 of 2 ended first, with the exit code 3. It left no traceback."),
-        ("killed", 137, "rank 1 of 2 was killed first, by SIGKILL (signal 9). It left no traceback."),
+        pytest.param("script", "exit", 3, EXITED, marks=pytest.mark.long),
+        ("function", "exit", 3, EXITED),
+        ("script", "killed", 137, KILLED),
+        pytest.param("function", "killed", 137, KILLED, marks=pytest.mark.long),
     ],
 )
 def test_the_exit_code_of_the_first_rank_is_kept(way: str, fault: str, code: int, last: str) -> None:
@@ -136,12 +139,12 @@ def test_the_exit_code_of_the_first_rank_is_kept(way: str, fault: str, code: int
     ("way", "number", "code"),
     [
         ("script", signal.SIGINT, 130),
-        ("script", signal.SIGTERM, 143),
-        ("function", signal.SIGINT, -2),
+        pytest.param("script", signal.SIGTERM, 143, marks=pytest.mark.long),
+        pytest.param("function", signal.SIGINT, -2, marks=pytest.mark.long),
         ("function", signal.SIGTERM, -15),
         ("script", signal.SIGKILL, -9),
-        ("function", signal.SIGKILL, -9),
-        ("spawn", signal.SIGKILL, -9),
+        pytest.param("function", signal.SIGKILL, -9, marks=pytest.mark.long),
+        pytest.param("spawn", signal.SIGKILL, -9, marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_the_first_process_ends_all(way: str, number: int, code: int) -> None:
@@ -152,6 +155,7 @@ def test_a_signal_to_the_first_process_ends_all(way: str, number: int, code: int
         assert process.wait() == code
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_a_killed_rank_ends_all(way: str) -> None:
     with started(SCRIPT, way, "wait") as process:
@@ -167,11 +171,13 @@ def test_one_process_launches_several_functions_and_is_as_before() -> None:
     assert "as before" in done.stdout
 
 
+@pytest.mark.long
 def test_two_jobs_run_on_one_machine_at_once() -> None:
     with started(SCRIPT, "script", "none") as first, started(SCRIPT, "function", "none") as second:
         assert (first.wait(200), second.wait(200)) == (0, 0)
 
 
+@pytest.mark.long
 def test_a_module_runs_again_as_a_module() -> None:
     done = run("-m", "tests.multi.scripts.launch", "script", "none")
     assert done.returncode == 0, done.stderr

@@ -33,6 +33,7 @@ def test_two_capabilities_that_make_the_same_bits_go_together() -> None:
     assert done.stdout.count("as it should be") == 2
 
 
+@pytest.mark.long
 def test_another_number_of_threads_is_refused_where_a_value_depends_on_it() -> None:
     threads = r"number of threads is 1 on rank 0, 2 on rank 1.*bits of 1\.weight depend on it.*OMP_NUM_THREADS"
     cases = [f"{strategy}:orthogonal={threads}" for strategy in ("ddp", "fsdp")]

@@ -16,7 +16,7 @@ from tests.multi.scripts.save import CHECKS, PLACES
 SCRIPT = Path(__file__).parent / "scripts" / "save.py"
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_every_promise_of_saving_holds_on(tmp_path: Path, nproc: int) -> None:
     lines = fork_ranks(SCRIPT, nproc, "checks", tmp_path, timeout=280).stdout.splitlines()
     assert all(lines.count(check.__name__) == nproc for check in CHECKS)
