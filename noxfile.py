@@ -1,7 +1,7 @@
 """Every check of the project, one session each. `python -m nox` runs the short ones.
 
-`python -m nox -t long` runs `bench`, `zoo`, `limits`, `libraries` and `devices-long`, which take hours together; `gpu`
-needs a device.
+`python -m nox -t long` runs `bench`, `zoo`, `limits`, `libraries`, `nodes` and `devices-long`, which take hours
+together; `gpu` needs a device.
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
 
@@ -82,7 +82,9 @@ def types(session: nox.Session) -> None:
 @shared
 def tests(session: nox.Session) -> None:
     """Run the tests that need one process, and the doctests."""
-    elsewhere = [f"--ignore=tests/{folder}" for folder in ("multi", "sim", "examples", "bench", "gpu", "libraries")]
+    elsewhere = [
+        f"--ignore=tests/{folder}" for folder in ("multi", "nodes", "sim", "examples", "bench", "gpu", "libraries")
+    ]
     pytest(session, *WORKERS, "--doctest-modules", "src/nucleate", "tests", *elsewhere)
 
 
@@ -90,6 +92,12 @@ def tests(session: nox.Session) -> None:
 def multi(session: nox.Session) -> None:
     """Run the tests on 2 and more gloo ranks."""
     pytest(session, *TWO_AT_ONCE, "tests/multi")
+
+
+@nox.session(default=False, venv_backend="none", requires=["environment"], tags=["long"])
+def nodes(session: nox.Session) -> None:
+    """Run the tests on two nodes, which are namespaces of this machine. They need root, and are skipped without it."""
+    pytest(session, "-rs", "tests/nodes")
 
 
 SUITE = "test_a_strategy_passes_its_suite_on_several_ranks"
