@@ -1,7 +1,7 @@
 """Every check of the project, one session each. `python -m nox` runs the short ones.
 
-`python -m nox -t long` runs `tests-long`, `bench`, `zoo`, `limits`, `libraries` and `devices-long`, which take hours
-together; `gpu` needs a device.
+`python -m nox -t long` runs `tests-long`, `bench`, `zoo`, `limits`, `libraries`, `nodes` and `devices-long`, which take
+hours together; `gpu` needs a device.
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
 
@@ -85,7 +85,9 @@ def types(session: nox.Session) -> None:
 @shared
 def tests(session: nox.Session) -> None:
     """Run the tests that need one process, and the doctests."""
-    elsewhere = [f"--ignore=tests/{folder}" for folder in ("multi", "sim", "examples", "bench", "gpu", "libraries")]
+    elsewhere = [
+        f"--ignore=tests/{folder}" for folder in ("multi", "nodes", "sim", "examples", "bench", "gpu", "libraries")
+    ]
     pytest(session, *WORKERS, "--doctest-modules", "src/nucleate", "tests", *elsewhere)
 
 
@@ -95,10 +97,16 @@ def multi(session: nox.Session) -> None:
     pytest(session, *TWO_AT_ONCE, "tests/multi")
 
 
+@nox.session(default=False, venv_backend="none", requires=["environment"], tags=["long"])
+def nodes(session: nox.Session) -> None:
+    """Run the tests on two nodes, which are namespaces of this machine. They need root, and are skipped without it."""
+    pytest(session, "-rs", "tests/nodes")
+
+
 @nox.session(name="tests-long", default=False, venv_backend="none", requires=["environment"], tags=["long"])
 def tests_long(session: nox.Session) -> None:
     """Run the tests that are marked `long`: further cases of promises that short tests hold too."""
-    elsewhere = [f"--ignore=tests/{folder}" for folder in ("sim", "bench", "gpu", "libraries")]
+    elsewhere = [f"--ignore=tests/{folder}" for folder in ("sim", "bench", "gpu", "libraries", "nodes")]
     pytest(session, *TWO_AT_ONCE, "-m", "long", "tests", *elsewhere)
 
 

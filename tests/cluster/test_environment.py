@@ -42,6 +42,11 @@ def test_the_environment_of_the_process_is_read_by_default(monkeypatch: pytest.M
     assert Environment.detect() == Environment.detect(TORCHRUN)
 
 
+def test_the_launchers_name_of_the_run_is_read_and_absent_for_ranks_started_by_hand() -> None:
+    assert Environment.detect({**TORCHRUN, "TORCHELASTIC_RUN_ID": "none"}).run_id == "none"
+    assert Environment.detect(TORCHRUN).run_id == ""
+
+
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
 def test_a_rank_without_a_world_is_a_single_process(name: str) -> None:
     assert Environment.detect(without(name)) == Environment()

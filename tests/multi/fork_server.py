@@ -8,6 +8,7 @@ that the interpreter ends as it does for a script: exit functions, threads, dest
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -107,6 +108,8 @@ def wait(pids: list[int], end_others: bool) -> list[int]:
 
 def take_place(request: dict[str, Any], rank: int, port: str) -> Script:
     """Make this process what torchrun makes of a fresh one, and return the script to run."""
+    # The interpreter ends by several collections over all objects of torch, which take longer than most checks.
+    atexit.register(gc.freeze)
     world_size = str(request["nproc"])
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=world_size, LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port.strip()

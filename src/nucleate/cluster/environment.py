@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from nucleate.cluster import started_rank
 from nucleate.errors import ConfigurationError
 
+#: The environment variable with the launcher's name for its run, which torch's elastic agent sets for every rank.
+RUN_ID = "TORCHELASTIC_RUN_ID"
+
 
 @dataclass(frozen=True, slots=True)
 class Environment:
@@ -25,6 +28,7 @@ class Environment:
         restart_count: The number of times that the launcher has restarted this group of processes after a failure.
         agent_store: `"host:port"` of the store that the launcher's agent keeps for its workers, or `""`.
         store_address: `"host:port"` of the store by which the processes find each other, or `""`.
+        run_id: The launcher's name for the run of all its processes, or `""` for processes that were started by hand.
         is_planned: Whether the ranks do not run yet: this process starts them when they are needed. The place is then
             that of rank 0.
     """
@@ -39,6 +43,7 @@ class Environment:
     agent_store: str = ""
     store_address: str = ""
     is_planned: bool = False
+    run_id: str = ""
 
     @property
     def num_nodes(self) -> int:
@@ -78,6 +83,7 @@ class Environment:
             restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
             agent_store=address if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "",
             store_address=address,
+            run_id=env.get(RUN_ID, ""),
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from nucleate.cluster import started_rank, watch
+from nucleate.cluster import launcher, started_rank, watch
 from nucleate.cluster.backends import serves
 from nucleate.cluster.environment import Environment
 from nucleate.errors import ConfigurationError
@@ -36,6 +36,8 @@ def is_running() -> bool:
 def start(environment: Environment, backend: str, timeout: timedelta, device: torch.device) -> None:
     """Start the default process group, unless there is one already. It ends when the interpreter exits.
 
+    A rank that a launcher started ends with its launcher from now on, also if the user started the group.
+
     Args:
         environment: The place of this process among all processes.
         backend: The torch.distributed backend, such as `"gloo"`.
@@ -50,6 +52,7 @@ def start(environment: Environment, backend: str, timeout: timedelta, device: to
     global _started_here, _starts
     if not dist.is_available():
         raise ConfigurationError("this build of torch has no torch.distributed, which several processes need.")
+    launcher.bind(environment.run_id)
     place = (environment.global_rank, environment.world_size)
     if dist.is_initialized():
         found = (dist.get_rank(), dist.get_world_size())

@@ -72,6 +72,10 @@ class Building(Parts):
                 from nucleate.cluster import process_group
 
                 process_group.start(self._environment, self._parts.backend, self._strategy.timeout, self._device)
+            elif self._environment.run_id:
+                from nucleate.cluster import launcher
+
+                launcher.bind(self._environment.run_id)
             self._strategy.connect(self._device, self._environment)
             self._integrations.connect()
             if self._loggers is not None:

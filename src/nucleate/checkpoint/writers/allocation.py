@@ -14,6 +14,8 @@ from nucleate.errors import CheckpointError
 # The errors of a file system that cannot reserve space.
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM)
 
+_SHARE = "If several nodes save together, they must share the file system."
+
 
 def create_file(path: Path, size_bytes: int, head: bytes = b"") -> None:
     """Create a file in its full size, and write its first bytes.
@@ -52,6 +54,19 @@ def reserve(descriptor: int, size_bytes: int) -> None:
     os.ftruncate(descriptor, size_bytes)
 
 
+def check_seen(folder: Path) -> None:
+    """Check that this rank sees the folder that rank 0 has made for the ranks of all nodes.
+
+    Raises:
+        CheckpointError: The folder is not there.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"rank 0 has made the folder {folder}, but this rank does not see it. {_SHARE} Save to a path that leads "
+            "to the same folder on each node."
+        )
+
+
 def failure(path: Path, error: OSError, size_bytes: int | None = None) -> CheckpointError:
     """Return the error to raise after a file could not be written.
 
@@ -67,7 +82,7 @@ def failure(path: Path, error: OSError, size_bytes: int | None = None) -> Checkp
         message += "" if free is None else f" {free} bytes are free."
         message += " Make room, or save elsewhere."
     elif error.errno == errno.ENOENT:
-        message += " If several nodes save together, they must share the file system."
+        message += f" {_SHARE}"
     return CheckpointError(message)
 
 

@@ -46,6 +46,8 @@ class DcpWriter(Writer):
     def write(self, snapshot: Snapshot, draft: Path, group: SaveGroup) -> None:
         what = f"writing a checkpoint to {draft}"
         with group.all_or_none(what):
+            # DCP would make the folder on every node, and rank 0 would miss files when all has been written.
+            allocation.check_seen(draft)
             tensors = as_boxes(snapshot.tensors, snapshot.moved, snapshot.whole)
             if snapshot.values is not None:
                 values = snapshot.values

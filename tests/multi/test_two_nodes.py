@@ -1,0 +1,11 @@
+"""Two nodes of one rank each. `tests/nodes` has two ranks each, and nodes that die."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.nodes.jobs import check_training
+
+
+def test_two_nodes_train_and_save_as_eager(tmp_path: Path) -> None:
+    check_training(tmp_path, 1)
