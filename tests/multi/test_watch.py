@@ -21,7 +21,7 @@ class Outcome:
     text: str
 
 
-def outcomes(case: str, strategy: str, folder: Path, nproc: int = 2, timeout: float = 60) -> tuple[list[Outcome], str]:
+def outcomes(case: str, strategy: str, folder: Path, nproc: int = 2, timeout: float = 150) -> tuple[list[Outcome], str]:
     # No launcher ends a rank because another one has failed.
     _, stdout, stderr = fork_unattended(SCRIPT, nproc, case, strategy, folder, timeout=timeout)
     found = [Outcome(**json.loads(line)) for line in stdout.splitlines() if line.startswith("{")]

@@ -164,8 +164,9 @@ class DDPStrategy(Strategy):
         """Return True for backward, and for a forward before which rank 0 sends its buffers."""
         if call == "backward":
             return True
-        is_replica = call == "forward" and isinstance(module, DistributedDataParallel)
-        return is_replica and module.require_forward_param_sync and bool(module.modules_buffers) and self.sync_buffers
+        if call != "forward" or not isinstance(module, DistributedDataParallel):
+            return False
+        return bool(module.require_forward_param_sync and self.sync_buffers and module.modules_buffers)
 
     @contextmanager
     def evaluation_context(self, module: nn.Module) -> Iterator[None]:

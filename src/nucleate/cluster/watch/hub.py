@@ -88,7 +88,8 @@ class Hub:
         return [known[rank] for rank in sorted(known)]
 
     def _pause(self) -> float:
-        long = all(position.seconds > LONG_S for position in self._positions.values() if position.kind)
+        waiting = [one for one in self.known() if one.kind and not one.end]
+        long = bool(waiting) and (waiting[0].meetings, waiting[0].exchanges) in self._told
         return _LONG_PAUSE_S if long and not self._suspected and not self._failed else _PAUSE_S
 
     def _begin_round(self, now: float) -> None:
