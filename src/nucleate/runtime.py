@@ -50,6 +50,7 @@ from nucleate.wrappers.module import ModuleWrapper
 from nucleate.wrappers.optimizer import OptimizerWrapper, RuntimeLinks
 from nucleate.wrappers.running import launched_first
 from nucleate.wrappers.scaled_backward import backward_allowed
+from nucleate.wrappers.termination import Termination, repeatable
 
 if TYPE_CHECKING:
     from nucleate.checkpoint import KeyMap, LoadReport
@@ -91,6 +92,13 @@ class Runtime:
             bit for bit with the tensors that it installed on this rank. `setup` then also compares every element that
             several ranks hold. True takes a sample of all kinds of recipes, of at most 2**24 elements. `"all"` takes
             everything. `docs/concepts/exactness.md` describes the costs.
+        max_restarts: How often all processes start again after a failure, if this runtime starts them because of
+            `devices`. Under a launcher it has no effect: the launcher counts its own restarts. The script or function
+            begins anew, and loads its last checkpoint.
+        on_sigterm: The reaction to SIGTERM, which schedulers send before they end a job. `"save"` repeats the last
+            `save` after the present optimizer step, on all ranks, and ends them with the exit code 143. A function is
+            called there instead, with the runtime as its argument. None leaves the signal alone. See
+            `docs/how-to/restarts.md`.
 
     Raises:
         PluginNotFoundError: No plugin of that kind has that name.
@@ -123,6 +131,8 @@ class Runtime:
         callbacks: object = None,
         loggers: Any = None,
         verify: bool | str = False,
+        max_restarts: int = 0,
+        on_sigterm: str | Callable[[Any], Any] | None = None,
     ) -> None:
         # All arguments, for `_renew`.
         self._settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -132,7 +142,9 @@ class Runtime:
         self._verify = verify
         self._plugins = choices = PluginChoices.of(plugins, precision)
         self._callbacks = Callbacks.of(callbacks)
-        request = DeviceRequest.parse(devices, num_nodes)
+        self._deliveries = Deliveries()
+        self._termination = Termination(on_sigterm, self._deliveries)
+        request = DeviceRequest.parse(devices, num_nodes, max_restarts)
         environment = choices.environment or Environment.detect()
         self._parts = parts = Components.choose(accelerator, choices.precision, strategy, environment, request)
         environment = parts.environment
@@ -146,7 +158,6 @@ class Runtime:
         self._launched = False
         # The models that were set up, without shells.
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._deliveries = Deliveries()
         self._accumulation = Accumulation(self._deliveries, self._models)
         # `_renew` makes these again.
         self._renewed = frozenset(vars(self)) - kept
@@ -252,6 +263,7 @@ class Runtime:
             if self._loggers is not None:
                 self._loggers.connect(self._communicator)
             self._launched = True
+            self._termination.start(self, self._communicator)
         return function(self, *args, **kwargs) if function is not _NOTHING else None
 
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
@@ -744,6 +756,7 @@ class Runtime:
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
+    @repeatable
     def save(
         self,
         path: str | PathLike[str],
@@ -982,7 +995,7 @@ class Runtime:
         return found
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> OptimizerWrapper:
-        links = RuntimeLinks(self._free_among, self._accumulation, self._free, self._callbacks)
+        links = RuntimeLinks(self._free_among, self._accumulation, self._free, self._callbacks, self._termination)
         return OptimizerWrapper(optimizer, self._precision, self._strategy, links)
 
     def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
