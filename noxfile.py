@@ -1,7 +1,7 @@
 """Every check of the project, one session each. `python -m nox` runs the short ones.
 
-`python -m nox -t long` runs `bench`, `zoo`, `limits`, `libraries` and `devices-long`, which take hours together; `gpu`
-needs a device.
+`python -m nox -t long` runs `bench`, `zoo`, `limits`, `libraries`, `restarts` and `devices-long`, which take hours
+together; `gpu` needs a device.
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
 
@@ -82,7 +82,9 @@ def types(session: nox.Session) -> None:
 @shared
 def tests(session: nox.Session) -> None:
     """Run the tests that need one process, and the doctests."""
-    elsewhere = [f"--ignore=tests/{folder}" for folder in ("multi", "sim", "examples", "bench", "gpu", "libraries")]
+    elsewhere = [
+        f"--ignore=tests/{folder}" for folder in ("multi", "sim", "examples", "bench", "gpu", "libraries", "restarts")
+    ]
     pytest(session, *WORKERS, "--doctest-modules", "src/nucleate", "tests", *elsewhere)
 
 
@@ -127,6 +129,12 @@ def devices_long(session: nox.Session) -> None:
     """Run all tests that can run on the simulated device there."""
     run(session, "python", "-m", "tests.sim.build", env=ONE_THREAD)
     on_device(session, *ALL_ON_DEVICES)
+
+
+@nox.session(default=False, venv_backend="none", requires=["environment"], tags=["long"])
+def restarts(session: nox.Session) -> None:
+    """Interrupt training runs in every way, start them again, and compare their losses with those of one run."""
+    pytest(session, "tests/restarts")
 
 
 @shared

@@ -99,7 +99,8 @@ def check_termination(folder: Path, way: str, strategy: str, target: str, data: 
     ended = re.search(r"SIGTERM ended this run after (\d+) steps. It was saved as", shown)
     assert ended is not None, shown
     # torchrun has exit codes of its own, and a process that was told to end by a signal ends by it.
-    assert code == (1 if way == "torchrun" else -signal.SIGTERM if (way, target) == ("function", "all") else 143), shown
+    by_signal = way in ("function", "spawn") and target == "all"
+    assert code == (1 if way == "torchrun" else -signal.SIGTERM if by_signal else 143), shown
     before = [curve(folder, rank)[0] for rank in range(2)]
     assert {max(losses) for losses in before} == {int(ended[1])}
     done = run(command(folder, way, "--data", data, "--strategy", strategy))

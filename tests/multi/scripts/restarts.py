@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from nucleate import RandomState, Runtime
 
@@ -25,19 +25,24 @@ SAVED_EVERY = 4
 FAULT_AT = 6
 
 
-class Faulty(TensorDataset):
-    """Samples, of which one raises an error or kills the process that loads it, on rank 1."""
+class Samples(Dataset[Tensor]):
+    """Samples, of which one raises an error or kills the process that loads it."""
 
-    def __init__(self, *tensors: Tensor, fault: str = "") -> None:
-        super().__init__(*tensors)
+    def __init__(self, samples: Tensor, fault: str) -> None:
+        self.samples = samples
         self.fault = fault
+        self.num_loaded = 0
 
-    def __getitem__(self, index: int) -> Any:
-        if index == FAULT_AT * 2 and self.fault == "dataset":
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.num_loaded += 1
+        if self.num_loaded == FAULT_AT and self.fault == "dataset":
             raise ValueError("out of cheese")
-        if index == FAULT_AT * 2 and self.fault == "worker":
+        if self.num_loaded == FAULT_AT and self.fault == "worker":
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(index)
+        return self.samples[index]
 
 
 def batches(runtime: Runtime, options: argparse.Namespace, state: dict[str, Any]) -> Iterator[Tensor]:
@@ -46,14 +51,13 @@ def batches(runtime: Runtime, options: argparse.Namespace, state: dict[str, Any]
         while True:
             yield torch.randn(4, 8, device=runtime.device)
     samples = torch.arange(2 * 2 * STEPS * 8, dtype=torch.float32).reshape(-1, 8).sin()
-    fault = options.fault if options.fault in ("dataset", "worker") and runtime.global_rank == 1 else ""
+    fault = options.fault if runtime.global_rank == 1 else ""
     workers = 2 if options.data == "workers" else 0
-    loader = DataLoader(Faulty(samples, fault=fault), batch_size=4, shuffle=True, num_workers=workers)
+    loader = DataLoader(Samples(samples, fault), batch_size=4, shuffle=True, num_workers=workers)
     state["loader"] = runtime.setup_dataloaders(loader)
     yield torch.empty(0)  # the state is whole
     while True:
-        for (batch,) in state["loader"]:
-            yield batch
+        yield from state["loader"]
 
 
 def fail(runtime: Runtime, fault: str, state: dict[str, Any]) -> None:
