@@ -133,6 +133,15 @@ def test_a_loop_of_two_optimizers_ends_after_the_one_that_steps_last(tmp_path: P
     assert run.state["step"] == 2
 
 
+def test_a_loop_that_never_asks_its_loader_again_ends_all_the_same() -> None:
+    run = Run(lambda _: None)
+    batches = iter(run.runtime.setup_dataloaders(DataLoader(torch.randn(24, 3), batch_size=4)))  # type: ignore[arg-type]
+    batch = next(batches)
+    terminate()
+    assert ends(lambda: [run.step(batch) for _ in range(200)])
+    assert 100 < len(run.losses) < 105
+
+
 def test_only_a_forward_that_trains_the_model_ends_the_run(tmp_path: Path) -> None:
     run = Run()
     run.runtime.save(tmp_path / "last", run.state)

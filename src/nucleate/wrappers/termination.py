@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: The number of steps after which the end no longer waits for the optimizer that steps last in an iteration.
+#: The number of further steps after which the end no longer waits for an optimizer or a loader.
 _PATIENCE = 100
 
 
@@ -139,6 +139,7 @@ class Termination:
         """
         if self._action != "save" or self._signal is None:
             yield
+            self._closing = self._stepped
             return
         before = self._saved
         saved = _Saved(again, path, [state], self._signal.num_steps, _counts(state))
@@ -168,11 +169,11 @@ class Termination:
         self._stepped = weakref.ref(optimizer)
         if self._saved is not None and not self._saved.is_checked:
             self._warn_of(self._saved)
-        if not self._signal.step_ended() or self._hook is not None:
+        if not self._signal.step_ended():
             return
         closing = None if self._closing is None else self._closing()
         self._num_overdue += 1
-        if closing is None or closing is optimizer or self._num_overdue > _PATIENCE:
+        if self._hook is None and (closing is None or closing is optimizer or self._num_overdue > _PATIENCE):
             self._await_end()
 
     def batch_asked(self, delivery: Delivery) -> None:
@@ -218,7 +219,9 @@ class Termination:
         self._hook = nn.modules.module.register_module_forward_pre_hook(self._before_forward)
 
     def _before_forward(self, module: nn.Module, _: Any) -> None:
-        if any(loop.is_open for loop in self._loops) or not (module.training and torch.is_grad_enabled()):
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        if any(loop.is_open for loop in self._loops) and self._num_overdue <= _PATIENCE:
             return
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         trained = {id(parameter) for group in groups for parameter in group["params"]}
