@@ -1,7 +1,7 @@
 """Every check of the project, one session each. `python -m nox` runs the short ones.
 
-`python -m nox -t long` runs `tests-long`, `bench`, `zoo`, `limits`, `libraries`, `nodes` and `devices-long`, which take
-hours together; `gpu` needs a device.
+`python -m nox -t long` runs `tests-long`, `bench`, `zoo`, `limits`, `libraries`, `nodes`, `restarts` and
+`devices-long`, which take hours together; `gpu` needs a device.
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
 
@@ -86,7 +86,8 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests that need one process, and the doctests."""
     elsewhere = [
-        f"--ignore=tests/{folder}" for folder in ("multi", "nodes", "sim", "examples", "bench", "gpu", "libraries")
+        f"--ignore=tests/{folder}"
+        for folder in ("multi", "nodes", "sim", "examples", "bench", "gpu", "libraries", "restarts")
     ]
     pytest(session, *WORKERS, "--doctest-modules", "src/nucleate", "tests", *elsewhere)
 
@@ -106,7 +107,7 @@ def nodes(session: nox.Session) -> None:
 @nox.session(name="tests-long", default=False, venv_backend="none", requires=["environment"], tags=["long"])
 def tests_long(session: nox.Session) -> None:
     """Run the tests that are marked `long`: further cases of promises that short tests hold too."""
-    elsewhere = [f"--ignore=tests/{folder}" for folder in ("sim", "bench", "gpu", "libraries", "nodes")]
+    elsewhere = [f"--ignore=tests/{folder}" for folder in ("sim", "bench", "gpu", "libraries", "nodes", "restarts")]
     pytest(session, *TWO_AT_ONCE, "-m", "long", "tests", *elsewhere)
 
 
@@ -145,6 +146,12 @@ def devices_long(session: nox.Session) -> None:
     """Run all tests that can run on the simulated device there."""
     run(session, "python", "-m", "tests.sim.build", env=ONE_THREAD)
     on_device(session, "-m", "long or not long", *ALL_ON_DEVICES)
+
+
+@nox.session(default=False, venv_backend="none", requires=["environment"], tags=["long"])
+def restarts(session: nox.Session) -> None:
+    """Interrupt training runs in every way, start them again, and compare their losses with those of one run."""
+    pytest(session, "tests/restarts")
 
 
 @shared

@@ -17,6 +17,7 @@ from nucleate.layout import LiveLayout
 from nucleate.wrappers.accumulation import Accumulation
 from nucleate.wrappers.free_parameters import FreeParameters, known_ids
 from nucleate.wrappers.optimizer import OptimizerWrapper, RuntimeLinks
+from nucleate.wrappers.termination import Termination
 
 
 class OptimizerSetup:
@@ -29,6 +30,7 @@ class OptimizerSetup:
         accumulation: Lets optimizers wait for the last micro-batch of a step.
         free: The parameters of optimizers that no model has.
         callbacks: Are called after each step.
+        termination: Is told about each step.
     """
 
     def __init__(
@@ -39,12 +41,13 @@ class OptimizerSetup:
         accumulation: Accumulation,
         free: FreeParameters,
         callbacks: Callbacks,
+        termination: Termination,
     ) -> None:
         self._precision, self._strategy = parts.precision, parts.strategy
         self._communicator = communicator
         self._models = models
         self._free = free
-        self._links = RuntimeLinks(self._free_among, accumulation, free, callbacks)
+        self._links = RuntimeLinks(self._free_among, accumulation, free, callbacks, termination)
 
     def run(self, optimizers: Sequence[Optimizer]) -> tuple[OptimizerWrapper, ...]:
         """Set optimizers up; see `Runtime.setup_optimizers`. Every rank calls this method.

@@ -24,7 +24,7 @@ from nucleate.errors import RankExitError, RankFailedError, UsageError
 
 if TYPE_CHECKING:
     from nucleate.accelerators.base import Accelerator
-    from nucleate.cluster.supervisor import RanksFailed
+    from nucleate.cluster.restarts import RanksFailed, Terms
     from nucleate.strategies.base import Strategy
 
 #: The interrupt of Ctrl-C and its like: the exit code is this number and that of the signal.
@@ -42,6 +42,10 @@ class Startable(Protocol):
     def device(self) -> torch.device: ...
     @property
     def world_size(self) -> int: ...
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The arguments of the `Runtime`."""
 
     def _renew(self) -> None:
         """Find the place of this process anew."""
@@ -68,7 +72,8 @@ def start_script(runtime: Startable) -> NoReturn:
         SystemExit: The ranks have ended.
     """
     from nucleate.cluster.command import command_again
-    from nucleate.cluster.supervisor import Interrupted, RanksFailed, run_command
+    from nucleate.cluster.restarts import RanksFailed
+    from nucleate.cluster.supervisor import Interrupted, run_command
 
     asked = f"devices={runtime.world_size}"
     method = runtime.strategy.start_method
@@ -83,7 +88,7 @@ def start_script(runtime: Startable) -> NoReturn:
     _prepare()
     code = 0
     try:
-        run_command(command, runtime.world_size)
+        run_command(command, runtime.world_size, _terms(runtime))
     except RanksFailed as error:
         sys.stderr.write(f"{error}\n")
         code = error.failure.exit_code
@@ -109,7 +114,8 @@ def start_function(
         UsageError: The function, its arguments or its result cannot be sent to another process.
     """
     from nucleate.cluster import forking
-    from nucleate.cluster.supervisor import Interrupted, RanksFailed, run_function, threads_per_rank
+    from nucleate.cluster.restarts import RanksFailed
+    from nucleate.cluster.supervisor import Interrupted, run_function, threads_per_rank
 
     if runtime.strategy.start_method == "popen":
         start_script(runtime)
@@ -121,7 +127,7 @@ def start_function(
     job = _Job(os.getpid(), method, num_threads, work if method == "fork" else _pickled(work))
     _prepare()
     try:
-        return pickle.loads(run_function(_run_rank, job, runtime.world_size, method))
+        return pickle.loads(run_function(_run_rank, job, runtime.world_size, method, _terms(runtime)))
     except RanksFailed as error:
         raise _error_of(error) from None
     except Interrupted as error:
@@ -157,6 +163,13 @@ def _choose_method(runtime: Startable) -> str:
             "device, or put the function into a script and use start_method='spawn'."
         )
     return method
+
+
+def _terms(runtime: Startable) -> Terms:
+    from nucleate.cluster.restarts import END_S, SAVE_S, Terms
+
+    settings = runtime._settings
+    return Terms(settings["max_restarts"], END_S if settings["on_sigterm"] is None else SAVE_S)
 
 
 def _refuse_unguarded() -> None:

@@ -120,3 +120,16 @@ def test_several_nodes_need_a_launcher() -> None:
     assert DeviceRequest.parse(4, 2).resolve(nodes, lambda: 8, False) == nodes
     with pytest.raises(ConfigurationError, match="ask for 4 processes"):
         DeviceRequest.parse(4, 1).resolve(nodes, lambda: 8, False)
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.0, None, "3"])
+def test_a_wrong_number_of_restarts_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"max_restarts={value!r} must be an integer of at least 0"):
+        DeviceRequest.parse(2, 1, value)
+
+
+def test_restarts_need_processes_that_start_or_a_launcher() -> None:
+    with pytest.raises(ConfigurationError, match="max_restarts=3 needs ranks that this process starts"):
+        DeviceRequest.parse("auto", 1, 3).resolve(ALONE, lambda: 8, True)
+    assert DeviceRequest.parse(2, 1, 3).resolve(ALONE, lambda: 8, True).is_planned
+    assert DeviceRequest.parse("auto", 1, 3).resolve(FOUR, lambda: 8, True) == FOUR

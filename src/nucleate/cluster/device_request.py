@@ -6,9 +6,11 @@ import operator
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 from nucleate.cluster.environment import Environment
+from nucleate.cluster.restarts import check_max_restarts
 from nucleate.errors import ConfigurationError, name_list
 
 _ALLOWED = (
@@ -27,6 +29,7 @@ class DeviceRequest:
         indices: The index of each process's device, by local rank; None means the local rank itself.
         takes_all: Whether every device of the node gets a process.
         num_nodes: The number of nodes.
+        max_restarts: The number of times that all processes start again after a failure.
     """
 
     devices: Any = "auto"
@@ -34,35 +37,41 @@ class DeviceRequest:
     indices: tuple[int, ...] | None = None
     takes_all: bool = False
     num_nodes: int = 1
+    max_restarts: int = 0
 
     @classmethod
-    def parse(cls, devices: int | str | Sequence[int] | None = "auto", num_nodes: int = 1) -> Self:
+    def parse(
+        cls, devices: int | str | Sequence[int] | None = "auto", num_nodes: int = 1, max_restarts: int = 0
+    ) -> Self:
         """Read the arguments of a `Runtime`.
 
         Args:
             devices: `"auto"` or None; a number, as an integer or as text; -1; or indices, as a sequence or as text with
                 a comma.
             num_nodes: The number of nodes.
+            max_restarts: The number of restarts.
 
         Raises:
             ConfigurationError: A value is not allowed.
         """
         if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
             raise ConfigurationError(f"num_nodes={num_nodes!r} must be an integer of at least 1.")
+        check_max_restarts(max_restarts)
         read = _read(devices)
+        make = partial(cls, devices, num_nodes=num_nodes, max_restarts=max_restarts)
         if read is None or read == -1:
-            return cls(devices, takes_all=read == -1, num_nodes=num_nodes)
+            return make(takes_all=read == -1)
         if isinstance(read, int):
             if read < 1:
                 raise ConfigurationError(f"devices={devices!r} is not a number of processes. {_ALLOWED}.")
-            return cls(devices, num=read, num_nodes=num_nodes)
+            return make(num=read)
         twice = sorted({index for index in read if read.count(index) > 1})
         if twice:
             raise ConfigurationError(
                 f"devices={devices!r} names {name_list(map(str, twice))} twice. Each process has a device of its own: "
                 "name each device once."
             )
-        return cls(devices, num=len(read), indices=read, num_nodes=num_nodes)
+        return make(num=len(read), indices=read)
 
     def resolve(self, found: Environment, count: Callable[[], int], is_shared: bool) -> Environment:
         """Return the environment of this process: as a launcher started it, or with ranks that have yet to start.
@@ -74,7 +83,7 @@ class DeviceRequest:
 
         Raises:
             ConfigurationError: A launcher started another number of processes, the node has too few devices, or several
-                nodes are asked for without a launcher.
+                nodes are asked for without a launcher. Or restarts are asked for, and this process starts no others.
         """
         if found.launcher != "python":
             self._check_started(found)
@@ -92,6 +101,11 @@ class DeviceRequest:
                 f"--rdzv-backend c10d --rdzv-endpoint HOST:PORT {sys.argv[0] or 'script.py'}"
             )
         self._check_devices(num, count, is_shared)
+        if num == 1 and self.max_restarts > 0:
+            raise ConfigurationError(
+                f"max_restarts={self.max_restarts} needs ranks that this process starts, and it starts none. Ask for "
+                f"several with devices=2 or more, or start the script with: torchrun --max-restarts {self.max_restarts}"
+            )
         return found if num == 1 else replace(found, world_size=num, local_world_size=num, is_planned=True)
 
     def index(self, local_rank: int) -> int:

@@ -71,6 +71,7 @@ class Environment:
                 "each other. Start the script with torchrun, or unset RANK and WORLD_SIZE for a single process."
             )
         rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+        restarts = started_rank.RESTARTS if started_rank.FOLDER in env else "TORCHELASTIC_RESTART_COUNT"
         local_world_size = _number(env, "LOCAL_WORLD_SIZE", world_size)
         address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         return cls(
@@ -80,7 +81,7 @@ class Environment:
             local_rank=_number(env, "LOCAL_RANK", rank % local_world_size),
             local_world_size=local_world_size,
             node_rank=_number(env, "GROUP_RANK", rank // local_world_size),
-            restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+            restart_count=_number(env, restarts, 0),
             agent_store=address if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "",
             store_address=address,
             run_id=env.get(RUN_ID, ""),

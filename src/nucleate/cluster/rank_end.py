@@ -61,6 +61,11 @@ class RankEnd:
         ends = (cls(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.end"))
         return {end.rank: end for end in ends}
 
+    @staticmethod
+    def has_failure(folder: Path) -> bool:
+        """Return whether a rank has written that it failed."""
+        return (folder / _FIRST).exists()
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -82,6 +87,13 @@ class Failure:
     def exit_code(self) -> int:
         """The exit code as shells count it: 128 and the number of the signal that killed the rank."""
         return 128 - self.code if self.code < 0 else self.code
+
+    @property
+    def in_short(self) -> str:
+        """One sentence about the failure, without the traceback."""
+        if not self.traceback:
+            return str(self).partition(" It left")[0]
+        return f"rank {self.rank} of {self.world_size} failed first: {self.traceback.rstrip().splitlines()[-1]}."
 
     def __str__(self) -> str:
         who = f"rank {self.rank} of {self.world_size}"

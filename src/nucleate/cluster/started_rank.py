@@ -17,6 +17,8 @@ from nucleate.cluster.rank_end import RankEnd, consequence
 FOLDER = "NUCLEATE_RANK_FOLDER"
 #: The environment variable with the process id of the rank's parent.
 SUPERVISOR = "NUCLEATE_SUPERVISOR"
+#: The environment variable with the number of times that the supervisor has started all ranks again.
+RESTARTS = "NUCLEATE_RESTART_COUNT"
 # The time in which a killed rank is noticed. Ranks that fail as a consequence wait for it before they end.
 _NOTICED_S = 0.2
 
@@ -75,6 +77,12 @@ def report(error: BaseException, show: object = None) -> int:
     if end is not None and not isinstance(error, KeyboardInterrupt):
         time.sleep(_NOTICED_S)
     return code
+
+
+def is_failing() -> bool:
+    """Return whether a rank of this run has failed, so that the supervisor ends the others."""
+    folder = _folder()
+    return folder is not None and RankEnd.has_failure(folder)
 
 
 def note_end() -> None:

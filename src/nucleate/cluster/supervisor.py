@@ -19,27 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from nucleate.cluster.parent import __file__ as PARENT
-from nucleate.cluster.rank_end import Failure, RankEnd, first_failure
-from nucleate.cluster.started_rank import FOLDER, SUPERVISOR
+from nucleate.cluster.rank_end import RankEnd, first_failure
+from nucleate.cluster.restarts import END_S, RanksFailed, Terms
+from nucleate.cluster.started_rank import FOLDER, RESTARTS, SUPERVISOR
 
-#: The time that ranks get to end after a signal, before they are killed.
-_END_S = 2
 _POLL_S = 0.05
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 _THREADS = "OMP_NUM_THREADS"
 _PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-
-
-class RanksFailed(Exception):  # noqa: N818 - it carries a failure
-    """A rank failed, and all ranks have ended.
-
-    Attributes:
-        failure: The failure of the first rank that failed.
-    """
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(str(failure))
-        self.failure = failure
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing is wrong
@@ -54,12 +41,13 @@ class Interrupted(Exception):  # noqa: N818 - nothing is wrong
         self.signal = number
 
 
-def run_command(command: Sequence[str], num: int) -> None:
+def run_command(command: Sequence[str], num: int, terms: Terms) -> None:
     """Run a command in several ranks, and wait for them.
 
     Args:
         command: The program and its arguments.
         num: The number of ranks.
+        terms: The terms on which they end.
 
     Raises:
         RanksFailed: A rank failed.
@@ -71,10 +59,11 @@ def run_command(command: Sequence[str], num: int) -> None:
     else:
         program, options = command[0], list(command[1:])
     # The agent takes `$` for the beginning of a name.
-    _run(program, [option.replace("$", "$$") for option in options], num, "spawn")
+    arguments = [option.replace("$", "$$") for option in options]
+    terms.run(lambda count: _run(program, arguments, num, "spawn", terms.end_s, count))
 
 
-def run_function(function: Callable[..., Any], argument: object, num: int, start_method: str) -> Any:
+def run_function(function: Callable[..., Any], argument: object, num: int, start_method: str, terms: Terms) -> Any:
     """Call a function in several ranks, and return rank 0's result.
 
     Args:
@@ -82,6 +71,7 @@ def run_function(function: Callable[..., Any], argument: object, num: int, start
         argument: Its only argument.
         num: The number of ranks.
         start_method: A start method of multiprocessing.
+        terms: The terms on which they end.
 
     Raises:
         RanksFailed: A rank failed.
@@ -89,7 +79,7 @@ def run_function(function: Callable[..., Any], argument: object, num: int, start
     """
     before = multiprocessing.active_children()
     try:
-        return _run(function, [argument], num, start_method)[0]
+        return terms.run(lambda count: _run(function, [argument], num, start_method, terms.end_s, count))[0]
     finally:
         # A second signal interrupts the agent while it ends the ranks.
         for process in multiprocessing.active_children():
@@ -110,14 +100,21 @@ def threads_per_rank(num: int) -> int | None:
     return max(1, cores // num)
 
 
-def _run(entry: str | Callable[..., Any], arguments: list[Any], num: int, start_method: str) -> dict[int, Any]:
+def _run(
+    entry: str | Callable[..., Any], arguments: list[Any], num: int, start_method: str, end_s: int, restart_count: int
+) -> dict[int, Any]:
+    """Run all ranks once.
+
+    Each attempt has a store of its own. The agent's own restarts would keep one store, in which ranks that start again
+    find the addresses of the dead ones, and the files of their ends.
+    """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nucleate-")))
-        stack.enter_context(_variables(folder, threads_per_rank(num)))
+        stack.enter_context(_variables(folder, threads_per_rank(num), restart_count))
         stack.enter_context(_signals_kept())
         stack.enter_context(_quiet_agent())
         store = _make_store()
@@ -133,14 +130,14 @@ def _run(entry: str | Callable[..., Any], arguments: list[Any], num: int, start_
             max_restarts=0,
             monitor_interval=_POLL_S,
             start_method=start_method,
-            shutdown_timeout=None if _PATIENCE in os.environ else _END_S,
+            shutdown_timeout=None if _PATIENCE in os.environ else end_s,
         )
         try:
             results: dict[int, Any] = elastic_launch(config, entry)(*arguments)
             return results
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            raise RanksFailed(first_failure(codes, RankEnd.read(folder), num, _END_S)) from None
+            raise RanksFailed(first_failure(codes, RankEnd.read(folder), num, END_S)) from None
         except SignalException as error:
             raise Interrupted(error.sigval) from None
 
@@ -153,10 +150,10 @@ def _make_store() -> Any:
 
 
 @contextmanager
-def _variables(folder: Path, num_threads: int | None) -> Iterator[None]:
+def _variables(folder: Path, num_threads: int | None, restart_count: int) -> Iterator[None]:
     """Set the environment variables of the ranks, and restore those of this process afterwards."""
     before = dict(os.environ)
-    os.environ |= {FOLDER: str(folder), SUPERVISOR: str(os.getpid())}
+    os.environ |= {FOLDER: str(folder), SUPERVISOR: str(os.getpid()), RESTARTS: str(restart_count)}
     if num_threads is not None:
         os.environ[_THREADS] = str(num_threads)
     try:

@@ -81,6 +81,7 @@ class Building(Parts):
             if self._loggers is not None:
                 self._loggers.connect(self._communicator)
             self._launched = True
+            self._termination.start(self, self._communicator)
         return function(self, *args, **kwargs) if function is not _NOTHING else None
 
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from nucleate.runtime.parts import Parts
 from nucleate.shells import inside, without_shells
 from nucleate.wrappers.known_models import layouts_in
 from nucleate.wrappers.module import ModuleWrapper
+from nucleate.wrappers.termination import repeatable
 
 if TYPE_CHECKING:
     from nucleate.checkpoint import KeyMap, LoadReport
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 class Checkpoints(Parts):
     """The methods of a `Runtime` that save and load."""
 
+    @repeatable
     def save(
         self,
         path: str | PathLike[str],

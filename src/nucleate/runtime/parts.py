@@ -21,6 +21,7 @@ from nucleate.strategies.base import Strategy
 from nucleate.wrappers.accumulation import Accumulation
 from nucleate.wrappers.deliveries import Deliveries
 from nucleate.wrappers.free_parameters import FreeParameters
+from nucleate.wrappers.termination import Termination
 
 if TYPE_CHECKING:
     from nucleate.loggers.group import LoggerGroup
@@ -47,6 +48,7 @@ class Parts:
     _optimizer_setup: OptimizerSetup
     _deliveries: Deliveries
     _accumulation: Accumulation
+    _termination: Termination
     _launched: bool
 
     def launch(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -29,6 +29,7 @@ from nucleate.wrappers.accumulation import Accumulation
 from nucleate.wrappers.deliveries import Deliveries
 from nucleate.wrappers.free_parameters import FreeParameters
 from nucleate.wrappers.running import launched_first
+from nucleate.wrappers.termination import Termination
 
 
 class Runtime(Building, Training, Ranks, Logs, Checkpoints):
@@ -61,6 +62,13 @@ class Runtime(Building, Training, Ranks, Logs, Checkpoints):
             bit for bit with the tensors that it installed on this rank. `setup` then also compares every element that
             several ranks hold. True takes a sample of all kinds of recipes, of at most 2**24 elements. `"all"` takes
             everything. `docs/concepts/exactness.md` describes the costs.
+        max_restarts: How often all processes start again after a failure, if this runtime starts them because of
+            `devices`. Under a launcher it has no effect: the launcher counts its own restarts. The script or function
+            begins anew, and loads its last checkpoint.
+        on_sigterm: The reaction to SIGTERM, which schedulers send before they end a job. `"save"` repeats the last
+            `save` after the present optimizer step, on all ranks, and ends them with the exit code 143. A function is
+            called there instead, with the runtime as its argument. None leaves the signal alone. See
+            `docs/how-to/restarts.md`.
 
     Raises:
         PluginNotFoundError: No plugin of that kind has that name.
@@ -91,6 +99,8 @@ class Runtime(Building, Training, Ranks, Logs, Checkpoints):
         callbacks: object = None,
         loggers: Any = None,
         verify: bool | str = False,
+        max_restarts: int = 0,
+        on_sigterm: str | Callable[[Any], Any] | None = None,
     ) -> None:
         # All arguments, for `_renew`.
         self._settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -100,7 +110,9 @@ class Runtime(Building, Training, Ranks, Logs, Checkpoints):
         self._verify = verify
         self._plugins = choices = PluginChoices.of(plugins, precision)
         self._callbacks = Callbacks.of(callbacks)
-        request = DeviceRequest.parse(devices, num_nodes)
+        self._deliveries = Deliveries()
+        self._termination = Termination(on_sigterm, self._deliveries)
+        request = DeviceRequest.parse(devices, num_nodes, max_restarts)
         environment = choices.environment or Environment.detect()
         self._parts = parts = Components.choose(accelerator, choices.precision, strategy, environment, request)
         environment = parts.environment
@@ -113,10 +125,15 @@ class Runtime(Building, Training, Ranks, Logs, Checkpoints):
         self._loggers = choose_loggers(loggers, self.is_global_zero)
         self._launched = False
         self._models = WeakSet()
-        self._deliveries = Deliveries()
         self._accumulation = Accumulation(self._deliveries, self._models)
         self._optimizer_setup = OptimizerSetup(
-            parts, self._communicator, self._models, self._accumulation, self._free, self._callbacks
+            parts,
+            self._communicator,
+            self._models,
+            self._accumulation,
+            self._free,
+            self._callbacks,
+            self._termination,
         )
         # `_renew` makes these again.
         self._renewed = frozenset(vars(self)) - kept

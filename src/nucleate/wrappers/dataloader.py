@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
+from nucleate.cluster.worker_process import outlive_sigterm
 from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError, UsageError
 from nucleate.seed import derive_seed, seed_worker
@@ -133,6 +134,7 @@ class DataLoaderWrapper:
                 self._position = (epoch, number)
                 self._deliveries.deliver(delivery)
                 yield batch if self.device is None else move(batch, self.device)
+                self._deliveries.ask(delivery)
             self._position = (epoch + 1, 0)
             complete = True
         finally:
@@ -184,9 +186,13 @@ class DataLoaderWrapper:
         if self._reseeds:
             cast(torch.Generator, self.loader.generator).manual_seed(derive_seed(self._seed, epoch, self._rank))
         loader = self.loader
-        if self._seed_workers and loader.num_workers > 0:
-            base = derive_seed(self._seed, epoch)
-            loader.worker_init_fn = partial(_init_worker, rank=self._rank, base=base, then=self._user_worker_init)
+        if loader.num_workers > 0:
+            begin = self._user_worker_init
+            if self._seed_workers:
+                begin = partial(_init_worker, rank=self._rank, base=derive_seed(self._seed, epoch), then=begin)
+            if self._deliveries.termination is not None:
+                begin = partial(_init_long_worker, then=begin)
+            loader.worker_init_fn = begin
         if skip == 0:
             yield from loader
             return
@@ -253,6 +259,12 @@ def _samplers(loader: DataLoader[Any], share: Callable[[Iterable[Any]], Iterable
         return {}
     # A user's own batch sampler makes its batches in an unknown way, so the batches are shared unchanged.
     return {"batch_sampler": share(batches)}
+
+
+def _init_long_worker(worker_id: int, then: Callable[[int], None] | None) -> None:
+    outlive_sigterm()
+    if then is not None:
+        then(worker_id)
 
 
 def _init_worker(worker_id: int, rank: int, base: int, then: Callable[[int], None] | None) -> None:

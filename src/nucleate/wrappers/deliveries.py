@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from nucleate.wrappers.epoch import Epoch
+
+
+class Termination(Protocol):
+    """The part of the end at SIGTERM that loops need."""
+
+    def batch_asked(self, delivery: Delivery, /) -> None:
+        """End this process if a loop has made its last step."""
+        ...
 
 
 @dataclass(eq=False)
@@ -52,6 +60,8 @@ class Deliveries:
     def __init__(self) -> None:
         #: The number of batches that all loaders together have delivered.
         self.turn = 0
+        #: The end of the loops at SIGTERM, if the runtime handles it.
+        self.termination: Termination | None = None
         self._open: list[Delivery] = []
         self._ended: Delivery | None = None
 
@@ -73,6 +83,15 @@ class Deliveries:
         self.turn += 1
         delivery.number += 1
         delivery.previous_turn, delivery.turn = delivery.turn, self.turn
+
+    def ask(self, delivery: Delivery) -> None:
+        """Note that a loop asks for its next batch, after the first.
+
+        Raises:
+            SystemExit: SIGTERM ends the training here.
+        """
+        if self.termination is not None:
+            self.termination.batch_asked(delivery)
 
     def end(self, delivery: Delivery, complete: bool) -> None:
         """Note that a loop over a loader has ended.

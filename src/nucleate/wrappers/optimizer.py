@@ -23,6 +23,14 @@ _OWN = ("optimizer", "precision", "strategy", "_links", "step")
 Check = Callable[[Optimizer, Iterable[Any]], list[Tensor]]
 
 
+class StepEnd(Protocol):
+    """The part of the end at SIGTERM that an optimizer needs."""
+
+    def step_ended(self, optimizer: Optimizer, /) -> None:
+        """Note the end of a step."""
+        ...
+
+
 class Hooks(Protocol):
     """The part of the callbacks that an optimizer needs."""
 
@@ -41,12 +49,14 @@ class RuntimeLinks:
         accumulation: Lets the optimizer wait for the last micro-batch of a step.
         free: The parameters of optimizers that no model has. Without it, such parameters are left to the user.
         callbacks: Gets the call `on_after_optimizer_step` after each step.
+        termination: Counts the steps, and ends the training after one of them at SIGTERM.
     """
 
     check: Check | None = None
     accumulation: Accumulation | None = None
     free: FreeParameters | None = None
     callbacks: Hooks | None = None
+    termination: StepEnd | None = None
 
 
 @final
@@ -143,6 +153,8 @@ class OptimizerWrapper(Optimizer):
             result = self.precision.step(self.optimizer, closure)
         if links.callbacks is not None:
             links.callbacks.call("on_after_optimizer_step", strategy=self.strategy, optimizer=self.optimizer)
+        if links.termination is not None:
+            links.termination.step_ended(self.optimizer)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -5,7 +5,6 @@ Run as `watch.py CASE STRATEGY FOLDER`.
 
 from __future__ import annotations
 
-
 import json
 import os
 import random
