@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class Parts:
     """The base of all groups of methods of a `Runtime`, whose constructor sets these attributes."""
 
+    _settings: dict[str, Any]
     _accelerator: Accelerator
     _precision: Precision
     _strategy: Strategy
