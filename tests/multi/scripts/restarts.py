@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from nucleate import RandomState, Runtime
+from nucleate.strategies import DDPStrategy, FSDPStrategy
 
 STEPS = 12
 SAVED_EVERY = 4
@@ -122,9 +123,8 @@ def main() -> None:
     parser.add_argument("--on-sigterm")
     parser.add_argument("--pause", type=float, default=0.0)
     options = parser.parse_args()
-    strategy = options.strategy if options.way != "spawn" else f"{options.strategy}_spawn"
-    if options.devices == 1:
-        strategy = "auto"
+    kind = {"ddp": DDPStrategy, "fsdp": FSDPStrategy}[options.strategy]
+    strategy = kind(start_method="spawn" if options.way == "spawn" else None)
     runtime = Runtime(
         accelerator="cpu",
         devices=options.devices,
