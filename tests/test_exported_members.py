@@ -38,6 +38,7 @@ PUBLIC = {
     "nucleate.checkpoint.writers": "Place Writer create_file write_tensors",
     "nucleate.cli": "main",
     "nucleate.cluster": "Communicator Environment",
+    "nucleate.cluster.watch": "CALLS begin end is_on",
     "nucleate.compat": "",
     "nucleate.compat.pieces": "",
     "nucleate.deferred": """

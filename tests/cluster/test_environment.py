@@ -32,7 +32,7 @@ def test_no_variables_mean_a_single_process() -> None:
 
 def test_torchruns_variables_are_read() -> None:
     environment = Environment.detect(TORCHRUN)
-    assert environment == Environment("torchrun", 8, 5, 1, 4, 1)
+    assert environment == Environment("torchrun", 8, 5, 1, 4, 1, store_address="localhost:29500")
     assert environment.num_nodes == 2
 
 

@@ -36,8 +36,8 @@ class DDPStrategy(Strategy):
         static_graph: Promise that every iteration uses the same parameters.
         gradient_as_bucket_view: Keep gradients in the buckets that are exchanged, which saves one copy of them.
         bucket_cap_mb: The size of a bucket in MiB; torch chooses by default.
-        sync_buffers: Broadcast rank 0's buffers before each forward that trains. A forward without gradients in evaluation
-            mode uses the buffers of its rank.
+        sync_buffers: Broadcast rank 0's buffers before each forward that trains. A forward without gradients in
+            evaluation mode uses the buffers of its rank.
         activation_checkpointing_policy: The modules whose activations are computed a second time in backward instead
             of kept: `"auto"` finds repeated blocks; or classes of modules; or a function of a module's name and the
             module; or a policy of torch.distributed.fsdp.wrap.
