@@ -103,9 +103,13 @@ def gloo_beside(group: dist.ProcessGroup | None) -> str:
 def stop() -> None:
     """End the default process group if `start` started it, without waiting for the other ranks."""
     global _started_here
-    if _started_here and is_running():
+    if not _started_here:
+        return
+    if is_running():
+        # Before the end of the watch, which other ranks notice.
         started_rank.note_end()
-        watch.end()
+    watch.end()
+    if is_running():
         # A gloo thread may still wait for the GIL, to release the tensors of the last collective. DTensor's caches keep
         # the group and so its threads alive beyond `destroy_process_group` (2.13). Python cancels a thread that asks
         # for the GIL while the interpreter ends, and C++ turns this into an abort. Sleeping gives the thread the GIL in

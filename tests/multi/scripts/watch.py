@@ -74,6 +74,8 @@ def one_enters(call: str) -> None:
             with torch.no_grad():
                 model(torch.ones(4, 8))
             model.train()
+        elif call == "backward":
+            runtime.backward(model(torch.ones(4, 8)).sum())
         elif call == "all_reduce":
             runtime.all_reduce(1.0)
         else:
@@ -134,7 +136,7 @@ def run() -> None:
     elif what == "names":
         runtime.barrier() if IS_ODD else runtime.broadcast(1)
     elif what == "late":
-        hub.LONG_S = float(how) / 2
+        hub.LONG_S = min(hub.LONG_S, float(how) / 2)
         runtime.launch()
         time.sleep(float(how) if RANK == 0 else 0)
         runtime.barrier()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import os
 import socket
 import sys
@@ -46,6 +48,7 @@ def begin(environment: Environment, backend: str, timeout: timedelta) -> None:
     watcher = Watcher(environment.global_rank, environment.world_size, group, store)
     watcher.start(_hosts(environment), timeout, f"nucleate/watch/{environment.restart_count}/{_starts}")
     _current = CALLS.watch = watcher
+    _show_aborts()
 
 
 def end() -> None:
@@ -64,6 +67,16 @@ def _forget() -> None:
     CALLS.forget()
     if watcher is not None:
         watcher.forget()
+
+
+def _show_aborts() -> None:
+    """Let Python print its stacks if gloo aborts the process.
+
+    It does so where two ranks enter collectives of different sizes on one group, and says nothing itself (2.13).
+    """
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # a stream without a descriptor
+        if not faulthandler.is_enabled():
+            faulthandler.enable()
 
 
 def _hosts(environment: Environment) -> list[str]:

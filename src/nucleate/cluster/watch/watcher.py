@@ -271,9 +271,9 @@ class Watcher:
             if prefix:
                 self._store.compare_set(f"{prefix}/failed", "", f"{self._rank}\n{verdict.text}")
                 self._store.set(f"{prefix}/done", "failed")
-            is_woken = gloo_sockets.shut_down() > 0
+            gloo_sockets.shut_down()
             # Other backends can abort what waits in this process.
-            if dist.is_initialized() and not (is_woken and dist.get_backend() == "gloo"):
+            if dist.is_initialized() and (dist.get_backend() != "gloo" or sys.platform != "linux"):
                 dist.distributed_c10d._abort_process_group()
         except Exception as error:
             _print(f"closing the process groups of rank {self._rank} failed: {error}")
