@@ -29,7 +29,6 @@ def test_a_node_ends_when_all_processes_of_the_other_are_killed(dead: int) -> No
         assert end_of_other(nodes[1 - dead]) < LIMIT_S
 
 
-@pytest.mark.xfail(strict=True, reason="nobody watches a node that is silent: gloo waits for the strategy's timeout")
 def test_a_node_ends_when_the_cable_of_the_other_is_pulled() -> None:
     with nodes_or_skip() as nodes:
         start_endless(nodes)

@@ -69,6 +69,7 @@ def test_a_rank_that_may_come_is_no_reason(positions: tuple[Position, ...]) -> N
         ),
         ((meeting(0), rank(1, end="died")), False, "rank 1 has died: its process is gone, and left no exception."),
         ((exchange(0, seconds=20.0), rank(1, end="died")), False, "rank 1 has died"),
+        ((exchange(0), rank(1, end="fallen silent")), False, "rank 1 does not answer any more: its machine, or the"),
     ],
 )
 def test_a_rank_that_cannot_come_is_named(positions: tuple[Position, ...], disagree: bool, words: str) -> None:

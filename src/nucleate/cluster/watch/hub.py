@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from nucleate.cluster.watch.calls import UNCOUNTED
 from nucleate.cluster.watch.link import Message
-from nucleate.cluster.watch.position import Position
+from nucleate.cluster.watch.position import DIED, SILENT, Position
 from nucleate.cluster.watch.verdict import WAITS_S, Verdict, explained, judge, table
 
 #: A rank that waits longer says so once, and goes on waiting.
@@ -62,12 +62,18 @@ class Hub:
             self._waiting[rank] = now
         self.tick(now)
 
-    def lose(self, rank: int) -> Position:
-        """Take the news that the connection to a rank is gone, and return the end of the rank."""
+    def lose(self, rank: int, is_silent: bool = False) -> Position:
+        """Take the news that the connection to a rank is gone, and return the end of the rank.
+
+        Args:
+            rank: The rank.
+            is_silent: Whether its machine does not answer any more.
+        """
         if rank not in self._ends:
             last = self._positions.get(rank, Position(rank))
             # The rank has sent its position only when it was asked, so it may have gone on since then.
-            self._ends[rank] = replace(last, end="died", kind="", name="", line="", reason="")
+            end = SILENT if is_silent else DIED
+            self._ends[rank] = replace(last, end=end, kind="", name="", line="", reason="")
         return self._ends[rank]
 
     def tick(self, now: float) -> None:
@@ -104,7 +110,8 @@ class Hub:
         if found is None:
             self._suspected = ""
             self._tell_long()
-        elif found.key == self._suspected:
+        elif found.key == self._suspected or not found.is_disagreement:
+            # The positions of one round are not of one moment, but an end is final.
             self.spread(found)
         else:
             self._suspected = found.key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import socket
 import threading
@@ -12,16 +13,23 @@ from typing import Any, Self
 Message = dict[str, Any]
 
 #: The kernel asks a silent peer after this time, so often, and then gives it up: a machine that is gone sends nothing.
-_IDLE_S, _INTERVAL_S, _PROBES = 2, 1, 4
+_IDLE_S, _INTERVAL_S, _PROBES = 1, 1, 4
 _SEND_S = 1.0
+_SILENT = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 _CHUNK = 1 << 16
 
 
 class Link:
-    """One connection. Any thread may send; one thread receives."""
+    """One connection. Any thread may send; one thread receives.
+
+    Attributes:
+        is_silent: Whether the connection is gone because the other machine does not answer. Otherwise its kernel has
+            closed the connection, because the process ended.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
+        self.is_silent = False
         self._received = b""
         self._lock = threading.Lock()
         connection.settimeout(_SEND_S)
@@ -55,10 +63,10 @@ class Link:
         """Return the messages that have arrived; None means that the connection is gone."""
         try:
             data = self.socket.recv(_CHUNK)
-        except (TimeoutError, InterruptedError):
-            return []
-        except OSError:
-            return None
+        except OSError as error:
+            self.is_silent = error.errno in _SILENT
+            # Without a number it is Python's own timeout: nothing has arrived.
+            return [] if error.errno in (None, errno.EINTR, errno.EAGAIN) else None
         if not data:
             return None
         *lines, self._received = (self._received + data).split(b"\n")

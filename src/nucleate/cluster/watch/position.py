@@ -14,6 +14,11 @@ from typing import Any, Self
 
 from nucleate.cluster.watch.calls import Calls
 
+#: How a rank has ended: with a word, without one, or with its machine.
+ENDED = "ended"
+DIED = "died"
+SILENT = "fallen silent"
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -28,7 +33,7 @@ class Position:
         has_met: Whether all ranks have entered the meeting that it is in.
         seconds: The time since it entered or left that call.
         line: The file and the line of the user's code, or `""`.
-        end: How the rank has ended: `""` while it runs, `"ended"`, or `"died"` for a process that left no word.
+        end: How the rank has ended: `""` while it runs, else one of the words above.
         reason: The exception that ended it, or `""`.
     """
 

@@ -89,7 +89,7 @@ class Switchboard:
             self._selector.unregister(link.socket)
             link.close()
             self._links.pop(rank, None)
-            self.tell({"end": self.hub.lose(rank).written()})
+            self.tell({"end": self.hub.lose(rank, link.is_silent).written()})
             return
         for message in messages:
             self._take(rank, message)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from nucleate.cluster.watch.calls import EXCHANGE, MEETING, UNCOUNTED
-from nucleate.cluster.watch.position import Position
+from nucleate.cluster.watch.position import DIED, ENDED, SILENT, Position
 
 #: The time after which a rank in a call may wait for others. Shorter calls are not judged.
 WAITS_S = 1.0
@@ -65,7 +65,7 @@ def explained(known: Iterable[Position], rank: int, reason: str) -> Verdict | No
     own = next((one for one in known if one.rank == rank), Position(rank))
     gone = [one for one in known if one.end]
     # A rank that raised is the reason rather than one that ended after it.
-    gone.sort(key=lambda one: (not one.reason, one.end != "died"))
+    gone.sort(key=lambda one: (not one.reason, one.end != DIED))
     return _about_end(own, gone[0], known) if gone else None
 
 
@@ -76,7 +76,10 @@ def table(positions: Iterable[Position]) -> str:
 
 def _needs(one: Position, other: Position) -> bool:
     """Return whether a rank needs another one, which has ended, in the call that it is in."""
-    if other.end == "died":
+    if other.end == SILENT:
+        # Nothing will wake the rank: a connection of gloo waits for as long as the strategy's timeout.
+        return True
+    if other.end == DIED:
         return one.seconds >= (2 * WAITS_S if one.kind == MEETING else _EXCHANGE_S)
     if one.kind == MEETING:
         return one.meetings > other.meetings
@@ -93,7 +96,9 @@ def _waits_crosswise(one: Position, other: Position) -> bool:
 
 
 def _about_end(one: Position, gone: Position, known: list[Position]) -> Verdict:
-    if gone.end == "died":
+    if gone.end == SILENT:
+        how = f"rank {gone.rank} does not answer any more: its machine, or the network, is gone."
+    elif gone.end == DIED:
         how = (
             f"rank {gone.rank} has died: its process is gone, and left no exception. It was killed, or it called "
             "os._exit."
@@ -102,7 +107,7 @@ def _about_end(one: Position, gone: Position, known: list[Position]) -> Verdict:
         how = f"rank {gone.rank} has ended by {gone.reason}."
     else:
         how = f"rank {gone.rank} has ended its script."
-    advice = f" {_ADVICE}" if gone.end == "ended" and not gone.reason else ""
+    advice = f" {_ADVICE}" if gone.end == ENDED and not gone.reason else ""
     text = f"{how} Rank {one.rank} needs it in {one.name}.{advice}\n{table(known)}"
     return Verdict(False, text, f"{one.rank} {one.meetings} {one.exchanges} {one.kind} {gone.rank}")
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from nucleate.cluster.watch import gloo_sockets
 from nucleate.cluster.watch.calls import CALLS, State
 from nucleate.cluster.watch.link import Link, Message
-from nucleate.cluster.watch.position import Position
+from nucleate.cluster.watch.position import DIED, ENDED, SILENT, Position
 from nucleate.cluster.watch.switchboard import Switchboard
 from nucleate.cluster.watch.verdict import WAITS_S, Verdict, explained, judge, table
 from nucleate.errors import DistributedError, RankDisagreementError, RankFailedError
@@ -163,7 +163,7 @@ class Watcher:
         """
         if self._is_over:
             return
-        position = Position.of(self._rank, CALLS, "ended", reason).written()
+        position = Position.of(self._rank, CALLS, ENDED, reason).written()
         board = self._switchboard
         if board is None:
             self._say({"ended": True, "position": position})
@@ -231,7 +231,7 @@ class Watcher:
         messages = link.receive()
         if messages is None:
             self._selector.unregister(link.socket)
-            self._ends.setdefault(0, Position(0, end="died"))
+            self._ends.setdefault(0, Position(0, end=SILENT if link.is_silent else DIED))
             return
         for message in messages:
             self._take(message)
