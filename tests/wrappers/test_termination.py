@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from nucleate import RandomState, Runtime
 from nucleate.errors import CheckpointError, ConfigurationError, UsageError
-from tests.device import ACCELERATOR
+from tests.device import ACCELERATOR, device
 
-pytestmark = pytest.mark.usefixtures("factories_on_device", "own_handler")
+pytestmark = pytest.mark.usefixtures("own_handler")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ class Run:
         self.losses: list[float] = []
 
     def step(self, batch: Tensor | None = None) -> None:
-        loss = self.model(torch.randn(4, 3) if batch is None else batch).square().mean()
+        loss = self.model(torch.randn(4, 3, device=device()) if batch is None else batch).square().mean()
         self.runtime.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -120,7 +120,7 @@ def test_a_loop_of_two_optimizers_ends_after_the_one_that_steps_last(tmp_path: P
     other = run.runtime.setup_optimizers(torch.optim.SGD(run.model.parameters(), lr=0.1))
 
     def iteration() -> None:
-        loss = run.model(torch.ones(2, 3)).sum()
+        loss = run.model(torch.ones(2, 3, device=device())).sum()
         run.runtime.backward(loss)
         other.step()
         run.step()
@@ -149,9 +149,9 @@ def test_only_a_forward_that_trains_the_model_ends_the_run(tmp_path: Path) -> No
     run.step()
     nn.Linear(3, 3)(torch.ones(1, 3))
     with torch.no_grad():
-        run.model(torch.ones(2, 3))
+        run.model(torch.ones(2, 3, device=device()))
     run.model.eval()
-    run.model(torch.ones(2, 3))
+    run.model(torch.ones(2, 3, device=device()))
     run.model.train()
     assert ends(run.step)
     # The signal is ignored until the process has ended.
