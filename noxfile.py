@@ -109,6 +109,11 @@ def tests_long(session: nox.Session) -> None:
     """Run the tests that are marked `long`: further cases of promises that short tests hold too."""
     elsewhere = [f"--ignore=tests/{folder}" for folder in ("sim", "bench", "gpu", "libraries", "nodes", "restarts")]
     pytest(session, *TWO_AT_ONCE, "-m", "long", "tests", *elsewhere)
+    python = str(Path(session.cache_dir).parent.resolve() / "environment" / "bin" / "python")
+    for path in sorted(Path("plugins").iterdir()):
+        session.chdir(path)
+        session.run(python, "-m", "pytest", *TWO_AT_ONCE, "-m", "long", env=ONE_THREAD, external=True)
+        session.chdir("../..")
 
 
 SUITE = "test_a_strategy_passes_its_suite_on_several_ranks"

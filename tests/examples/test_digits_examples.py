@@ -67,8 +67,15 @@ def test_it_does_its_job(name: str, on_path: None, tmp_path: Path, capsys: pytes
     assert [path.name for path in tmp_path.iterdir()] == ([WRITES[name]] if name in WRITES else [])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        # Each job with one of the strategies, in turn.
+        pytest.param(name, strategy, marks=() if place % 2 == other else pytest.mark.long)
+        for place, name in enumerate(JOBS)
+        for other, strategy in enumerate(("ddp", "fsdp"))
+    ],
+)
 def test_two_ranks_do_the_same_job_and_one_of_them_prints(name: str, strategy: str, tmp_path: Path) -> None:
     _, words, _ = JOBS[name]
     # The first as users start it.

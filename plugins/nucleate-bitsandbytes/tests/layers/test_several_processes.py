@@ -22,7 +22,7 @@ def run_ranks(script: str, nproc: int, *arguments: str) -> None:
     assert done.stdout.count("all hold") == nproc
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("part", ["bfloat16", "float32", "rest"])
 def test_fsdp_computes_trains_saves_and_loads_as_one_process_does(nproc: int, part: str) -> None:
     run_ranks("sharded.py", nproc, part)
