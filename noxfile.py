@@ -40,9 +40,9 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     run(session, "python", "-m", "pytest", *arguments, *session.posargs, env=ONE_THREAD)
 
 
-# Each worker of pytest is a process with its own memory, and a file's tests stay together.
-WORKERS = ("-n", "auto", "--dist", "loadfile")
-# Where tests start processes and often wait for them; no test needs another of its file.
+# Each worker of pytest is a process with its own memory. A file's tests stay together, until a worker has nothing to do.
+WORKERS = ("-n", "auto", "--dist", "worksteal")
+# Where tests start processes and often wait for them.
 TWO_AT_ONCE = ("-n", "2", "--dist", "worksteal")
 
 # Installing torch takes longer than most sessions do, so those that need no environment of their own share one.

@@ -75,7 +75,9 @@ def peak_of(tmp_path: Path, code: str, most: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize(("suffix", "most"), [(".safetensors", 96), (".pt", 96), ("", 128)])
+@pytest.mark.parametrize(
+    ("suffix", "most"), [pytest.param(".safetensors", 96, marks=pytest.mark.long), (".pt", 96), ("", 128)]
+)
 def test_a_conversion_takes_a_few_buffers(tmp_path: Path, suffix: str, most: int) -> None:
     """Two threads stage 16 MiB each, and the same again where it lies in another order: 64 MiB, and scratch.
 
@@ -105,7 +107,7 @@ with Watched():
     assert 512 - 64 <= peak_of(tmp_path, code, 512 + 24) < 512 + 24
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".pt", marks=pytest.mark.long)])
 def test_saving_takes_a_few_buffers(tmp_path: Path, suffix: str) -> None:
     code = f"""
 model = Model(1)

@@ -10,7 +10,7 @@ import pytest
 from tests.first_use.imports import LATE, assert_same_imports, imports
 
 
-@pytest.mark.parametrize("group", ["plain", "transformers", "diffusers", "ways"])
+@pytest.mark.parametrize("group", ["plain", "transformers", pytest.param("diffusers", marks=pytest.mark.long), "ways"])
 def test_a_first_use_imports_what_it_imports_without_nucleate(group: str) -> None:
     found = assert_same_imports(group)
     if group == "plain":

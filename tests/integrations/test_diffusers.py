@@ -127,7 +127,11 @@ load({small!r})
 
 @pytest.mark.parametrize(
     ("form", "precision", "low_cpu_mem_usage"),
-    [("safetensors", "32-true", True), ("safetensors", "bf16-true", False), ("bin", "bf16-true", True)],
+    [
+        pytest.param("safetensors", "32-true", True, marks=pytest.mark.long),
+        ("safetensors", "bf16-true", False),
+        pytest.param("bin", "bf16-true", True, marks=pytest.mark.long),
+    ],
 )
 def test_no_more_than_what_is_kept_is_allocated(
     store: Store, large: Callable[[str], Path], form: str, precision: str, low_cpu_mem_usage: bool

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import socket
 import sys
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from nucleate.cluster.environment import Environment
 from nucleate.cluster.watch.calls import CALLS
-from nucleate.cluster.watch.watcher import Watcher
+
+if TYPE_CHECKING:
+    from nucleate.cluster.watch.watcher import Watcher
 
 _current: Watcher | None = None
 _starts = 0
@@ -36,6 +37,9 @@ def begin(environment: Environment, backend: str, timeout: timedelta) -> None:
     global _current, _starts
     if environment.world_size == 1:
         return
+    # Imported here: a single process needs neither the watch nor what it imports.
+    from nucleate.cluster.watch.watcher import Watcher
+
     end()
     if _starts == 0:
         os.register_at_fork(after_in_child=_forget)
@@ -74,6 +78,8 @@ def _show_aborts() -> None:
 
     It does so where two ranks enter collectives of different sizes on one group, and says nothing itself (2.13).
     """
+    import faulthandler
+
     with contextlib.suppress(AttributeError, OSError, ValueError):  # a stream without a descriptor
         if not faulthandler.is_enabled():
             faulthandler.enable()

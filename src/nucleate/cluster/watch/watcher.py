@@ -31,7 +31,7 @@ _PATIENCE_S = 5.0
 #: The time that a rank whose communication failed waits for the reason.
 _ANSWER_S = 4.0
 #: Words in the errors of transports. torch raises plain RuntimeErrors for many of them (2.13).
-_TRANSPORT = ("gloo", "NCCL", "onnection", "Broken pipe", "imed out", "ocket", "aborted", "recvValue", "sendBytes")
+_TRANSPORT = ("gloo", "onnection", "Broken pipe", "imed out", "ocket", "aborted", "recvValue", "sendBytes")
 _PAIR = struct.Struct("qq")
 
 
@@ -143,7 +143,8 @@ class Watcher:
         if self._verdict is None:
             text = str(error)
             is_plain = isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, DistributedError)
-            if not is_plain or not any(word in text for word in _TRANSPORT):
+            is_transports = isinstance(error, dist.DistError) or any(word in text for word in _TRANSPORT)
+            if not is_plain or not is_transports:
                 return None
             self._ask(text)
         if self._verdict is not None:
