@@ -19,7 +19,10 @@ WRAPPED = ("--no-python", "sh", "-c", '"$@"; true', "sh", sys.executable)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 
-@pytest.mark.parametrize(("num", "wrapper", "group"), [(2, (), "ours"), (2, WRAPPED, "users"), (1, (), "none")])
+@pytest.mark.parametrize(
+    ("num", "wrapper", "group"),
+    [pytest.param(2, (), "ours", marks=pytest.mark.long), (2, WRAPPED, "users"), (1, (), "none")],
+)
 def test_ranks_end_when_torchrun_is_killed(num: int, wrapper: tuple[str, ...], group: str) -> None:
     with started(*TORCHRUN, str(num), *wrapper, SCRIPT, group) as torchrun:
         pids = wait_for_ranks(torchrun, num)

@@ -70,7 +70,7 @@ def check_restart(folder: Path, way: str, strategy: str, fault: str, data: str) 
     ("way", "strategy", "fault", "data"),
     [
         ("torchrun", "fsdp", "killed", "drawn"),
-        ("script", "ddp", "exit", "loader"),
+        pytest.param("script", "ddp", "exit", "loader", marks=pytest.mark.long),
         ("function", "ddp", "error", "drawn"),
     ],
 )
