@@ -13,8 +13,8 @@ from tempfile import mkdtemp
 
 import pytest
 
+from tests.multi.programs import started, variables
 from tests.multi.ranks import ROOT
-from tests.multi.test_launch import started, variables
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "restarts.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
