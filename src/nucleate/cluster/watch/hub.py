@@ -74,6 +74,8 @@ class Hub:
             # The rank has sent its position only when it was asked, so it may have gone on since then.
             end = SILENT if is_silent else DIED
             self._ends[rank] = replace(last, end=end, kind="", name="", line="", reason="")
+            # Ranks that wait need no further pause.
+            self._round_ended = 0.0
         return self._ends[rank]
 
     def tick(self, now: float) -> None:
