@@ -11,7 +11,6 @@ import random
 import signal
 import sys
 import time
-from contextlib import suppress
 
 import torch
 from torch import nn
@@ -146,11 +145,16 @@ def run() -> None:
         raise ValueError(CASE)
 
 
+def tell(error: str = "", text: str = "") -> None:
+    """Print how the script ended, in one write: two ranks would mix the words of `print`."""
+    facts = {"rank": RANK, "seconds": time.monotonic() - start, "error": error, "text": text}
+    sys.stdout.write(f"{json.dumps(facts)}\n")
+    sys.stdout.flush()
+
+
 try:
     run()
 except Exception as error:
-    facts = {"rank": RANK, "seconds": time.monotonic() - start, "error": type(error).__name__, "text": str(error)}
-    with suppress(OSError):
-        print(json.dumps(facts), flush=True)
+    tell(type(error).__name__, str(error))
     raise
-print(json.dumps({"rank": RANK, "seconds": time.monotonic() - start, "error": "", "text": ""}), flush=True)
+tell()
