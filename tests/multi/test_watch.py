@@ -105,8 +105,14 @@ def test_four_ranks_hear_of_one_that_is_gone(tmp_path: Path) -> None:
 def test_different_calls_are_named_at_once(tmp_path: Path) -> None:
     found, stderr = outcomes("names", "ddp", tmp_path)
     assert [one.error for one in found] == ["RankDisagreementError"] * 2, stderr
-    assert all("the ranks have entered different calls: barrier, broadcast." in one.text for one in found)
+    assert all("the ranks have entered different calls: all_reduce, broadcast." in one.text for one in found)
     assert all(one.seconds < 5 for one in found)
+
+
+def test_another_call_beside_a_barrier_is_named(tmp_path: Path) -> None:
+    found, stderr = outcomes("barrier", "ddp", tmp_path)
+    assert [one.error for one in found] == ["RankDisagreementError"] * 2, stderr
+    assert all("rank 0 is in broadcast and rank 1 is in barrier" in one.text for one in found)
 
 
 @pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=pytest.mark.long)])

@@ -33,6 +33,7 @@ def exchange(number: int, name: str = "backward", **changes: object) -> Position
         (exchange(0), rank(1)),
         # Both are where they should be, however long it takes.
         (meeting(0, seconds=500.0), meeting(1, seconds=500.0)),
+        (meeting(0, "barrier('a')"), meeting(1, "barrier('b')")),
         (exchange(0, seconds=500.0), exchange(1, seconds=500.0)),
         # The meeting has begun: rank 0 writes a file, and rank 1 trains already.
         (meeting(0, "save", has_met=True), exchange(1, meetings=3, exchanges=1)),
@@ -58,6 +59,7 @@ def test_a_rank_that_may_come_is_no_reason(positions: tuple[Position, ...]) -> N
 @pytest.mark.parametrize(
     ("positions", "disagree", "words"),
     [
+        ((meeting(0, "save"), meeting(1)), True, "rank 0 is in save and rank 1 is in barrier, so each waits for the"),
         ((meeting(0, "save"), exchange(1)), True, "rank 0 is in save and rank 1 is in backward"),
         ((exchange(0, "forward"), exchange(1)), True, "rank 0 is in forward and rank 1 is in backward"),
         ((exchange(0), rank(1, end="ended")), False, "rank 1 has ended its script. Rank 0 needs it in backward."),

@@ -133,6 +133,8 @@ def run() -> None:
         end_here(how)
         step(model, optimizer)
     elif what == "names":
+        runtime.all_reduce(1) if IS_ODD else runtime.broadcast(1)
+    elif what == "barrier":
         runtime.barrier() if IS_ODD else runtime.broadcast(1)
     elif what == "late":
         hub.LONG_S = min(hub.LONG_S, float(how) / 2)

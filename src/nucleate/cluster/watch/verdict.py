@@ -91,6 +91,10 @@ def _waits_crosswise(one: Position, other: Position) -> bool:
     if one.kind == MEETING and not one.has_met and other.kind == EXCHANGE:
         # The other one needs this rank for an exchange that it has never entered.
         return one.meetings == other.meetings + 1 and other.exchanges > one.exchanges
+    if one.kind == other.kind == MEETING:
+        # Barriers of different names meet.
+        names = {each.name.partition("(")[0] for each in (one, other)}
+        return one.meetings == other.meetings and len(names) == 2 and not (one.has_met or other.has_met)
     same = (one.meetings, one.exchanges) == (other.meetings, other.exchanges)
     return one.kind == other.kind == EXCHANGE and same and one.name != other.name
 
