@@ -40,9 +40,8 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     run(session, "python", "-m", "pytest", *arguments, *session.posargs, env=ONE_THREAD)
 
 
-# Each worker of pytest is a process with its own memory. The tests of a file stay together, until a worker has nothing
-# else to do.
-WORKERS = ("-n", "auto", "--dist", "worksteal")
+# Each worker of pytest is a process with its own memory, and a file's tests stay together.
+WORKERS = ("-n", "auto", "--dist", "loadfile")
 # Where tests start processes and often wait for them.
 TWO_AT_ONCE = ("-n", "2", "--dist", "worksteal")
 
