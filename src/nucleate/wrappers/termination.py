@@ -75,7 +75,7 @@ class _Saved:
 
 @final
 class Termination:
-    """What a runtime does at SIGTERM.
+    """The reaction of a runtime to SIGTERM.
 
     Args:
         action: The argument `on_sigterm` of the `Runtime`.

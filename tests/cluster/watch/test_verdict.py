@@ -1,4 +1,4 @@
-"""Which ranks wait in vain for certain, and which may only be slow."""
+"""A verdict names a rank that waits in vain for certain. A rank that may only be slow gets none."""
 
 from __future__ import annotations
 

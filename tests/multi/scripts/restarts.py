@@ -27,7 +27,7 @@ FAULT_AT = 6
 
 
 class Samples(Dataset[Tensor]):
-    """Samples, of which one raises an error or kills the process that loads it."""
+    """Samples. One of them raises an error, or kills the process that loads it."""
 
     def __init__(self, samples: Tensor, fault: str) -> None:
         self.samples = samples

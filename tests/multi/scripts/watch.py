@@ -1,4 +1,4 @@
-"""Ranks of which one goes another way than the others; each prints how its script ended, and after which time.
+"""One rank goes another way than the others. Each rank prints how its script ended, and after how many seconds.
 
 Run as `watch.py CASE STRATEGY FOLDER`.
 """

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 MEETING = "meeting"
 EXCHANGE = "exchange"
-#: A call of which ranks may make different numbers: on a group of some ranks, or without synchronization.
+#: A call on a group of some ranks, or without synchronization. Ranks may make different numbers of such calls.
 UNCOUNTED = "uncounted"
 
 
@@ -45,7 +45,7 @@ class State(NamedTuple):
 
 
 class Watch(Protocol):
-    """What calls ask of the watch of this process."""
+    """The watch of this process, as calls need it."""
 
     def refuse(self) -> None:
         """Raise the error that ended the communication of this process, if there is one."""
@@ -101,7 +101,7 @@ class Calls:
         """Surround a wait in the group's store that the watch can end.
 
         Args:
-            prefix: The prefix of the keys `failed` and `done`, of which the wait needs the second.
+            prefix: The prefix of the keys `failed` and `done`. The wait ends when `done` is set.
         """
         self.waits_for = prefix
         try:

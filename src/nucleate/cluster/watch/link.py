@@ -40,7 +40,7 @@ class Link:
         """Connect to a port, or return None if no host answers there.
 
         Args:
-            hosts: Names and addresses of the machine, of which some may not lead there.
+            hosts: Names and addresses of the machine. Some of them may not lead there.
             port: The port.
             patience_s: The time for each host.
         """
