@@ -4,6 +4,7 @@ python -m tests.bench                                  # all but large, at full 
 python -m tests.bench init --size 1b --runs 5 --write  # one section, into docs/benchmarks.md
 python -m tests.bench step imports                     # two of them
 python -m tests.bench launch --runs 5                  # two ranks, beside Fabric
+python -m tests.bench small --files FOLDER             # torch files of 3 to 90 MB
 python -m tests.bench init --size 1m --runs 1          # a try
 python -m tests.bench load --size 10m --runs 1         # another
 python -m tests.bench when --runs 2 --write            # with its picture: about 20 minutes
@@ -35,11 +36,12 @@ from tests.bench.page import write_section
 from tests.bench.quantize_section import quantize
 from tests.bench.section import Section
 from tests.bench.sections import imports, record, step
+from tests.bench.small_files import small_files
 from tests.bench.state import IDLE_S, STATES, UNTOUCHED
 from tests.bench.when import SIZES as WHEN_SIZES
 from tests.bench.when_section import THREADS, when
 
-BENCHMARKS = ("init", "first-use", "record", "load", "quantize", "large", "step", "imports", "launch", "when")
+BENCHMARKS = ("init", "first-use", "record", "load", "small", "quantize", "large", "step", "imports", "launch", "when")
 #: The numbers of these depend on the state of memory.
 _BY_STATE = ("init", "load", "quantize", "large", "when")
 #: What is run when nothing is named.
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "init": lambda: construct(size, args.runs, args.inits, args.ways, args.dtypes, states, idle_s),
         "first-use": lambda: first_use(size, args.runs),
         "load": lambda: load(size, args.runs, args.parts, args.load_ways, args.files, states, idle_s),
+        "small": lambda: small_files(args.runs, args.files),
         "quantize": lambda: quantize(size, args.runs, args.files, states, idle_s),
         "large": lambda: large(
             args.size or "7b",
