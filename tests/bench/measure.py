@@ -96,7 +96,9 @@ def in_process(*arguments: str, threads: int | None = None, timeout_s: float = 9
     Raises:
         MeasurementError: It failed.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    # Users have the byte code of the libraries that they import.
+    left_out = ("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE")
+    environment = {key: value for key, value in os.environ.items() if key not in left_out}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     try:
