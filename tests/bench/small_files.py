@@ -1,4 +1,4 @@
-"""Small torch files: `load_raw` and `setup` beside `torch.load` and `load_state_dict`, each in a fresh process.
+"""Small torch files: `load_raw` and `setup` beside `torch.load` and `load_state_dict`, each in a fresh process, twice.
 
 `python -m tests.bench.small_files nucleate FILE` is the program that is timed; the function `small_files` times it.
 """
@@ -11,7 +11,6 @@ import time
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import nn
@@ -36,8 +35,6 @@ FILES = (
     (90, 500),
 )
 LIBRARIES = ("nucleate", "torch")
-#: The goals: the largest share of torch's time, for the median of the files, and for each file.
-ALLOWED_MEDIAN, ALLOWED_EACH = 1.0, 1.5
 
 
 class Bag(nn.Module):
@@ -64,24 +61,32 @@ def small_files(runs: int, files: Path | None) -> Section:
         }
         torch.save(tensors, _path(folder, size_mb, num_tensors))
     measurements = {
-        f"{size_mb} MB, {num_tensors} tensors, {library}": partial(
+        _name(size_mb, num_tensors, library): partial(
             in_process, "-m", "tests.bench.small_files", library, str(_path(folder, size_mb, num_tensors))
         )
         for size_mb, num_tensors in FILES
         for library in LIBRARIES
     }
     taken = take(measurements, runs, what="small files")
-    rows, ratios = [], []
+    rows: list[list[str]] = []
+    ratios: dict[str, list[float]] = {"again_s": [], "first_s": []}
     for size_mb, num_tensors in FILES:
-        name = f"{size_mb} MB, {num_tensors} tensors"
-        ours, theirs = (taken[f"{name}, {library}"].median("wall_s") for library in LIBRARIES)
-        ratios.append(ours / theirs)
-        times = [f"{1000 * each:.1f}" for each in (ours, theirs)]
-        rows.append([name, *times, f"{ours / theirs:.2f}"])
-    rows.append(["median of the ratios", "", "", f"{median(ratios):.2f}"])
+        name = f"{size_mb} MB, {num_tensors} tensor{'s' * (num_tensors > 1)}"
+        row = [name]
+        for key, every in ratios.items():
+            ours, theirs = (taken[_name(size_mb, num_tensors, library)].median(key) for library in LIBRARIES)
+            every.append(ours / theirs)
+            row += [f"{1000 * ours:.1f}", f"{1000 * theirs:.1f}", f"{ours / theirs:.2f}"]
+        rows.append(row)
+    rows.append(["median"] + [part for every in ratios.values() for part in ("", "", f"{median(every):.2f}")])
     faults = [f"small files, {each}: {one.failure}" for each, one in taken.items() if one.failure]
-    header = ["a torch file", "nucleate, ms", "torch, ms", "ratio"]
+    columns = ["nucleate, ms", "torch, ms", "ratio"]
+    header = ["a torch file", *columns, *(f"first: {column}" for column in columns)]
     return Section(table(header, rows), taken, faults)
+
+
+def _name(size_mb: int, num_tensors: int, library: str) -> str:
+    return f"{size_mb} MB, {num_tensors} tensors, {library}"
 
 
 def _numel(size_mb: int, num_tensors: int) -> int:
@@ -93,26 +98,43 @@ def _path(folder: Path, size_mb: int, num_tensors: int) -> Path:
 
 
 def main(library: str, file: str) -> None:
-    size_mb, num_tensors = map(int, Path(file).stem.split("-"))
-    numel = _numel(size_mb, num_tensors)
-    model: Any
-    if library == "nucleate":
-        from nucleate import Runtime
+    load = _nucleate if library == "nucleate" else _torch
+    report({"first_s": load(file), "again_s": load(file)})
 
-        runtime = Runtime(accelerator="cpu")
-        with runtime.init_module(empty_init=True):
-            model = Bag(num_tensors, numel)
-        start = time.perf_counter()
-        runtime.load_raw(file, model)
-        model = runtime.setup(model)
-    else:
-        model = Bag(num_tensors, numel)
-        start = time.perf_counter()
-        model.load_state_dict(torch.load(file, weights_only=True))
-    wall_s = time.perf_counter() - start
+
+def _nucleate(file: str) -> float:
+    from nucleate import Runtime
+
+    size_mb, num_tensors = _parts(file)
+    runtime = Runtime(accelerator="cpu")
+    with runtime.init_module(empty_init=True):
+        bag = Bag(num_tensors, _numel(size_mb, num_tensors))
+    start = time.perf_counter()
+    runtime.load_raw(file, bag)
+    model = runtime.setup(bag)
+    return _checked(model, file, time.perf_counter() - start)
+
+
+def _torch(file: str) -> float:
+    size_mb, num_tensors = _parts(file)
+    bag = Bag(num_tensors, _numel(size_mb, num_tensors))
+    start = time.perf_counter()
+    bag.load_state_dict(torch.load(file, weights_only=True))
+    return _checked(bag, file, time.perf_counter() - start)
+
+
+def _checked(model: nn.Module, file: str, taken_s: float) -> float:
+    """Return the time, if the model has the weights of the file."""
+    size_mb, num_tensors = _parts(file)
     torch.manual_seed(size_mb)
-    assert torch.equal(next(model.parameters()), torch.randn(numel // 64, 64)), "other weights"
-    report({"wall_s": wall_s})
+    first = next(model.parameters())
+    assert torch.equal(first, torch.randn(_numel(size_mb, num_tensors) // 64, 64)), "other weights"
+    return taken_s
+
+
+def _parts(file: str) -> tuple[int, int]:
+    size_mb, num_tensors = Path(file).stem.split("-")
+    return int(size_mb), int(num_tensors)
 
 
 if __name__ == "__main__":

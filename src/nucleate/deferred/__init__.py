@@ -8,7 +8,7 @@ setup), `impersonation` (deferred tensors as Python sees them), `record` and `co
 
 from nucleate.deferred.active import is_recording
 from nucleate.deferred.computed_source import ComputedSource
-from nucleate.deferred.context import bind, convert, deferred, eager, resumed
+from nucleate.deferred.context import bind, bind_all, convert, deferred, eager, resumed
 from nucleate.deferred.elements.conversion import Conversion, Layout, Output
 from nucleate.deferred.elements.converted_source import ConvertedSource
 from nucleate.deferred.elements.element_source import ElementSource
@@ -34,6 +34,7 @@ __all__ = [
     "StreamCursors",
     "TensorSource",
     "bind",
+    "bind_all",
     "convert",
     "deferred",
     "eager",

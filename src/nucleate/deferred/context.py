@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from nucleate.deferred.active import active_record, active_records, awaited_onsets, real_tensors
+from nucleate.deferred.active import Recording, active_record, active_records, awaited_onsets, real_tensors
 from nucleate.deferred.elements.conversion import Conversion, converted
 from nucleate.deferred.elements.element_source import ElementSource
 from nucleate.deferred.guards.handle import handle_of, is_shared
@@ -91,6 +92,13 @@ def bind(tensor: Tensor, given: ElementSource) -> None:
     record.bind(tensor, given)
 
 
+def bind_all(bindings: Iterable[tuple[Tensor, ElementSource]]) -> None:
+    """Bind many deferred tensors, which the caller has given to `refuse_stale`. See `bind`."""
+    for record, some in groupby(bindings, lambda binding: record_of(binding[0])):
+        assert record is not None, "not a deferred tensor"
+        record.bind_all(some)
+
+
 def convert(tensor: Tensor, conversion: Conversion) -> tuple[Tensor, ...]:
     """Convert one tensor into several, for example a weight into codes and scales.
 
@@ -151,16 +159,19 @@ def resumed(model: nn.Module) -> Iterator[None]:
     """
     barren = set[int]()
     held = (tensor for module in model.modules() for _, _, tensor in held_tensors(module, barren))
-    records: dict[torch.device, list[Record]] = {}
+    # Few records, each once: a dict keeps their order.
+    records: dict[torch.device, dict[Record, None]] = {}
+    seen = set[Recording]()
     for tensor in held:
         handle = handle_of(tensor)
-        if handle is not None and not is_shared(tensor, handle):
+        if handle is not None and handle.record not in seen and not is_shared(tensor, handle):
             assert isinstance(handle.record, Record)
-            records.setdefault(handle.record.device, []).append(handle.record)
+            seen.add(handle.record)
+            records.setdefault(handle.record.device, {})[handle.record] = None
     with ExitStack() as stack:
         for device, of_device in records.items():
             outer = active_record(device)
-            record = outer if isinstance(outer, Record) else of_device[0]
+            record = outer if isinstance(outer, Record) else next(iter(of_device))
             for other in of_device:
                 record.join(other)
             if outer is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -281,14 +281,19 @@ class Record(Recording):
             tensor: A tensor of this record, of the shape of the element source.
             given: The element source. Its elements are cast to the tensor's dtype when the tensor is made.
         """
+        self.bind_all([(tensor, given)])
+
+    def bind_all(self, bindings: Iterable[tuple[Tensor, ElementSource]]) -> None:
+        """Bind several deferred tensors; see `bind`."""
         with turn, torch._C.DisableTorchFunction(), _disable_current_modes():
-            if self.recorder.exposed.holds(tensor):
-                fill_from(self.recorder.exposed.view(tensor), given)
-            else:
-                self.recorder.overwrite(tensor, given)
-            if not tensor.is_inference():
-                # As after any write: the tensors that share its memory have changed as well.
-                torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
+            for tensor, given in bindings:
+                if self.recorder.exposed.holds(tensor):
+                    fill_from(self.recorder.exposed.view(tensor), given)
+                else:
+                    self.recorder.overwrite(tensor, given)
+                if not tensor.is_inference():
+                    # As after any write: the tensors that share its memory have changed as well.
+                    torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
 
     def of_lazy(self, value: Any) -> Tensor | None:
         """Return a deferred tensor for a tensor that its library has not read yet, or None for any other value.

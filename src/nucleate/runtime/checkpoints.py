@@ -14,6 +14,7 @@ from nucleate.errors import UsageError
 from nucleate.layout import Layout
 from nucleate.materialize.inference_tensors import replace_inference_tensors
 from nucleate.materialize.vacancies import adopt_vacancies
+from nucleate.precision.base import Precision
 from nucleate.report.meter import metered
 from nucleate.runtime.parts import Parts
 from nucleate.shells import inside, without_shells
@@ -199,5 +200,7 @@ class Checkpoints(Parts):
                 # Tensors that were built on the meta device by hand are bound to files like deferred tensors.
                 replace_inference_tensors(plain)
                 adopt_vacancies(plain, self._device)
+            if type(self._precision).before_load is Precision.before_load:
+                return
             with resumed(plain):
                 self._precision.before_load(plain, stored)

@@ -19,7 +19,7 @@ from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import DataFile
 from nucleate.checkpoint.stored.mapped import Mapper
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.deferred import ElementSource, bind, handle_of, record_of
+from nucleate.deferred import ElementSource, bind_all, handle_of, record_of
 from nucleate.deferred.guards import refuse_stale
 from nucleate.errors import CheckpointError, CheckpointKeyError, ConversionError, ShapeMismatchError, name_list
 from nucleate.materialize.reading import read_into
@@ -228,8 +228,7 @@ class LoadPlan:
             if not tensor.is_inference():
                 # Reading bypassed autograd. Autograd must see the write, because old values that it saved are stale.
                 torch.autograd.graph.increment_version(tensor)
-        for tensor, given in self._deferred:
-            bind(tensor, given)
+        bind_all(self._deferred)
 
     def _read(self, given: ElementSource, target: Tensor) -> None:
         if record_of(target) is None:

@@ -229,6 +229,8 @@ def run_post_hooks(module: nn.Module, missing: Iterable[str]) -> None:
         module: The module.
         missing: The names that were missing.
     """
+    if not any(part._load_state_dict_post_hooks for part in module.modules()):
+        return
     keys = _IncompatibleKeys(sorted(missing), [])
     with resumed(module):
         _run_post_hooks(module, keys)

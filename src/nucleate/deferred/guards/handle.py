@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,19 +75,34 @@ def lifted(guarded: Sequence[Tensor]) -> Iterator[None]:
 def is_edited(tensor: Tensor, handle: Handle) -> bool:
     """Return whether a deferred tensor was written through an alias while no recorder saw it."""
     with torch._C.DisableTorchFunction():
-        number = handle.record.tape.number(tensor)
-        if number is None:
-            return True
-        # A recorded write, in a context that was entered again, also raises the counter of every alias.
-        num_recorded = len(handle.record.tape.writers(number)) - handle.num_writes
-        return _version(tensor) - handle.version > max(num_recorded, 0)
+        return _is_edited(tensor, handle, handle.record.tape.number(tensor))
+
+
+def _is_edited(tensor: Tensor, handle: Handle, number: int | None) -> bool:
+    if number is None:
+        return True
+    # A recorded write, in a context that was entered again, also raises the counter of every alias.
+    num_recorded = len(handle.record.tape.writers(number)) - handle.num_writes
+    return _version(tensor) - handle.version > max(num_recorded, 0)
 
 
 def is_shared(tensor: Tensor, handle: Handle) -> bool:
     """Return whether a real storage has replaced that of a deferred tensor, so that its values may have changed."""
     with torch._C.DisableTorchFunction():
+        return _is_shared(handle, handle.record.tape.number(tensor))
+
+
+def _is_shared(handle: Handle, number: int | None) -> bool:
+    return number is not None and handle.record.tape.made(number) is not None
+
+
+def staleness(tensor: Tensor, handle: Handle) -> Literal["edited", "shared"] | None:
+    """Return whether `is_edited` or `is_shared` holds. This looks for the tensor's storage only once."""
+    with torch._C.DisableTorchFunction():
         number = handle.record.tape.number(tensor)
-        return number is not None and handle.record.tape.made(number) is not None
+        if _is_edited(tensor, handle, number):
+            return "edited"
+        return "shared" if _is_shared(handle, number) else None
 
 
 def _version(tensor: Tensor) -> int:

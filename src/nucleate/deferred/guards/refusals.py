@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from nucleate.deferred.guards.handle import Handle, is_edited, is_shared
+from nucleate.deferred.guards.handle import Handle, staleness
 from nucleate.errors import DeferredEditError, DeferredUseError
 
 _SET_GRAD: Any = Tensor.grad.__set__  # type: ignore[union-attr]
@@ -115,8 +115,9 @@ def refuse_move(handle: Handle, device: Any) -> NoReturn:
 
 def refuse_stale(tensor: Tensor, handle: Handle) -> None:
     """Raise if a deferred tensor no longer matches its recording, or if another thread constructs its model."""
-    if is_edited(tensor, handle):
+    found = staleness(tensor, handle)
+    if found == "edited":
         refuse_edited(handle)
-    if is_shared(tensor, handle):
+    if found == "shared":
         refuse_shared(handle)
     handle.record.refuse_other_thread()

@@ -19,7 +19,7 @@ from nucleate.deferred.randomness.fills import fill_of, fills_as_described, is_c
 from nucleate.deferred.randomness.program import RandomProgram
 from nucleate.deferred.replay.ranges import RangeMaker
 from nucleate.deferred.replay.strided import coalesced, composed
-from nucleate.deferred.replay.writes import Computed, Copied, Drawn, Filled, Joined, Read, TensorView, Write
+from nucleate.deferred.replay.writes import Computed, Copied, Derived, Drawn, Filled, Joined, Read, TensorView, Write
 from nucleate.deferred.tape.steps import Constant, Step, TensorRef
 from nucleate.deferred.tape.tape import Tape
 
@@ -55,11 +55,28 @@ def maker_of(tape: Tape, program: RandomProgram, storage: int, end: int | None =
         storage: The storage's number on the tape.
         end: Make the storage as it was before the step with this index; by default, as it is at the end.
     """
+    bound = _bound(tape, program, storage) if end is None else None
+    if bound is not None:
+        return bound
     maker = _Reader(tape, program).maker(storage, len(tape.steps) if end is None else end, 0)
     if maker is None or not maker.numel:
         return None
     maker.prepare()
     return maker
+
+
+def _bound(tape: Tape, program: RandomProgram, storage: int) -> RangeMaker | None:
+    """Return the range maker of a storage that only an element source gives its value, or None. Models have many."""
+    writers = tape.writers(storage)
+    step = tape.steps[writers[-1]] if writers else None
+    if step is None or step.func is not fill_from or not step.args:
+        return None
+    ref, given = step.args
+    if not ref.size or not ref.numel or ref.conj or ref.neg or isinstance(given, Derived):
+        return None
+    if not is_contiguous(ref) or not ref.fills(tape.size_bytes(storage)):
+        return None
+    return RangeMaker(program, ref.numel, ref.dtype, [Read(0, ref.numel, True, given)])
 
 
 def source_of(tape: Tape, program: RandomProgram, ref: TensorRef, end: int) -> TensorView | None:
