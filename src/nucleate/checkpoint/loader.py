@@ -83,8 +83,15 @@ def load(  # noqa: PLR0913 - one call takes every option of a load
     where = communicator.broadcast(os.path.abspath(path))
     loading = f"loading the checkpoint {where}"
     with communicator.all_or_none(loading):
-        plan = LoadPlan(open_checkpoint(resolve(where), reader, readers, trusted))
+        contents = open_checkpoint(resolve(where), reader, readers, trusted, passes_over=True)
+        contents.check_named()
         entries = list(entries_of({} if state is None else state))
+        wanted = {entry.path for entry in entries}
+        # What nobody asks for is neither made nor refused.
+        contents = contents.made(
+            lambda place: remainder or any(place[:depth] in wanted for depth in range(len(place) + 1))
+        )
+        plan = LoadPlan(contents)
     agree(entries, communicator)
     modules: dict[KeyPath, tuple[Any, Any]] = {}
     names = ParameterNames({})

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -92,15 +93,23 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
                 f"load_raw takes a path and then a torch.nn.Module or an optimizer, not {type(model).__name__}. For "
                 "other state use `load`."
             )
-        contents = open_checkpoint(resolve(where), reader, readers, trusted)
+        contents = open_checkpoint(resolve(where), reader, readers, trusted, passes_over=True)
+        contents.check_named()
         if isinstance(model, Optimizer) and (keys is not None or mmap):
             raise ConfigurationError("keys= and mmap= are for models; an optimizer's state is loaded as it is.")
     if isinstance(model, Optimizer):
         return load_raw_optimizer(contents, model, communicator, strict, prefix, loading)
     with communicator.all_or_none(loading):
         prefix = prefix or _only_module(contents)
+        if prefix:
+            contents = contents.made(partial(_is_under, prefix))
         contents, stored = _stored(contents, prefix, keys)
         stored = plain_stored(stored, model)
+        if contents.objects and not prefix:
+            # A missing prefix is the likelier mistake, and with the prefix the objects do not matter.
+            if strict:
+                _suggest(contents, stored, plain_state_dict(model, keep_vars=True))
+            contents = contents.made()
         plan = LoadPlan(contents, maps=mmap)
         if prepare is not None:
             prepare(model, {name: plan.tensors[key] for name, key in stored.items()})
@@ -115,7 +124,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
                 detail = f"made of {unused.origin}" if unused.origin else ""
                 plan.report.unexpected.append(Finding(name, unused.size_bytes, detail))
         if strict:
-            _suggest(plan, stored, state_dict)
+            _suggest(plan.contents, stored, state_dict)
         plan.check(strict)
     with communicator.all_or_none(loading):
         plan.execute()
@@ -189,7 +198,13 @@ def _stored(contents: Contents, prefix: str, keys: KeyMap | None) -> tuple[Conte
     return dataclasses.replace(contents, tensors=tensors), stored
 
 
-def _suggest(plan: LoadPlan, stored: dict[str, str], state_dict: dict[str, Any]) -> None:
+def _is_under(prefix: str, place: KeyPath) -> bool:
+    """Return whether the value at a place has the prefix, or holds everything that has it."""
+    name = key_of(place)
+    return name.startswith(prefix) or prefix.startswith(f"{name}.")
+
+
+def _suggest(contents: Contents, stored: dict[str, str], state_dict: dict[str, Any]) -> None:
     """Raise an error that names the prefix, if nothing fits only because all keys have one more prefix."""
     wanted = [name for name, value in state_dict.items() if isinstance(value, Tensor)]
     if not wanted or any(name in stored for name in wanted):
@@ -199,6 +214,6 @@ def _suggest(plan: LoadPlan, stored: dict[str, str], state_dict: dict[str, Any])
             prefix = name[: -len(wanted[0])]
             if all(prefix + other in stored for other in wanted):
                 raise CheckpointKeyError(
-                    f"{plan.contents.path} holds none of the model's keys, but all of them are there behind "
+                    f"{contents.path} holds none of the model's keys, but all of them are there behind "
                     f"{prefix!r}. Pass prefix={prefix!r}."
                 )

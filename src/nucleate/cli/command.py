@@ -32,7 +32,10 @@ MISUSED = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as in shells
 _PIPE_CLOSED = 141  # 128 + SIGPIPE
 
-_EPILOG = "exit status: 0 all is well, 1 damaged, unequal or failed, 2 wrong arguments or nothing at a path"
+_EPILOG = (
+    "exit status: 0 all is well, 1 damaged, unequal or failed, 2 wrong arguments or nothing at a path, 3 not "
+    "damaged as far as is known, but of a kind that is not read (verify)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

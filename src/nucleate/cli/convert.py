@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nucleate.cli import text
-from nucleate.errors import ConfigurationError
+from nucleate.errors import ConfigurationError, name_list
 from nucleate.registry import WRITERS
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
         f"{report.target} ({report.format}): {', '.join(details)}, in {report.seconds:.1f} s from {report.source} "
         f"({report.source_format})\n"
     )
+    if report.passed_over:
+        sys.stdout.write(f"passed over: {text.printable(name_list(report.passed_over))}\n")
     return 0
 
 

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         from nucleate.checkpoint.readers import open_checkpoint
         from nucleate.checkpoint.tools.selection import canonical
 
-        contents = canonical(open_checkpoint(resolve(args.path), args.reader))
+        contents = canonical(open_checkpoint(resolve(args.path), args.reader, passes_over=True))
         view = _View(contents, pattern)
         lines = view.json() if args.json else view.table(args.values)
     text.write(lines)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from nucleate.cli import text
+from nucleate.errors import name_list
 
 if TYPE_CHECKING:
     from nucleate.checkpoint.tools.verifier import VerifyReport
@@ -16,6 +17,8 @@ HELP = "read a whole checkpoint, report damage, compare"
 
 #: The version of the JSON document. It increases when a field changes or goes away.
 JSON_VERSION = 1
+#: The exit status for a checkpoint that is not known to be damaged, but that nucleate does not read.
+UNREADABLE = 3
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     with metered(True):
         report = verify(args.path, against=args.against, hashes=args.hash, reader=args.reader)
     text.write(json.dumps(_document(report), indent=2).splitlines() if args.json else _lines(report))
+    if report.unreadable:
+        return UNREADABLE
     return 0 if report.is_good else 1
 
 
@@ -53,13 +58,17 @@ def _lines(report: VerifyReport) -> Iterator[str]:
         yield f"{report.sha256}  (all tensors)"
     for damage in report.damage:
         yield f"damaged: {f'{damage.key}: ' * bool(damage.key)}{text.printable(damage.message)}"
+    if report.unreadable:
+        yield f"not readable: {text.printable(report.unreadable)}"
+    if report.not_read:
+        yield f"not read: {text.printable(name_list(report.not_read))}"
     for difference in report.differences:
         yield f"unequal: {text.printable(str(difference))}"
     for check in report.tensors.values():
         if check.num_nan or check.num_inf:
             yield f"not finite: {text.printable(check.key)} {check.shape}: {check.num_nan:,} NaN, {check.num_inf:,} Inf"
     read = f"{text.count(len(report.tensors), 'tensor')}, {format_bytes(report.size_bytes)}, read"
-    verdict = "damaged" if report.damage else "whole"
+    verdict = "damaged" if report.damage else "not readable" if report.unreadable else "whole"
     if report.against is not None:
         verdict += f", {text.count(len(report.differences), 'difference')} to {report.against}"
         verdict = verdict if report.differences else f"whole, equal to {report.against}"
@@ -74,6 +83,8 @@ def _document(report: VerifyReport) -> dict[str, Any]:
         "is_good": report.is_good,
         "size_bytes": report.size_bytes,
         "sha256": report.sha256 or None,
+        "unreadable": report.unreadable or None,
+        "not_read": report.not_read,
         "damage": [{"key": one.key or None, "files": list(one.files), "message": one.message} for one in report.damage],
         "against": None if report.against is None else str(report.against),
         "differences": [{"key": one.name, "detail": one.detail} for one in report.differences],

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nucleate.checkpoint.loading.report import Finding, LoadReport, keys
-from nucleate.checkpoint.state.tree import KeyPath, join
+from nucleate.checkpoint.loading.shared_memory import SharedMemory
+from nucleate.checkpoint.state.tree import KeyPath, join, key_of
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import DataFile
 from nucleate.checkpoint.stored.mapped import Mapper
@@ -72,10 +73,14 @@ class LoadPlan:
         self.contents = contents
         self.tensors: dict[str, StoredTensor] = dict(contents.tensors)
         self.report = LoadReport(contents.path, contents.format)
+        self.report.passed_over = [Finding(key_of(place), 0, one.name) for place, one in contents.objects.items()]
         self.finish: list[tuple[str, Callable[[], object]]] = []
         self.leftover: list[KeyPath] = []
         self.unfit: list[str] = []
         self._wrong_shapes = False
+        # Several names may stand for the same bytes, thousands in a file made for that.
+        shared = contents.tensors.values() if contents.format == "torch" else ()
+        self._memory = SharedMemory(shared, self._read)
         self._mapper = Mapper() if maps else None
         self._deferred: list[tuple[Tensor, ElementSource]] = []
         self._real: list[tuple[Tensor, ElementSource]] = []
@@ -147,8 +152,6 @@ class LoadPlan:
             path: A place that the checkpoint holds.
             target: Returns a tensor to fill for a place, a shape and a dtype. None makes new tensors on the CPU.
         """
-        # The keys are places in files: several names may stand for the same bytes, thousands in a file made for that.
-        new: dict[Any, Tensor] = {}
 
         def tensor_at(place: KeyPath) -> Tensor | None:
             key = self.contents.keys.get(place)
@@ -156,11 +159,7 @@ class LoadPlan:
                 return None
             stored = self.contents.tensors[key]
             if target is None:
-                where = stored.identity
-                if where not in new:
-                    new[where] = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
-                    self._read(stored, new[where])
-                return new[where]
+                return self._memory.tensor(stored)
             tensor = target(place, torch.Size(stored.shape), stored.dtype)
             self._read(stored, tensor)
             return tensor

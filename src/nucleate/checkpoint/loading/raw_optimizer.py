@@ -58,6 +58,7 @@ def load_raw_optimizer(
     """
     with communicator.all_or_none(loading):
         path: KeyPath = tuple(prefix.strip(".").split(".")) if prefix.strip(".") else ()
+        contents = contents.made(lambda place: place[: len(path)] == path or path[: len(place)] == place)
         _check(contents, path)
         plan = LoadPlan(contents)
         plan_optimizer(plan, Entry(path, Kind.OPTIMIZER, optimizer, {}), _Numbers(optimizer))

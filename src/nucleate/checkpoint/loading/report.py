@@ -41,6 +41,8 @@ class LoadReport(dict[str, Any]):
         mismatched: Keys in both whose tensors do not fit. The load treats them as missing.
         cast: Keys whose values the load converts to another dtype.
         tied: Keys of tensors that the load reads under another key.
+        passed_over: Values of the checkpoint that are not plain data, and that the load did not need. Nothing was made
+            of them, and no code of them ran.
     """
 
     def __init__(self, path: Path, format: str) -> None:
@@ -53,6 +55,7 @@ class LoadReport(dict[str, Any]):
         self.mismatched: list[Finding] = []
         self.cast: list[Finding] = []
         self.tied: list[Finding] = []
+        self.passed_over: list[Finding] = []
 
     @property
     def is_exact(self) -> bool:
@@ -69,6 +72,8 @@ class LoadReport(dict[str, Any]):
                 lines.append(
                     f"  {name:<11}{len(found):>6} {'tensor ' if len(found) == 1 else 'tensors'} {size:>10}{listed}"
                 )
+        if self.passed_over:
+            lines.append(f"  passed over{len(self.passed_over):>5} not read: {name_list(map(str, self.passed_over))}")
         return "\n".join(lines)
 
     __repr__ = __str__

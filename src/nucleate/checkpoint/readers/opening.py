@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nucleate.checkpoint.readers.base import Reader
+from nucleate.checkpoint.readers.file_kinds import FileKind, kind_of_archive, kind_of_bytes
 from nucleate.checkpoint.stored.contents import Contents
-from nucleate.checkpoint.stored.data_file import DataFile
+from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
 from nucleate.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     ConfigurationError,
     PluginConflictError,
     PluginLoadError,
+    UnreadableCheckpointError,
     name_list,
 )
 from nucleate.registry import READERS
@@ -24,12 +26,17 @@ _READ = (
     ".ckpt) and folders of them with their index, folders of torch.distributed.checkpoint, and what `save` writes"
 )
 
+# Room for the path of the file, which is up to 4,096 bytes long, comes on top of this if it is not in the message.
+_MAX_MESSAGE = 900
+
 
 def open_checkpoint(
     path: str | os.PathLike[str],
     reader: str | Reader | None = None,
     readers: Sequence[Reader] = (),
     trusted: bool = False,
+    *,
+    passes_over: bool = False,
 ) -> Contents:
     """Return the contents of the checkpoint at `path`, read from its headers alone.
 
@@ -38,25 +45,47 @@ def open_checkpoint(
         reader: The name of a reader, or a reader. By default, `reader_for` chooses the reader.
         readers: Further readers; see `reader_for`.
         trusted: Let the files run code that they choose; see `Reader.trusting`.
+        passes_over: Leave the values that are not plain data as they are stored (`Contents.objects`), and allow a
+            tensor without a name (`Contents.is_unnamed`). By default each value is made, and one that cannot be read
+            without running code is an error.
 
     Raises:
         CheckpointNotFoundError: Nothing exists at `path`.
-        CheckpointError: No reader knows the file or folder, or it is damaged.
+        UnreadableCheckpointError: No reader knows the file or folder, or a value is of a kind that cannot be read.
+        CheckpointError: The file or folder is damaged.
         ConfigurationError: No reader has this name.
     """
     place = Path(path)
-    found = reader_for(place, reader, readers)
-    found = found.trusting() if trusted else found
     try:
+        found = reader_for(place, reader, readers)
+        found = found.trusting() if trusted else found
         contents = found.read(place)
+        if not passes_over:
+            contents.check_named()
+            contents = contents.made()
+    except CheckpointError as error:
+        if (short := _short(str(error), place)) != str(error):
+            raise type(error)(short) from error
+        raise
     except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{error.filename or place} cannot be read: {error.strerror or error}.") from error
+    except (MemoryError, RecursionError) as error:
+        raise UnreadableCheckpointError(
+            f"{place} cannot be read: it asks for too much ({type(error).__name__}). It is damaged, or made to harm."
+        ) from error
     files = {file for tensor in contents.tensors.values() for file in tensor.files if isinstance(file, DataFile)}
     for file in files:
         file.checkpoint_bytes = sum(each.size_bytes for each in files)
     return contents
+
+
+def _short(message: str, place: Path) -> str:
+    """Return a message that a log can show: names in a file may be of any length, and hold any characters."""
+    message = message.encode("utf-8", "backslashreplace").decode("utf-8")
+    if len(message) <= _MAX_MESSAGE:
+        return message
+    cut = f"{message[: _MAX_MESSAGE // 2]} ... ({len(message)} characters) ... {message[-_MAX_MESSAGE // 4 :]}"
+    return cut if str(place) in cut else f"{place}: {cut}"
 
 
 def reader_for(
@@ -115,12 +144,14 @@ def reader_for(
             continue
         if claims:
             return reader
-    raise CheckpointError(_unknown(place) + "".join(f" ({problem})" for problem in broken))
+    raise UnreadableCheckpointError(_unknown(place) + "".join(f" ({problem})" for problem in broken))
 
 
 def _unknown(place: Path) -> str:
     """Return the message for a path that no reader claims."""
     if not place.is_dir():
+        if place.is_file() and (known := kind_of(place)) is not None:
+            return f"{known.refusal(place)}"
         kind = "a file" if place.is_file() else "a device, pipe or socket"
         return f"{place} is {kind} that no reader knows. {_READ}. Installed readers: {', '.join(READERS.names())}."
     names = sorted(item.name + "/" * item.is_dir() for item in place.iterdir())
@@ -129,6 +160,20 @@ def _unknown(place: Path) -> str:
     message = f"{place} is a folder without a checkpoint; it holds {name_list(names)}. {_READ}."
     inner = [name for name in names if name.endswith("/") and _holds_one(place / name)]
     return message + (f" Did you mean {name_list(str(place / name) for name in inner)}?" if inner else "")
+
+
+def kind_of(place: Path) -> FileKind | None:
+    """Return the kind of a file that no reader knows, or None."""
+    start = first_bytes(place, 512)
+    if not start.startswith(b"PK\x03\x04"):
+        return kind_of_bytes(start)
+    from nucleate.checkpoint.readers.torch.zip_directory import ZipDirectory
+
+    try:
+        file = DataFile(place)
+        return kind_of_archive(ZipDirectory(file.read, file.size_bytes, file.name).names())
+    except CheckpointError:
+        return None
 
 
 def _neighbours(place: Path) -> str:

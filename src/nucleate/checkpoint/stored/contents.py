@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nucleate.checkpoint.state.tree import KeyPath
+from nucleate.checkpoint.stored.stored_object import StoredObject
 from nucleate.checkpoint.stored.tensor import StoredTensor
+from nucleate.errors import UnreadableCheckpointError
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Contents:
         notes: Other facts to show, such as the metadata of a safetensors file.
         versions: The versions (`Module._version`) of the modules in each saved module, by place and then by name, as
             far as the file contains them.
+        objects: The values that are not plain data, by place. The same `StoredObject` stands in the skeleton.
+        is_unnamed: Whether the file holds one tensor without a name. The tensor is called `tensor` here.
     """
 
     path: Path
@@ -38,6 +45,8 @@ class Contents:
     is_complete: bool = False
     notes: dict[str, str] = field(default_factory=dict)
     versions: dict[KeyPath, dict[str, int]] = field(default_factory=dict)
+    objects: dict[KeyPath, StoredObject] = field(default_factory=dict)
+    is_unnamed: bool = False
 
     @classmethod
     def flat(
@@ -71,3 +80,43 @@ class Contents:
         for part in path:
             node = node[part]
         return node
+
+    def check_named(self) -> None:
+        """Make sure that the tensors have names.
+
+        Raises:
+            UnreadableCheckpointError: The file holds one tensor without a name.
+        """
+        if self.is_unnamed:
+            raise UnreadableCheckpointError(
+                f"{self.path} holds one tensor. A checkpoint must be a dict, such as `model.state_dict()`, so that "
+                'each item has a name. Save `{"name": value}` instead, or convert the file with `nucleate convert`, '
+                "which calls the tensor `tensor`."
+            )
+
+    def made(self, is_wanted: Callable[[KeyPath], bool] = lambda _: True) -> Contents:
+        """Return the contents with the objects themselves in place of the stored objects.
+
+        Args:
+            is_wanted: Returns whether to make the object at a place. By default all are made.
+
+        Raises:
+            CheckpointError: An object there cannot be read; the message names its place.
+        """
+        wanted = [place for place in self.objects if is_wanted(place)]
+        if not wanted:
+            return self
+        values = {place: self.objects[place].make() for place in wanted}
+        objects = {place: one for place, one in self.objects.items() if place not in values}
+        return dataclasses.replace(self, skeleton=_put(self.skeleton, (), values), objects=objects)
+
+
+def _put(node: Any, place: KeyPath, values: dict[KeyPath, Any]) -> Any:
+    """Return a copy of a skeleton with values in the given places."""
+    if place in values:
+        return values[place]
+    if type(node) in (dict, OrderedDict):
+        return type(node)((key, _put(item, (*place, key), values)) for key, item in node.items())
+    if type(node) in (list, tuple):
+        return type(node)(_put(item, (*place, number), values) for number, item in enumerate(node))
+    return node

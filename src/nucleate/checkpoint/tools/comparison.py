@@ -148,8 +148,11 @@ def _described(stored: StoredTensor) -> str:
 
 
 def _values(one: Contents, two: Contents) -> Iterator[Difference]:
-    """Yield the plain values that differ."""
+    """Yield the plain values that differ. Values that are not read cannot be compared."""
     mine, theirs = dict(leaves(one)), dict(leaves(two))
+    for place in (*one.objects, *two.objects):
+        if place in mine and place in theirs:
+            del mine[place], theirs[place]
     for place, value in mine.items():
         name = key_of(place)
         if place not in theirs:
@@ -182,9 +185,17 @@ def _same(one: Any, two: Any) -> bool:
     if isinstance(one, dict) and isinstance(two, dict):  # both are empty: otherwise their items would be leaves
         return True
     # Texts are compared, so that NaN is equal to NaN.
-    return type(one) is type(two) and repr(one) == repr(two)
+    return type(one) is type(two) and (one == two or repr(one) == repr(two))
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = text_of(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def text_of(value: Any) -> str:
+    """Return the `repr` of a plain value. Python refuses it for numbers of thousands of digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"<a {type(value).__name__} with numbers of thousands of digits>"

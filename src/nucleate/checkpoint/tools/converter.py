@@ -21,6 +21,7 @@ from nucleate.checkpoint.rules.key_map import KeyMap
 from nucleate.checkpoint.save_job import SaveJob
 from nucleate.checkpoint.saving.rank_share import Box, SavedTensor
 from nucleate.checkpoint.saving.snapshot import Snapshot
+from nucleate.checkpoint.state.tree import key_of
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.checkpoint.tools.selection import Selection, canonical
@@ -48,6 +49,8 @@ class ConvertReport:
         num_cast: The number of these tensors that were cast.
         num_tied: The number of their further names.
         seconds: The duration.
+        passed_over: The values of the source that are not plain data and that the selection does not contain. Nothing
+            was made of them.
     """
 
     source: Path
@@ -59,6 +62,7 @@ class ConvertReport:
     num_cast: int
     num_tied: int
     seconds: float
+    passed_over: tuple[str, ...] = ()
 
 
 def convert(  # noqa: PLR0913 - one call describes a whole conversion
@@ -110,7 +114,12 @@ def convert(  # noqa: PLR0913 - one call describes a whole conversion
     place = Path(os.path.abspath(target))
     _check_dtype(dtype)
     _check_target(found, place, overwrite)
-    contents = canonical(selection.of(canonical(open_checkpoint(found, reader))))
+    whole = canonical(open_checkpoint(found, reader, passes_over=True))
+    contents = canonical(selection.of(whole))
+    # With a prefix the selection consists of tensors alone.
+    kept = [] if selection.prefix else list(contents.objects.values())
+    passed_over = [f"{key_of(place)} ({one.name})" for place, one in whole.objects.items() if one not in kept]
+    contents = dataclasses.replace(contents, objects={}) if selection.prefix else contents.made()
     if format is None and format_of(str(place)) is None:
         format = contents.format if contents.format in ("dcp", "safetensors") else "safetensors"
     writer, where = choose(str(place), format, max_shard_size)
@@ -129,6 +138,7 @@ def convert(  # noqa: PLR0913 - one call describes a whole conversion
         size_bytes=snapshot.size_bytes,
         num_cast=sum(each is not contents.tensors[key].dtype for key, each in dtypes.items()),
         num_tied=len(contents.keys) - len(contents.tensors),
+        passed_over=tuple(passed_over),
         seconds=time.monotonic() - begin,
     )
 

@@ -89,7 +89,8 @@ def _at(contents: Contents, name: str) -> Contents:
     modules = tuple(place[len(path) :] for place in contents.modules if place[: len(path)] == path)
     if not modules and all(len(place) == 1 for place in keys):
         modules = ((),)
-    return _keyed(dataclasses.replace(contents, skeleton=node, keys=keys, modules=modules))
+    objects = {place[len(path) :]: one for place, one in contents.objects.items() if place[: len(path)] == path}
+    return _keyed(dataclasses.replace(contents, skeleton=node, keys=keys, modules=modules, objects=objects))
 
 
 def _item(node: dict[Any, Any], name: str) -> tuple[Any, str] | None:

@@ -27,7 +27,7 @@ from nucleate.checkpoint.tools.check_sums import SummedRecord, summed_records
 from nucleate.checkpoint.tools.comparison import Comparison, Difference
 from nucleate.checkpoint.tools.selection import canonical
 from nucleate.checkpoint.tools.sweep import Sweep, in_order
-from nucleate.errors import CheckpointError
+from nucleate.errors import CheckpointError, UnreadableCheckpointError
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ class VerifyReport:
         names: Every name of a tensor to the tensor's first name.
         against: The other checkpoint of a comparison, or None.
         differences: The differences between the two.
+        unreadable: The reason, in a sentence, if the checkpoint is of a kind that nucleate does not read. It is then
+            not known to be damaged, nor known to be whole.
+        not_read: The values that are not plain data, with their kinds. They were neither made nor compared.
         sha256: The hash of names, dtypes, shapes and bytes of all tensors, the same for every format. Empty without
             `hashes`, or if there is damage.
     """
@@ -92,11 +95,13 @@ class VerifyReport:
     against: Path | None = None
     differences: list[Difference] = field(default_factory=list)
     sha256: str = ""
+    unreadable: str = ""
+    not_read: list[str] = field(default_factory=list)
 
     @property
     def is_good(self) -> bool:
-        """Whether there is no damage and no difference."""
-        return not self.damage and not self.differences
+        """Whether the checkpoint was read, and there is no damage and no difference."""
+        return not self.damage and not self.differences and not self.unreadable
 
     @property
     def num_nan(self) -> int:
@@ -119,7 +124,7 @@ def verify(
     """Read a whole checkpoint, and report its faults.
 
     A few threads with a few MiB each read every byte of every tensor. The report counts NaN and infinite elements;
-    they are not damage.
+    they are not damage. A checkpoint is whole, damaged, or of a kind that nucleate does not read.
 
     Args:
         path: A file or folder of any format.
@@ -134,14 +139,19 @@ def verify(
         ConfigurationError: There is no such reader.
     """
     report = VerifyReport(resolve(path))
-    other = None if against is None else canonical(open_checkpoint(resolve(against)))
+    other = None if against is None else canonical(open_checkpoint(resolve(against), passes_over=True))
     try:
-        contents = canonical(open_checkpoint(report.path, reader))
+        contents = canonical(open_checkpoint(report.path, reader, passes_over=True))
+    except UnreadableCheckpointError as error:
+        report.unreadable = str(error)
+        return report
     except CheckpointError as error:
         report.damage.append(Damage(str(error)))
         return report
     report.format, report.size_bytes = contents.format, contents.size_bytes
     report.names = {key_of(place): key for place, key in contents.keys.items()}
+    for each in (contents,) if other is None else (contents, other):
+        report.not_read += [f"{key_of(place)} in {each.path} ({one.name})" for place, one in each.objects.items()]
     report.damage += _overlaps(contents)
     comparison = None if other is None else Comparison(contents, other)
     _examine(contents, report, hashes, comparison)

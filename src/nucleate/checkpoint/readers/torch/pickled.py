@@ -2,8 +2,8 @@
 
 torch's own `weights_only` unpickler is safe from code, but not from a damaged file: it makes `bytearray(n)` as long as
 the file says, and its faster cousin in C takes memory for as many memo entries as the file names. This unpickler makes
-containers, numbers and strings, and takes no more memory than a multiple of the pickle's length. The caller decides
-the meaning of each name. The unpickler calls `Maker`s. All other names and calls stay notes.
+containers, numbers and strings, and takes no more memory and time than a multiple of the pickle's length. The caller
+decides the meaning of each name. The unpickler calls `Maker`s. All other names and calls stay notes (`pickle_notes`).
 """
 
 from __future__ import annotations
@@ -12,54 +12,11 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from nucleate.errors import CheckpointError
-
-
-class Maker:
-    """A function that the pickle may call, or a class that it may make objects of.
-
-    Args:
-        function: The function. Its arguments come from the file, so it must check all of them.
-    """
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-
-class Global:
-    """A name that the pickle asks for, and that the unpickler does not look up.
-
-    Attributes:
-        name: The name with its module.
-    """
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class Unmade:
-    """An object that only running code could make.
-
-    Attributes:
-        function: The function that the pickle wanted to call.
-    """
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    @property
-    def name(self) -> str:
-        """The name of the function that the pickle wanted to call."""
-        inner = self.function
-        while isinstance(inner, Unmade):
-            inner = inner.function
-        return inner.name if isinstance(inner, Global) else f"a {type(inner).__name__}"
+from nucleate.checkpoint.readers.torch.pickle_bytes import EndOfPickleError, PickleBytes
+from nucleate.checkpoint.readers.torch.pickle_keys import KeyBudget
+from nucleate.checkpoint.readers.torch.pickle_notes import Maker as Maker
+from nucleate.checkpoint.readers.torch.pickle_notes import PickleRefusedError, Step, Unmade, is_note
+from nucleate.errors import CheckpointError, UnreadableCheckpointError
 
 
 class Buildable(Protocol):
@@ -70,7 +27,7 @@ class Buildable(Protocol):
         ...
 
 
-class Unpickler:
+class Unpickler(PickleBytes):
     """A reader of one pickle, of protocols 2 to 5.
 
     Args:
@@ -90,22 +47,24 @@ class Unpickler:
         name: str,
         start: int = 0,
     ) -> None:
-        self.position = start
-        self._data = data
+        super().__init__(data, name, start)
+        self._start = start
         self._find = find
         self._persistent = persistent
-        self._name = name
+        self._found: dict[tuple[str, str], Any] = {}
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         # A call may copy its arguments, and many calls may copy the same long list.
         self._budget = 1000 + 16 * len(data)
+        self._keys = KeyBudget(10_000 + 4 * len(data))
 
     def load(self) -> Any:
         """Return the pickled value, and move `position` to the end of the pickle.
 
         Raises:
             EndOfPickleError: `data` ends before the pickle does.
+            UnreadableCheckpointError: The pickle is not damaged, but holds something that cannot be read.
             CheckpointError: The pickle is damaged.
         """
         data, handlers = self._data, _HANDLERS
@@ -116,38 +75,18 @@ class Unpickler:
                 if opcode == 0x2E:  # STOP
                     return self._stack.pop()
                 handlers[opcode](self)
-        except EndOfPickleError:
+        except (EndOfPickleError, UnreadableCheckpointError):
             raise
+        except PickleRefusedError as error:
+            raise UnreadableCheckpointError(f"{self._name} cannot be read: {_short(error)}.") from error
         except Exception as error:
             if self.position >= len(data) and isinstance(error, IndexError):
-                raise EndOfPickleError(f"{self._name} is damaged: its pickle was cut short. Copy it again.") from error
+                raise self._cut_short() from error
             # Random bytes can cause any error.
             raise CheckpointError(
-                f"{self._name} is damaged: its pickle cannot be read at byte {self.position} ({_short(error)}). Copy "
-                "it again."
+                f"{self._name} is damaged: its pickle cannot be read at byte {self.position} "
+                f"({type(error).__name__}: {_short(error)}). Copy it again."
             ) from error
-
-    # --- bytes
-
-    def _take(self, size_bytes: int) -> bytes:
-        end = self.position + size_bytes
-        if end > len(self._data):
-            raise EndOfPickleError(f"{self._name} is damaged: its pickle was cut short. Copy it again.")
-        taken = self._data[self.position : end]
-        self.position = end
-        return taken
-
-    def _number(self, size_bytes: int) -> int:
-        return int.from_bytes(self._take(size_bytes), "little")
-
-    def _line(self) -> str:
-        end = self._data.find(b"\n", self.position)
-        if end < 0:
-            raise EndOfPickleError(f"{self._name} is damaged: its pickle was cut short. Copy it again.")
-        return self._take(end + 1 - self.position)[:-1].decode("utf-8")
-
-    def _text(self, size_bytes: int) -> str:
-        return self._take(size_bytes).decode("utf-8")
 
     # --- stack
 
@@ -267,80 +206,103 @@ class Unpickler:
 
     def _append(self) -> None:
         item = self._stack.pop()
-        self._holder(list).append(item)
+        self._put_into(list, Step.APPENDED, [item])
 
     def _appends(self) -> None:
         items = self._since_mark()
-        self._holder(list).extend(items)
+        self._put_into(list, Step.APPENDED, items)
 
     def _dict(self) -> None:
         self._stack.append({})
 
     def _set_item(self) -> None:
         value, key = self._stack.pop(), self._stack.pop()
-        check_key(key)
-        self._holder(dict)[key] = value
+        self._put_into(dict, Step.ITEMS, [key, value])
 
     def _set_items(self) -> None:
         items = self._since_mark()
-        holder = self._holder(dict)
-        for place in range(0, len(items), 2):
-            check_key(items[place])
-            holder[items[place]] = items[place + 1]
+        if len(items) % 2:
+            raise ValueError("it sets a key without a value")
+        self._put_into(dict, Step.ITEMS, items)
 
     def _set(self) -> None:
         self._stack.append(set())
 
     def _add_items(self) -> None:
         items = self._since_mark()
-        for item in items:
-            check_key(item)
-        self._holder(set).update(items)
+        self._put_into(set, Step.ADDED, items)
 
-    def _holder(self, kind: type) -> Any:
-        if not isinstance(self._stack[-1], kind):
-            raise ValueError(f"it puts items into a {type(self._stack[-1]).__name__}")
-        return self._stack[-1]
+    def _put_into(self, kind: type[Any], step: Step, items: list[Any]) -> None:
+        """Put items into the container on the stack, or note that the pickle puts them into an object."""
+        holder: Any = self._stack[-1]
+        if isinstance(holder, Unmade):
+            holder.steps.append((step, items))
+        elif not isinstance(holder, kind):
+            raise ValueError(f"it puts items into a {type(holder).__name__}")
+        elif step is Step.APPENDED:
+            holder.extend(items)
+        elif step is Step.ADDED:
+            for item in items:
+                self._keys.check(item)
+            holder.update(items)
+        else:
+            for place in range(0, len(items), 2):
+                self._keys.check(items[place])
+                holder[items[place]] = items[place + 1]
 
     # --- names and calls
 
     def _global(self) -> None:
         module = self._line()
-        self._stack.append(self._find(module, self._line()))
+        self._stack.append(self._named(module, self._line()))
 
     def _stack_global(self) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if type(module) is not str or type(name) is not str:
             raise ValueError("it asks for a name that is not a string")
-        self._stack.append(self._find(module, name))
+        self._stack.append(self._named(module, name))
+
+    def _named(self, module: str, name: str) -> Any:
+        if (module, name) not in self._found:
+            self._found[module, name] = self._find(module, name)
+        return self._found[module, name]
 
     def _call(self) -> None:
+        self._make({}, is_new=False)
+
+    def _new(self) -> None:
+        self._make({}, is_new=True)
+
+    def _new_with_keywords(self) -> None:
+        keywords = self._stack.pop()
+        if type(keywords) is not dict or not all(type(name) is str for name in keywords):
+            raise ValueError("it makes a call with keywords that are not names")
+        self._make(keywords, is_new=True)
+
+    def _make(self, keywords: dict[str, Any], is_new: bool) -> None:
         args = self._stack.pop()
         function = self._stack[-1]
         if type(args) is not tuple:
             raise ValueError("it makes a call without arguments")
-        if type(function) is not Maker:
-            self._stack[-1] = Unmade(function)
+        if type(function) is not Maker or keywords:
+            self._stack[-1] = Unmade(function, args, keywords, is_new)
             return
         for arg in args:
             if isinstance(arg, (str, bytes, bytearray, tuple, list, dict)):
                 self._budget -= len(arg)
         if self._budget < 0:
-            raise ValueError("it copies the same value over and over")
-        self._stack[-1] = function.function(*args)
-
-    def _call_with_keywords(self) -> None:
-        if self._stack.pop() != {}:
-            self._stack.pop()
-            self._stack[-1] = Unmade(self._stack[-1])
-        else:
-            self._call()
+            raise PickleRefusedError("it copies the same value over and over")
+        try:
+            self._stack[-1] = function.function(*args)
+        except (ValueError, TypeError):
+            if not any(map(_has_note, args)):
+                raise
+            # An argument is an object that is not made yet, such as a number of NumPy in a size.
+            self._stack[-1] = Unmade(function, args, None, is_new)
 
     def _build(self) -> None:
         state = self._stack.pop()
         target = self._stack[-1]
-        if isinstance(target, Unmade):
-            return
         build = getattr(target, "build", None)
         if build is None:
             raise ValueError(f"it gives a state to a {type(target).__name__}")
@@ -352,31 +314,14 @@ class Unpickler:
         self._stack.append(self._persistent(self._stack.pop()))
 
     def _unknown(self) -> None:
-        raise ValueError(f"it has the unknown code {self._data[self.position - 1]}")
+        code = self._data[self.position - 1]
+        if code in _OLD_CODES and self._data[self._start] != 0x80:
+            raise PickleRefusedError("its pickle has protocol 0 or 1; save it again with protocol 2 or later")
+        raise ValueError(f"it has the unknown code {code}")
 
 
-class EndOfPickleError(CheckpointError):
-    """The error for data that ends before its pickle does."""
-
-
-def check_key(key: Any, depth: int = 0) -> None:
-    """Make sure that `key` may be the key of a dict. Hashing an endlessly nested value would end the process.
-
-    Raises:
-        ValueError: `key` has a type that is not allowed, or is nested too deep.
-    """
-    if type(key) in _PLAIN or getattr(type(key), "__hash__", None) is object.__hash__:
-        return
-    if type(key) is tuple and depth < 20 and len(key) < 1000:
-        for part in key:
-            check_key(part, depth + 1)
-        return
-    if type(key).__module__ == "torch":  # a dtype, a device, a size
-        return
-    raise ValueError(f"a {type(key).__name__} cannot be a key")
-
-
-_PLAIN: Final = frozenset({str, int, float, bool, bytes, complex, type(None)})
+# The codes that only pickles of protocol 0 and 1 have. These begin without a number of their protocol.
+_OLD_CODES: Final = frozenset(b"FILSTVPiodgp")
 
 _HANDLERS: Final[list[Callable[[Unpickler], None]]] = [Unpickler._unknown] * 256
 for _code, _handler in {
@@ -423,13 +368,20 @@ for _code, _handler in {
     b"c": Unpickler._global,
     b"\x93": Unpickler._stack_global,
     b"R": Unpickler._call,
-    b"\x81": Unpickler._call,  # NEWOBJ
-    b"\x92": Unpickler._call_with_keywords,
+    b"\x81": Unpickler._new,
+    b"\x92": Unpickler._new_with_keywords,
     b"b": Unpickler._build,
     b"Q": Unpickler._persistent_id,
 }.items():
     _HANDLERS[_code[0]] = _handler  # type: ignore[assignment]
 
 
+def _has_note(value: Any) -> bool:
+    """Return whether an argument is a note, or a short tuple or list that holds one."""
+    if type(value) in (tuple, list) and len(value) < 100:
+        return any(map(is_note, value))
+    return is_note(value)
+
+
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:200]}"
+    return str(error)[:200]

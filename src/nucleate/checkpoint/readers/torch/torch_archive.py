@@ -7,19 +7,31 @@ cut short while it is mapped kills the process, and torch's unpickler takes as m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
-from nucleate.checkpoint.readers.torch.pickled import EndOfPickleError, Unpickler
-from nucleate.checkpoint.readers.torch.torch_pickle import PickledTensor, StorageRef, find, storage_of
+from nucleate.checkpoint.readers.file_kinds import kind_of_archive, kind_of_bytes
+from nucleate.checkpoint.readers.torch.pickle_bytes import EndOfPickleError
+from nucleate.checkpoint.readers.torch.pickled import Unpickler
+from nucleate.checkpoint.readers.torch.tensor_notes import PickledTensor, StorageRef, storage_of
+from nucleate.checkpoint.readers.torch.torch_pickle import Names
 from nucleate.checkpoint.readers.torch.zip_directory import ZipDirectory, ZipEntry
 from nucleate.checkpoint.stored.data_file import Bytes, HeldBytes
 from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
-from nucleate.errors import CheckpointError
+from nucleate.errors import CheckpointError, UnreadableCheckpointError
 
 # The number at the start of files from before torch 1.6, as a pickle (torch/serialization.py, MAGIC_NUMBER).
 _MAGIC = 0x1950A86A20F9469CFC6C
+# Most pickles are shorter than the first piece, which is read at once. Longer ones are read up to where they end.
+_FIRST_PIECE_BYTES = 1 << 16
+# Of the records with a word or a number.
+_MAX_SMALL_BYTES = 1 << 10
+# Python's objects take many times the bytes of their pickle.
+_MAX_PICKLE_BYTES = 1 << 30
+
+_T = TypeVar("_T")
 
 
 class TorchArchive(ABC):
@@ -28,10 +40,12 @@ class TorchArchive(ABC):
     Attributes:
         value: The saved value, with a `PickledTensor` for each tensor.
         file: The file that holds the archive.
+        num_pickle_bytes: The length of the pickles that were read.
     """
 
     value: Any
     file: Bytes
+    num_pickle_bytes: int
 
     def chunk(self, tensor: PickledTensor) -> tuple[int, tuple[int, ...] | None]:
         """Return the place of a tensor's first element in the file, and its strides if it does not lie row by row.
@@ -89,12 +103,12 @@ class ZipTorchArchive(TorchArchive):
         self._directory = ZipDirectory(lambda offset, size: file.read(begin + offset, size), size_bytes, file.name)
         self._prefix = prefix_of(self._directory, file.name)
         self._records: dict[str, ZipEntry] = {}
-        data = self._bytes("data.pkl")
         if f"{self._prefix}byteorder" in self._directory and self._bytes("byteorder") != b"little":
-            raise CheckpointError(
+            raise UnreadableCheckpointError(
                 f"{file.name} was written on a big-endian machine. Load it with `torch.load` and save it again."
             )
-        self.value = Unpickler(data, find, self._storage, name=file.name).load()
+        record = self._directory.record(f"{self._prefix}data.pkl")
+        self.value, self.num_pickle_bytes = _grown(file, begin + record.offset, record.size_bytes, self._value)
 
     def record(self, key: str) -> tuple[int, int]:
         if key not in self._records:
@@ -104,7 +118,10 @@ class ZipTorchArchive(TorchArchive):
 
     def _bytes(self, name: str) -> bytes:
         record = self._directory.record(f"{self._prefix}{name}")
-        return self.file.read(self._begin + record.offset, record.size_bytes)
+        return self.file.read(self._begin + record.offset, min(record.size_bytes, _MAX_SMALL_BYTES))
+
+    def _value(self, data: bytes) -> Any:
+        return Unpickler(data, Names(), self._storage, name=self.file.name).load()
 
     def _storage(self, persistent_id: Any) -> StorageRef:
         return storage_of(persistent_id)
@@ -126,15 +143,7 @@ class LegacyTorchArchive(TorchArchive):
     def __init__(self, file: Bytes) -> None:
         self.file = file
         self._storages: dict[str, StorageRef] = {}
-        length = min(1 << 16, file.size_bytes)
-        while True:
-            try:
-                keys, position = self._read_pickles(file.read(0, length))
-                break
-            except EndOfPickleError:
-                if length == file.size_bytes:
-                    raise
-                length = min(8 * length, file.size_bytes)
+        (keys, position), self.num_pickle_bytes = _grown(file, 0, file.size_bytes, self._read_pickles)
         self._places = self._read_places(keys, position)
 
     def record(self, key: str) -> tuple[int, int]:
@@ -146,15 +155,16 @@ class LegacyTorchArchive(TorchArchive):
         self._storages.clear()
         position = 0
         found = []
+        names = Names()
         for _ in range(5):
-            unpickler = Unpickler(data, find, self._storage, name=self.file.name, start=position)
+            unpickler = Unpickler(data, names, self._storage, name=self.file.name, start=position)
             found.append(unpickler.load())
             position = unpickler.position
         _, version, system, self.value, keys = found
         if version != 1001 or not isinstance(system, dict) or not isinstance(keys, list):
             raise CheckpointError(f"{self.file.name} is damaged: it is not a file of version 1001. Copy it again.")
         if system.get("little_endian") is not True:
-            raise CheckpointError(
+            raise UnreadableCheckpointError(
                 f"{self.file.name} was written on a big-endian machine. Load it with `torch.load` and save it again."
             )
         return keys, position
@@ -194,15 +204,17 @@ def open_archive(file: Bytes) -> TorchArchive:
     Raises:
         CheckpointError: The file is damaged, or `torch.save` did not write it.
     """
-    start = file.read(0, min(64, file.size_bytes))
+    start = file.read(0, min(512, file.size_bytes))
     if not start:
         raise CheckpointError(f"{file.name} is empty. Copy it again.")
     if is_legacy(start):
         return LegacyTorchArchive(file)
     if start.startswith(b"PK"):
         return ZipTorchArchive(file)
+    if (kind := kind_of_bytes(start)) is not None:
+        raise kind.refusal(file.name)
     if start[:1] == b"\x80":
-        raise CheckpointError(
+        raise UnreadableCheckpointError(
             f"{file.name} is a pickle that `torch.save` did not write. Loading it would run the code that it names. If "
             "you trust it, load it with `pickle` and save a state dict of tensors with `torch.save`."
         )
@@ -210,6 +222,32 @@ def open_archive(file: Bytes) -> TorchArchive:
         f"{file.name} is not a file of `torch.save`: it begins with {start[:8]!r}. It is damaged or of another format; "
         "copy it again, or give the name of its reader."
     )
+
+
+def _grown(file: Bytes, offset: int, size_bytes: int, read: Callable[[bytes], _T]) -> tuple[_T, int]:
+    """Read a pickle, and return the result and the number of bytes that were read.
+
+    The pickle may be much shorter than the bytes that the file has for it, and the rest may be a hole of terabytes.
+
+    Args:
+        file: The file.
+        offset: The place in the file where the pickle begins.
+        size_bytes: The greatest length of the pickle.
+        read: Reads the pickle. It raises `EndOfPickleError` if it needs more bytes.
+    """
+    length = min(_FIRST_PIECE_BYTES, size_bytes)
+    while True:
+        try:
+            return read(file.read(offset, length)), length
+        except EndOfPickleError:
+            if length == size_bytes:
+                raise
+            if length == _MAX_PICKLE_BYTES:
+                raise UnreadableCheckpointError(
+                    f"{file.name} has a pickle of more than {length} bytes, which would take many times that memory. "
+                    "Save large values as tensors."
+                ) from None
+            length = min(8 * length, size_bytes, _MAX_PICKLE_BYTES)
 
 
 def is_legacy(start: bytes) -> bool:
@@ -221,17 +259,17 @@ def prefix_of(directory: ZipDirectory, name: str) -> str:
     """Return the prefix of the names of all records.
 
     Raises:
-        CheckpointError: `torch.save` did not make the archive.
+        UnreadableCheckpointError: `torch.save` did not make the archive.
     """
-    found = [record for record in directory.names() if record.endswith("data.pkl") and record.count("/") <= 1]
+    names = directory.names()
+    if (kind := kind_of_archive(names)) is not None:
+        raise kind.refusal(name)
+    found = [record for record in names if record.endswith("data.pkl") and record.count("/") <= 1]
     if len(found) != 1 or found[0].rpartition("/")[2] != "data.pkl":
-        raise directory.damaged("it is a zip archive, but not a file of `torch.save`: it has no data.pkl")
-    prefix = found[0].removesuffix("data.pkl")
-    if f"{prefix}constants.pkl" in directory:
-        raise CheckpointError(
-            f"{name} is a TorchScript program, not a checkpoint. Save `torch.jit.load(path).state_dict()` instead."
+        raise UnreadableCheckpointError(
+            f"{name} is a zip archive, but not a file of `torch.save`: it has {len(found)} records called data.pkl."
         )
-    return prefix
+    return found[0].removesuffix("data.pkl")
 
 
 def lies_row_by_row(tensor: PickledTensor) -> bool:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, final
 
 from nucleate.checkpoint.disk.folder import check_version
 from nucleate.checkpoint.readers.base import Reader
+from nucleate.checkpoint.readers.file_kinds import kind_of_archive
 from nucleate.checkpoint.readers.shard_index import ShardIndex, indexes_in
 from nucleate.checkpoint.readers.torch.structure import Structure
 from nucleate.checkpoint.readers.torch.torch_archive import is_legacy, open_archive
-from nucleate.checkpoint.state.tree import KeyPath
+from nucleate.checkpoint.readers.torch.zip_directory import ZipDirectory
+from nucleate.checkpoint.state.tree import KeyPath, key_of
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
+from nucleate.checkpoint.stored.stored_object import StoredObject
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.errors import CheckpointError, name_list
+from nucleate.errors import CheckpointError, UnreadableCheckpointError, name_list
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX_SUFFIX = ".bin.index.json"
 #: The entry that `save` adds to the state.
 ENTRY = "nucleate"
+#: The name of the only tensor in a file that does not name it.
+UNNAMED = "tensor"
 
 
 @final
@@ -40,10 +46,10 @@ class TorchReader(Reader):
         return TorchReader(trusts=True)
 
     def claims(self, path: Path) -> bool:
-        """Claim a file with one of these suffixes, a folder of such files, and a file that begins like one."""
+        """Claim a file with one of these suffixes, a folder of such files, and other files that torch wrote."""
         if path.is_dir():
             return bool(indexes_in(path, INDEX_SUFFIX) or _files(path))
-        return path.name.endswith((*SUFFIXES, INDEX_SUFFIX)) or _begins_like_one(first_bytes(path, 256))
+        return path.name.endswith((*SUFFIXES, INDEX_SUFFIX)) or _is_of_torch(path)
 
     def read(self, path: Path) -> Contents:
         """Read, as data, the pickles of all files that belong to the checkpoint."""
@@ -62,13 +68,17 @@ class TorchReader(Reader):
         return self._read_shards(path, indexes[0]) if indexes else self._read_file(files[0])
 
     def _read_file(self, path: Path) -> Contents:
-        structure = Structure(self._trusts)
+        structure = Structure(self._trusts, strict=False)
         skeleton = structure.skeleton(open_archive(DataFile(path)))
+        if skeleton is None and structure.tensors:
+            return self._unnamed(path, structure)
+        if isinstance(skeleton, StoredObject):
+            # Nothing in the file can be passed over. So the message is that of the object, if it cannot be made.
+            skeleton = skeleton.make()
         if not isinstance(skeleton, dict):
-            what = f"a {type(skeleton).__name__}" if skeleton is not None else "one tensor"
-            raise CheckpointError(
-                f"{path} holds {what}. A checkpoint must be a dict, such as `model.state_dict()`, so that each item "
-                'has a name. Save `{"name": value}` instead.'
+            raise UnreadableCheckpointError(
+                f"{path} holds a {type(skeleton).__name__}. A checkpoint must be a dict, such as `model.state_dict()`, "
+                'so that each item has a name. Save `{"name": value}` instead.'
             )
         if isinstance(own := skeleton.get(ENTRY), dict) and "version" in own:
             return self._complete(path, structure, {k: v for k, v in skeleton.items() if k != ENTRY}, own)
@@ -76,8 +86,21 @@ class TorchReader(Reader):
         if not modules and any(len(place) == 1 for place in structure.keys):
             modules = [()]
         return Contents(
-            path, self.name, structure.tensors, skeleton, structure.keys, tuple(modules), versions=structure.versions
+            path,
+            self.name,
+            structure.tensors,
+            skeleton,
+            structure.keys,
+            tuple(modules),
+            versions=structure.versions,
+            objects=structure.objects,
         )
+
+    def _unnamed(self, path: Path, structure: Structure) -> Contents:
+        """Return the contents of a file that holds one tensor without a name."""
+        (tensor,) = structure.tensors.values()
+        tensors = {UNNAMED: dataclasses.replace(tensor, key=UNNAMED)}
+        return Contents(path, self.name, tensors, {UNNAMED: None}, {(UNNAMED,): UNNAMED}, ((),), is_unnamed=True)
 
     def _complete(self, path: Path, structure: Structure, skeleton: dict[str, Any], own: dict[str, Any]) -> Contents:
         """Return the contents of a file that `save` wrote."""
@@ -96,15 +119,20 @@ class TorchReader(Reader):
             tensor = structure.tensors[key]
             keys[place] = first.setdefault((tensor.dtype, tensor.shape, tensor.chunks), key) if tensor.numel else key
         tensors = {key: structure.tensors[key] for key in dict.fromkeys(keys.values())}
-        return Contents(path, self.name, tensors, skeleton, keys, modules, sharded, is_complete=True)
+        objects = structure.objects
+        return Contents(path, self.name, tensors, skeleton, keys, modules, sharded, is_complete=True, objects=objects)
 
     def _read_shards(self, folder: Path, index_path: Path) -> Contents:
         index = ShardIndex.read(index_path)
         shards = {name: self._read_file(folder / name) for name in index.names if index.open(name)}
+        for shard in shards.values():
+            shard.check_named()
         index.compare({name: shard.tensors for name, shard in shards.items()})
         tensors: dict[str, StoredTensor] = {key: shards[name].tensors[key] for key, name in index.weight_map.items()}
         stale = sorted(file.name for file in _files(folder) if file.name not in shards)
-        notes = {"ignored files": f"{name_list(stale)}: {index_path.name} does not name them"} if stale else None
+        notes = {"ignored files": f"{name_list(stale)}: {index_path.name} does not name them"} if stale else {}
+        if objects := [key_of(place) for shard in shards.values() for place in shard.objects]:
+            notes["not read"] = name_list(objects)
         return Contents.flat(folder, self.name, tensors, notes)
 
 
@@ -114,9 +142,18 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in found if path.name == "pytorch_model.bin"] or found
 
 
-def _begins_like_one(start: bytes) -> bool:
-    """Return whether a file without a torch suffix is a torch file: its first record must be the pickle."""
+def _is_of_torch(path: Path) -> bool:
+    """Return whether torch wrote a file without a torch suffix. If it is not a checkpoint, `read` names its kind."""
+    start = first_bytes(path, 256)
     if is_legacy(start):
         return True
-    name = start[30 : 30 + int.from_bytes(start[26:28], "little")]
-    return start.startswith(b"PK\x03\x04") and name.endswith(b"/data.pkl")
+    if not start.startswith(b"PK\x03\x04"):
+        return False
+    try:
+        file = DataFile(path)
+        names = ZipDirectory(file.read, file.size_bytes, file.name).names()
+    except CheckpointError:
+        # The first record is the pickle, but the end of the archive is damaged.
+        return start[30 : 30 + int.from_bytes(start[26:28], "little")].endswith(b"/data.pkl")
+    kind = kind_of_archive(names)
+    return kind is None or kind.is_of_torch

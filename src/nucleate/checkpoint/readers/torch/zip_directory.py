@@ -11,13 +11,15 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nucleate.errors import CheckpointError
+from nucleate.errors import CheckpointError, UnreadableCheckpointError
 
 _END = struct.Struct("<4s4H2IH")
 _LOCATOR = struct.Struct("<4sIQI")
 _END_64 = struct.Struct("<4sQ2H2I4Q")
 _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
+# The directory of ten million records.
+_MAX_DIRECTORY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +76,19 @@ class ZipDirectory:
             CheckpointError: The archive does not have the record, or the record is damaged.
         """
         if name not in self._headers:
-            raise self.damaged(f"it has no record {name}")
+            raise self.damaged(f"it has no record {name[:100]}")
         header_offset, size_bytes, is_packed = self._headers[name]
         if is_packed:
-            raise CheckpointError(
+            raise UnreadableCheckpointError(
                 f"{self._name} is a compressed or encrypted archive (record {name[:100]!r}), which torch does not "
                 "write. Unpack it, or save it again with `torch.save`."
             )
         if header_offset + _LOCAL.size > self._size_bytes:
-            raise self.damaged(f"its record {name} begins at byte {header_offset} of {self._size_bytes}")
+            raise self.damaged(f"its record {name[:100]} begins at byte {header_offset} of {self._size_bytes}")
         header = _LOCAL.unpack(self._read(header_offset, _LOCAL.size))
         offset = header_offset + _LOCAL.size + header[9] + header[10]
         if header[0] != b"PK\x03\x04" or offset + size_bytes > self._size_bytes:
-            raise self.damaged(f"its record {name} is not where its directory says")
+            raise self.damaged(f"its record {name[:100]} is not where its directory says")
         return ZipEntry(offset, size_bytes)
 
     def _read_directory(self) -> None:
@@ -110,6 +112,9 @@ class ZipDirectory:
                 num_entries, size_bytes, offset = end_64[7], end_64[8], end_64[9]
         if offset + size_bytes > end_offset or num_entries * _ENTRY.size > size_bytes:
             raise ValueError(f"it places {num_entries} entries in {size_bytes} bytes at {offset}")
+        first = self._read(offset, min(4, size_bytes))
+        if size_bytes > _MAX_DIRECTORY_BYTES or (num_entries and first != b"PK\x01\x02"):
+            raise ValueError(f"it has no directory of {size_bytes} bytes at byte {offset}")
         directory = self._read(offset, size_bytes)
         place = 0
         for _ in range(num_entries):
