@@ -95,7 +95,7 @@ class Passes:
         loader: The loader of this rank.
         generators: The generators that the order of its samples is drawn from.
         share: The sampler that takes this rank's samples, or None if nothing is shared.
-        meeting: The exchange with the other ranks, or None if there are none.
+        meeting: The exchange with the other ranks, or None for a single process.
         rank: The number of this rank's part of the data.
         seeds_workers: Whether workers get seeds that differ by rank. Otherwise torch draws them.
     """
