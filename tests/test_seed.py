@@ -3,9 +3,7 @@
 import io
 import logging
 import os
-import pickle
 import random
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ import torch
 
 from nucleate.cluster.settings import GLOBAL_SEED, SEED_WORKERS
 from nucleate.errors import CheckpointKeyError, ConfigurationError
-from nucleate.seed import RandomState, derive_seed, last_seed, seed_everything, seed_worker, seeded, seeds_workers
+from nucleate.seed import RandomState, derive_seed, last_seed, seed_everything, seeded, seeds_workers
 from tests.device import device
 
 
@@ -74,17 +72,6 @@ def test_derived_seeds_differ_where_any_part_does() -> None:
     assert len({derive_seed(*part) for part in parts}) == len(parts)
     assert derive_seed(1, 2) == 5142973159532490859  # It must not change: runs are resumed with it.
     assert all(0 <= derive_seed(part) < 2**63 for part in range(100))
-
-
-def test_workers_of_different_ranks_draw_different_numbers() -> None:
-    def worker(worker_id: int, rank: int) -> tuple[float, float, float, float]:
-        with seeded(0):
-            pickle.loads(pickle.dumps(partial(seed_worker, rank=rank, base=3)))(worker_id)
-            return draw()
-
-    draws = [worker(worker_id, rank) for worker_id in range(2) for rank in range(2)]
-    assert all(len({numbers[place] for numbers in draws}) == 4 for place in range(4))
-    assert worker(0, 0) == draws[0]
 
 
 def test_the_generators_go_on_as_if_nothing_had_been_drawn_inside() -> None:

@@ -1,7 +1,6 @@
 """Seeds: one call seeds every random number generator, and the generators' states can be saved and restored.
 
-This module derives different seeds for each epoch, rank and worker from one seed. The sampler, the workers of data
-loaders and the user draw from them.
+It also derives several seeds from one, such as a seed for the workers of each rank.
 """
 
 from __future__ import annotations
@@ -98,26 +97,42 @@ def derive_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def seed_worker(worker_id: int, rank: int, base: int) -> None:
-    """Seed the generators of a data loader's worker process, in a `worker_init_fn`, which gets `worker_id`.
-
-    Args:
-        worker_id: The number of the worker in its loader.
-        rank: The rank that the worker works for.
-        base: The seed that the ranks have in common.
-    """
-    _seed_host(derive_seed(base, rank, worker_id))
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the generators of Python, numpy and torch's CPU inside, and restore their states afterwards."""
-    before = _capture()
+    before = host_states()
     _seed_host(seed)
     try:
         yield
     finally:
-        _restore(before)
+        set_host_states(before)
+
+
+def host_states(only_torch: bool = False) -> dict[str, Any]:
+    """Return the states of the host's generators, as tensors, numbers, tuples and strings.
+
+    Args:
+        only_torch: Leave out the generators of Python and numpy.
+    """
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if only_torch:
+        return state
+    state["python"] = random.getstate()
+    if (numpy := _numpy()) is not None:
+        name, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (str(name), torch.tensor(keys.tolist(), device="cpu"), *rest)
+    return state
+
+
+def set_host_states(state: dict[str, Any]) -> None:
+    """Set the host's generators to states that `host_states` has returned. A generator without one stays as it is."""
+    torch.set_rng_state(state["torch"].cpu())
+    if "python" in state:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+    if "numpy" in state and (numpy := _numpy()) is not None:
+        name, keys, *rest = state["numpy"]
+        numpy.random.set_state((name, keys.tolist(), *rest))
 
 
 class RandomState:
@@ -129,7 +144,7 @@ class RandomState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return `{"rank_0": ..., "rank_1": ...}`, the same on every rank."""
-        mine = _capture()
+        mine = host_states()
         mine.update(_device_states())
         states = [mine]
         if _is_distributed():
@@ -150,7 +165,7 @@ class RandomState:
                 f"there is no random state for {key}: it was saved by {len(state)} ranks. Resume with as many ranks, "
                 "or leave the random state out and seed again."
             )
-        _restore(state[key])
+        set_host_states(state[key])
         _restore_devices(state[key])
 
 
@@ -167,23 +182,6 @@ def _seed_host(seed: int) -> None:
     if (numpy := _numpy()) is not None:
         numpy.random.seed(seed & _MAX_SEED)
     torch.default_generator.manual_seed(seed)
-
-
-def _capture() -> dict[str, Any]:
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if (numpy := _numpy()) is not None:
-        name, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (str(name), torch.tensor(keys.tolist(), device="cpu"), *rest)
-    return state
-
-
-def _restore(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(state["torch"].cpu())
-    if "numpy" in state and (numpy := _numpy()) is not None:
-        name, keys, *rest = state["numpy"]
-        numpy.random.set_state((name, keys.tolist(), *rest))
 
 
 def _device_states() -> dict[str, Any]:

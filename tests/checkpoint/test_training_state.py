@@ -41,7 +41,7 @@ class Run:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
         data = TensorDataset(torch.arange(64.0).view(16, 4) / 64)
         plain = DataLoader(data, batch_size=4, shuffle=True)
-        loader: Any = prepare(plain, num_replicas=1, rank=0, device=device(), seed=0)
+        loader: Any = prepare(plain, num_replicas=1, rank=0, device=device())
         return cls(model, optimizer, scheduler, precision, loader)
 
     def state(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -20,7 +19,9 @@ from nucleate.strategies.clip import refuse_limits
 from nucleate.wrappers.dataloader import DataLoaderWrapper, prepare
 from nucleate.wrappers.known_models import layouts_in, wrapper_of
 from nucleate.wrappers.optimizer import OptimizerWrapper
+from nucleate.wrappers.passes import EpochMeeting
 from nucleate.wrappers.scaled_backward import backward_allowed
+from nucleate.wrappers.stream import split_stream
 
 
 class Training(Parts):
@@ -52,23 +53,39 @@ class Training(Parts):
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def setup_dataloaders(
-        self, *loaders: DataLoader[Any], use_distributed_sampler: bool = True, move_to_device: bool = True
+        self,
+        *loaders: DataLoader[Any],
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+        split_iterable: bool | None = None,
     ) -> Any:
         """Split data loaders over the ranks and move their batches to the device.
 
+        The order of an epoch is what a plain `DataLoader` of one process would draw when the epoch begins: from the
+        loader's `generator`, else from rank 0's global generator. Rank `r` of `W` takes every `W`-th sample.
+
         Args:
-            loaders: The loaders. Each rank iterates over its own part. The data is shuffled alike for every world size.
+            loaders: The loaders. Each rank iterates over its own part.
             use_distributed_sampler: Whether to replace samplers. With False, split the data yourself.
             move_to_device: Whether to move every tensor of a batch.
+            split_iterable: Whether to deal out the samples of an `IterableDataset`, so that each rank gets every `W`-th
+                one. None leaves such a dataset as it is and warns, because each rank may get all samples. False leaves
+                it without a warning.
 
         Returns:
             The wrapped loader, or a tuple of them if there are several.
+
+        Raises:
+            UsageError: There is no loader, one is not a `DataLoader`, or one is set up already.
+            ConfigurationError: `split_iterable` is not a bool or None.
         """
         self.launch()
         if not loaders:
             raise UsageError("setup_dataloaders() was called without a data loader.")
         with self._communicator.meeting("setup_dataloaders"):
-            wrapped = tuple(self._wrap_loader(loader, use_distributed_sampler, move_to_device) for loader in loaders)
+            wrapped = tuple(
+                self._wrap_loader(loader, use_distributed_sampler, move_to_device, split_iterable) for loader in loaders
+            )
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
@@ -212,13 +229,17 @@ class Training(Parts):
         # Without synchronization, ranks may make different numbers of calls.
         return self._communicator.exchange(name, counts=not self._num_unsynchronized)
 
-    def _wrap_loader(self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool) -> DataLoaderWrapper:
+    def _wrap_loader(
+        self, loader: DataLoader[Any], use_sampler: bool, move_to_device: bool, split: bool | None
+    ) -> DataLoaderWrapper:
+        num_replicas, rank = self._strategy.data_parallel_size, self._strategy.data_parallel_rank
+        meeting = EpochMeeting(self._communicator, has_copies=num_replicas < self.world_size)
         return prepare(
-            loader,
-            num_replicas=self._strategy.data_parallel_size,
-            rank=self._strategy.data_parallel_rank,
+            split_stream(loader, num_replicas, rank, split, warns=use_sampler and self.is_global_zero),
+            num_replicas=num_replicas,
+            rank=rank,
             device=self._device if move_to_device else None,
-            seed=self._communicator.broadcast(torch.initial_seed()),
+            meeting=meeting if self.world_size > 1 else None,
             seed_workers=last_seed() is None or seeds_workers(),
             use_distributed_sampler=use_sampler,
             deliveries=self._deliveries,

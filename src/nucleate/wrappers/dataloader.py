@@ -1,13 +1,14 @@
 """A data loader that gives each rank its share, on its device, and can be resumed in the middle of an epoch.
 
-This file decides how a loader is split into its parts and built again. The sampler decides which samples a rank takes,
-and `nucleate.seed` derives the seeds.
+This file decides how a loader is split into its parts and built again, and what its state is. `passes.py` begins each
+pass over it, and the sampler decides which samples a rank takes.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast, final
 
@@ -19,10 +20,12 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from nucleate.cluster.worker_process import outlive_sigterm
 from nucleate.devices import hooks_of
 from nucleate.errors import ConfigurationError, UsageError
-from nucleate.seed import derive_seed, seed_worker
 from nucleate.wrappers.deliveries import Deliveries
 from nucleate.wrappers.epoch import epoch_of
-from nucleate.wrappers.sampler import ShareSampler, SkipSampler
+from nucleate.wrappers.loader_position import LoaderPosition, read_position
+from nucleate.wrappers.order_generators import OrderGenerators, innermost, makes_plain_batches
+from nucleate.wrappers.passes import EpochMeeting, Pass, Passes
+from nucleate.wrappers.sampler import ShareSampler
 
 
 def prepare(
@@ -31,7 +34,7 @@ def prepare(
     num_replicas: int = 1,
     rank: int = 0,
     device: torch.device | None = None,
-    seed: int = 0,
+    meeting: EpochMeeting | None = None,
     seed_workers: bool = True,
     use_distributed_sampler: bool = True,
     deliveries: Deliveries | None = None,
@@ -43,8 +46,8 @@ def prepare(
         num_replicas: The number of ranks that split the data.
         rank: The number of this rank's part.
         device: The device that batches are moved to; None leaves them.
-        seed: The seed for the order of samples and for the workers' seeds; the same on every rank.
-        seed_workers: Give workers seeds that differ by rank, worker and epoch.
+        meeting: The exchange with the other ranks when an epoch begins. None means that this rank decides alone.
+        seed_workers: On several ranks, give workers seeds that differ by rank. Otherwise torch draws them.
         use_distributed_sampler: Split the data. An iterable dataset, and a loader that already has a
             `DistributedSampler`, are never split.
         deliveries: Where the wrapper notes its batches.
@@ -59,25 +62,26 @@ def prepare(
         raise UsageError("this data loader is set up already; call setup_dataloaders once for each loader.")
     if not isinstance(loader, DataLoader):
         raise UsageError(f"setup_dataloaders takes torch.utils.data.DataLoader objects, not {type(loader).__name__}.")
-    drop_last = getattr(loader.batch_sampler, "drop_last", loader.drop_last)
-    share: Callable[[Iterable[Any]], Iterable[Any]]
-    if use_distributed_sampler:
-        share = partial(_share, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=drop_last)
-    else:
-        # Not split, but the order still follows from the seed alone; ranks differ, as with a plain loader.
-        share = partial(_share, num_replicas=1, rank=0, seed=derive_seed(seed, rank), drop_last=drop_last)
+    generators = OrderGenerators(loader)
     own = copy.copy(loader)
     # DataLoader refuses to set these attributes after construction. Nobody else has the copy, so this is safe.
     options = own.__dict__
     options["_iterator"] = None
-    if loader.generator is None:
-        # Otherwise each iteration would draw a number from the global generator.
-        options["generator"] = torch.Generator()
-    if not isinstance(loader.dataset, IterableDataset):
+    has_others = num_replicas > 1 or meeting is not None
+    share: ShareSampler | None = None
+    leaf = innermost(loader)
+    # A DistributedSampler already splits the data; a second split would be wrong.
+    is_split = isinstance(loader.dataset, IterableDataset) or isinstance(leaf, DistributedSampler)
+    if has_others and use_distributed_sampler and not is_split:
+        drop_last = getattr(loader.batch_sampler, "drop_last", loader.drop_last)
+        agree = None if meeting is None else meeting.agree
+        share = ShareSampler(leaf, num_replicas, rank, drop_last, generators, agree)
         options.update(_samplers(loader, share))
-    return DataLoaderWrapper(
-        own, device, seed, rank, seed_workers, reseeds=loader.generator is None, deliveries=deliveries
-    )
+    if meeting is not None and not use_distributed_sampler:
+        # Each rank draws from its own generators, as a plain loader does.
+        meeting = replace(meeting, has_copies=False)
+    passes = Passes(own, generators, share, meeting, rank, seed_workers and has_others)
+    return DataLoaderWrapper(own, device, passes, generators, num_replicas if share else 1, deliveries)
 
 
 @final
@@ -89,10 +93,9 @@ class DataLoaderWrapper:
     Args:
         loader: The loader of this rank, as `prepare` makes it.
         device: The device that batches are moved to; None leaves them.
-        seed: The seed that the ranks have in common.
-        rank: The number of this rank among those that share the data.
-        seed_workers: Whether workers get seeds derived from `seed`.
-        reseeds: Whether the wrapper seeds the loader's generator for each epoch.
+        passes: Begins each iteration over the loader.
+        generators: The generators that the order of the samples is drawn from.
+        num_replicas: The number of ranks that share the samples of the loader.
         deliveries: Where the wrapper notes its batches.
     """
 
@@ -100,71 +103,87 @@ class DataLoaderWrapper:
         self,
         loader: DataLoader[Any],
         device: torch.device | None,
-        seed: int,
-        rank: int,
-        seed_workers: bool,
-        reseeds: bool,
+        passes: Passes,
+        generators: OrderGenerators,
+        num_replicas: int,
         deliveries: Deliveries | None = None,
     ) -> None:
         self.loader = loader
         self.device = device
-        self._seed = seed
-        self._rank = rank
-        self._reseeds = reseeds
+        self._passes = passes
+        self._generators = generators
+        self._num_replicas = num_replicas
         self._deliveries = Deliveries() if deliveries is None else deliveries
-        self._seed_workers = seed_workers
         self._user_worker_init = loader.worker_init_fn
-        # The start of the next iteration, and the position of the current one: (epoch, batches).
-        self._next = (0, 0)
-        self._position = (0, 0)
+        # The start of the next iteration, and the position of the current one.
+        self._next = self._position = LoaderPosition()
 
     def __len__(self) -> int:
         """Return how many batches an epoch has on this rank."""
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        epoch, skip = self._next
-        self._next = (epoch + 1, 0)
-        self._position = (epoch, skip)
+        # Not a generator: torch draws a number here, before the first batch is asked for.
+        position, self._next = self._next, LoaderPosition(self._next.epoch + 1)
+        self._position = position
+        self._tell_epoch(position.epoch)
+        if self.loader.num_workers > 0 and self._deliveries.termination is not None:
+            self.loader.worker_init_fn = partial(_init_long_worker, then=self._user_worker_init)
+        if position.own is not None:
+            begun = self._passes.continue_own(position.own, position.start)
+        elif position.batches:
+            begun = self._passes.resume(position.start, position.batches)
+        else:
+            begun = self._passes.begin()
+        return self._deliver(begun, position)
+
+    def _deliver(self, begun: Pass, position: LoaderPosition) -> Iterator[Any]:
+        skip = position.batches
         delivery = self._deliveries.begin(self, epoch_of(self.loader), skip, self._num_batches())
         complete = False
         try:
-            for number, batch in enumerate(self._batches(epoch, skip), skip + 1):
+            for number, batch in enumerate(begun, skip + 1):
                 # Before the yield: while the loop's body runs, its batch counts as delivered.
-                self._position = (epoch, number)
+                self._position = LoaderPosition(position.epoch, number, begun.start)
                 self._deliveries.deliver(delivery)
                 yield batch if self.device is None else move(batch, self.device)
                 self._deliveries.ask(delivery)
-            self._position = (epoch + 1, 0)
+            self._position = LoaderPosition(position.epoch + 1)
             complete = True
         finally:
             self._deliveries.end(delivery, complete)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the next iteration at the start of `epoch`. Without this call, the epoch counts up by itself."""
-        self._next = self._position = (epoch, 0)
+        """Begin the next iteration at the start of `epoch`. Without this call, the epoch counts up by itself.
+
+        The epoch is told to samplers that have a method `set_epoch`, such as `DistributedSampler`. Torch's other random
+        samplers do not know epochs: their order follows from the generator when the iteration begins.
+        """
+        self._next = self._position = LoaderPosition(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, the number of its delivered batches, and the seed of their order."""
-        epoch, batches = self._position
-        return {"epoch": epoch, "batches": batches, "seed": self._seed}
+        """Return the position: the epoch, the number of its delivered batches, and the states that it was drawn under.
+
+        For an iterable dataset of a loader that has a `state_dict` itself, such as torchdata's `StatefulDataLoader`,
+        the loader's own state is part of it. Then, and with `use_distributed_sampler=False`, every rank must call this
+        method, because each has its own state.
+        """
+        return self._position.written(self.loader, self._generators, self._passes, self._num_replicas)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration continue at the position of the `state_dict` call.
 
         Samples of delivered batches are not loaded again, except from an iterable dataset. The order of samples is
-        exact. The workers' random numbers start from the beginning.
+        exact, and the global generators stay as they are. The workers' random numbers are new ones. The order of the
+        following epochs is drawn from the generators: save a `RandomState` too.
 
         Raises:
-            UsageError: The state belongs to a loader with another seed.
+            UsageError: The state is not that of a loader, or is one in the middle of an epoch of a loader with another
+                number of samples, or with another number of samples in all ranks' batches of a step.
         """
-        if state["seed"] != self._seed:
-            raise UsageError(
-                f"this loader's order follows from seed {self._seed}, but the state is of a loader with seed "
-                f"{state['seed']}: to continue would give some samples twice and others never. Call "
-                f"seed_everything({state['seed']}) before setup_dataloaders."
-            )
-        self._next = self._position = (int(state["epoch"]), int(state["batches"]))
+        self._next = self._position = read_position(
+            state, self.loader, self._generators, self._passes, self._num_replicas
+        )
 
     def _num_batches(self) -> int | None:
         """Return how many batches an epoch has, or None for a stream, whose length only its end shows."""
@@ -175,37 +194,11 @@ class DataLoaderWrapper:
         except TypeError:
             return None
 
-    def _batches(self, epoch: int, skip: int) -> Iterator[Any]:
-        for sampler in (
-            self.loader.sampler,
-            self.loader.batch_sampler,
-            getattr(self.loader.batch_sampler, "sampler", None),
-        ):
+    def _tell_epoch(self, epoch: int) -> None:
+        batches = self.loader.batch_sampler
+        for sampler in (self.loader.sampler, batches, getattr(batches, "sampler", None)):
             if callable(set_epoch := getattr(sampler, "set_epoch", None)):
                 set_epoch(epoch)
-        if self._reseeds:
-            cast(torch.Generator, self.loader.generator).manual_seed(derive_seed(self._seed, epoch, self._rank))
-        loader = self.loader
-        if loader.num_workers > 0:
-            begin = self._user_worker_init
-            if self._seed_workers:
-                begin = partial(_init_worker, rank=self._rank, base=derive_seed(self._seed, epoch), then=begin)
-            if self._deliveries.termination is not None:
-                begin = partial(_init_long_worker, then=begin)
-            loader.worker_init_fn = begin
-        if skip == 0:
-            yield from loader
-            return
-        if isinstance(loader.dataset, IterableDataset):
-            batches = iter(loader)
-            for _ in range(skip):
-                next(batches, None)
-            yield from batches
-            return
-        rest = copy.copy(loader)
-        index = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-        rest.__dict__.update({"_iterator": None, index: SkipSampler(getattr(loader, index), skip)})
-        yield from rest
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader":  # While unpickling.
@@ -240,34 +233,20 @@ def _is_pinned(data: Tensor | PackedSequence) -> bool:
         return False
 
 
-def _share(source: Iterable[Any], **options: Any) -> Iterable[Any]:
-    # A DistributedSampler already splits the data; a second split would be wrong.
-    return source if isinstance(source, DistributedSampler) else ShareSampler(source, **options)
-
-
-def _samplers(loader: DataLoader[Any], share: Callable[[Iterable[Any]], Iterable[Any]]) -> dict[str, Any]:
+def _samplers(loader: DataLoader[Any], share: Iterable[Any]) -> dict[str, Any]:
     """Return the replacements of the loader's samplers, by attribute name."""
     batches = loader.batch_sampler
     if batches is None:
-        return {"sampler": share(loader.sampler)}
-    if type(batches) is BatchSampler:
+        return {"sampler": share}
+    if makes_plain_batches(batches):
         # Share the samples and batch them again, so that every rank gets batches of the loader's size.
-        sampler = share(batches.sampler)
-        batch_sampler = BatchSampler(cast(Any, sampler), batches.batch_size, batches.drop_last)
-        return {"sampler": sampler if loader.batch_size is not None else loader.sampler, "batch_sampler": batch_sampler}
-    if isinstance(getattr(batches, "sampler", None), DistributedSampler):
-        return {}
+        plain = BatchSampler(cast(Any, share), batches.batch_size, batches.drop_last)  # type: ignore[attr-defined]
+        return {"sampler": share if loader.batch_size is not None else loader.sampler, "batch_sampler": plain}
     # A user's own batch sampler makes its batches in an unknown way, so the batches are shared unchanged.
-    return {"batch_sampler": share(batches)}
+    return {"batch_sampler": share}
 
 
 def _init_long_worker(worker_id: int, then: Callable[[int], None] | None) -> None:
     outlive_sigterm()
-    if then is not None:
-        then(worker_id)
-
-
-def _init_worker(worker_id: int, rank: int, base: int, then: Callable[[int], None] | None) -> None:
-    seed_worker(worker_id, rank, base)
     if then is not None:
         then(worker_id)

@@ -1,53 +1,65 @@
-"""Samplers that choose a rank's samples, in an order that follows from seed and epoch alone.
+"""Samplers that choose a rank's samples, and samplers that note or repeat the states that an order was drawn under.
 
-Every rank draws the same whole order, and rank `r` of `W` takes every `W`-th sample from the `r`-th on. So the batches
-of one step together equal the batch of a single process with `W` times the batch size.
+Every rank draws the same whole order from the states of rank 0's generators, and rank `r` of `W` takes every `W`-th
+sample from the `r`-th on. So the batches of one step together equal the batch of a single process with `W` times the
+batch size.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, cast, final
 
-from torch.utils.data import RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import Sampler, SequentialSampler
 
-from nucleate.seed import derive_seed, seeded
-
-_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+from nucleate.wrappers.order_generators import OrderGenerators, States, same
 
 
 @final
 class ShareSampler(Sampler[Any]):
     """One rank's share of the samples of another sampler.
 
-    While the other sampler draws, the global generators are seeded by seed and epoch; afterwards they get back their
-    state. So a user's own sampler is reproducible too, and does not change the random numbers of the training. A
-    generator of torch's samplers is not used. A sampler without a length is shared while it draws, and must draw the
-    same samples on every rank.
+    The order is what the other sampler draws from rank 0's generators when the first sample is asked for. A sampler
+    without a length is shared while it draws, and must draw the same samples on every rank.
 
     Args:
         source: Draws indices, or whole batches of indices.
         num_replicas: The number of ranks that share.
         rank: The number of this rank's share.
-        seed: The seed of the order, the same for all ranks that share.
         drop_last: Leave out the last samples if they are too few for all ranks; otherwise repeat the first samples.
+        generators: The generators that `source` draws from.
+        agree: Returns rank 0's value on every rank. None means that this rank's generators decide.
     """
 
-    def __init__(self, source: Iterable[Any], num_replicas: int, rank: int, seed: int, drop_last: bool) -> None:
-        self.source = _without_generator(source)
+    def __init__(
+        self,
+        source: Iterable[Any],
+        num_replicas: int,
+        rank: int,
+        drop_last: bool,
+        generators: OrderGenerators,
+        agree: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.source = source
         self.num_replicas = num_replicas
         self.rank = rank
-        self.seed = seed
         self.drop_last = drop_last
-        self.epoch = 0
+        #: The states that the last order was drawn under, or None if it was not random.
+        self.start: States | None = None
+        self._generators = generators
+        self._agree = agree
+        self._drawn: Sequence[Any] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration; call `set_epoch` of the other sampler too, if it has that method."""
-        self.epoch = epoch
+        """Call `set_epoch` of the other sampler, if it has that method."""
         if callable(set_epoch := getattr(self.source, "set_epoch", None)):
             set_epoch(epoch)
+
+    def draw(self) -> None:
+        """Draw the order of the next iteration now, for a sampler that draws before its first sample is asked for."""
+        if hasattr(type(self.source), "__len__"):
+            self._drawn = self._draw()
 
     def __len__(self) -> int:
         """Return the number of samples of each rank."""
@@ -57,15 +69,30 @@ class ShareSampler(Sampler[Any]):
         if not hasattr(type(self.source), "__len__"):
             yield from self._share_as_it_goes()
             return
-        drawn = self._draw()
+        drawn, self._drawn = self._drawn, None
+        if drawn is None:
+            drawn = self._draw()
         for position in range(self.rank, self._total(len(drawn)), self.num_replicas):
             yield drawn[position % len(drawn)]
+
+    def draw_again(self, start: States) -> None:
+        """Let the next iteration repeat an order. The global generators stay as they are.
+
+        Args:
+            start: The states that the order was drawn under.
+        """
+        with self._generators.under(start):
+            self._drawn = list(self.source)
+        self.start = start
 
     def _draw(self) -> Sequence[Any]:
         if type(self.source) is SequentialSampler:
             return range(len(self.source))  # A list of a billion numbers would be 8 GB.
-        with seeded(derive_seed(self.seed, self.epoch)):
+        if not self._generators.is_random:
             return list(self.source)
+        mine = self._generators.states()
+        self.start = mine if self._agree is None else self._agree(mine)
+        return self._generators.draw(self.source, self.start)
 
     def _share_as_it_goes(self) -> Iterator[Any]:
         samples = iter(self.source)
@@ -78,29 +105,68 @@ class ShareSampler(Sampler[Any]):
 
 
 @final
-class SkipSampler(Sampler[Any]):
-    """The samples of another sampler without the first `skip`, to resume without loading delivered samples.
+class NotedSampler:
+    """The user's sampler in a single process, which draws as ever. The states that it draws under are noted.
 
     Args:
         source: Draws indices or batches.
-        skip: The number of indices or batches to leave out.
+        generators: The generators that `source` draws from.
     """
 
-    def __init__(self, source: Iterable[Any], skip: int) -> None:
+    def __init__(self, source: Iterable[Any], generators: OrderGenerators) -> None:
         self.source = source
-        self.skip = skip
+        #: The states that the last order was drawn under.
+        self.start: States | None = None
+        self._generators = generators
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.source), self.skip, None)
+        before = self._generators.states()
+        samples = iter(self.source)
+        # Most samplers draw when the first sample is asked for, but some do before.
+        has_drawn = not same(before, self._generators.states())
+        return self._samples(samples, before if has_drawn else None)
+
+    def __len__(self) -> int:
+        """Return the number of indices or batches."""
+        return len(cast(Sized, self.source))
+
+    def rest(self, start: States, skip: int) -> Iterator[Any]:
+        """Iterate over the rest of an order. The global generators stay as they are.
+
+        A sampler that draws each sample when it is asked for draws the rest from the present generators, as it would
+        have done without the interruption.
+
+        Args:
+            start: The states that the order was drawn under.
+            skip: The number of indices or batches to leave out, at least 1.
+        """
+        self.start = start
+        with self._generators.under(start):
+            samples = iter(self.source)
+            for _ in islice(samples, skip):
+                pass
+        return samples
+
+    def _samples(self, samples: Iterator[Any], start: States | None) -> Iterator[Any]:
+        self.start = self._generators.states() if start is None else start
+        yield from samples
+
+
+@final
+class RestSampler:
+    """The rest of an order that was drawn before, to resume without loading delivered samples.
+
+    Args:
+        rest: Returns an iterator over the rest.
+        length: Returns the number of indices or batches that are left.
+    """
+
+    def __init__(self, rest: Callable[[], Iterator[Any]], length: Callable[[], int]) -> None:
+        self._rest, self._length = rest, length
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._rest()
 
     def __len__(self) -> int:
         """Return the number of indices or batches that are left."""
-        return max(0, len(cast(Sized, self.source)) - self.skip)
-
-
-def _without_generator(source: Iterable[Any]) -> Iterable[Any]:
-    """Return a random sampler of torch without its own generator, so that the seeded generator decides."""
-    if type(source) in _RANDOM and getattr(source, "generator", None) is not None:
-        source = copy.copy(source)
-        vars(source)["generator"] = None
-    return source
+        return max(0, self._length())
