@@ -7,7 +7,8 @@ loader decides what each kind of entry needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,8 +78,27 @@ class LoadPlan:
         self.unfit: list[str] = []
         self._wrong_shapes = False
         self._mapper = Mapper() if maps else None
+        self._binds = False
         self._deferred: list[tuple[Tensor, ElementSource]] = []
         self._real: list[tuple[Tensor, ElementSource]] = []
+
+    def take(self, contents: Contents) -> None:
+        """Take other contents of the same files, such as those with tensors that rules make."""
+        self.contents = contents
+        self.tensors = dict(contents.tensors)
+
+    @contextmanager
+    def closed_after_error(self) -> Iterator[None]:
+        """Close the files if an error ends the context, unless deferred tensors are bound to them."""
+        files = {file for stored in self.tensors.values() for file in stored.files if isinstance(file, DataFile)}
+        try:
+            yield
+        except BaseException:
+            # The error keeps frames alive, and they keep the files.
+            if not self._binds:
+                for file in files:
+                    file.close()
+            raise
 
     def fill(self, name: str, stored: StoredTensor, target: Tensor) -> None:
         """Read a tensor into `target`, or note that it does not fit.
@@ -229,6 +249,7 @@ class LoadPlan:
                 # Reading bypassed autograd. Autograd must see the write, because old values that it saved are stale.
                 torch.autograd.graph.increment_version(tensor)
         for tensor, given in self._deferred:
+            self._binds = True
             bind(tensor, given)
 
     def _read(self, given: ElementSource, target: Tensor) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nucleate.checkpoint.disk.save_mark import SaveMark
 from nucleate.checkpoint.readers.base import Reader
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import DataFile
@@ -25,6 +26,16 @@ _READ = (
 )
 
 
+class ReplacedError(CheckpointError):
+    """The error for a checkpoint that another save has replaced while it was read; see [Note: One save]."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(
+            f"the checkpoint at {path} was replaced while it was read. Nothing was loaded. Load it again when the save "
+            "has ended."
+        )
+
+
 def open_checkpoint(
     path: str | os.PathLike[str],
     reader: str | Reader | None = None,
@@ -41,22 +52,43 @@ def open_checkpoint(
 
     Raises:
         CheckpointNotFoundError: Nothing exists at `path`.
-        CheckpointError: No reader knows the file or folder, or it is damaged.
+        CheckpointError: No reader knows the file or folder, it is damaged, or a save replaced it meanwhile.
         ConfigurationError: No reader has this name.
     """
     place = Path(path)
+    before = SaveMark.of(place)
+    try:
+        contents = _read(place, reader, readers, trusted)
+    except CheckpointError as error:
+        if before is not None and SaveMark.of(place) != before:
+            raise ReplacedError(place) from error
+        raise
+    files = {file for tensor in contents.tensors.values() for file in tensor.files if isinstance(file, DataFile)}
+    try:
+        if SaveMark.of(place) != before:
+            raise ReplacedError(place)
+        for file in files:
+            if not file.is_unchanged():
+                raise ReplacedError(place)
+    except CheckpointError:
+        for file in files:
+            file.close()
+        raise
+    total_bytes = sum(file.size_bytes for file in files)
+    for file in files:
+        file.checkpoint_bytes = total_bytes
+    return contents
+
+
+def _read(place: Path, reader: str | Reader | None, readers: Sequence[Reader], trusted: bool) -> Contents:
     found = reader_for(place, reader, readers)
     found = found.trusting() if trusted else found
     try:
-        contents = found.read(place)
+        return found.read(place)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{error.filename or place} cannot be read: {error.strerror or error}.") from error
-    files = {file for tensor in contents.tensors.values() for file in tensor.files if isinstance(file, DataFile)}
-    for file in files:
-        file.checkpoint_bytes = sum(each.size_bytes for each in files)
-    return contents
 
 
 def reader_for(

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from nucleate.checkpoint.disk.series import resolve
-from nucleate.checkpoint.readers import open_checkpoint, reader_for
+from nucleate.checkpoint.readers import open_saved, reader_for
 from nucleate.checkpoint.rules.key_map import KeyMap
 from nucleate.checkpoint.save_job import SaveJob
 from nucleate.checkpoint.saving.rank_share import Box, SavedTensor
@@ -110,7 +110,7 @@ def convert(  # noqa: PLR0913 - one call describes a whole conversion
     place = Path(os.path.abspath(target))
     _check_dtype(dtype)
     _check_target(found, place, overwrite)
-    contents = canonical(selection.of(canonical(open_checkpoint(found, reader))))
+    contents = canonical(selection.of(canonical(open_saved(source, reader))))
     if format is None and format_of(str(place)) is None:
         format = contents.format if contents.format in ("dcp", "safetensors") else "safetensors"
     writer, where = choose(str(place), format, max_shard_size)
