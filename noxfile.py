@@ -18,7 +18,7 @@ nox.needs_version = ">=2025.10.14"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 # The tests start hundreds of processes. Without byte code, each of them compiles nucleate again.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # noqa: TID251
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 # One thread per process: ranks share the cores, and single-process results do not depend on their number.

@@ -27,7 +27,7 @@ PUBLIC = {
     """,
     "nucleate.checkpoint.disk": "resolve",
     "nucleate.checkpoint.loading": "Finding LoadReport StoredForm StoredSources bound defers",
-    "nucleate.checkpoint.readers": "Reader VALUES contents_of open_checkpoint reader_for",
+    "nucleate.checkpoint.readers": "Reader VALUES agree_on_save contents_of open_checkpoint open_saved reader_for",
     "nucleate.checkpoint.readers.dcp": "",
     "nucleate.checkpoint.readers.torch": "ZipDirectory prefix_of",
     "nucleate.checkpoint.rules": "",

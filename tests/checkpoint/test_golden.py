@@ -59,7 +59,8 @@ def _same(found: Any, expected: Any) -> None:
     """Compare nested values, and tensors with their dtypes, to the last bit."""
     assert type(found) is type(expected)
     if isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype and found.shape == expected.shape
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape
         bits = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (found, expected)]
         assert torch.equal(*bits)
     elif isinstance(expected, dict):

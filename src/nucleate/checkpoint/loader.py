@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nucleate.checkpoint.disk.series import resolve
 from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.module_plan import Prepare, Ties, plan_module
 from nucleate.checkpoint.loading.optimizer_plan import plan_optimizer
 from nucleate.checkpoint.loading.report import Finding, LoadReport
 from nucleate.checkpoint.loading.shell_keys import plain_stored
-from nucleate.checkpoint.readers import Reader, open_checkpoint
+from nucleate.checkpoint.readers import Reader, agree_on_save, open_saved
 from nucleate.checkpoint.state.entries import Entry, Kind, ParameterNames, agree, entries_of
 from nucleate.checkpoint.state.tree import KeyPath, check_tensor, key_of, split
 from nucleate.deferred import outside_inference_mode
@@ -80,18 +79,40 @@ def load(  # noqa: PLR0913 - one call takes every option of a load
         RankDisagreementError: The ranks' states differ.
         RankFailedError: One of these errors happened on another rank.
     """
-    where = communicator.broadcast(os.path.abspath(path))
+    where, mark = agree_on_save(path, communicator)
     loading = f"loading the checkpoint {where}"
     with communicator.all_or_none(loading):
-        contents = open_checkpoint(resolve(where), reader, readers, trusted, passes_over=True)
-        contents.check_named()
-        entries = list(entries_of({} if state is None else state))
-        wanted = {entry.path for entry in entries}
-        # What nobody asks for is neither made nor refused.
-        contents = contents.made(
-            lambda place: remainder or any(place[:depth] in wanted for depth in range(len(place) + 1))
-        )
-        plan = LoadPlan(contents)
+        contents = open_saved(where, reader, readers, trusted, mark, passes_over=True)
+    plan = LoadPlan(contents)
+    with plan.closed_after_error():
+        with communicator.all_or_none(loading):
+            contents.check_named()
+            entries = list(entries_of({} if state is None else state))
+            wanted = {entry.path for entry in entries}
+            # What nobody asks for is neither made nor refused.
+            plan.take(
+                contents.made(
+                    lambda place: remainder or any(place[:depth] in wanted for depth in range(len(place) + 1))
+                )
+            )
+        _load(plan, entries, communicator, loading, strict=strict, remainder=remainder, prepare=prepare)
+    # The warning comes last: if warnings are errors, it must not leave the other ranks waiting.
+    if plan.summary and communicator.rank == 0:
+        warnings.warn(f"{loading}: {plan.summary}", stacklevel=3)
+    return plan.report
+
+
+def _load(
+    plan: LoadPlan,
+    entries: list[Entry],
+    communicator: Communicator,
+    loading: str,
+    *,
+    strict: bool,
+    remainder: bool,
+    prepare: Prepare | None,
+) -> None:
+    """Load a checkpoint that is open; see `load`."""
     agree(entries, communicator)
     modules: dict[KeyPath, tuple[Any, Any]] = {}
     names = ParameterNames({})
@@ -123,10 +144,6 @@ def load(  # noqa: PLR0913 - one call takes every option of a load
     for key, finish in sorted(plan.finish, key=lambda item: order[item[0]]):
         with communicator.all_or_none(f"{loading}: {key}"):
             finish()
-    # The warning comes last: if warnings are errors, it must not leave the other ranks waiting.
-    if plan.summary and communicator.rank == 0:
-        warnings.warn(f"{loading}: {plan.summary}", stacklevel=3)
-    return plan.report
 
 
 def _plan_module(
@@ -206,22 +223,23 @@ def _remainder(plan: LoadPlan, entries: list[Entry]) -> dict[str, Any]:
     taken = {entry.path for entry in entries}
     looked_into = {path[:depth] for path in taken for depth in range(len(path))}
     found: dict[str, Any] = {}
-
-    def visit(node: dict[str, Any], path: KeyPath) -> None:
-        for name, item in node.items():
-            place = (*path, name)
-            if place in looked_into and isinstance(item, dict):
-                visit(item, place)
-            elif place not in taken:
-                put(place)
-
-    def put(place: KeyPath) -> None:
+    for place in (*_places(plan.contents.skeleton, (), taken, looked_into), *plan.leftover):
         holder = found
         for part in place[:-1]:
             holder = holder.setdefault(part, {})
         holder[place[-1]] = plan.tree(place)
-
-    visit(plan.contents.skeleton, ())
-    for place in plan.leftover:
-        put(place)
     return found
+
+
+# Not a function inside of `_remainder`: one that calls itself would keep the plan and its files until the next garbage
+# collection.
+def _places(
+    node: dict[str, Any], path: KeyPath, taken: Collection[KeyPath], looked_into: Collection[KeyPath]
+) -> Iterator[KeyPath]:
+    """Yield the places under `path` that no entry takes."""
+    for name, item in node.items():
+        place = (*path, name)
+        if place in looked_into and isinstance(item, dict):
+            yield from _places(item, place, taken, looked_into)
+        elif place not in taken:
+            yield place

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nucleate.checkpoint.disk.series import resolve
 from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.module_plan import Prepare, Ties, plan_module
 from nucleate.checkpoint.loading.raw_optimizer import load_raw_optimizer
 from nucleate.checkpoint.loading.report import Finding, LoadReport
 from nucleate.checkpoint.loading.shell_keys import plain_stored
 from nucleate.checkpoint.loading.tensor_map import map_tensors
-from nucleate.checkpoint.readers import Reader, open_checkpoint
+from nucleate.checkpoint.readers import Reader, agree_on_save, open_saved
 from nucleate.checkpoint.rules.key_map import KeyMap
 from nucleate.checkpoint.state.entries import ParameterNames
 from nucleate.checkpoint.state.tree import KeyPath, key_of
@@ -85,7 +84,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
         UsageError: `model` is not a module, or one of its tensors has neither memory nor a recipe.
         RankFailedError: One of these errors happened on another rank.
     """
-    where = communicator.broadcast(os.path.abspath(path))
+    where, mark = agree_on_save(path, communicator)
     loading = f"loading {where}"
     with communicator.all_or_none(loading):
         if not isinstance(model, (nn.Module, Optimizer)):
@@ -93,13 +92,36 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
                 f"load_raw takes a path and then a torch.nn.Module or an optimizer, not {type(model).__name__}. For "
                 "other state use `load`."
             )
-        contents = open_checkpoint(resolve(where), reader, readers, trusted, passes_over=True)
-        contents.check_named()
         if isinstance(model, Optimizer) and (keys is not None or mmap):
             raise ConfigurationError("keys= and mmap= are for models; an optimizer's state is loaded as it is.")
-    if isinstance(model, Optimizer):
-        return load_raw_optimizer(contents, model, communicator, strict, prefix, loading)
+        contents = open_saved(where, reader, readers, trusted, mark, passes_over=True)
+    plan = LoadPlan(contents, maps=mmap)
+    with plan.closed_after_error():
+        if isinstance(model, Optimizer):
+            load_raw_optimizer(plan, model, communicator, strict, prefix, loading)
+        else:
+            _load_model(plan, model, communicator, loading, strict=strict, prefix=prefix, keys=keys, prepare=prepare)
+    # The warning comes last: if warnings are errors, it must not leave the other ranks waiting.
+    if plan.summary and communicator.rank == 0:
+        warnings.warn(f"{loading}: {plan.summary}", stacklevel=3)
+    return plan.report
+
+
+def _load_model(
+    plan: LoadPlan,
+    model: nn.Module,
+    communicator: Communicator,
+    loading: str,
+    *,
+    strict: bool,
+    prefix: str,
+    keys: KeyMap | None,
+    prepare: Prepare | None,
+) -> None:
+    """Load a model from a checkpoint that is open; see `load_raw`."""
     with communicator.all_or_none(loading):
+        contents = plan.contents
+        contents.check_named()
         prefix = prefix or _only_module(contents)
         if prefix:
             contents = contents.made(partial(_is_under, prefix))
@@ -110,7 +132,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
             if strict:
                 _suggest(contents, stored, plain_state_dict(model, keep_vars=True))
             contents = contents.made()
-        plan = LoadPlan(contents, maps=mmap)
+        plan.take(contents)
         if prepare is not None:
             prepare(model, {name: plan.tensors[key] for name, key in stored.items()})
         state_dict: dict[str, Any] = plain_state_dict(model, keep_vars=True)
@@ -131,10 +153,6 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
     for _, finish in plan.finish:
         with communicator.all_or_none(loading):
             finish()
-    # The warning comes last: if warnings are errors, it must not leave the other ranks waiting.
-    if plan.summary and communicator.rank == 0:
-        warnings.warn(f"{loading}: {plan.summary}", stacklevel=3)
-    return plan.report
 
 
 def _only_module(contents: Contents) -> str:

@@ -45,11 +45,10 @@ def run(args: argparse.Namespace) -> int:
     except re.error as error:
         raise ConfigurationError(f"--keys {args.keys!r} is not a regular expression: {error}.") from error
     with _uncollected():
-        from nucleate.checkpoint.disk import resolve
-        from nucleate.checkpoint.readers import open_checkpoint
+        from nucleate.checkpoint.readers import open_saved
         from nucleate.checkpoint.tools.selection import canonical
 
-        contents = canonical(open_checkpoint(resolve(args.path), args.reader, passes_over=True))
+        contents = canonical(open_saved(args.path, args.reader, passes_over=True))
         view = _View(contents, pattern)
         lines = view.json() if args.json else view.table(args.values)
     text.write(lines)

@@ -7,7 +7,8 @@ loader decides what each kind of entry needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,12 +79,34 @@ class LoadPlan:
         self.leftover: list[KeyPath] = []
         self.unfit: list[str] = []
         self._wrong_shapes = False
-        # Several names may stand for the same bytes, thousands in a file made for that.
-        shared = contents.tensors.values() if contents.format == "torch" else ()
-        self._memory = SharedMemory(shared, self._read)
+        self._memory = self._shared_memory()
         self._mapper = Mapper() if maps else None
+        self._binds = False
         self._deferred: list[tuple[Tensor, ElementSource]] = []
         self._real: list[tuple[Tensor, ElementSource]] = []
+
+    def take(self, contents: Contents) -> None:
+        """Take other contents of the same files, such as those with tensors that rules make."""
+        self.contents = contents
+        self.tensors = dict(contents.tensors)
+        self._memory = self._shared_memory()
+
+    def _shared_memory(self) -> SharedMemory:
+        # Several names may stand for the same bytes, thousands in a file made for that.
+        return SharedMemory(self.contents.tensors.values() if self.contents.format == "torch" else (), self._read)
+
+    @contextmanager
+    def closed_after_error(self) -> Iterator[None]:
+        """Close the files if an error ends the context, unless deferred tensors are bound to them."""
+        files = {file for stored in self.tensors.values() for file in stored.files if isinstance(file, DataFile)}
+        try:
+            yield
+        except BaseException:
+            # The error keeps frames alive, and they keep the files.
+            if not self._binds:
+                for file in files:
+                    file.close()
+            raise
 
     def fill(self, name: str, stored: StoredTensor, target: Tensor) -> None:
         """Read a tensor into `target`, or note that it does not fit.
@@ -227,6 +250,7 @@ class LoadPlan:
             if not tensor.is_inference():
                 # Reading bypassed autograd. Autograd must see the write, because old values that it saved are stale.
                 torch.autograd.graph.increment_version(tensor)
+        self._binds = bool(self._deferred)
         bind_all(self._deferred)
 
     def _read(self, given: ElementSource, target: Tensor) -> None:

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.optimizer_plan import plan_optimizer
-from nucleate.checkpoint.loading.report import LoadReport
 from nucleate.checkpoint.state.entries import Entry, Kind, ParameterNames
 from nucleate.checkpoint.state.tree import KeyPath, key_of
 from nucleate.checkpoint.stored.contents import Contents
@@ -39,12 +38,12 @@ class _Numbers(ParameterNames):
 
 
 def load_raw_optimizer(
-    contents: Contents, optimizer: Optimizer, communicator: Communicator, strict: bool, prefix: str, loading: str
-) -> LoadReport:
+    plan: LoadPlan, optimizer: Optimizer, communicator: Communicator, strict: bool, prefix: str, loading: str
+) -> None:
     """Load an optimizer's state. Every rank reads only its own shards.
 
     Args:
-        contents: The contents of the file.
+        plan: The plan of the load, with the contents of the file.
         optimizer: The optimizer, wrapped or not.
         communicator: The ranks that load together.
         strict: Refuse a state that lacks parameters.
@@ -58,9 +57,8 @@ def load_raw_optimizer(
     """
     with communicator.all_or_none(loading):
         path: KeyPath = tuple(prefix.strip(".").split(".")) if prefix.strip(".") else ()
-        contents = contents.made(lambda place: place[: len(path)] == path or path[: len(place)] == place)
-        _check(contents, path)
-        plan = LoadPlan(contents)
+        plan.take(plan.contents.made(lambda place: place[: len(path)] == path or path[: len(place)] == place))
+        _check(plan.contents, path)
         plan_optimizer(plan, Entry(path, Kind.OPTIMIZER, optimizer, {}), _Numbers(optimizer))
         plan.check(strict)
     with communicator.all_or_none(loading):
@@ -68,7 +66,6 @@ def load_raw_optimizer(
     for _, finish in plan.finish:
         with communicator.all_or_none(loading):
             finish()
-    return plan.report
 
 
 def _check(contents: Contents, path: KeyPath) -> None:

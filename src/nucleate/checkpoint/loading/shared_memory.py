@@ -1,4 +1,4 @@
-"""Memory that tensors of a torch file share: tensors whose bytes overlap in the file overlap again when they are loaded.
+"""Memory that tensors of a torch file share: tensors whose bytes overlap in the file overlap again after a load.
 
 `torch.save` writes the memory of tied tensors and of views once, and `torch.load` gives it to all of them.
 """

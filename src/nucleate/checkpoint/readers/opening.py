@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nucleate.checkpoint.disk.save_mark import SaveMark
 from nucleate.checkpoint.readers.base import Reader
 from nucleate.checkpoint.readers.file_kinds import FileKind, kind_of_archive, kind_of_bytes
 from nucleate.checkpoint.stored.contents import Contents
@@ -30,6 +31,16 @@ _READ = (
 _MAX_MESSAGE = 900
 
 
+class ReplacedError(CheckpointError):
+    """The error for a checkpoint that another save has replaced while it was read; see [Note: One save]."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(
+            f"the checkpoint at {path} was replaced while it was read. Nothing was loaded. Load it again when the save "
+            "has ended."
+        )
+
+
 def open_checkpoint(
     path: str | os.PathLike[str],
     reader: str | Reader | None = None,
@@ -52,20 +63,45 @@ def open_checkpoint(
     Raises:
         CheckpointNotFoundError: Nothing exists at `path`.
         UnreadableCheckpointError: No reader knows the file or folder, or a value is of a kind that cannot be read.
-        CheckpointError: The file or folder is damaged.
+        CheckpointError: The file or folder is damaged, or a save replaced it meanwhile.
         ConfigurationError: No reader has this name.
     """
     place = Path(path)
+    before = SaveMark.of(place)
     try:
-        found = reader_for(place, reader, readers)
-        found = found.trusting() if trusted else found
-        contents = found.read(place)
+        contents = _read(place, reader, readers, trusted)
         if not passes_over:
             contents.check_named()
             contents = contents.made()
     except CheckpointError as error:
+        if before is not None and SaveMark.of(place) != before:
+            raise ReplacedError(place) from error
         if (short := _short(str(error), place)) != str(error):
             raise type(error)(short) from error
+        raise
+    files = {file for tensor in contents.tensors.values() for file in tensor.files if isinstance(file, DataFile)}
+    try:
+        if SaveMark.of(place) != before:
+            raise ReplacedError(place)
+        for file in files:
+            if not file.is_unchanged():
+                raise ReplacedError(place)
+    except CheckpointError:
+        for file in files:
+            file.close()
+        raise
+    total_bytes = sum(file.size_bytes for file in files)
+    for file in files:
+        file.checkpoint_bytes = total_bytes
+    return contents
+
+
+def _read(place: Path, reader: str | Reader | None, readers: Sequence[Reader], trusted: bool) -> Contents:
+    try:
+        found = reader_for(place, reader, readers)
+        found = found.trusting() if trusted else found
+        return found.read(place)
+    except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{error.filename or place} cannot be read: {error.strerror or error}.") from error
@@ -73,10 +109,6 @@ def open_checkpoint(
         raise UnreadableCheckpointError(
             f"{place} cannot be read: it asks for too much ({type(error).__name__}). It is damaged, or made to harm."
         ) from error
-    files = {file for tensor in contents.tensors.values() for file in tensor.files if isinstance(file, DataFile)}
-    for file in files:
-        file.checkpoint_bytes = sum(each.size_bytes for each in files)
-    return contents
 
 
 def _short(message: str, place: Path) -> str:

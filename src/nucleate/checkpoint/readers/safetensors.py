@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import binascii
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
@@ -13,10 +15,11 @@ from nucleate.checkpoint.disk.folder import METADATA
 from nucleate.checkpoint.readers.base import Reader
 from nucleate.checkpoint.readers.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 from nucleate.checkpoint.readers.saved import VALUES, check_marker, contents_of
-from nucleate.checkpoint.readers.shard_index import ShardIndex, indexes_in
+from nucleate.checkpoint.readers.shard_index import ShardIndex, indexes_among
 from nucleate.checkpoint.readers.strict_json import are_sizes, parse
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
+from nucleate.checkpoint.stored.open_folder import OpenFolder
 from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
 from nucleate.errors import CheckpointError, name_list
 
@@ -42,9 +45,10 @@ class SafetensorsReader(Reader):
     def claims(self, path: Path) -> bool:
         """Claim a file with this suffix, a folder with an index or shards, and a file that begins like safetensors."""
         if path.is_dir():
-            if indexes_in(path, INDEX_SUFFIX) or (path / VALUES_FILE).exists():
+            names = os.listdir(path)
+            if indexes_among(names, INDEX_SUFFIX) or VALUES_FILE in names:
                 return True
-            return not (path / METADATA).exists() and bool(_shards(path))
+            return METADATA not in names and bool(_shards(names))
         if path.name.endswith((SUFFIX, INDEX_SUFFIX)):
             return True
         return not path.suffix and _begins_like_one(first_bytes(path, 9))
@@ -52,15 +56,17 @@ class SafetensorsReader(Reader):
     def read(self, path: Path) -> Contents:
         """Read the headers of all files that belong to the checkpoint."""
         if path.name.endswith(INDEX_SUFFIX):
-            return self._read_folder(path.parent, path)
+            with OpenFolder(path.parent) as folder:
+                return self._read_folder(folder, path.name)
         if path.is_dir():
-            indexes = indexes_in(path, INDEX_SUFFIX)
-            if len(indexes) > 1:
-                raise CheckpointError(
-                    f"{path} holds {len(indexes)} checkpoints: {name_list(i.name for i in indexes)}. Give the path of "
-                    "the one to read."
-                )
-            return self._read_folder(path, indexes[0] if indexes else None)
+            with OpenFolder(path) as folder:
+                indexes = indexes_among(folder.names(), INDEX_SUFFIX)
+                if len(indexes) > 1:
+                    raise CheckpointError(
+                        f"{path} holds {len(indexes)} checkpoints: {name_list(indexes)}. Give the path of the one to "
+                        "read."
+                    )
+                return self._read_folder(folder, indexes[0] if indexes else None)
         return self._read_file(path)
 
     def _read_file(self, path: Path) -> Contents:
@@ -79,43 +85,44 @@ class SafetensorsReader(Reader):
             ) from error
         return contents_of(path, self.name, tensors, values, notes)
 
-    def _read_folder(self, folder: Path, index_path: Path | None) -> Contents:
-        if index_path is not None:
-            tensors, notes = self._read_indexed(ShardIndex.read(index_path))
+    def _read_folder(self, folder: OpenFolder, index_name: str | None) -> Contents:
+        path = folder.path
+        if index_name is not None:
+            tensors, notes = self._read_indexed(ShardIndex.read(folder, index_name))
         else:
             tensors, notes = self._read_unindexed(folder)
-        if not (folder / VALUES_FILE).exists():
+        if not folder.has(VALUES_FILE):
             if check_marker(folder):
-                raise CheckpointError(f"the checkpoint at {folder} is damaged: it lacks {VALUES_FILE}. Copy it again.")
-            return Contents.flat(folder, self.name, tensors, notes)
+                raise CheckpointError(f"the checkpoint at {path} is damaged: it lacks {VALUES_FILE}. Copy it again.")
+            return Contents.flat(path, self.name, tensors, notes)
         check_marker(folder)
-        values = SafetensorsFile.read(DataFile(folder / VALUES_FILE)).tensors.get(VALUES)
+        values = SafetensorsFile.read(folder.open(VALUES_FILE)).tensors.get(VALUES)
         if values is None or values.dtype is not torch.uint8:
-            raise CheckpointError(f"{folder / VALUES_FILE} is damaged: it has no bytes called {VALUES}. Copy it again.")
+            raise CheckpointError(f"{path / VALUES_FILE} is damaged: it has no bytes called {VALUES}. Copy it again.")
         chunk = values.chunks[0]
-        return contents_of(folder, self.name, tensors, chunk.file.read(chunk.offset, values.size_bytes), notes)
+        return contents_of(path, self.name, tensors, chunk.file.read(chunk.offset, values.size_bytes), notes)
 
     def _read_indexed(self, index: ShardIndex) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         shards = {name: SafetensorsFile.read(index.open(name)) for name in index.names}
         index.compare({name: shard.tensors for name, shard in shards.items()})
         notes = _common([shard.metadata for shard in shards.values()])
-        stale = sorted(path.name for path in _shards(index.path.parent) if path.name not in shards)
+        stale = [name for name in _shards(index.folder.names()) if name not in shards]
         if stale:
             notes["ignored files"] = f"{name_list(stale)}: {index.path.name} does not name them"
         return {key: shards[name].tensors[key] for key, name in index.weight_map.items()}, notes
 
-    def _read_unindexed(self, folder: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-        paths = _shards(folder)
-        if not paths and not (folder / VALUES_FILE).exists():
-            raise CheckpointError(f"{folder} holds no {SUFFIX} file and no *{INDEX_SUFFIX}.")
-        usual = [path for path in paths if path.name == USUAL_NAME]
-        others = [path.name for path in paths if usual and path.name != USUAL_NAME]
-        paths = usual or paths
-        shards = [SafetensorsFile.read(DataFile(path)) for path in paths]
+    def _read_unindexed(self, folder: OpenFolder) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+        names = _shards(folder.names())
+        if not names and not folder.has(VALUES_FILE):
+            raise CheckpointError(f"{folder.path} holds no {SUFFIX} file and no *{INDEX_SUFFIX}.")
+        usual = [name for name in names if name == USUAL_NAME]
+        others = [name for name in names if usual and name != USUAL_NAME]
+        names = usual or names
+        shards = [SafetensorsFile.read(folder.open(name)) for name in names]
         if len(shards) > 1 and not all(_PARTS_ENTRY in shard.metadata for shard in shards):
             raise CheckpointError(
-                f"{folder} holds {len(paths)} {SUFFIX} files, but no *{INDEX_SUFFIX} that says which file holds which "
-                f"tensor: {name_list(path.name for path in paths)}. Give the path of one file, or copy the index too."
+                f"{folder.path} holds {len(names)} {SUFFIX} files, but no *{INDEX_SUFFIX} that says which file holds "
+                f"which tensor: {name_list(names)}. Give the path of one file, or copy the index too."
             )
         parts = _Parts()
         for shard in shards:
@@ -187,8 +194,8 @@ def _places(shard: SafetensorsFile) -> dict[str, tuple[int, ...]]:
     return {key: tuple(place) for key, place in places.items()}
 
 
-def _shards(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX) and path.name != VALUES_FILE)
+def _shards(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name.endswith(SUFFIX) and name != VALUES_FILE)
 
 
 def _common(notes: list[dict[str, str]]) -> dict[str, str]:

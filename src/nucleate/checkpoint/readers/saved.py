@@ -18,6 +18,7 @@ from nucleate.checkpoint.state.tree import key_of
 from nucleate.checkpoint.state.values import VALUES, StateLayout
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import HeldBytes
+from nucleate.checkpoint.stored.open_folder import OpenFolder
 from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.errors import CheckpointError, name_list
 
@@ -64,19 +65,19 @@ def contents_of(
     )
 
 
-def check_marker(folder: Path) -> bool:
+def check_marker(folder: OpenFolder) -> bool:
     """Return whether `save` wrote the folder.
 
     Raises:
         CheckpointError: A newer nucleate wrote the folder, or the marker is damaged.
     """
-    marker = folder / MARKER
-    if not marker.exists():
+    if not folder.has(MARKER):
         return False
     try:
-        with open(marker, "rb") as file:
-            version = json.loads(file.read(1 << 20).decode("utf-8"))["version"]
+        file = folder.open(MARKER)
+        version = json.loads(file.read(0, min(file.size_bytes, 1 << 20)).decode("utf-8"))["version"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{marker} cannot be read: {type(error).__name__}: {error}") from error
-    check_version(version, folder)
+        place = folder.path / MARKER
+        raise CheckpointError(f"{place} cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
+    check_version(version, folder.path)
     return True

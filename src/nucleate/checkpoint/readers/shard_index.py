@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from nucleate.checkpoint.readers.strict_json import cut, parse
 from nucleate.checkpoint.stored.data_file import DataFile
+from nucleate.checkpoint.stored.open_folder import OpenFolder
 from nucleate.errors import CheckpointError, CheckpointKeyError, CheckpointNotFoundError, name_list
 
 # A few times the size of the index of the largest models.
@@ -21,21 +22,28 @@ class ShardIndex:
     """The index of a folder, which says which file holds which tensor.
 
     Attributes:
-        path: The path of the index. The files lie beside it.
+        folder: The folder of the index and the files.
+        path: The path of the index.
         weight_map: A map from the key of each tensor to the name of its file.
     """
 
+    folder: OpenFolder
     path: Path
     weight_map: dict[str, str]
 
     @classmethod
-    def read(cls, path: Path) -> ShardIndex:
+    def read(cls, folder: OpenFolder, name: str) -> ShardIndex:
         """Read and check an index.
+
+        Args:
+            folder: The folder of the index.
+            name: The name of the index.
 
         Raises:
             CheckpointError: The index is damaged, or names a file outside of its folder.
         """
-        file = DataFile(path)
+        file = folder.open(name)
+        path = file.path
         if file.size_bytes > _MAX_INDEX_BYTES:
             raise CheckpointError(f"{path} has {file.size_bytes} bytes, too many for an index.")
         try:
@@ -53,7 +61,7 @@ class ShardIndex:
                     f"{path} says that {key!r} is in {cut(name)}, which is not the name of a file beside it. An "
                     "index may only name files in its own folder."
                 )
-        return cls(path, weight_map)
+        return cls(folder, path, weight_map)
 
     @cached_property
     def names(self) -> list[str]:
@@ -68,9 +76,9 @@ class ShardIndex:
             CheckpointError: The file cannot be read.
         """
         try:
-            return DataFile(self.path.parent / name)
+            return self.folder.open(name)
         except CheckpointNotFoundError as error:
-            missing = [other for other in self.names if not (self.path.parent / other).exists()]
+            missing = [other for other in self.names if not self.folder.has(other)]
             key = next(key for key, other in self.weight_map.items() if other == name)
             raise CheckpointNotFoundError(
                 f"{self.path} names {len(self.names)} files, but {len(missing)} are missing: "
@@ -112,10 +120,10 @@ class ShardIndex:
             )
 
 
-def indexes_in(folder: Path, suffix: str) -> list[Path]:
-    """Return the folder's indexes whose names end with `suffix`.
+def indexes_among(names: Iterable[str], suffix: str) -> list[str]:
+    """Return the names of a folder's indexes, which end with `suffix`.
 
     If there are indexes called `model` + `suffix` or `pytorch_model` + `suffix`, return only these.
     """
-    found = sorted(path for path in folder.iterdir() if path.name.endswith(suffix))
-    return [path for path in found if path.name in (f"model{suffix}", f"pytorch_model{suffix}")] or found
+    found = sorted(name for name in names if name.endswith(suffix))
+    return [name for name in found if name in (f"model{suffix}", f"pytorch_model{suffix}")] or found

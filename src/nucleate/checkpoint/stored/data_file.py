@@ -15,7 +15,7 @@ import weakref
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 from torch import Tensor
 
@@ -54,19 +54,21 @@ class DataFile:
 
     Args:
         path: The path of the file.
+        folder: The descriptor of the open folder that holds the file. By default, the file is opened by its path.
 
     Raises:
         CheckpointNotFoundError: The file does not exist.
         CheckpointError: The path is not a regular file, or the file cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], folder: int | None = None) -> None:
         self.path = Path(path)
         self.name = str(self.path)
         self.number = next(_numbers)
         try:
             # O_NONBLOCK, because a pipe without a writer would otherwise never open.
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            self._descriptor = os.open(self.path if folder is None else self.path.name, flags, dir_fd=folder)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"there is no file {self.path}.") from error
         except OSError as error:
@@ -75,9 +77,10 @@ class DataFile:
         except ValueError as error:
             # A name with a zero byte, or with half of a character, which only a damaged index asks for.
             raise CheckpointNotFoundError(f"there is no file {self.name!r}: {error}.") from error
-        weakref.finalize(self, os.close, self._descriptor)
+        self._closing = weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
+            self._closing()
             what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise CheckpointError(f"{self.path} is {what}; tensors are read from regular files.")
         self.size_bytes = status.st_size
@@ -88,6 +91,14 @@ class DataFile:
         # None before the first large read, and False if the file is read through the page cache.
         self._direct: DirectFile | Literal[False] | None = None
         self._is_far: bool | None = None
+
+    def close(self) -> None:
+        """Close the file at once, and not when nothing refers to it any more. It cannot be read afterwards."""
+        self._closing()
+        # The system may give the number to another file.
+        self._descriptor = -1
+        if self._direct:
+            self._direct.close()
 
     def expect(self, size_bytes: int) -> None:
         """Note that `size_bytes` more bytes are going to be read."""
@@ -104,6 +115,18 @@ class DataFile:
         status = os.fstat(self._descriptor)
         if status.st_size >= self.size_bytes and status.st_mtime_ns != self._written_ns:
             raise CheckpointError(f"{self.path} was written to since its header was read")
+
+    def is_unchanged(self) -> bool:
+        """Return whether the path still leads to this file, and nobody has written to it since it was opened."""
+        try:
+            named = os.stat(self.path)
+        except OSError:
+            return False
+        mine = os.fstat(self._descriptor)
+        return os.path.samestat(mine, named) and (named.st_size, named.st_mtime_ns) == (
+            self.size_bytes,
+            self._written_ns,
+        )
 
     def check_unchanged(self) -> None:
         """Make sure that the path still leads to this file, and that the file's length did not change.
@@ -153,7 +176,7 @@ class DataFile:
             offset: The place of the first byte in the file.
 
         Raises:
-            CheckpointError: The file ends too early, or the disk fails.
+            CheckpointError: The file ends too early, somebody has written to it, or the disk fails.
         """
         direct = self._read_past_cache() if self._direct or size_bytes >= MIN_DIRECT_BYTES else None
         done = 0
@@ -164,6 +187,14 @@ class DataFile:
                 self._read_buffered(address + done, copied, offset + done)
             done += copied
         self._read_buffered(address + done, size_bytes - done, offset + done)
+        status = os.fstat(self._descriptor)
+        if status.st_mtime_ns != self._written_ns:
+            if status.st_size < self.size_bytes:
+                raise self._cut_short(offset, size_bytes)
+            raise CheckpointError(
+                f"{self.path} was written to while it was read, so its tensors may be those of two saves. Nothing may "
+                "write to a checkpoint while it is read; load it again."
+            )
 
     def _read_past_cache(self) -> DirectFile | None:
         if self._direct is None:
@@ -212,6 +243,10 @@ class DataFile:
             parts.append(part)
             done += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def stream(self) -> BinaryIO:
+        """Return a stream of the file's bytes, for code that needs one. The caller closes it."""
+        return os.fdopen(os.dup(self._descriptor), "rb")
 
     def _cut_short(self, offset: int, size_bytes: int) -> CheckpointError:
         now = os.fstat(self._descriptor).st_size

@@ -56,11 +56,16 @@ class DirectFile:
             raise OSError("only Linux has O_DIRECT")
         # This path opens the same file, even if the file's name leads to another file by now.
         self._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-        weakref.finalize(self, os.close, self._descriptor)
+        self._closing = weakref.finalize(self, os.close, self._descriptor)
         # Otherwise, a read of cached bytes would bring the next bytes into the cache, and so on to the file's end.
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self._residency = Residency(descriptor, size_bytes)
         self._number = next(_numbers)
+
+    def close(self) -> None:
+        """Close the file. It cannot be read afterwards."""
+        self._closing()
+        self._descriptor = -1
 
     def read(self, address: int, size_bytes: int, offset: int) -> int:
         """Copy the first bytes of a range to memory, if the file has them and they are not in the page cache.

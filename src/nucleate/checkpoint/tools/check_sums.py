@@ -72,7 +72,7 @@ def summed_records(tensors: Iterable[StoredTensor]) -> list[SummedRecord]:
 
 def _of_file(file: DataFile, places: list[tuple[int, str]]) -> Iterator[SummedRecord]:
     try:
-        with zipfile.ZipFile(file.path) as archive:
+        with file.stream() as stream, zipfile.ZipFile(stream) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, OSError):
         return  # Not an archive: a torch file from before 1.6.

@@ -166,19 +166,19 @@ def _values(one: Contents, two: Contents) -> Iterator[Difference]:
 
 def leaves(contents: Contents) -> Iterator[tuple[KeyPath, Any]]:
     """Yield the plain values of a checkpoint and their places. An empty dict or list is a plain value, too."""
+    yield from _leaves(contents.skeleton, (), contents)
 
-    def walk(node: Any, place: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-        if place in contents.keys:
-            return
-        items = node.items() if isinstance(node, dict) else enumerate(node) if type(node) in (list, tuple) else ()
-        if not items or not node:
-            if place:
-                yield place, node
-            return
-        for key, item in items:
-            yield from walk(item, (*place, key))
 
-    yield from walk(contents.skeleton, ())
+def _leaves(node: Any, place: KeyPath, contents: Contents) -> Iterator[tuple[KeyPath, Any]]:
+    if place in contents.keys:
+        return
+    items = node.items() if isinstance(node, dict) else enumerate(node) if type(node) in (list, tuple) else ()
+    if not items or not node:
+        if place:
+            yield place, node
+        return
+    for key, item in items:
+        yield from _leaves(item, (*place, key), contents)
 
 
 def _same(one: Any, two: Any) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from nucleate.checkpoint.disk.series import resolve
-from nucleate.checkpoint.readers import open_checkpoint, reader_for
+from nucleate.checkpoint.readers import open_saved, reader_for
 from nucleate.checkpoint.rules.key_map import KeyMap
 from nucleate.checkpoint.save_job import SaveJob
 from nucleate.checkpoint.saving.rank_share import Box, SavedTensor
@@ -114,7 +114,7 @@ def convert(  # noqa: PLR0913 - one call describes a whole conversion
     place = Path(os.path.abspath(target))
     _check_dtype(dtype)
     _check_target(found, place, overwrite)
-    whole = canonical(open_checkpoint(found, reader, passes_over=True))
+    whole = canonical(open_saved(source, reader, passes_over=True))
     contents = canonical(selection.of(whole))
     # With a prefix the selection consists of tensors alone.
     kept = [] if selection.prefix else list(contents.objects.values())

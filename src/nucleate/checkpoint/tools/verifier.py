@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nucleate.checkpoint.disk.series import resolve
-from nucleate.checkpoint.readers import open_checkpoint
+from nucleate.checkpoint.readers import open_saved
 from nucleate.checkpoint.state.tree import key_of
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.tensor import StoredTensor
@@ -139,16 +139,16 @@ def verify(
         ConfigurationError: There is no such reader.
     """
     report = VerifyReport(resolve(path))
-    other = None if against is None else canonical(open_checkpoint(resolve(against), passes_over=True))
+    other = None if against is None else canonical(open_saved(against, passes_over=True))
     try:
-        contents = canonical(open_checkpoint(report.path, reader, passes_over=True))
+        contents = canonical(open_saved(path, reader, passes_over=True))
     except UnreadableCheckpointError as error:
         report.unreadable = str(error)
         return report
     except CheckpointError as error:
         report.damage.append(Damage(str(error)))
         return report
-    report.format, report.size_bytes = contents.format, contents.size_bytes
+    report.path, report.format, report.size_bytes = contents.path, contents.format, contents.size_bytes
     report.names = {key_of(place): key for place, key in contents.keys.items()}
     for each in (contents,) if other is None else (contents, other):
         report.not_read += [f"{key_of(place)} in {each.path} ({one.name})" for place, one in each.objects.items()]

@@ -16,7 +16,7 @@ from nucleate.checkpoint.readers.saved import VALUES, check_marker, contents_of
 from nucleate.checkpoint.readers.torch.structure import Structure
 from nucleate.checkpoint.state.tree import KeyPath
 from nucleate.checkpoint.stored.contents import Contents
-from nucleate.checkpoint.stored.data_file import DataFile
+from nucleate.checkpoint.stored.open_folder import OpenFolder
 from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
 from nucleate.errors import CheckpointError, CheckpointNotFoundError, name_list
 
@@ -38,14 +38,18 @@ class DCPReader(Reader):
 
     def read(self, path: Path) -> Contents:
         """Read the index, and the header of each chunk, which says where the numbers begin."""
-        if not (path / METADATA).exists():
+        with OpenFolder(path) as folder:
+            return self._read(path, folder)
+
+    def _read(self, path: Path, folder: OpenFolder) -> Contents:
+        if not folder.has(METADATA):
             raise CheckpointError(
                 f"the checkpoint at {path} has no {METADATA}, which is written last: the save did not end, or the "
                 "folder was copied without hidden files. Copy the whole folder, or use an earlier checkpoint."
             )
-        is_ours = check_marker(path)
-        metadata = DCPMetadata.read(path)
-        files = _open(path, metadata)
+        is_ours = check_marker(folder)
+        metadata = DCPMetadata.read(folder.open(METADATA))
+        files = _open(folder, metadata)
         for key, tensor in metadata.tensors.items():
             if not tensor.parts and 0 not in tensor.shape:
                 raise CheckpointError(f"{path / METADATA} is damaged: it names no part of {key}. Copy it again.")
@@ -92,7 +96,7 @@ class DCPReader(Reader):
         return Contents(path, self.name, structure.tensors, skeleton, {**keys, **structure.keys}, modules, notes=notes)
 
 
-def _open(folder: Path, metadata: DCPMetadata) -> dict[str, BlobFile]:
+def _open(folder: OpenFolder, metadata: DCPMetadata) -> dict[str, BlobFile]:
     """Open all files that the index names.
 
     Raises:
@@ -102,19 +106,19 @@ def _open(folder: Path, metadata: DCPMetadata) -> dict[str, BlobFile]:
     names |= {blob.file for blob in metadata.values.values()}
     if outside := sorted(name for name in names if Path(name).name != name or name in ("", ".", "..")):
         raise CheckpointError(
-            f"{folder / METADATA} names files outside of its folder: {name_list(map(repr, outside))}. It is damaged "
-            "or malicious."
+            f"{folder.path / METADATA} names files outside of its folder: {name_list(map(repr, outside))}. It is "
+            "damaged or malicious."
         )
     files: dict[str, BlobFile] = {}
     missing: list[str] = []
     for name in sorted(names):
         try:
-            files[name] = BlobFile(DataFile(folder / name))
+            files[name] = BlobFile(folder.open(name))
         except CheckpointNotFoundError:
             missing.append(name)
     if missing:
         raise CheckpointNotFoundError(
-            f"the checkpoint at {folder} is damaged: {name_list(missing)} of {len(names)} files "
+            f"the checkpoint at {folder.path} is damaged: {name_list(missing)} of {len(names)} files "
             f"{'is' if len(missing) == 1 else 'are'} missing. If it was copied, copy it again. If several nodes wrote "
             "it, they must share the file system."
         )

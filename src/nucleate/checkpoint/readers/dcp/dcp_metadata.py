@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from nucleate.checkpoint.disk.folder import METADATA
 from nucleate.checkpoint.readers.torch.pickled import Maker, Unpickler
 from nucleate.checkpoint.readers.torch.torch_pickle import find
 from nucleate.checkpoint.stored.data_file import DataFile
@@ -106,13 +104,12 @@ class DCPMetadata:
     paths: dict[str, tuple[Any, ...]]
 
     @classmethod
-    def read(cls, folder: Path) -> DCPMetadata:
-        """Read the index of `folder`.
+    def read(cls, file: DataFile) -> DCPMetadata:
+        """Read an index.
 
         Raises:
-            CheckpointError: The index is missing or damaged.
+            CheckpointError: The index is damaged.
         """
-        file = DataFile(folder / METADATA)
         root = Unpickler(file.read(0, file.size_bytes), _find, name=file.name).load()
         try:
             return cls._of(root)

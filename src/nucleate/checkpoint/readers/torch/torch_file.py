@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, final
 
 from nucleate.checkpoint.disk.folder import check_version
 from nucleate.checkpoint.readers.base import Reader
 from nucleate.checkpoint.readers.file_kinds import kind_of_archive
-from nucleate.checkpoint.readers.shard_index import ShardIndex, indexes_in
+from nucleate.checkpoint.readers.shard_index import ShardIndex, indexes_among
 from nucleate.checkpoint.readers.torch.structure import Structure
 from nucleate.checkpoint.readers.torch.torch_archive import is_legacy, open_archive
 from nucleate.checkpoint.readers.torch.zip_directory import ZipDirectory
 from nucleate.checkpoint.state.tree import KeyPath, key_of
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
+from nucleate.checkpoint.stored.open_folder import OpenFolder
 from nucleate.checkpoint.stored.stored_object import StoredObject
 from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.errors import CheckpointError, UnreadableCheckpointError, name_list
@@ -48,28 +50,31 @@ class TorchReader(Reader):
     def claims(self, path: Path) -> bool:
         """Claim a file with one of these suffixes, a folder of such files, and other files that torch wrote."""
         if path.is_dir():
-            return bool(indexes_in(path, INDEX_SUFFIX) or _files(path))
+            return bool(indexes_among(os.listdir(path), INDEX_SUFFIX) or _files(path))
         return path.name.endswith((*SUFFIXES, INDEX_SUFFIX)) or _is_of_torch(path)
 
     def read(self, path: Path) -> Contents:
         """Read, as data, the pickles of all files that belong to the checkpoint."""
         if path.name.endswith(INDEX_SUFFIX):
-            return self._read_shards(path.parent, path)
+            with OpenFolder(path.parent) as folder:
+                return self._read_shards(folder, path.name)
         if not path.is_dir():
             return self._read_file(path)
-        indexes = indexes_in(path, INDEX_SUFFIX)
-        files = _files(path)
-        if len(indexes) > 1 or (not indexes and len(files) != 1):
-            found = indexes or files
-            raise CheckpointError(
-                f"{path} holds {len(found)} checkpoints, {name_list(file.name for file in found)}. Give the path of "
-                "the one to read."
-            )
-        return self._read_shards(path, indexes[0]) if indexes else self._read_file(files[0])
+        with OpenFolder(path) as folder:
+            indexes = indexes_among(folder.names(), INDEX_SUFFIX)
+            files = _files(path)
+            if len(indexes) > 1 or (not indexes and len(files) != 1):
+                found = indexes or [file.name for file in files]
+                raise CheckpointError(
+                    f"{path} holds {len(found)} checkpoints, {name_list(found)}. Give the path of the one to read."
+                )
+            if indexes:
+                return self._read_shards(folder, indexes[0])
+            return self._read_file(files[0], folder.open(files[0].name))
 
-    def _read_file(self, path: Path) -> Contents:
+    def _read_file(self, path: Path, file: DataFile | None = None) -> Contents:
         structure = Structure(self._trusts, strict=False)
-        skeleton = structure.skeleton(open_archive(DataFile(path)))
+        skeleton = structure.skeleton(open_archive(DataFile(path) if file is None else file))
         if skeleton is None and structure.tensors:
             return self._unnamed(path, structure)
         if isinstance(skeleton, StoredObject):
@@ -122,18 +127,18 @@ class TorchReader(Reader):
         objects = structure.objects
         return Contents(path, self.name, tensors, skeleton, keys, modules, sharded, is_complete=True, objects=objects)
 
-    def _read_shards(self, folder: Path, index_path: Path) -> Contents:
-        index = ShardIndex.read(index_path)
-        shards = {name: self._read_file(folder / name) for name in index.names if index.open(name)}
+    def _read_shards(self, folder: OpenFolder, index_name: str) -> Contents:
+        index = ShardIndex.read(folder, index_name)
+        shards = {name: self._read_file(folder.path / name, index.open(name)) for name in index.names}
         for shard in shards.values():
             shard.check_named()
         index.compare({name: shard.tensors for name, shard in shards.items()})
         tensors: dict[str, StoredTensor] = {key: shards[name].tensors[key] for key, name in index.weight_map.items()}
-        stale = sorted(file.name for file in _files(folder) if file.name not in shards)
-        notes = {"ignored files": f"{name_list(stale)}: {index_path.name} does not name them"} if stale else {}
+        stale = sorted(file.name for file in _files(folder.path) if file.name not in shards)
+        notes = {"ignored files": f"{name_list(stale)}: {index_name} does not name them"} if stale else {}
         if objects := [key_of(place) for shard in shards.values() for place in shard.objects]:
             notes["not read"] = name_list(objects)
-        return Contents.flat(folder, self.name, tensors, notes)
+        return Contents.flat(folder.path, self.name, tensors, notes)
 
 
 def _files(folder: Path) -> list[Path]:
