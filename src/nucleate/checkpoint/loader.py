@@ -79,10 +79,10 @@ def load(  # noqa: PLR0913 - one call takes every option of a load
         RankDisagreementError: The ranks' states differ.
         RankFailedError: One of these errors happened on another rank.
     """
-    where, mark = agree_on_save(path, communicator)
-    loading = f"loading the checkpoint {where}"
+    agreed = agree_on_save(path, communicator)
+    loading = f"loading the checkpoint {agreed.path}"
     with communicator.all_or_none(loading):
-        contents = open_saved(where, reader, readers, trusted, mark, passes_over=True)
+        contents = open_saved(agreed, reader, readers, trusted, passes_over=True)
     plan = LoadPlan(contents)
     with plan.closed_after_error():
         with communicator.all_or_none(loading):

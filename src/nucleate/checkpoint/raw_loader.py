@@ -84,8 +84,8 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
         UsageError: `model` is not a module, or one of its tensors has neither memory nor a recipe.
         RankFailedError: One of these errors happened on another rank.
     """
-    where, mark = agree_on_save(path, communicator)
-    loading = f"loading {where}"
+    agreed = agree_on_save(path, communicator)
+    loading = f"loading {agreed.path}"
     with communicator.all_or_none(loading):
         if not isinstance(model, (nn.Module, Optimizer)):
             raise UsageError(
@@ -94,7 +94,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
             )
         if isinstance(model, Optimizer) and (keys is not None or mmap):
             raise ConfigurationError("keys= and mmap= are for models; an optimizer's state is loaded as it is.")
-        contents = open_saved(where, reader, readers, trusted, mark, passes_over=True)
+        contents = open_saved(agreed, reader, readers, trusted, passes_over=True)
     plan = LoadPlan(contents, maps=mmap)
     with plan.closed_after_error():
         if isinstance(model, Optimizer):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from nucleate.checkpoint.disk.address import is_address, refuse_address
 from nucleate.checkpoint.disk.series import Series, check_keep_last
 from nucleate.checkpoint.rules.key_map import KeyMap
 from nucleate.checkpoint.save_job import SaveJob
@@ -91,11 +92,12 @@ def save(  # noqa: PLR0913 - one call takes every option of a save
     """
     with _turn:
         unheard = settle()
-        group, place = SaveGroup.of(communicator, os.path.abspath(path))
+        group, place = SaveGroup.of(communicator, os.fspath(path) if is_address(path) else os.path.abspath(path))
         saving = f"saving the checkpoint {place}"
         with group.all_or_none(saving):
             if unheard is not None:
                 raise unheard
+            refuse_address(place, "save")
             writer, target = choose(place, format, max_shard_size, writers, one_file)
             series = None if keep_last is None else Series.beside(target.path, check_keep_last(keep_last))
             entries = list(entries_of(state))

@@ -87,6 +87,8 @@ class DataFile:
         self._written_ns = status.st_mtime_ns
         #: The size of all files of the checkpoint together, as far as it is known.
         self.checkpoint_bytes = self.size_bytes
+        #: Kept until the file is closed, such as a temporary folder that holds the file.
+        self.keeps: object = None
         self._expected_bytes = 0
         # None before the first large read, and False if the file is read through the page cache.
         self._direct: DirectFile | Literal[False] | None = None
@@ -97,6 +99,7 @@ class DataFile:
         self._closing()
         # The system may give the number to another file.
         self._descriptor = -1
+        self.keeps = None
         if self._direct:
             self._direct.close()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from nucleate.checkpoint.disk.address import is_address, refuse_address
 from nucleate.checkpoint.disk.series import resolve
 from nucleate.checkpoint.readers import open_saved, reader_for
 from nucleate.checkpoint.rules.key_map import KeyMap
@@ -110,7 +111,8 @@ def convert(  # noqa: PLR0913 - one call describes a whole conversion
         if selection.keys is not None:
             raise ConfigurationError("keys= is given twice: by itself, and in `selection`. Give it once.")
         selection = dataclasses.replace(selection, keys=keys)
-    found = resolve(source)
+    refuse_address(target, "convert")
+    found = Path(source) if is_address(source) else resolve(source)
     place = Path(os.path.abspath(target))
     _check_dtype(dtype)
     _check_target(found, place, overwrite)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nucleate.checkpoint.disk.address import is_address
 from nucleate.checkpoint.disk.series import resolve
 from nucleate.checkpoint.readers import open_saved
 from nucleate.checkpoint.state.tree import key_of
@@ -138,7 +139,7 @@ def verify(
         CheckpointError: The checkpoint to compare with is damaged.
         ConfigurationError: There is no such reader.
     """
-    report = VerifyReport(resolve(path))
+    report = VerifyReport(Path(path) if is_address(path) else resolve(path))
     other = None if against is None else canonical(open_saved(against, passes_over=True))
     try:
         contents = canonical(open_saved(path, reader, passes_over=True))
