@@ -261,10 +261,10 @@ def test_tensors_that_overlap_are_damage(tmp_path: Path, path: Path, monkeypatch
         key: StoredTensor.whole(key, torch.float32, (4,), file, offset)
         for key, offset in (("a", 8), ("b", 20), ("c", 36))
     }
-    monkeypatch.setattr(verifier, "open_checkpoint", lambda *_: Contents.flat(path, "safetensors", tensors))
+    monkeypatch.setattr(verifier, "open_checkpoint", lambda *_, **__: Contents.flat(path, "safetensors", tensors))
     assert [one.message for one in verify(path).damage] == [f"a and b overlap in {path} at byte 20."]
     # Views of one storage are the rule in a torch file.
-    monkeypatch.setattr(verifier, "open_checkpoint", lambda *_: Contents.flat(path, "torch", tensors))
+    monkeypatch.setattr(verifier, "open_checkpoint", lambda *_, **__: Contents.flat(path, "torch", tensors))
     assert verify(path).is_good
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nucleate.checkpoint.disk.series import resolve
+from nucleate.checkpoint.loading.adapter_keys import refuse_adapter
 from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.module_plan import Prepare, Ties, plan_module
 from nucleate.checkpoint.loading.raw_optimizer import load_raw_optimizer
@@ -110,6 +111,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
             if strict:
                 _suggest(contents, stored, plain_state_dict(model, keep_vars=True))
             contents = contents.made()
+        refuse_adapter(contents.path, stored, plain_state_dict(model, keep_vars=True))
         plan = LoadPlan(contents, maps=mmap)
         if prepare is not None:
             prepare(model, {name: plan.tensors[key] for name, key in stored.items()})
