@@ -14,8 +14,9 @@ PAGE = REPOSITORY / "docs" / "reference" / "process-state.md"
 ROOTS = [REPOSITORY / "src", *sorted((REPOSITORY / "plugins").glob("*/src"))]
 #: What a call may make at the top of a module without making state: values, patterns, types.
 VALUES = {
-    "TypeVar", "ParamSpec", "Path", "Selection", "Struct", "_WholeTraits", "bytes", "compile", "device", "frozenset",
-    "get_args", "getLogger", "getattr", "int", "nullcontext", "object", "parametrize", "slice", "timedelta",
+    "FileKind", "TypeVar", "ParamSpec", "Path", "Selection", "Struct", "_WholeTraits", "bytes", "compile",
+    "device", "frozenset", "get_args", "getLogger", "getattr", "int", "nullcontext", "object", "parametrize", "slice",
+    "timedelta",
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="needs the repository, not an installed package")

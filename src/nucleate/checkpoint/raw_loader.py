@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nucleate.checkpoint.loading.adapter_keys import refuse_adapter
 from nucleate.checkpoint.loading.load_plan import LoadPlan
 from nucleate.checkpoint.loading.module_plan import Prepare, Ties, plan_module
 from nucleate.checkpoint.loading.raw_optimizer import load_raw_optimizer
@@ -132,6 +133,7 @@ def _load_model(
             if strict:
                 _suggest(contents, stored, plain_state_dict(model, keep_vars=True))
             contents = contents.made()
+        refuse_adapter(contents.path, stored, plain_state_dict(model, keep_vars=True))
         plan.take(contents)
         if prepare is not None:
             prepare(model, {name: plan.tensors[key] for name, key in stored.items()})

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nucleate.checkpoint.loading.report import Finding, LoadReport, keys
 from nucleate.checkpoint.loading.shared_memory import SharedMemory
+from nucleate.checkpoint.state.plain_forms import from_plain
 from nucleate.checkpoint.state.tree import KeyPath, join, key_of
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import DataFile
@@ -187,7 +188,7 @@ class LoadPlan:
             self._read(stored, tensor)
             return tensor
 
-        return join(self.contents.at(path), path, tensor_at)
+        return from_plain(join(self.contents.at(path), path, tensor_at))
 
     def check(self, strict: bool) -> None:
         """Raise an error if the checkpoint does not fit the state.

@@ -1,4 +1,4 @@
-"""Memory that tensors of a torch file share: tensors whose bytes overlap in the file overlap again after a load.
+"""Memory that tensors of a torch file share: if their bytes overlap in the file, they overlap again when loaded.
 
 `torch.save` writes the memory of tied tensors and of views once, and `torch.load` gives it to all of them.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nucleate.checkpoint.stored.data_file import Bytes
 from nucleate.checkpoint.stored.tensor import StoredTensor
+from nucleate.deferred import is_recording
 
 
 @dataclass(eq=False)
@@ -66,7 +67,9 @@ class SharedMemory:
     def _new(self, stored: StoredTensor) -> Tensor:
         range_ = self._ranges.get(stored.identity)
         begin = 0 if range_ is None else stored.chunks[0].offset - range_.begin
-        if range_ is None or range_.num_tensors == 1 or begin % stored.dtype.itemsize:
+        # Deferred tensors have no memory to share.
+        is_alone = range_ is None or range_.num_tensors == 1 or is_recording()
+        if range_ is None or is_alone or begin % stored.dtype.itemsize:
             made = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
             self._read(stored, made)
             return made

@@ -18,6 +18,7 @@ from nucleate.checkpoint.saving.moved import MovedBox, moved
 from nucleate.checkpoint.saving.rank_share import SavedTensor, frozen, hold
 from nucleate.checkpoint.state.entries import Entry, Kind, ParameterNames
 from nucleate.checkpoint.state.optimizer_names import named_state
+from nucleate.checkpoint.state.plain_forms import to_plain
 from nucleate.checkpoint.state.tree import KeyPath, key_of, split
 from nucleate.checkpoint.state.values import VALUES, StateLayout, decode
 from nucleate.cluster.save_group import SaveGroup
@@ -107,7 +108,7 @@ class Snapshot:
             tree = entry.value.state_dict()
         if entry.key in self._filters:
             tree = self._filtered(entry, tree)
-        left = split(tree, entry.path, self._found)
+        left = split(to_plain(tree), entry.path, self._found)
         if not entry.path:
             self.skeleton = left
             return

@@ -101,6 +101,7 @@ def encode(values: Any) -> Tensor:
         raise CheckpointError(
             f"{key_of(path) or 'the state'} is a {type(culprit).__module__}.{type(culprit).__qualname__}, which a "
             "checkpoint cannot hold. Allowed are tensors, numbers, strings, bytes, None, torch dtypes and devices, "
+            "`argparse.Namespace`, paths, numbers of NumPy, "
             "and dicts, lists and tuples of these; modules, optimizers and objects with `state_dict` and "
             "`load_state_dict` only as items of a dict, not of a list. "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'})"

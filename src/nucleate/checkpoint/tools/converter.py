@@ -22,7 +22,8 @@ from nucleate.checkpoint.rules.key_map import KeyMap
 from nucleate.checkpoint.save_job import SaveJob
 from nucleate.checkpoint.saving.rank_share import Box, SavedTensor
 from nucleate.checkpoint.saving.snapshot import Snapshot
-from nucleate.checkpoint.state.tree import key_of
+from nucleate.checkpoint.state.plain_forms import to_plain
+from nucleate.checkpoint.state.tree import KeyPath, key_of, split
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.checkpoint.tools.selection import Selection, canonical
@@ -189,7 +190,12 @@ def _dtypes(contents: Contents, dtype: torch.dtype | None) -> dict[str, torch.dt
 def _snapshot(contents: Contents, dtypes: dict[str, torch.dtype]) -> Snapshot:
     """Return the snapshot of the contents, with tensors that are read only when they are written."""
     snapshot = Snapshot()
-    snapshot.skeleton = contents.skeleton
+    # Objects of classes that the user allowed become plain forms; others are refused when the values are encoded.
+    inside: dict[KeyPath, torch.Tensor] = {}
+    snapshot.skeleton = split(to_plain(contents.skeleton, escapes=False), (), inside)
+    if inside:
+        names = name_list(map(key_of, inside))
+        raise CheckpointError(f"{names} in {contents.path} are tensors in objects, which cannot be converted.")
     snapshot.keys = contents.keys
     snapshot.modules = list(contents.modules)
     snapshot.is_complete = contents.is_complete

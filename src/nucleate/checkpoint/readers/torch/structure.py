@@ -211,5 +211,6 @@ def _name_of(value: Any) -> str:
 
 
 def _at(path: KeyPath) -> str:
-    text = key_of(path) or "the saved value"
+    # A key may hold halves of characters, which no message can show.
+    text = key_of(path).encode("utf-8", "backslashreplace").decode("utf-8") or "the saved value"
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
