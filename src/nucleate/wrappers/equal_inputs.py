@@ -74,7 +74,7 @@ class EqualInputs:
 
 
 def _digest(inputs: Any) -> str:
-    """Return a hash of all values of the inputs, or `""` if there is no tensor, or an object of unknown values."""
+    """Return a hash of all values of the inputs, or `""` without a tensor, and with objects of unknown values."""
     digest = hashlib.blake2b(digest_size=16)
     num_bytes = 0
     leaves, form = tree_flatten(inputs)
