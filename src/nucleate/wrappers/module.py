@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Container
 from contextlib import nullcontext
 from types import MethodType
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ from nucleate.wrappers.delegation import Delegating
 from nucleate.wrappers.looks import LOOKS, look, shown_by
 from nucleate.wrappers.scaled_backward import refuse_plain_backward
 from nucleate.wrappers.special_methods import OPERATORS, Methods, bound, class_with, special_methods
+
+if TYPE_CHECKING:
+    from nucleate.wrappers.equal_inputs import EqualInputs
 
 #: Methods that a Lightning module runs instead of forward. They are forward methods without being marked.
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -80,6 +83,7 @@ class ModuleWrapper(Delegating):
             _strategy=strategy,
             _run_device=device,
             _live=live,
+            _inputs=None,
             _forward_methods=set(),
             _inference_methods=set(),
             _forward_depth=0,
@@ -107,6 +111,14 @@ class ModuleWrapper(Delegating):
         self._follow_changes()
         # Not `or`: a model whose class has `__len__` may be false.
         return self._run(self.forward_module if self._compiled is None else self._compiled, args, kwargs)
+
+    def watch_inputs(self, inputs: EqualInputs) -> None:
+        """Let the first training forwards warn if all ranks have the same inputs.
+
+        Args:
+            inputs: The search for equal inputs.
+        """
+        self.__dict__["_inputs"] = inputs
 
     def _follow_changes(self) -> None:
         """Refuse new parameters, and let the strategy exchange the gradients of those that were unfrozen."""
@@ -157,6 +169,10 @@ class ModuleWrapper(Delegating):
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling() or CALLS.watch is None or self._forward_depth:
             return self._run_here(function, args, kwargs)
+        if self._inputs is not None and self.training and torch.is_grad_enabled():
+            inputs: EqualInputs = self._inputs
+            if not inputs.look((args, kwargs)):
+                self.__dict__["_inputs"] = None
         module, strategy = self.forward_module, self._strategy
         evaluates = not torch.is_grad_enabled() and not self.training
         with strategy.evaluation_context(module) if evaluates else nullcontext():
@@ -321,7 +337,7 @@ class ModuleWrapper(Delegating):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out compiled code, as `nn.Module` does: it cannot be pickled."""
-        return {**self.__dict__, "_compiled": None, "_compiled_call_impl": None, "_live": None}
+        return {**self.__dict__, "_compiled": None, "_compiled_call_impl": None, "_live": None, "_inputs": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleWrapper:
         """Copy the model, but keep the same precision and strategy, as an average of weights needs it."""

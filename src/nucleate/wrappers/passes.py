@@ -128,9 +128,10 @@ class Passes:
         start = None
         if self._is_stream and (self._meeting is None or isinstance(self._loader.dataset, SplitStream)):
             start = self._agreed(self._generators.states())
-        seeds = self._seeds(start)
         if self._share is not None and _draws_early(self._share):
-            self._share.draw()
+            # torchdata's random sampler draws before the seed of the workers, and once more when workers start.
+            self._share.draw(is_used=not self._starts_workers)
+        seeds = self._seeds(start)
         self._begin_stream(start)
         with self.drawing(seeds):
             return Pass(self, iter(self._loader), start, seeds)
@@ -239,6 +240,12 @@ class Passes:
         finally:
             options.update(before)
 
+    @property
+    def _starts_workers(self) -> bool:
+        """Whether the next iteration starts new workers."""
+        loader = self._loader
+        return loader.num_workers > 0 and not (loader.persistent_workers and loader._iterator is not None)
+
     def _agreed(self, mine: T) -> T:
         return mine if self._meeting is None else self._meeting.agree(mine)
 
@@ -254,7 +261,7 @@ class Passes:
             start: The states of rank 0 at the start of a stream.
         """
         loader = self._loader
-        if loader.num_workers == 0 or (loader.persistent_workers and loader._iterator is not None):
+        if not self._starts_workers:
             return None
         if isinstance(loader.dataset, SplitStream):
             # Every rank goes through the same stream, so its workers need the same seeds.
@@ -284,7 +291,7 @@ class Passes:
 
 
 def _draws_early(share: ShareSampler) -> bool:
-    """Return whether a plain loader draws its order before the seed of its workers. torchdata's random sampler does."""
+    """Return whether a plain loader draws its order before the first batch is asked for."""
     return type(share.source).__module__.startswith("torchdata.")
 
 

@@ -56,10 +56,15 @@ class ShareSampler(Sampler[Any]):
         if callable(set_epoch := getattr(self.source, "set_epoch", None)):
             set_epoch(epoch)
 
-    def draw(self) -> None:
-        """Draw the order of the next iteration now, for a sampler that draws before its first sample is asked for."""
+    def draw(self, is_used: bool) -> None:
+        """Draw an order now, for a sampler that draws before its first sample is asked for.
+
+        Args:
+            is_used: Whether it is the order of the next iteration.
+        """
         if hasattr(type(self.source), "__len__"):
-            self._drawn = self._draw()
+            drawn = self._draw()
+            self._drawn = drawn if is_used else None
 
     def __len__(self) -> int:
         """Return the number of samples of each rank."""
