@@ -26,6 +26,7 @@ from nucleate.checkpoint.save_job import SaveJob
 from nucleate.checkpoint.writers import slabs
 from nucleate.cluster import Communicator, Environment
 from nucleate.errors import CheckpointError, NucleateError, RankDisagreementError, RankFailedError
+from nucleate.seed import RandomState
 from tests.multi.checks import run_checks
 from tests.multi.device import ACCELERATOR, ON_CPU, device, equal, start_group
 from tests.multi.scripts.checkpoint import adamw, full, hybrid, plain, sharded, train
@@ -159,10 +160,75 @@ def sharded_tensors_that_differ_are_refused_everywhere(comm: Communicator, path:
     for name in ("a", "b") if comm.rank == 0 else ("b", "a"):
         model[name] = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None))
     for number, (name, format) in enumerate(PLACES):
-        with pytest.raises(RankDisagreementError, match=r"rank 0 has model\.a .* where rank 1 has model\.b"):
+        with pytest.raises(RankDisagreementError, match=r"rank 0 has model\.a where rank 1 has model\.b"):
             save(path / str(number) / name, {"model": model}, comm, format=format)
     comm.barrier()
     assert os.listdir(path) == []
+
+
+class _Holder:
+    """An object with a state of its own."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = state
+
+
+def what_the_ranks_disagree_on_is_refused_by_name_everywhere(comm: Communicator, path: Path) -> None:
+    rank = comm.rank
+    stages = nn.ModuleDict({f"layer{rank}": nn.Linear(2, 2)})
+    dtype = torch.float64 if rank else torch.float32
+    optimizers = {}
+    for number in range(comm.world_size):
+        model = nn.Linear(2, 2)
+        optimizers[number] = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.5 - 0.25 * number)}
+    wrong: dict[str, tuple[dict[str, Any], str]] = {
+        "keys": ({"model": stages}, r"model\.layer0\.weight is float32 \(2, 2\) on rank 0 but absent on rank 1"),
+        "one more": ({"a": _Holder({"x": 1, **({"y": 2} if rank else {})})}, "a.y is absent on rank 0 but 2 on rank 1"),
+        "shape": ({"t": torch.ones(3 + rank)}, r"t is float32 \(3,\) on rank 0 but float32 \(4,\) on rank 1"),
+        "dtype": ({"t": torch.ones(3, dtype=dtype)}, r"t is float32 \(3,\) on rank 0 but float64 \(3,\) on rank 1"),
+        "integer": ({"step": 5 + rank}, "step is 5 on rank 0 but 6 on rank 1"),
+        "kind": ({"step": (5, 5.0)[rank % 2]}, r"step is 5 on rank 0 but 5\.0 on rank 1"),
+        "a time": ({"began": time.time() + rank}, r"began is \d+\.\d+ on rank 0 but \d+\.\d+ on rank 1"),
+        "text": ({"a": {"host": f"node{rank}"}}, "a.host is 'node0' on rank 0 but 'node1' on rank 1"),
+        "in a long list": ({"seen": [*range(500), rank]}, "seen.500 is 0 on rank 0 but 1 on rank 1"),
+        "bytes": ({"data": bytes([rank])}, "data is 1 bytes with the hash .* on rank 0"),
+        "an option": (optimizers[rank], r"optimizer\.param_groups\.0\.lr is 0\.5 on rank 0 but 0\.25 on rank 1"),
+        "many": ({"a": {str(n): rank for n in range(30)}}, "a.9 is 0 on rank 0 but 1 on rank 1; and 20 more"),
+    }
+    save(path / "c", {"number": 0}, comm)
+    for number, (kind, (state, message)) in enumerate(wrong.items()):
+        asynchronous = bool(number % 2)
+        try:
+            with pytest.raises(RankDisagreementError, match=message) as caught:
+                save(path / "c", state, comm, asynchronous=asynchronous)
+            assert "runtime.all_gather(value)" in str(caught.value)
+            assert len(str(caught.value)) < 2000
+        except BaseException as error:
+            error.add_note(kind)
+            raise
+    comm.barrier()
+    assert os.listdir(path) == ["c"]
+    assert load(path / "c", None, SOLO) == {"number": 0}
+
+
+def what_the_ranks_may_have_of_their_own_is_saved(comm: Communicator, path: Path) -> None:
+    """Values of all ranks on every rank, elements of plain tensors, sets and dicts in another order, NaN, objects."""
+    torch.manual_seed(comm.rank)
+    names = ["a", "b", "c"] if comm.rank else ["c", "b", "a"]
+    state = {
+        "random": RandomState(),
+        "mean": torch.full((3,), float(comm.rank)),
+        "options": {"loss": float("nan"), "names": dict.fromkeys(names, 1), "size": torch.Size([2])},
+        "device": torch.device("cpu", comm.rank),
+    }
+    save(path / "c", state, comm)
+    assert load(path / "c", None, SOLO)["mean"].tolist() == [0, 0, 0]
 
 
 def a_disk_that_fails_on_one_rank_fails_everywhere(comm: Communicator, path: Path) -> None:
@@ -272,6 +338,8 @@ CHECKS: list[Callable[[Communicator, Path], None]] = [
     models_and_optimizers_are_saved_whole,
     every_rank_writes_its_own_part_and_no_more,
     sharded_tensors_that_differ_are_refused_everywhere,
+    what_the_ranks_disagree_on_is_refused_by_name_everywhere,
+    what_the_ranks_may_have_of_their_own_is_saved,
     a_disk_that_fails_on_one_rank_fails_everywhere,
     an_asynchronous_save_holds_the_state_at_the_call,
     the_failure_of_an_asynchronous_save_is_heard_everywhere,

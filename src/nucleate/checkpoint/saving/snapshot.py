@@ -6,7 +6,6 @@ entry. `rank_share` decides which boxes of a tensor this rank writes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nucleate.checkpoint.rules.key_map import KeyMap
+from nucleate.checkpoint.saving.agreement import agree_on_contents
 from nucleate.checkpoint.saving.moved import MovedBox, moved
 from nucleate.checkpoint.saving.rank_share import SavedTensor, frozen, hold
 from nucleate.checkpoint.state.entries import Entry, Kind, ParameterNames
@@ -23,7 +23,7 @@ from nucleate.checkpoint.state.tree import KeyPath, key_of, split
 from nucleate.checkpoint.state.values import VALUES, StateLayout, decode
 from nucleate.cluster.save_group import SaveGroup
 from nucleate.deferred import ElementSource
-from nucleate.errors import CheckpointError, ConfigurationError, RankDisagreementError, name_list
+from nucleate.errors import CheckpointError, ConfigurationError, name_list
 from nucleate.shells import state_dict as plain_state_dict
 
 #: Returns whether a key and its value are saved.
@@ -157,22 +157,12 @@ class Snapshot:
             self.values = self.layout.encode()
 
     def agree(self, group: SaveGroup) -> None:
-        """Make sure that every rank has the same sharded tensors.
+        """Make sure that every rank saves the same keys, shapes, dtypes and plain values.
 
         Raises:
-            RankDisagreementError: The ranks differ; the message names the first difference.
+            RankDisagreementError: The ranks differ; the message names what differs.
         """
-        mine = [f"{held.key} {held.dtype} {held.shape}" for held in self.tensors if held.sharded is not None]
-        if len(set(group.gather_objects(hash_of(mine)))) == 1:
-            return
-        everyone = group.gather_objects(mine)
-        rank = next(rank for rank, theirs in enumerate(everyone) if theirs != everyone[0])
-        pairs = zip([*everyone[0], "nothing"], [*everyone[rank], "nothing"], strict=False)
-        here, there = next(pair for pair in pairs if pair[0] != pair[1])
-        raise RankDisagreementError(
-            f"the ranks' sharded tensors differ: rank 0 has {here} where rank {rank} has {there}. Every rank must save "
-            "the same state, in the same order."
-        )
+        agree_on_contents(self.tensors, self.keys, self.skeleton, group)
 
     def _map(self, keys: KeyMap, rank: int) -> None:
         if not self.is_bare:
@@ -263,8 +253,3 @@ def _leaves(node: Any, path: KeyPath) -> Iterator[KeyPath]:
         yield path
     for key, item in items:
         yield from _leaves(item, (*path, key))
-
-
-def hash_of(lines: list[str]) -> str:
-    """Return a short text that is equal for equal lists of lines."""
-    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
