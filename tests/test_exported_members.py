@@ -43,8 +43,8 @@ PUBLIC = {
     "nucleate.compat.pieces": "",
     "nucleate.deferred": """
         ComputedSource Conversion ConvertedSource ElementSource Handle Layout Output RangeMaker Record StreamCursors
-        TensorSource bind convert deferred eager handle_of held_tensors is_recording ordinary outside_inference_mode
-        plain_modes record_of release resumed
+        TensorSource bind bind_all convert deferred eager handle_of held_tensors is_recording ordinary
+        outside_inference_mode plain_modes record_of release resumed
     """,
     "nucleate.deferred.elements": """
         Conversion ConvertedSource ElementSource Layout Output TensorSource fill_from fill_range_from
