@@ -257,11 +257,35 @@ def test_prefixes_and_key_maps_name_the_keys_anew(runtime: Runtime, tmp_path: Pa
     assert same(weights(model), weights(make(1)))
 
 
-def test_a_forgotten_prefix_is_suggested(runtime: Runtime, tmp_path: Path) -> None:
-    save_file({f"net.{n}": t for n, t in weights(make(1)).items()}, tmp_path / "m.safetensors")
+@pytest.mark.parametrize(
+    "prefix", ["model.", "module.", "_orig_mod.", "model._orig_mod.", "net.inner.", "_forward_module."]
+)
+@pytest.mark.parametrize("empty_init", [True, False])
+def test_a_prefix_that_all_keys_have_is_found(runtime: Runtime, tmp_path: Path, prefix: str, empty_init: bool) -> None:
+    stored = {f"{prefix}{name}": tensor for name, tensor in weights(make(1)).items()}
+    save_file(stored, tmp_path / "m.safetensors")
+    torch.save({"state_dict": stored, "epoch": 3}, tmp_path / "m.ckpt")
+    for path in (tmp_path / "m.safetensors", tmp_path / "m.ckpt"):
+        with runtime.init_module(empty_init=empty_init):
+            model = make(2)
+        report = runtime.load_raw(path, model)
+        assert report.is_exact
+        assert same(weights(runtime.setup(model)), weights(make(1)))
+
+
+def test_the_report_names_the_prefix_that_was_found(runtime: Runtime, tmp_path: Path) -> None:
+    torch.save({"state_dict": {f"net.{n}": t for n, t in weights(make(1)).items()}}, tmp_path / "m.ckpt")
+    report = runtime.load_raw(tmp_path / "m.ckpt", make(2))
+    assert report.prefix == "state_dict.net."
+    assert "the keys without 'state_dict.net.'" in str(report)
+
+
+def test_a_prefix_that_only_some_keys_have_is_suggested(runtime: Runtime, tmp_path: Path) -> None:
+    beside = {"other.weight": torch.zeros(2)}
+    save_file({**{f"net.{n}": t for n, t in weights(make(1)).items()}, **beside}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointKeyError, match=r"all of them are there behind 'net\.'\. Pass prefix='net\.'"):
         runtime.load_raw(tmp_path / "m.safetensors", make(2))
-    with pytest.raises(CheckpointNotFoundError, match=r"no key of .* begins with 'nett\.'; there are 11: net\."):
+    with pytest.raises(CheckpointNotFoundError, match=r"no key of .* begins with 'nett\.'; there are 12: net\."):
         runtime.load_raw(tmp_path / "m.safetensors", make(2), prefix="nett.")
 
 

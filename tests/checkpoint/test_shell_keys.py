@@ -162,7 +162,8 @@ def test_a_models_own_part_of_that_name_is_kept(tmp_path: Path) -> None:
 
 
 def test_other_prefixes_are_still_named(tmp_path: Path) -> None:
-    save_file({"net.weight": torch.ones(2, 2), "net.bias": torch.ones(2)}, tmp_path / "m.safetensors")
+    stored = {"net.weight": torch.ones(2, 2), "net.bias": torch.ones(2), "head": torch.ones(1)}
+    save_file(stored, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointKeyError, match=r"Pass prefix='net\.'"):
         runtime().load_raw(tmp_path / "m.safetensors", nn.Linear(2, 2))
 

@@ -63,7 +63,7 @@ def load_raw(  # noqa: PLR0913 - one call takes every option of a load
         strict: Refuse keys that are missing, unexpected or of another shape or dtype. Otherwise tensors that are
             missing or do not fit are made by their recipes, or stay as they are, with a warning.
         prefix: Load only the keys that begin with this text, and remove it from the keys. An example is `"model."` in a
-            training checkpoint.
+            training checkpoint. A prefix that all keys have, and that the model's names lack, is found by itself.
         keys: Other names for the keys, after `prefix`: a dict of regular expressions and replacements, a function, a
             rule such as `rename`, `concatenate` or `transpose`, or a list of these.
         reader: The format's name, if the files do not show it.
@@ -126,8 +126,12 @@ def _load_model(
         prefix = prefix or _only_module(contents)
         if prefix:
             contents = contents.made(partial(_is_under, prefix))
+        if keys is None and (more := _prefix_of_all(plain_stored(_stored(contents, prefix, None)[1], model), model)):
+            prefix += more
+            contents = contents.made(partial(_is_under, prefix))
         contents, stored = _stored(contents, prefix, keys)
         stored = plain_stored(stored, model)
+        plan.report.prefix = prefix
         if contents.objects and not prefix:
             # A missing prefix is the likelier mistake, and with the prefix the objects do not matter.
             if strict:
@@ -222,6 +226,18 @@ def _is_under(prefix: str, place: KeyPath) -> bool:
     """Return whether the value at a place has the prefix, or holds everything that has it."""
     name = key_of(place)
     return name.startswith(prefix) or prefix.startswith(f"{name}.")
+
+
+def _prefix_of_all(stored: dict[str, str], model: nn.Module) -> str:
+    """Return the prefix that all stored names have and the model's names do not, such as `model.`; or an empty one."""
+    wanted = [name for name, value in plain_state_dict(model, keep_vars=True).items() if isinstance(value, Tensor)]
+    if not wanted or any(name in stored for name in wanted):
+        return ""
+    prefixes = [name[: -len(wanted[0])] for name in stored if name.endswith(f".{wanted[0]}")]
+    for prefix in prefixes:
+        if all(name.startswith(prefix) for name in stored) and all(prefix + name in stored for name in wanted):
+            return prefix
+    return ""
 
 
 def _suggest(contents: Contents, stored: dict[str, str], state_dict: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ class LoadPlan:
         self.contents = contents
         self.tensors: dict[str, StoredTensor] = dict(contents.tensors)
         self.report = LoadReport(contents.path, contents.format)
-        self.report.passed_over = [Finding(key_of(place), 0, one.name) for place, one in contents.objects.items()]
+        self._note_passed_over()
         self.finish: list[tuple[str, Callable[[], object]]] = []
         self.leftover: list[KeyPath] = []
         self.unfit: list[str] = []
@@ -91,6 +91,11 @@ class LoadPlan:
         self.contents = contents
         self.tensors = dict(contents.tensors)
         self._memory = self._shared_memory()
+        self._note_passed_over()
+
+    def _note_passed_over(self) -> None:
+        objects = self.contents.objects
+        self.report.passed_over = [Finding(key_of(place), 0, one.name) for place, one in objects.items()]
 
     def _shared_memory(self) -> SharedMemory:
         # Several names may stand for the same bytes, thousands in a file made for that.

@@ -35,6 +35,7 @@ class LoadReport(dict[str, Any]):
     Attributes:
         path: The checkpoint.
         format: The name of the reader that read the checkpoint.
+        prefix: The beginning of the checkpoint's keys that the load removed; given, or found because all keys have it.
         loaded: Keys that the load read, or that `setup` of a deferred model will read.
         missing: Keys that the checkpoint lacks. Recipes make these deferred tensors; other tensors stay unchanged.
         unexpected: Keys of the checkpoint that the model has no place for.
@@ -49,6 +50,7 @@ class LoadReport(dict[str, Any]):
         super().__init__()
         self.path = path
         self.format = format
+        self.prefix = ""
         self.loaded: list[Finding] = []
         self.missing: list[Finding] = []
         self.unexpected: list[Finding] = []
@@ -63,7 +65,7 @@ class LoadReport(dict[str, Any]):
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        lines = [f"{self.path} ({self.format})"]
+        lines = [f"{self.path} ({self.format})" + (f", the keys without {self.prefix!r}" if self.prefix else "")]
         for name in ("loaded", "missing", "unexpected", "mismatched", "cast", "tied"):
             found: list[Finding] = getattr(self, name)
             if found or name == "loaded":

@@ -143,7 +143,8 @@ def test_an_object_under_the_prefix_or_around_it_is_refused(tmp_path: Path, trai
 
 
 def test_a_missing_prefix_is_suggested_before_an_object_is_refused(tmp_path: Path, trained: nn.Linear) -> None:
-    torch.save({"net": dict(trained.state_dict()), "args": argparse.Namespace()}, tmp_path / "a.pt")
+    beside = {"args": argparse.Namespace(), "head": torch.ones(1)}
+    torch.save({"net": dict(trained.state_dict()), **beside}, tmp_path / "a.pt")
     with pytest.raises(CheckpointKeyError, match=r"Pass prefix='net\.'"):
         Runtime(accelerator="cpu").load_raw(tmp_path / "a.pt", nn.Linear(2, 2))
 
