@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,8 @@ def test_a_value_that_cannot_be_saved_is_refused_before_the_old_checkpoint_is_to
     tmp_path: Path, solo: Communicator
 ) -> None:
     save(tmp_path / "c", {"step": 1}, solo)
-    with pytest.raises(CheckpointError, match=r"config\.path is a pathlib\.\w*Path, which a checkpoint cannot hold"):
-        save(tmp_path / "c", {"step": 2, "config": {"path": Path("x")}}, solo)
+    with pytest.raises(CheckpointError, match=r"config\.rate is a decimal\.Decimal, which a checkpoint cannot hold"):
+        save(tmp_path / "c", {"step": 2, "config": {"rate": Decimal(1)}}, solo)
     with pytest.raises(CheckpointError, match=r"models\.0 is a torch\.nn\..*Linear.*only as items of a dict"):
         save(tmp_path / "c", {"models": [nn.Linear(1, 1)]}, solo)
     assert load(tmp_path / "c", None, solo) == {"step": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import re
 import tarfile
 import warnings
 import zipfile
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+import nucleate.checkpoint
 from nucleate import Runtime
 from nucleate.checkpoint import verify
 from nucleate.checkpoint.readers import open_checkpoint
@@ -147,3 +149,18 @@ def test_long_names_and_halves_of_characters_make_short_messages(tmp_path: Path)
         with pytest.raises(UnreadableCheckpointError, match=r"a\.pt is a pathlib") as error:
             runtime.load(tmp_path / "a.pt")
         assert len(str(error.value).encode("utf-8")) <= 1000
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "checkpoints.md"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="needs the repository, not an installed package")
+def test_the_page_has_the_words_of_the_messages() -> None:
+    table = PAGE.read_text().partition("## Files of others")[2].partition("\n## ")[0]
+    promised = [name for names in re.findall(r"refused: ([^|]+) \|", table) for name in names.split(", ")]
+    assert len(promised) > 8
+    source = Path(nucleate.checkpoint.__file__).parent
+    messages = " ".join(
+        path.read_text() for folder in ("readers", "loading") for path in (source / folder).rglob("*.py")
+    )
+    assert [name for name in promised if name not in re.sub(r'"\s+"', "", messages)] == []
