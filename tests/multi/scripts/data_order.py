@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from nucleate import RandomState, Runtime
 from nucleate.errors import RankDisagreementError, UsageError
 
+# Samplers draw on the CPU.
+torch.set_default_device("cpu")
 runtime = Runtime(accelerator="cpu", strategy="ddp")
 runtime.launch()
 rank, world_size = runtime.global_rank, runtime.world_size

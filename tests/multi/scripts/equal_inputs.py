@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nucleate import Runtime
+from tests.multi.device import accelerator
 
-runtime = Runtime(accelerator="cpu", strategy="ddp")
+runtime = Runtime(accelerator=accelerator(), strategy="ddp")
 runtime.launch()
 rank = runtime.global_rank
 data = TensorDataset(torch.arange(24.0).view(12, 2))
