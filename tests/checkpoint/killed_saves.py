@@ -125,9 +125,38 @@ def until_it_survives(path: Path, format: str | None, duration_s: float | None, 
     print(f"steps={number - 1} kept={kept} replaced={replaced} stranded={stranded} whole={whole}")
 
 
+def series_until_it_survives(folder: Path, format: str | None, suffix: str) -> None:
+    """Save a series into forked processes that are killed step by step, and look at what a last save leaves there."""
+    number, steps = 0, -1
+    status = 1
+    while status:
+        number, steps = number + 2, steps + 1
+        pid = os.fork()
+        if pid == 0:
+            kill_at(steps)
+            save_step(folder, format, suffix, number - 1)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        assert read(folder / "latest") in (number - 2, number - 1)
+        save_step(folder, format, suffix, number)
+        left = {name for name in os.listdir(folder) if name not in ("latest", f"step-{number}{suffix}")}
+        # Of the killed one and the one before it, the newer whole one stays.
+        assert len(left) == 1, left
+    print(f"steps={steps}")
+
+
+def save_step(folder: Path, format: str | None, suffix: str, number: int) -> None:
+    save(folder / f"step-{number}{suffix}", state(number, 1000), SOLO, format=format, keep_last=2)
+
+
 def main(path: Path, format: str | None, how: str) -> None:
     torch.set_num_threads(1)  # OpenMP's do not survive a fork.
     numel = 1000 if how == "steps" else 2_000_000
+    if how == "series":
+        path.mkdir()
+        save_step(path, format, ".pt" if format is None else "", 0)
+        series_until_it_survives(path, format, ".pt" if format is None else "")
+        return
     if format == "safetensors":
         path.mkdir()
         (path / "config.json").write_text("config")

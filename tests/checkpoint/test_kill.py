@@ -43,3 +43,10 @@ def test_a_save_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(
     assert counts["kept"] >= 3
     assert counts["replaced"] >= 3
     assert counts["kept"] + counts["replaced"] == 30
+
+
+@pytest.mark.parametrize("format", ["dcp", pytest.param(None, marks=pytest.mark.long, id="file")])
+def test_saves_of_a_series_that_are_killed_before_any_of_their_steps_leave_nothing_for_ever(
+    tmp_path: Path, format: str | None
+) -> None:
+    assert killed(tmp_path / "runs", format, "series")["steps"] >= 30

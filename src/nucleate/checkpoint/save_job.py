@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nucleate.checkpoint.disk.leftovers import remove_leftovers
 from nucleate.checkpoint.disk.lock import SaveLock
 from nucleate.checkpoint.disk.series import Series
 from nucleate.checkpoint.disk.target import CheckpointTarget, discard
@@ -38,6 +39,7 @@ class SaveJob:
                     except OSError as error:
                         raise self._target.failure(error) from error
                     self._draft = self._target.draft()
+                    remove_leftovers(self._target)
                 if copied:
                     assert self._snapshot is not None
                     self._snapshot.freeze()
@@ -55,6 +57,8 @@ class SaveJob:
             with self._group.all_or_none(self._saving):
                 if self._group.rank == 0:
                     self._target.finish(draft, self._writer.name, self._group.world_size)
+                    if self._series is not None:
+                        self._series.announce(self._target.path, draft)
                     self._target.commit(draft)
                     if self._series is not None:
                         self._series.add(self._target.path)

@@ -40,6 +40,7 @@ MARKER = "nucleate.json"
 METADATA = ".metadata"
 
 FORMAT_VERSION = 1
+_PREVIOUS = ".previous"
 
 # The names of the files that saves write, by format. A whole checkpoint also has a file of weights or an index.
 _SAFETENSORS = re.compile(
@@ -63,7 +64,7 @@ class CheckpointFolder(CheckpointTarget):
     @property
     def previous(self) -> Path:
         """The path of the old checkpoint while a new one gets its name."""
-        return self.path.with_name(f".{self.path.name}.previous")
+        return self.path.with_name(f".{self.path.name}{_PREVIOUS}")
 
     def locate(self) -> Path:
         """Return the folder that holds the last whole checkpoint.
@@ -88,7 +89,7 @@ class CheckpointFolder(CheckpointTarget):
         self._foreign()
         self.make_parent()
         try:
-            self._recover()
+            self.recover()
             self.sweep()
             draft = self.fresh()
             draft.mkdir()
@@ -128,8 +129,14 @@ class CheckpointFolder(CheckpointTarget):
         except OSError as error:
             raise self.failure(error) from error
 
-    def _recover(self) -> None:
-        """Finish a killed save: rename the old folder back, or delete it if the new checkpoint is there."""
+    def recover(self) -> None:
+        """Finish a killed save: rename the old folder back, or delete it if the new checkpoint is there.
+
+        The caller holds the lock on the name.
+
+        Raises:
+            CheckpointError: Somebody has created something of this name meanwhile.
+        """
         if not self.previous.is_dir():
             return
         if is_checkpoint(self.path):
@@ -246,8 +253,16 @@ def neighbours(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f" There is no folder {parent} either."
-    found = sorted(item.name for item in parent.iterdir() if not item.name.startswith(".") and is_checkpoint(item))
+    whole = [item.name for item in parent.iterdir() if not item.name.startswith(".") and is_checkpoint(item)]
+    found = sorted({*whole, *stranded(parent)})
     return f" Checkpoints in {parent}: {name_list(found)}." if found else f" There are no checkpoints in {parent}."
+
+
+def stranded(parent: Path) -> list[str]:
+    """Return the names of the checkpoints in a folder that a killed save has renamed; see [Note: Whole or absent]."""
+    names = [item.name[1 : -len(_PREVIOUS)] for item in parent.glob(f".*{_PREVIOUS}")]
+    folders = [CheckpointFolder(parent / name) for name in names if name]
+    return sorted(each.path.name for each in folders if is_checkpoint(each.previous) and not is_checkpoint(each.path))
 
 
 def _pattern(folder: Path) -> re.Pattern[str] | None:

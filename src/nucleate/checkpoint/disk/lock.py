@@ -6,10 +6,19 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from nucleate.errors import CheckpointError
+
+# A process that tidies up holds the lock for milliseconds.
+_ATTEMPTS = 10
+_PAUSE_S = 0.05
+# A save on another machine counts as dead if none of its files has changed for this long.
+_SILENCE_S = 24 * 3600
 
 
 class SaveLock:
@@ -20,28 +29,33 @@ class SaveLock:
     Args:
         path: The place to lock; its folder must exist.
         wait: Wait until the lock is free, instead of raising an error.
+        tidies: Take the lock only to tidy up after a save that is surely dead.
 
     Raises:
-        CheckpointError: Another process saves there.
+        CheckpointError: Another process saves there. With `tidies`, also if the last save is not surely dead.
         OSError: The folder cannot be written to.
     """
 
-    def __init__(self, path: Path, *, wait: bool = False) -> None:
+    def __init__(self, path: Path, *, wait: bool = False, tidies: bool = False) -> None:
         self._path = path.with_name(f".{path.name}.lock")
+        self._is_real = True
+        patience = 1 if tidies else _ATTEMPTS
         while True:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = self._opened()
             try:
-                self._take(path, wait)
+                self._take(path, wait, patience)
+                if (is_current := self._is_current()) and tidies and not self._is_dead(path):
+                    raise CheckpointError(f"the last save to {path} may still run.")
             except BaseException:
                 os.close(self._descriptor)
                 raise
-            if self._is_current():
+            if is_current:
                 break
             # The former holder has deleted the file meanwhile: the locked file has no name any more.
             os.close(self._descriptor)
         with contextlib.suppress(OSError):
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            # The file is never empty: a file without a note could belong to another program.
+            os.ftruncate(self._descriptor, os.pwrite(self._descriptor, _own_note(), 0))
 
     def release(self) -> None:
         """Release the lock, and delete its file."""
@@ -52,24 +66,100 @@ class SaveLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         os.close(self._descriptor)
 
-    def _take(self, path: Path, wait: bool) -> None:
+    def _opened(self) -> int:
+        """Open the file, or create it locked and with this process's note, and return the descriptor."""
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                return  # Some network file systems have no locks.
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            holder = ""
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                holder = os.pread(self._descriptor, 200, 0).decode()
-            raise CheckpointError(
-                f"another save to {path} is under way, by {holder or 'another process'}. Two jobs must not save to one "
-                "place: give each a path of its own."
-            ) from None
+            descriptor = os.open(self._path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        except (OSError, AttributeError):  # not on every system, and not on every file system
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            os.write(descriptor, _own_note())
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # With a descriptor, Python follows the link to the file without a name (`os.link` in posixmodule.c, 3.11).
+            os.link(f"/proc/self/fd/{descriptor}", self._path, src_dir_fd=descriptor)
+        except OSError:  # The file exists.
+            os.close(descriptor)
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _take(self, path: Path, wait: bool, attempts: int) -> None:
+        for attempt in range(attempts):
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                return
+            except OSError as error:
+                if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    self._is_real = False
+                    return  # Some network file systems have no locks.
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+            if attempt < attempts - 1:
+                time.sleep(_PAUSE_S)
+        holder = self._note().partition(b"\n")[0].decode(errors="ignore")
+        raise CheckpointError(
+            f"another save to {path} is under way, by {holder or 'another process'}. Two jobs must not save to one "
+            "place: give each a path of its own."
+        )
+
+    def _note(self) -> bytes:
+        """Return the note that the last holder wrote: a line with its number and machine, and the machine's boot id."""
+        with contextlib.suppress(OSError):
+            return os.pread(self._descriptor, 200, 0)
+        return b"unreadable"
+
+    def _is_dead(self, path: Path) -> bool:
+        """Return whether the last holder is surely dead. This process has the lock, and has not written its note yet.
+
+        Some network file systems give a lock to processes on several machines at once. So the lock alone counts only if
+        the last holder ran on this machine since its start.
+        """
+        note = self._note()
+        if not self._is_real:
+            if note in (b"", _own_note()):  # This process has just created the file.
+                os.unlink(self._path)
+            return False
+        if not note or note.partition(b"\n")[2].decode(errors="ignore") == _boot_id() != "":
+            return True
+        written = [os.fstat(self._descriptor).st_mtime, *_times_of_drafts(path)]
+        return time.time() - max(written) > _SILENCE_S
 
     def _is_current(self) -> bool:
         try:
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
         except FileNotFoundError:
             return False
+
+
+def is_note(path: Path) -> bool:
+    """Return whether a file holds the note of a holder of a `SaveLock`."""
+    try:
+        with open(path, "rb") as file:
+            return re.match(rb"process \d+ on ", file.read(200)) is not None
+    except OSError:
+        return False
+
+
+def _own_note() -> bytes:
+    return f"process {os.getpid()} on {socket.gethostname()}\n{_boot_id()}".encode()
+
+
+def _boot_id() -> str:
+    """Return a text that is different on every machine and after every start of it; empty where Linux is absent."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _times_of_drafts(path: Path) -> Iterator[float]:
+    """Yield the times of the last changes to the drafts of a name, and to their files."""
+    for draft in path.parent.iterdir():
+        if draft.name.startswith(f".{path.name}.draft-"):
+            with contextlib.suppress(OSError):
+                yield draft.stat().st_mtime
+                for file in draft.iterdir() if draft.is_dir() else ():
+                    yield file.stat().st_mtime

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nucleate.checkpoint.disk.folder import stranded
 from nucleate.checkpoint.disk.save_mark import SaveMark
 from nucleate.checkpoint.readers.base import Reader
 from nucleate.checkpoint.readers.file_kinds import FileKind, kind_of_archive, kind_of_bytes
@@ -190,7 +191,7 @@ def _unknown(place: Path) -> str:
     if not names:
         return f"{place} is an empty folder: there is no checkpoint in it. {_READ}."
     message = f"{place} is a folder without a checkpoint; it holds {name_list(names)}. {_READ}."
-    inner = [name for name in names if name.endswith("/") and _holds_one(place / name)]
+    inner = [name for name in names if name.endswith("/") and _holds_one(place / name)] + stranded(place)
     return message + (f" Did you mean {name_list(str(place / name) for name in inner)}?" if inner else "")
 
 
@@ -214,7 +215,7 @@ def _neighbours(place: Path) -> str:
         parent = place.parent
         if not parent.is_dir():
             return f" There is no folder {parent} either."
-        names = sorted(item.name for item in parent.iterdir() if _holds_one(item))
+        names = sorted({*(item.name for item in parent.iterdir() if _holds_one(item)), *stranded(parent)})
     except (OSError, ValueError):
         return ""
     return f" Checkpoints in {parent}: {name_list(names)}." if names else f" There are no checkpoints in {parent}."

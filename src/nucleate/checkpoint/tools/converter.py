@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nucleate.checkpoint.disk.address import is_address, refuse_address
+from nucleate.checkpoint.disk.folder import stranded
 from nucleate.checkpoint.disk.series import resolve
 from nucleate.checkpoint.readers import open_saved, reader_for
 from nucleate.checkpoint.rules.key_map import KeyMap
@@ -153,7 +154,9 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+    # A killed save may have left the last whole checkpoint under another name; see `CheckpointFolder`.
+    is_stranded = not os.path.lexists(target) and target.name in stranded(target.parent)
+    if not is_stranded and (not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir()))):
         return
     if not overwrite:
         raise ConfigurationError(
@@ -161,6 +164,8 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
         )
     if target.resolve() in source.resolve().parents:
         raise ConfigurationError(f"{source} lies in {target}, which the target would replace. Give another path.")
+    if is_stranded:
+        return
     try:
         reader_for(target)
     except CheckpointError as error:
