@@ -138,9 +138,11 @@ def _make_in_parts(
             group.source.keep(held)
             _install_group(group, held)
             continue
-        storage = torch.UntypedStorage(group.source.size_bytes, device=device)
+        flat = torch.empty(maker.numel, dtype=maker.dtype, device=device)
+        storage = flat.untyped_storage()
+        if storage.nbytes() != group.source.size_bytes:  # The last bytes are no whole element.
+            storage.resize_(group.source.size_bytes)
         made.append((group, storage))
-        flat = torch.empty(0, dtype=maker.dtype, device=device).set_(storage, 0, (maker.numel,), (1,))
         parts.extend(parts_on(maker, 0, flat.shape, (0,), flat))
     parts.extend(conversions.parts())
     memory = FreshMemory([*(storage for _, storage in made), *conversions.storages(), *shard_storages])

@@ -17,6 +17,7 @@ import torch
 from hypothesis import assume, given, settings
 from torch import Tensor, nn
 
+from nucleate import Runtime
 from nucleate.checkpoint.readers import open_checkpoint
 from nucleate.checkpoint.state.tree import join
 from nucleate.errors import CheckpointError, CheckpointNotFoundError
@@ -249,19 +250,56 @@ def repack(source: Path, target: Path, compression: int = zipfile.ZIP_STORED, **
             new.writestr(info.filename, records.get(name, old.read(info)))
 
 
-def test_compressed_and_big_endian_archives_are_refused(tmp_path: Path) -> None:
+def test_archives_that_are_compressed_or_too_short_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
     repack(tmp_path / "a.pt", tmp_path / "compressed.pt", zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match="compressed"):
         open_checkpoint(tmp_path / "compressed.pt")
-    repack(tmp_path / "a.pt", tmp_path / "big.pt", byteorder=b"big")
-    with pytest.raises(CheckpointError, match="big-endian"):
-        open_checkpoint(tmp_path / "big.pt")
     repack(tmp_path / "a.pt", tmp_path / "short.pt", **{"0": b"abc"})
     with pytest.raises(CheckpointError, match="storage 0 has 3 bytes instead of 4"):
         open_checkpoint(tmp_path / "short.pt")
     repack(tmp_path / "a.pt", tmp_path / "same.pt")
     assert tensor_at(open_checkpoint(tmp_path / "same.pt"), "a").tolist() == [1.0]
+
+
+def test_a_file_of_a_big_endian_machine_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+    saved = {
+        "half": torch.arange(6, dtype=torch.bfloat16).view(2, 3),
+        "float": torch.randn(4, 5).t(),
+        "double": torch.randn(3, dtype=torch.float64),
+        "long": torch.arange(5)[1:4],
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "complex": torch.randn(3, dtype=torch.complex64).conj(),
+        "scalar": torch.tensor(7, dtype=torch.int16),
+        "empty": torch.empty(0, 2),
+    }
+    torch.save(saved, tmp_path / "little.pt")
+    order = {str(number): tensor for number, tensor in enumerate(saved.values())}
+    with zipfile.ZipFile(tmp_path / "little.pt") as archive:
+        records = {name.split("/data/")[-1]: archive.read(name) for name in archive.namelist() if "/data/" in name}
+    swapped = {}
+    for number, data in records.items():
+        dtype = order[number].dtype
+        size = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
+        swapped[number] = b"".join(data[place : place + size][::-1] for place in range(0, len(data), size))
+    repack(tmp_path / "little.pt", tmp_path / "big.pt", byteorder=b"big", **swapped)
+    expected = torch.load(tmp_path / "big.pt", weights_only=True)
+    found = Runtime(accelerator="cpu").load(tmp_path / "big.pt")
+    for name, tensor in saved.items():
+        assert same_bits(expected[name].resolve_conj(), tensor.resolve_conj()), name
+        assert same_bits(found[name], tensor.resolve_conj()), name
+
+
+def test_a_file_of_a_big_endian_machine_is_bound_and_read_in_parts(tmp_path: Path) -> None:
+    weight = torch.randn(8, 4)
+    torch.save({"weight": weight}, tmp_path / "little.pt")
+    data = weight.numpy().byteswap().tobytes()
+    repack(tmp_path / "little.pt", tmp_path / "big.pt", byteorder=b"big", **{"0": data})
+    runtime = Runtime(accelerator="cpu", precision="bf16-true")
+    with runtime.init_module(empty_init=True):
+        model = nn.Linear(4, 8, bias=False)
+    runtime.load_raw(tmp_path / "big.pt", model)
+    assert torch.equal(runtime.setup(model).weight, weight.bfloat16())
 
 
 # Pickles that make a less careful reader take gigabytes, minutes, or the process.

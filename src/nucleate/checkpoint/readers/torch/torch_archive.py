@@ -19,6 +19,7 @@ from nucleate.checkpoint.readers.torch.tensor_notes import PickledTensor, Storag
 from nucleate.checkpoint.readers.torch.torch_pickle import Names
 from nucleate.checkpoint.readers.torch.zip_directory import ZipDirectory, ZipEntry
 from nucleate.checkpoint.stored.data_file import Bytes, HeldBytes
+from nucleate.checkpoint.stored.swapped_bytes import SwappedBytes
 from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
 from nucleate.errors import CheckpointError, UnreadableCheckpointError
 
@@ -41,11 +42,14 @@ class TorchArchive(ABC):
         value: The saved value, with a `PickledTensor` for each tensor.
         file: The file that holds the archive.
         num_pickle_bytes: The length of the pickles that were read.
+        is_swapped: Whether a big-endian machine wrote the numbers.
     """
 
     value: Any
     file: Bytes
     num_pickle_bytes: int
+    is_swapped: bool = False
+    _swapped: dict[int, SwappedBytes]
 
     def chunk(self, tensor: PickledTensor) -> tuple[int, tuple[int, ...] | None]:
         """Return the place of a tensor's first element in the file, and its strides if it does not lie row by row.
@@ -66,18 +70,28 @@ class TorchArchive(ABC):
     def stored(self, key: str, tensor: PickledTensor) -> StoredTensor:
         """Return the stored tensor for a pickled tensor, with the key `key`."""
         offset, stride = self.chunk(tensor)
-        chunk = Chunk(self.file, offset, (0,) * len(tensor.shape), tensor.shape, stride)
+        file = self._numbers_of(tensor.storage.dtype)
+        chunk = Chunk(file, offset, (0,) * len(tensor.shape), tensor.shape, stride)
         stored = StoredTensor(key, tensor.dtype, tensor.shape, (chunk,))
         if (tensor.is_conjugate or tensor.is_negative) and 0 not in tensor.shape:
             # torch marked the tensor instead of computing it. Compute all stored elements, as the tensor may have gaps.
             extent = chunk.extent_bytes(tensor.dtype)
             numbers = torch.empty(extent // tensor.dtype.itemsize, dtype=tensor.dtype, device="cpu")
-            self.file.read_into(numbers.data_ptr(), extent, offset)
+            file.read_into(numbers.data_ptr(), extent, offset)
             numbers = numbers.conj().resolve_conj() if tensor.is_conjugate else numbers
             numbers = -numbers if tensor.is_negative else numbers
             held = Chunk(HeldBytes(self.file.name, numbers), 0, chunk.begin, chunk.shape, stride)
             stored = StoredTensor(key, tensor.dtype, tensor.shape, (held,))
         return stored
+
+    def _numbers_of(self, dtype: torch.dtype) -> Bytes:
+        """Return the file with the numbers of a storage in the order of this machine, the same object for each size."""
+        item_bytes = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
+        if not self.is_swapped or item_bytes == 1:
+            return self.file
+        if item_bytes not in self._swapped:
+            self._swapped[item_bytes] = SwappedBytes(self.file, item_bytes)
+        return self._swapped[item_bytes]
 
     @abstractmethod
     def record(self, key: str) -> tuple[int, int]:
@@ -98,15 +112,14 @@ class ZipTorchArchive(TorchArchive):
 
     def __init__(self, file: Bytes, begin: int = 0, size_bytes: int | None = None) -> None:
         self.file = file
+        self._swapped = {}
         self._begin = begin
         size_bytes = file.size_bytes - begin if size_bytes is None else size_bytes
         self._directory = ZipDirectory(lambda offset, size: file.read(begin + offset, size), size_bytes, file.name)
         self._prefix = prefix_of(self._directory, file.name)
         self._records: dict[str, ZipEntry] = {}
-        if f"{self._prefix}byteorder" in self._directory and self._bytes("byteorder") != b"little":
-            raise UnreadableCheckpointError(
-                f"{file.name} was written on a big-endian machine. Load it with `torch.load` and save it again."
-            )
+        if f"{self._prefix}byteorder" in self._directory:
+            self.is_swapped = self._bytes("byteorder") != b"little"
         record = self._directory.record(f"{self._prefix}data.pkl")
         self.value, self.num_pickle_bytes = _grown(file, begin + record.offset, record.size_bytes, self._value)
 
@@ -163,10 +176,7 @@ class LegacyTorchArchive(TorchArchive):
         _, version, system, self.value, keys = found
         if version != 1001 or not isinstance(system, dict) or not isinstance(keys, list):
             raise CheckpointError(f"{self.file.name} is damaged: it is not a file of version 1001. Copy it again.")
-        if system.get("little_endian") is not True:
-            raise UnreadableCheckpointError(
-                f"{self.file.name} was written on a big-endian machine. Load it with `torch.load` and save it again."
-            )
+        # The numbers are little-endian, whatever machine wrote them (torch/csrc/serialization.cpp, `writeFileRaw`).
         return keys, position
 
     def _read_places(self, keys: list[Any], position: int) -> dict[str, tuple[int, int]]:
