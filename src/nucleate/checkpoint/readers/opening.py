@@ -13,10 +13,10 @@ from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
 from nucleate.errors import (
     CheckpointError,
     CheckpointNotFoundError,
+    CheckpointUnreadableError,
     ConfigurationError,
     PluginConflictError,
     PluginLoadError,
-    UnreadableCheckpointError,
     name_list,
 )
 from nucleate.registry import READERS
@@ -51,7 +51,7 @@ def open_checkpoint(
 
     Raises:
         CheckpointNotFoundError: Nothing exists at `path`.
-        UnreadableCheckpointError: No reader knows the file or folder, or a value is of a kind that cannot be read.
+        CheckpointUnreadableError: No reader knows the file or folder, or a value is of a kind that cannot be read.
         CheckpointError: The file or folder is damaged.
         ConfigurationError: No reader has this name.
     """
@@ -70,7 +70,7 @@ def open_checkpoint(
     except OSError as error:
         raise CheckpointError(f"{error.filename or place} cannot be read: {error.strerror or error}.") from error
     except (MemoryError, RecursionError) as error:
-        raise UnreadableCheckpointError(
+        raise CheckpointUnreadableError(
             f"{place} cannot be read: it asks for too much ({type(error).__name__}). It is damaged, or made to harm."
         ) from error
     files = {file for tensor in contents.tensors.values() for file in tensor.files if isinstance(file, DataFile)}
@@ -144,7 +144,7 @@ def reader_for(
             continue
         if claims:
             return reader
-    raise UnreadableCheckpointError(_unknown(place) + "".join(f" ({problem})" for problem in broken))
+    raise CheckpointUnreadableError(_unknown(place) + "".join(f" ({problem})" for problem in broken))
 
 
 def _unknown(place: Path) -> str:

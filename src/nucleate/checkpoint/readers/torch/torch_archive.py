@@ -20,7 +20,7 @@ from nucleate.checkpoint.readers.torch.torch_pickle import Names
 from nucleate.checkpoint.readers.torch.zip_directory import ZipDirectory, ZipEntry
 from nucleate.checkpoint.stored.data_file import Bytes, HeldBytes
 from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
-from nucleate.errors import CheckpointError, UnreadableCheckpointError
+from nucleate.errors import CheckpointError, CheckpointUnreadableError
 
 # The number at the start of files from before torch 1.6, as a pickle (torch/serialization.py, MAGIC_NUMBER).
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -104,7 +104,7 @@ class ZipTorchArchive(TorchArchive):
         self._prefix = prefix_of(self._directory, file.name)
         self._records: dict[str, ZipEntry] = {}
         if f"{self._prefix}byteorder" in self._directory and self._bytes("byteorder") != b"little":
-            raise UnreadableCheckpointError(
+            raise CheckpointUnreadableError(
                 f"{file.name} was written on a big-endian machine. Load it with `torch.load` and save it again."
             )
         record = self._directory.record(f"{self._prefix}data.pkl")
@@ -164,7 +164,7 @@ class LegacyTorchArchive(TorchArchive):
         if version != 1001 or not isinstance(system, dict) or not isinstance(keys, list):
             raise CheckpointError(f"{self.file.name} is damaged: it is not a file of version 1001. Copy it again.")
         if system.get("little_endian") is not True:
-            raise UnreadableCheckpointError(
+            raise CheckpointUnreadableError(
                 f"{self.file.name} was written on a big-endian machine. Load it with `torch.load` and save it again."
             )
         return keys, position
@@ -214,7 +214,7 @@ def open_archive(file: Bytes) -> TorchArchive:
     if (kind := kind_of_bytes(start)) is not None:
         raise kind.refusal(file.name)
     if start[:1] == b"\x80":
-        raise UnreadableCheckpointError(
+        raise CheckpointUnreadableError(
             f"{file.name} is a pickle that `torch.save` did not write. Loading it would run the code that it names. If "
             "you trust it, load it with `pickle` and save a state dict of tensors with `torch.save`."
         )
@@ -243,7 +243,7 @@ def _grown(file: Bytes, offset: int, size_bytes: int, read: Callable[[bytes], _T
             if length == size_bytes:
                 raise
             if length == _MAX_PICKLE_BYTES:
-                raise UnreadableCheckpointError(
+                raise CheckpointUnreadableError(
                     f"{file.name} has a pickle of more than {length} bytes, which would take many times that memory. "
                     "Save large values as tensors."
                 ) from None
@@ -259,14 +259,14 @@ def prefix_of(directory: ZipDirectory, name: str) -> str:
     """Return the prefix of the names of all records.
 
     Raises:
-        UnreadableCheckpointError: `torch.save` did not make the archive.
+        CheckpointUnreadableError: `torch.save` did not make the archive.
     """
     names = directory.names()
     if (kind := kind_of_archive(names)) is not None:
         raise kind.refusal(name)
     found = [record for record in names if record.endswith("data.pkl") and record.count("/") <= 1]
     if len(found) != 1 or found[0].rpartition("/")[2] != "data.pkl":
-        raise UnreadableCheckpointError(
+        raise CheckpointUnreadableError(
             f"{name} is a zip archive, but not a file of `torch.save`: it has {len(found)} records called data.pkl."
         )
     return found[0].removesuffix("data.pkl")
