@@ -23,7 +23,7 @@ NucleateError
 │   └── RankDisagreementError                   ranks built different models or hold different values
 └── CheckpointError (RuntimeError)
     ├── CheckpointNotFoundError (FileNotFoundError)
-    ├── UnreadableCheckpointError               nothing is damaged, but nucleate does not read this kind
+    ├── CheckpointUnreadableError               nothing is damaged, but nucleate does not read this kind
     ├── CheckpointKeyError (KeyError)           missing or unexpected keys
     └── ShapeMismatchError (ValueError)         a tensor has another shape
 ```
@@ -135,7 +135,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """The path does not hold a complete checkpoint."""
 
 
-class UnreadableCheckpointError(CheckpointError):
+class CheckpointUnreadableError(CheckpointError):
     """Nothing is known to be damaged, but nucleate does not read files or values of this kind."""
 
 

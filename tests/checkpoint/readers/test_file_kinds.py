@@ -22,7 +22,7 @@ from nucleate import Runtime
 from nucleate.checkpoint import verify
 from nucleate.checkpoint.readers import open_checkpoint
 from nucleate.cli import main
-from nucleate.errors import UnreadableCheckpointError
+from nucleate.errors import CheckpointUnreadableError
 
 
 def torchscript(path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_file_is_named_for_its_kind_under_any_name(tmp_path: Path, kind: str, 
     write, message = KINDS[kind]
     path = tmp_path / f"file{suffix}"
     write(path)
-    with pytest.raises(UnreadableCheckpointError, match=message) as error:
+    with pytest.raises(CheckpointUnreadableError, match=message) as error:
         open_checkpoint(path)
     assert str(path) in str(error.value)
     assert len(str(error.value)) <= 1000
@@ -118,7 +118,7 @@ def test_a_file_is_named_for_its_kind_under_any_name(tmp_path: Path, kind: str, 
 
 def test_a_pickle_of_another_program_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(UnreadableCheckpointError, match=r"a pickle that `torch\.save` did not write"):
+    with pytest.raises(CheckpointUnreadableError, match=r"a pickle that `torch\.save` did not write"):
         open_checkpoint(tmp_path / "a.pt")
 
 
@@ -146,7 +146,7 @@ def test_long_names_and_halves_of_characters_make_short_messages(tmp_path: Path)
     runtime = Runtime(accelerator="cpu")
     for key in ("k" * 9000, "\udcff"):
         torch.save({key: Path("x"), "w": torch.ones(1)}, tmp_path / "a.pt")
-        with pytest.raises(UnreadableCheckpointError, match=r"a\.pt is a pathlib") as error:
+        with pytest.raises(CheckpointUnreadableError, match=r"a\.pt is a pathlib") as error:
             runtime.load(tmp_path / "a.pt")
         assert len(str(error.value).encode("utf-8")) <= 1000
 

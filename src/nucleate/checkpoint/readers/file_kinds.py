@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from nucleate.errors import UnreadableCheckpointError, name_list
+from nucleate.errors import CheckpointUnreadableError, name_list
 
 #: The message for a module that was pickled whole; with the fields `what` and `name`.
 WHOLE_MODULE = (
@@ -32,9 +32,9 @@ class FileKind:
     cure: str
     is_of_torch: bool = False
 
-    def refusal(self, path: object) -> UnreadableCheckpointError:
+    def refusal(self, path: object) -> CheckpointUnreadableError:
         """Return the error for a file of this kind."""
-        return UnreadableCheckpointError(f"{path} is {self.name}, not a checkpoint. {self.cure}")
+        return CheckpointUnreadableError(f"{path} is {self.name}, not a checkpoint. {self.cure}")
 
 
 TORCHSCRIPT = FileKind("a TorchScript program", "Save `torch.jit.load(path).state_dict()` instead.", True)

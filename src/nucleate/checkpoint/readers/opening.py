@@ -15,10 +15,10 @@ from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
 from nucleate.errors import (
     CheckpointError,
     CheckpointNotFoundError,
+    CheckpointUnreadableError,
     ConfigurationError,
     PluginConflictError,
     PluginLoadError,
-    UnreadableCheckpointError,
     name_list,
 )
 from nucleate.registry import READERS
@@ -63,7 +63,7 @@ def open_checkpoint(
 
     Raises:
         CheckpointNotFoundError: Nothing exists at `path`.
-        UnreadableCheckpointError: No reader knows the file or folder, or a value is of a kind that cannot be read.
+        CheckpointUnreadableError: No reader knows the file or folder, or a value is of a kind that cannot be read.
         CheckpointError: The file or folder is damaged, or a save replaced it meanwhile.
         ConfigurationError: No reader has this name.
     """
@@ -107,7 +107,7 @@ def _read(place: Path, reader: str | Reader | None, readers: Sequence[Reader], t
     except OSError as error:
         raise CheckpointError(f"{error.filename or place} cannot be read: {error.strerror or error}.") from error
     except (MemoryError, RecursionError) as error:
-        raise UnreadableCheckpointError(
+        raise CheckpointUnreadableError(
             f"{place} cannot be read: it asks for too much ({type(error).__name__}). It is damaged, or made to harm."
         ) from error
 
@@ -177,7 +177,7 @@ def reader_for(
             continue
         if claims:
             return reader
-    raise UnreadableCheckpointError(_unknown(place) + "".join(f" ({problem})" for problem in broken))
+    raise CheckpointUnreadableError(_unknown(place) + "".join(f" ({problem})" for problem in broken))
 
 
 def _unknown(place: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from nucleate.checkpoint.state.tree import KeyPath
 from nucleate.checkpoint.stored.stored_object import StoredObject
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.errors import UnreadableCheckpointError
+from nucleate.errors import CheckpointUnreadableError
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class Contents:
         """Make sure that the tensors have names.
 
         Raises:
-            UnreadableCheckpointError: The file holds one tensor without a name.
+            CheckpointUnreadableError: The file holds one tensor without a name.
         """
         if self.is_unnamed:
-            raise UnreadableCheckpointError(
+            raise CheckpointUnreadableError(
                 f"{self.path} holds one tensor. A checkpoint must be a dict, such as `model.state_dict()`, so that "
                 'each item has a name. Save `{"name": value}` instead, or convert the file with `nucleate convert`, '
                 "which calls the tensor `tensor`."

@@ -28,7 +28,7 @@ from nucleate.checkpoint.tools.check_sums import SummedRecord, summed_records
 from nucleate.checkpoint.tools.comparison import Comparison, Difference
 from nucleate.checkpoint.tools.selection import canonical
 from nucleate.checkpoint.tools.sweep import Sweep, in_order
-from nucleate.errors import CheckpointError, UnreadableCheckpointError
+from nucleate.errors import CheckpointError, CheckpointUnreadableError
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def verify(
     other = None if against is None else canonical(open_saved(against, passes_over=True))
     try:
         contents = canonical(open_saved(path, reader, passes_over=True))
-    except UnreadableCheckpointError as error:
+    except CheckpointUnreadableError as error:
         report.unreadable = str(error)
         return report
     except CheckpointError as error:

@@ -19,7 +19,7 @@ from nucleate import Runtime
 from nucleate.checkpoint.readers import open_checkpoint
 from nucleate.checkpoint.readers.torch.pickled import Unpickler
 from nucleate.checkpoint.readers.torch.torch_pickle import find
-from nucleate.errors import CheckpointError, UnreadableCheckpointError
+from nucleate.errors import CheckpointError, CheckpointUnreadableError
 
 # The slowest takes a tenth of this where nothing else runs.
 SECONDS = 5.0
@@ -151,7 +151,7 @@ def test_an_allowed_object_that_is_shared_many_times_is_made_once(tmp_path: Path
 
 def test_a_pickle_of_the_first_protocol_is_named(tmp_path: Path) -> None:
     zipped(tmp_path / "a.pt", pickle.dumps({"a": [1.5, "x"]}, 0))
-    with pytest.raises(UnreadableCheckpointError, match="protocol 0 or 1"):
+    with pytest.raises(CheckpointUnreadableError, match="protocol 0 or 1"):
         open_checkpoint(tmp_path / "a.pt")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nucleate.checkpoint.readers import open_checkpoint
-from nucleate.errors import CheckpointError, UnreadableCheckpointError
+from nucleate.errors import CheckpointError, CheckpointUnreadableError
 
 both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -161,18 +161,18 @@ def test_a_chain_of_objects_that_is_too_deep_is_refused(tmp_path: Path) -> None:
     value: Any = None
     for _ in range(300):
         value = argparse.Namespace(a=value)
-    with pytest.raises(UnreadableCheckpointError, match="value in .* nested too deep"):
+    with pytest.raises(CheckpointUnreadableError, match="value in .* nested too deep"):
         read(tmp_path / "a.pt", value, argparse.Namespace)
 
 
 def test_an_error_of_an_allowed_class_is_not_damage(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableCheckpointError, match=r"Broken raised AttributeError.*no such thing") as error:
+    with pytest.raises(CheckpointUnreadableError, match=r"Broken raised AttributeError.*no such thing") as error:
         read(tmp_path / "a.pt", Broken(), Broken)
     assert "damage" not in str(error.value)
 
 
 def test_an_object_that_holds_another_class_names_that_class(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableCheckpointError, match=r"is a argparse\.Namespace that holds a .*Slots"):
+    with pytest.raises(CheckpointUnreadableError, match=r"is a argparse\.Namespace that holds a .*Slots"):
         read(tmp_path / "a.pt", argparse.Namespace(a=[Slots()]), argparse.Namespace)
 
 

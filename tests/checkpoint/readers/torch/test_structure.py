@@ -16,7 +16,7 @@ from torch import nn
 from nucleate import Runtime
 from nucleate.checkpoint import convert, verify
 from nucleate.checkpoint.readers import open_checkpoint
-from nucleate.errors import CheckpointError, CheckpointKeyError, CheckpointNotFoundError, UnreadableCheckpointError
+from nucleate.errors import CheckpointError, CheckpointKeyError, CheckpointNotFoundError, CheckpointUnreadableError
 
 both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -76,7 +76,7 @@ def test_what_is_not_plain_data_is_refused_by_name_and_never_called_damaged(
         lambda: runtime.load(path),
         lambda: convert(path, tmp_path / "b.safetensors"),
     ):
-        with pytest.raises(UnreadableCheckpointError, match=rf"hyper\.value in .*a\.ckpt is .*{name}") as error:
+        with pytest.raises(CheckpointUnreadableError, match=rf"hyper\.value in .*a\.ckpt is .*{name}") as error:
             call()
         assert "damage" not in str(error.value)
         assert len(str(error.value)) <= 1000
@@ -132,10 +132,10 @@ def test_no_code_runs_for_what_is_passed_over(tmp_path: Path, trained: nn.Linear
 def test_an_object_under_the_prefix_or_around_it_is_refused(tmp_path: Path, trained: nn.Linear) -> None:
     runtime, path = Runtime(accelerator="cpu"), tmp_path / "a.pt"
     torch.save({"model": {**trained.state_dict(), "extra": Path("x")}, "other": 1}, path)
-    with pytest.raises(UnreadableCheckpointError, match=r"model\.extra in .* is a pathlib\.PosixPath"):
+    with pytest.raises(CheckpointUnreadableError, match=r"model\.extra in .* is a pathlib\.PosixPath"):
         runtime.load_raw(path, nn.Linear(2, 2), prefix="model.")
     torch.save({"model": trained, "other": {"a": torch.ones(1)}}, path)
-    with pytest.raises(UnreadableCheckpointError, match=r"model in .* is a torch\.nn\..*Linear: a whole module"):
+    with pytest.raises(CheckpointUnreadableError, match=r"model in .* is a torch\.nn\..*Linear: a whole module"):
         runtime.load_raw(path, nn.Linear(2, 2), prefix="model.")
     torch.save({"x": {"y": {"weight": torch.ones(1)}}, "own": Path("x")}, path)
     with pytest.raises(CheckpointNotFoundError, match="begins with 'z"):
@@ -159,10 +159,10 @@ def test_an_optimizer_is_loaded_beside_an_object(tmp_path: Path, trained: nn.Lin
 
 def test_a_whole_module_and_a_list_are_named(tmp_path: Path, trained: nn.Linear) -> None:
     torch.save(trained, tmp_path / "a.pt")
-    with pytest.raises(UnreadableCheckpointError, match=r"a whole module, .*`torch\.save\(model\.state_dict"):
+    with pytest.raises(CheckpointUnreadableError, match=r"a whole module, .*`torch\.save\(model\.state_dict"):
         open_checkpoint(tmp_path / "a.pt")
     torch.save([torch.ones(1)], tmp_path / "b.pt")
-    with pytest.raises(UnreadableCheckpointError, match="holds a list. A checkpoint must be a dict"):
+    with pytest.raises(CheckpointUnreadableError, match="holds a list. A checkpoint must be a dict"):
         open_checkpoint(tmp_path / "b.pt", passes_over=True)
 
 
@@ -170,7 +170,7 @@ def test_one_bare_tensor_is_inspected_verified_and_converted_but_not_loaded(tmp_
     path, runtime = tmp_path / "scale.pth", Runtime(accelerator="cpu")
     torch.save(nn.Parameter(torch.tensor(2.65)), path)
     for call in (lambda: runtime.load(path), lambda: runtime.load_raw(path, nn.Linear(1, 1))):
-        with pytest.raises(UnreadableCheckpointError, match="holds one tensor"):
+        with pytest.raises(CheckpointUnreadableError, match="holds one tensor"):
             call()
     assert verify(path).is_good
     convert(path, tmp_path / "b.safetensors", keys={"tensor": "logit_scale"})
@@ -188,7 +188,7 @@ def test_the_part_of_one_rank_is_named(tmp_path: Path) -> None:
         torch.save({"weight": distribute_tensor(torch.ones(4), mesh)}, tmp_path / "a.pt")
     finally:
         dist.destroy_process_group()
-    with pytest.raises(UnreadableCheckpointError, match=r"weight in .* is a DTensor: .* part of one rank.*full_tensor"):
+    with pytest.raises(CheckpointUnreadableError, match=r"weight in .* is a DTensor: .* part of one rank.*full_tensor"):
         open_checkpoint(tmp_path / "a.pt")
 
 

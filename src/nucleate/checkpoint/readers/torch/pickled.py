@@ -16,7 +16,7 @@ from nucleate.checkpoint.readers.torch.pickle_bytes import EndOfPickleError, Pic
 from nucleate.checkpoint.readers.torch.pickle_keys import KeyBudget
 from nucleate.checkpoint.readers.torch.pickle_notes import Maker as Maker
 from nucleate.checkpoint.readers.torch.pickle_notes import PickleRefusedError, Step, Unmade, is_note
-from nucleate.errors import CheckpointError, UnreadableCheckpointError
+from nucleate.errors import CheckpointError, CheckpointUnreadableError
 
 
 class Buildable(Protocol):
@@ -64,7 +64,7 @@ class Unpickler(PickleBytes):
 
         Raises:
             EndOfPickleError: `data` ends before the pickle does.
-            UnreadableCheckpointError: The pickle is not damaged, but holds something that cannot be read.
+            CheckpointUnreadableError: The pickle is not damaged, but holds something that cannot be read.
             CheckpointError: The pickle is damaged.
         """
         data, handlers = self._data, _HANDLERS
@@ -75,10 +75,10 @@ class Unpickler(PickleBytes):
                 if opcode == 0x2E:  # STOP
                     return self._stack.pop()
                 handlers[opcode](self)
-        except (EndOfPickleError, UnreadableCheckpointError):
+        except (EndOfPickleError, CheckpointUnreadableError):
             raise
         except PickleRefusedError as error:
-            raise UnreadableCheckpointError(f"{self._name} cannot be read: {_short(error)}.") from error
+            raise CheckpointUnreadableError(f"{self._name} cannot be read: {_short(error)}.") from error
         except Exception as error:
             if self.position >= len(data) and isinstance(error, IndexError):
                 raise self._cut_short() from error

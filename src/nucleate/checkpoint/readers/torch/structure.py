@@ -18,7 +18,7 @@ from nucleate.checkpoint.state.tree import KeyPath, key_of
 from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
 from nucleate.checkpoint.stored.stored_object import StoredObject
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.errors import CheckpointError, UnreadableCheckpointError
+from nucleate.errors import CheckpointError, CheckpointUnreadableError
 
 # A walk through a deeper skeleton would run out of stack.
 _MAX_DEPTH = 100
@@ -63,7 +63,7 @@ class Structure:
             path: The place of its value in the checkpoint.
 
         Raises:
-            UnreadableCheckpointError: A part of the value cannot be read without running code, or has the key of
+            CheckpointUnreadableError: A part of the value cannot be read without running code, or has the key of
                 another tensor. Without `strict`, a `StoredObject` stands in its place.
             CheckpointError: A part of the value is damaged.
         """
@@ -89,7 +89,7 @@ class _Walk:
     def split(self, value: Any, path: KeyPath, depth: int = 0) -> Any:
         self._num_left -= 1
         if self._num_left < 0:
-            raise UnreadableCheckpointError(f"{self._name} is nested too deep, or holds itself, at {_at(path)}.")
+            raise CheckpointUnreadableError(f"{self._name} is nested too deep, or holds itself, at {_at(path)}.")
         if depth > _MAX_DEPTH:
             return self._refusal("a value that is nested too deep", path, "is nested too deep, or holds itself")
         if isinstance(value, PickledTensor):
@@ -119,7 +119,7 @@ class _Walk:
         key = key_of(path)
         self._text_left -= len(key)
         if self._text_left < 0:
-            raise UnreadableCheckpointError(f"{self._name} has names that are too long, such as {_at(path)}.")
+            raise CheckpointUnreadableError(f"{self._name} has names that are too long, such as {_at(path)}.")
         if key in self._structure.tensors:
             return self._refusal(
                 "a tensor", path, f"is the second tensor: the file holds two tensors called {_at(path)}. Rename one"
@@ -154,7 +154,7 @@ class _Walk:
         message = f"{_at(path)} in {self._name} {what}."
 
         def make() -> Any:
-            raise UnreadableCheckpointError(message)
+            raise CheckpointUnreadableError(message)
 
         return self._stored(name, path, make)
 
@@ -177,7 +177,7 @@ class _Walk:
         except NotAllowedError as error:
             raise self._code(value, error.note, path) from None
         except PickleRefusedError as error:
-            raise UnreadableCheckpointError(
+            raise CheckpointUnreadableError(
                 f"{_at(path)} in {self._name} is a {_name_of(value)} that cannot be read: {error}."
             ) from error
 
@@ -194,10 +194,10 @@ class _Walk:
 
     def _code(self, value: Any, note: Global | Unmade, path: KeyPath) -> CheckpointError:
         if isinstance(value, Unmade) and value.is_module:
-            return UnreadableCheckpointError(WHOLE_MODULE.format(what=f"{_at(path)} in {self._name}", name=value.name))
+            return CheckpointUnreadableError(WHOLE_MODULE.format(what=f"{_at(path)} in {self._name}", name=value.name))
         is_inside = isinstance(value, Unmade) and note is not value
         what = f"{value.name} that holds a {note.name}. This" if is_inside else f"{note.name}. It"
-        return UnreadableCheckpointError(
+        return CheckpointUnreadableError(
             f"{_at(path)} in {self._name} is a {what} cannot be restored without running code that the file names. "
             "nucleate refuses this, because anybody may have written the file. If you trust it, pass "
             "`weights_only=False` to `load` or `load_raw`. Or load it with `torch.load(path, weights_only=False)` and "

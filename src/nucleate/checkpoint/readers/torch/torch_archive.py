@@ -21,7 +21,7 @@ from nucleate.checkpoint.readers.torch.zip_directory import ZipDirectory, ZipEnt
 from nucleate.checkpoint.stored.data_file import Bytes, HeldBytes
 from nucleate.checkpoint.stored.swapped_bytes import SwappedBytes
 from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
-from nucleate.errors import CheckpointError, UnreadableCheckpointError
+from nucleate.errors import CheckpointError, CheckpointUnreadableError
 
 # The number at the start of files from before torch 1.6, as a pickle (torch/serialization.py, MAGIC_NUMBER).
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -224,7 +224,7 @@ def open_archive(file: Bytes) -> TorchArchive:
     if (kind := kind_of_bytes(start)) is not None:
         raise kind.refusal(file.name)
     if start[:1] == b"\x80":
-        raise UnreadableCheckpointError(
+        raise CheckpointUnreadableError(
             f"{file.name} is a pickle that `torch.save` did not write. Loading it would run the code that it names. If "
             "you trust it, load it with `pickle` and save a state dict of tensors with `torch.save`."
         )
@@ -253,7 +253,7 @@ def _grown(file: Bytes, offset: int, size_bytes: int, read: Callable[[bytes], _T
             if length == size_bytes:
                 raise
             if length == _MAX_PICKLE_BYTES:
-                raise UnreadableCheckpointError(
+                raise CheckpointUnreadableError(
                     f"{file.name} has a pickle of more than {length} bytes, which would take many times that memory. "
                     "Save large values as tensors."
                 ) from None
@@ -269,14 +269,14 @@ def prefix_of(directory: ZipDirectory, name: str) -> str:
     """Return the prefix of the names of all records.
 
     Raises:
-        UnreadableCheckpointError: `torch.save` did not make the archive.
+        CheckpointUnreadableError: `torch.save` did not make the archive.
     """
     names = directory.names()
     if (kind := kind_of_archive(names)) is not None:
         raise kind.refusal(name)
     found = [record for record in names if record.endswith("data.pkl") and record.count("/") <= 1]
     if len(found) != 1 or found[0].rpartition("/")[2] != "data.pkl":
-        raise UnreadableCheckpointError(
+        raise CheckpointUnreadableError(
             f"{name} is a zip archive, but not a file of `torch.save`: it has {len(found)} records called data.pkl."
         )
     return found[0].removesuffix("data.pkl")

@@ -20,7 +20,7 @@ from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
 from nucleate.checkpoint.stored.open_folder import OpenFolder
 from nucleate.checkpoint.stored.stored_object import StoredObject
 from nucleate.checkpoint.stored.tensor import StoredTensor
-from nucleate.errors import CheckpointError, UnreadableCheckpointError, name_list
+from nucleate.errors import CheckpointError, CheckpointUnreadableError, name_list
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX_SUFFIX = ".bin.index.json"
@@ -81,7 +81,7 @@ class TorchReader(Reader):
             # Nothing in the file can be passed over. So the message is that of the object, if it cannot be made.
             skeleton = skeleton.make()
         if not isinstance(skeleton, dict):
-            raise UnreadableCheckpointError(
+            raise CheckpointUnreadableError(
                 f"{path} holds a {type(skeleton).__name__}. A checkpoint must be a dict, such as `model.state_dict()`, "
                 'so that each item has a name. Save `{"name": value}` instead.'
             )

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nucleate.errors import CheckpointError, UnreadableCheckpointError
+from nucleate.errors import CheckpointError, CheckpointUnreadableError
 
 _END = struct.Struct("<4s4H2IH")
 _LOCATOR = struct.Struct("<4sIQI")
@@ -79,7 +79,7 @@ class ZipDirectory:
             raise self.damaged(f"it has no record {name[:100]}")
         header_offset, size_bytes, is_packed = self._headers[name]
         if is_packed:
-            raise UnreadableCheckpointError(
+            raise CheckpointUnreadableError(
                 f"{self._name} is a compressed or encrypted archive (record {name[:100]!r}), which torch does not "
                 "write. Unpack it, or save it again with `torch.save`."
             )
