@@ -235,12 +235,13 @@ class Building(Parts):
         if scheduler is not None and not optimizers:
             raise ConfigurationError("setup() got a scheduler without its optimizer. Pass the optimizer before it.")
         self.launch()
+        name = type(inside(module)).__name__ if isinstance(module, nn.Module) else ""  # FSDP changes the class.
         setup = ModelSetup(self._parts, self._communicator, self._integrations, self._verify, self._free)
         with self._communicator.meeting("setup"):
             wrapped = setup.run(module, optimizers, self._models, move_to_device, _reapply_compile)
         self._models.add(inside(wrapped.module))
         if self._strategy.data_parallel_size > 1:
-            self._watch_inputs(wrapped)
+            self._watch_inputs(wrapped, name)
         self.call("on_after_setup", runtime=self, fabric=self, module=wrapped)
         last = () if scheduler is None else (scheduler,)
         return (wrapped, *map(self._optimizer_setup.wrapped, optimizers), *last) if optimizers else wrapped
@@ -251,13 +252,13 @@ class Building(Parts):
         """Set up a model without optimizers; see `setup`."""
         return self.setup(module, move_to_device=move_to_device, _reapply_compile=_reapply_compile)
 
-    def _watch_inputs(self, model: ModuleWrapper) -> None:
+    def _watch_inputs(self, model: ModuleWrapper, name: str) -> None:
         """Let the first training forwards of a model notice data that nobody has split over the ranks."""
         from nucleate.cluster.tally import Tally
         from nucleate.wrappers.equal_inputs import EqualInputs
 
-        name, num_ranks = type(inside(model.module)).__name__, self._strategy.data_parallel_size
-        model.watch_inputs(EqualInputs(name, Tally(self._environment), num_ranks, self._deliveries))
+        tally = Tally(self._environment)
+        model.watch_inputs(EqualInputs(name, tally, self._strategy.data_parallel_size, self._deliveries))
 
     def _start_ranks(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Start the ranks; see `launch`."""

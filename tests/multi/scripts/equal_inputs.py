@@ -109,4 +109,7 @@ def alone(model: Any) -> None:
 
 
 assert not warned(alone)  # Nobody waits.
+runtime = Runtime(accelerator=accelerator(), strategy="fsdp")
+(text,) = warned(raw)
+assert "gave Net the same" in text, text  # FSDP changes the class of the model.
 print("noticed", flush=True)
