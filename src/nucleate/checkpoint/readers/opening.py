@@ -18,6 +18,7 @@ from nucleate.errors import (
     PluginConflictError,
     PluginLoadError,
     name_list,
+    shortened,
 )
 from nucleate.registry import READERS
 
@@ -25,6 +26,8 @@ _READ = (
     "The known formats are safetensors files and folders of them with their index, torch files (.pt, .pth, .bin, "
     ".ckpt) and folders of them with their index, folders of torch.distributed.checkpoint, and what `save` writes"
 )
+
+_MAX_MESSAGE = 1000
 
 
 class ReplacedError(CheckpointError):
@@ -86,9 +89,11 @@ def _read(place: Path, reader: str | Reader | None, readers: Sequence[Reader], t
     found = found.trusting() if trusted else found
     try:
         return found.read(place)
+    except CheckpointError as error:
+        if len(str(error)) > _MAX_MESSAGE:  # A key in a damaged file may have any length.
+            raise type(error)(shortened(str(error), _MAX_MESSAGE)) from None
+        raise
     except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{error.filename or place} cannot be read: {error.strerror or error}.") from error
 
 
