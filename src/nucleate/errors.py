@@ -151,13 +151,27 @@ class ShapeMismatchError(CheckpointError, ValueError):
     """A tensor has another shape in the checkpoint than in the model."""
 
 
+# Names in damaged files may have any length.
+_MAX_NAME = 300
+
+
+def shortened(text: str, limit: int = 1000) -> str:
+    """Return a text for a message, without its middle if it is longer than `limit`.
+
+    >>> shortened("abcdefghijkl", limit=9)
+    'abc...jkl'
+    """
+    kept = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:kept]}...{text[-kept:]}"
+
+
 def name_list(names: Iterable[str], limit: int = 10) -> str:
     """Join names for a message; beyond `limit` names, give the count of all names instead of the others.
 
     >>> name_list(["a", "b", "c"], limit=2)
     'a, b, ... (3 in all)'
     """
-    listed = list(names)
+    listed = [shortened(name, _MAX_NAME) for name in names]
     if len(listed) <= limit:
         return ", ".join(listed)
     return f"{', '.join(listed[:limit])}, ... ({len(listed)} in all)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,3 +209,33 @@ def test_thousands_of_parts_are_found_by_reading_little_of_them(tmp_path: Path) 
 
 def _bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def _nested_sizes(metadata: Any) -> None:
+    box: list[Any] = []
+    for _ in range(30):
+        box = [box] * 10
+    next(iter(metadata.state_dict_metadata.values())).size = box
+
+
+def _shared_chunks(metadata: Any) -> None:
+    first = metadata.state_dict_metadata["bias"]
+    index, info = next((key, value) for key, value in metadata.storage_data.items() if key.fqn == "bias")
+    first.chunks[:] = [first.chunks[0]] * 10_000
+    for number in range(3000):
+        metadata.state_dict_metadata[f"k{number}"] = first
+        metadata.storage_data[type(index)(f"k{number}", index.offset, index.index)] = info
+
+
+@pytest.mark.parametrize("change", [_nested_sizes, _shared_chunks])
+def test_an_index_costs_no_more_than_its_size_allows(tmp_path: Path, change: Any) -> None:
+    dcp.save(STATE["model"], checkpoint_id=tmp_path / "c")
+    index = tmp_path / "c" / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    change(metadata)
+    index.write_bytes(pickle.dumps(metadata))
+    begin = time.process_time()
+    with pytest.raises(CheckpointError, match="metadata is damaged") as caught:
+        DCPReader().read(tmp_path / "c")
+    assert time.process_time() - begin < 5
+    assert len(str(caught.value)) <= 1000

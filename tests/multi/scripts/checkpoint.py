@@ -20,7 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
-from nucleate.checkpoint import load, save
+from nucleate.checkpoint import load, load_raw, loader, raw_loader, save
+from nucleate.checkpoint.readers import open_saved
 from nucleate.cluster import Communicator, Environment
 from nucleate.errors import (
     CheckpointError,
@@ -278,6 +279,30 @@ def fails_everywhere(comm: Communicator, path: Path, act: Callable[[], object], 
     assert load(path, None, comm)["number"] == 1
 
 
+def a_checkpoint_that_is_replaced_between_two_ranks_is_refused_everywhere(comm: Communicator, path: Path) -> None:
+    alone = Communicator(Environment(), device())
+    for number, (name, format) in enumerate([("c", "dcp"), ("c", "safetensors"), ("c.pt", None)]):
+        place = path / str(number) / name
+        save(place, {"number": 1, "t": torch.ones(2)}, comm, format=format)
+
+        def late(*args: Any, place: Path = place, format: str | None = format, **kwargs: Any) -> Any:
+            if comm.rank == 1:
+                save(place, {"number": 2, "t": torch.zeros(2)}, alone, format=format)
+            return open_saved(*args, **kwargs)
+
+        for module in (loader, raw_loader):
+            act: Callable[[], object] = lambda place=place: load(place, None, comm)  # noqa: E731
+            if module is raw_loader:
+                act = lambda place=place: load_raw(place, nn.ParameterDict({"t": torch.ones(2)}), comm)  # noqa: E731
+            with (
+                mock.patch.object(module, "open_saved", late),
+                pytest.raises((CheckpointError, RankFailedError), match="was replaced while it was read"),
+            ):
+                act()
+        comm.barrier()
+        assert load(place, None, comm)["number"] == 2
+
+
 def a_state_dict_that_fails_on_one_rank_fails_everywhere(comm: Communicator, path: Path) -> None:
     model = plain()
     if comm.rank == 1:
@@ -369,6 +394,7 @@ CHECKS: list[Callable[[Communicator, Path], None]] = [
     objects_may_hold_sharded_tensors_and_gather,
     rank_zeros_path_counts,
     what_does_not_fit_is_refused_on_every_rank_before_anything_changes,
+    a_checkpoint_that_is_replaced_between_two_ranks_is_refused_everywhere,
     a_state_dict_that_fails_on_one_rank_fails_everywhere,
     a_disk_that_fails_on_one_rank_fails_everywhere,
     states_that_differ_are_refused_everywhere,

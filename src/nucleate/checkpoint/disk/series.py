@@ -23,7 +23,7 @@ from nucleate.checkpoint.disk.folder import MARKER, CheckpointFolder, is_checkpo
 from nucleate.checkpoint.disk.lock import SaveLock
 from nucleate.checkpoint.disk.single_file import CheckpointFile
 from nucleate.checkpoint.disk.target import delete, discard, sync
-from nucleate.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, name_list
+from nucleate.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, name_list, shortened
 
 POINTER = "latest"
 _FORMAT = "nucleate latest"
@@ -225,7 +225,13 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointNotFoundError: There is nothing at that path, or all checkpoints that a pointer lists are gone.
     """
-    absolute = Path(path).resolve()
+    try:
+        absolute = Path(path).resolve()
+        absolute.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        # A link to itself (RuntimeError before Python 3.13), a zero byte, or a name that is too long.
+        shown, reason = shortened(repr(os.fspath(path)), 300), shortened(str(error), 300)
+        raise CheckpointNotFoundError(f"there is no checkpoint at {shown}: {reason}.") from None
     if absolute.is_file():
         listed = _read(absolute)
         if listed is None:

@@ -20,6 +20,7 @@ from nucleate.errors import (
     PluginConflictError,
     PluginLoadError,
     name_list,
+    shortened,
 )
 from nucleate.registry import READERS
 
@@ -115,10 +116,8 @@ def _read(place: Path, reader: str | Reader | None, readers: Sequence[Reader], t
 def _short(message: str, place: Path) -> str:
     """Return a message that a log can show: names in a file may be of any length, and hold any characters."""
     message = message.encode("utf-8", "backslashreplace").decode("utf-8")
-    if len(message) <= _MAX_MESSAGE:
-        return message
-    cut = f"{message[: _MAX_MESSAGE // 2]} ... ({len(message)} characters) ... {message[-_MAX_MESSAGE // 4 :]}"
-    return cut if str(place) in cut else f"{place}: {cut}"
+    cut = shortened(message, _MAX_MESSAGE)
+    return cut if cut == message or str(place) in cut else f"{place}: {cut}"
 
 
 def reader_for(

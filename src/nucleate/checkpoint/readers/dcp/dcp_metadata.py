@@ -6,6 +6,7 @@ here. This module calls nothing that the pickle names.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,9 @@ _CLASSES = {
         "TensorStorageMetadata",
     )
 } | {("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
+
+# Fewer bytes than the index needs for each chunk, its place and its entry (torch 2.13).
+_CHUNK_BYTES = 8
 
 
 class _Record:
@@ -112,14 +116,14 @@ class DCPMetadata:
         """
         root = Unpickler(file.read(0, file.size_bytes), _find, name=file.name).load()
         try:
-            return cls._of(root)
+            # Many tensors of a damaged file may share one long list of chunks.
+            return cls._of(root, most_chunks=1000 + file.size_bytes // _CHUNK_BYTES)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise CheckpointError(
-                f"{file.name} is damaged: {error if type(error) is ValueError else repr(error)[:200]}. Copy it again."
-            ) from error
+            detail = str(error) if type(error) is ValueError else repr(error)
+            raise CheckpointError(f"{file.name} is damaged: {detail[:500]}. Copy it again.") from error
 
     @classmethod
-    def _of(cls, root: Any) -> DCPMetadata:
+    def _of(cls, root: Any, most_chunks: int) -> DCPMetadata:
         if not isinstance(root, _Record) or root.name != "Metadata":
             raise ValueError("it holds no metadata")
         blobs: dict[tuple[str, tuple[int, ...] | None], Blob] = {}
@@ -129,7 +133,9 @@ class DCPMetadata:
             if place in blobs:
                 raise ValueError(f"it holds {place[0]} twice")
             if info.state.get("transform_descriptors"):
-                raise ValueError(f"{place[0]} was transformed by {info.state['transform_descriptors']!r:.100}")
+                raise ValueError(
+                    f"{place[0]} was transformed by {reprlib.repr(info.state['transform_descriptors'])[:100]}"
+                )
             offset_bytes, size_bytes = _sizes((info.state["offset"], info.state["length"]))
             blobs[place] = Blob(_text(info.state["relative_path"]), offset_bytes, size_bytes)
         tensors: dict[str, Described] = {}
@@ -141,6 +147,9 @@ class DCPMetadata:
                     raise ValueError(f"nothing says where {key} lies")
                 values[key] = blobs[key, None]
             else:
+                most_chunks -= len(entry.state["chunks"])
+                if most_chunks < 0:
+                    raise ValueError("it names more chunks of tensors than it has room for")
                 tensors[key] = _described(key, entry, blobs)
         paths = root.state.get("planner_data")
         return cls(tensors, values, dict(_paths(paths)) if isinstance(paths, dict) else {})
@@ -189,5 +198,5 @@ def _text(value: Any) -> str:
 def _sizes(numbers: Any) -> tuple[int, ...]:
     sizes = tuple(numbers)
     if not all(type(number) is int and 0 <= number < 1 << 60 for number in sizes) or len(sizes) > 64:
-        raise ValueError(f"a shape, an offset or a length in it is {repr(sizes)[:100]}")
+        raise ValueError(f"a shape, an offset or a length in it is {reprlib.repr(sizes)[:100]}")
     return sizes
