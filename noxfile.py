@@ -1,6 +1,6 @@
 """Every check of the project, one session each. `python -m nox` runs the short ones.
 
-`python -m nox -t long` runs `tests-long`, `bench`, `zoo`, `limits`, `libraries`, `nodes`, `restarts` and
+`python -m nox -t long` runs `tests-long`, `bench`, `zoo`, `limits`, `libraries`, `nodes`, `restarts`, `fuzz` and
 `devices-long`, which take hours together; `gpu` needs a device.
 `python -m nox -s tests -- -k deferred` passes what follows `--` to the session's tool.
 """
@@ -234,6 +234,17 @@ def libraries(session: nox.Session) -> None:
     # What they import is there; they also ask for packages that they need for other things.
     session.install("-c", "constraints.txt", "--no-deps", "peft", "litgpt")
     pytest(session, "tests/libraries")
+
+
+@nox.session(default=False, tags=["long"])
+def fuzz(session: nox.Session) -> None:
+    """Feed each kind of file with bytes that atheris finds, for ten minutes in all.
+
+    `python -m nox -s fuzz -- --seconds 3600` spends an hour on each kind.
+    """
+    install(session, "-e", ".", group="fuzz")
+    for target in ("safetensors", "index", "torch", "pickle", "dcp", "metadata"):
+        session.run("python", "-m", "tests.fuzz", target, *(session.posargs or ["--seconds", "100"]), env=ONE_THREAD)
 
 
 @nox.session(default=False, tags=["long"])

@@ -34,7 +34,7 @@ def main() -> None:
     options = [
         str(corpus),
         f"-max_total_time={arguments.seconds}",
-        "-timeout=10",
+        "-timeout=2",
         "-rss_limit_mb=2048",
         "-malloc_limit_mb=512",
         "-max_len=16384",
