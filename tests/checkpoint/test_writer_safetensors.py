@@ -214,7 +214,7 @@ def test_files_of_others_are_copied_where_they_cannot_be_linked(
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text("config")
 
-    def refuse(*args: object) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(os, "link", refuse)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from nucleate.errors import CheckpointError
 
+# Follows the note of the last holder while another process tidies up after it.
+_TIDYING = b"\ntidying"
 # A process that tidies up holds the lock for milliseconds.
 _ATTEMPTS = 10
 _PAUSE_S = 0.05
@@ -39,13 +41,13 @@ class SaveLock:
     def __init__(self, path: Path, *, wait: bool = False, tidies: bool = False) -> None:
         self._path = path.with_name(f".{path.name}.lock")
         self._is_real = True
-        patience = 1 if tidies else _ATTEMPTS
         while True:
             self._descriptor = self._opened()
             try:
-                self._take(path, wait, patience)
-                if (is_current := self._is_current()) and tidies and not self._is_dead(path):
-                    raise CheckpointError(f"the last save to {path} may still run.")
+                self._take(path, wait)
+                is_current = self._is_current()
+                if is_current and tidies:
+                    self._begin_to_tidy(path)
             except BaseException:
                 os.close(self._descriptor)
                 raise
@@ -53,6 +55,8 @@ class SaveLock:
                 break
             # The former holder has deleted the file meanwhile: the locked file has no name any more.
             os.close(self._descriptor)
+        if tidies:
+            return
         with contextlib.suppress(OSError):
             # The file is never empty: a file without a note could belong to another program.
             os.ftruncate(self._descriptor, os.pwrite(self._descriptor, _own_note(), 0))
@@ -86,8 +90,8 @@ class SaveLock:
             raise
         return descriptor
 
-    def _take(self, path: Path, wait: bool, attempts: int) -> None:
-        for attempt in range(attempts):
+    def _take(self, path: Path, wait: bool) -> None:
+        for _ in range(_ATTEMPTS):
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 return
@@ -97,8 +101,9 @@ class SaveLock:
                     return  # Some network file systems have no locks.
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise
-            if attempt < attempts - 1:
-                time.sleep(_PAUSE_S)
+            if not self._note().endswith(_TIDYING):
+                break
+            time.sleep(_PAUSE_S)
         holder = self._note().partition(b"\n")[0].decode(errors="ignore")
         raise CheckpointError(
             f"another save to {path} is under way, by {holder or 'another process'}. Two jobs must not save to one "
@@ -111,13 +116,24 @@ class SaveLock:
             return os.pread(self._descriptor, 200, 0)
         return b"unreadable"
 
-    def _is_dead(self, path: Path) -> bool:
-        """Return whether the last holder is surely dead. This process has the lock, and has not written its note yet.
+    def _begin_to_tidy(self, path: Path) -> None:
+        """Let other saves to this name wait for a moment, or raise an error if the last holder may live.
+
+        Raises:
+            CheckpointError: The last holder is not surely dead.
+        """
+        note = self._note().removesuffix(_TIDYING)
+        if not self._is_dead(path, note):
+            raise CheckpointError(f"the last save to {path} may still run.")
+        with contextlib.suppress(OSError):
+            os.pwrite(self._descriptor, _TIDYING, len(note))
+
+    def _is_dead(self, path: Path, note: bytes) -> bool:
+        """Return whether the last holder, who wrote a note, is surely dead. This process has the lock.
 
         Some network file systems give a lock to processes on several machines at once. So the lock alone counts only if
         the last holder ran on this machine since its start.
         """
-        note = self._note()
         if not self._is_real:
             if note in (b"", _own_note()):  # This process has just created the file.
                 os.unlink(self._path)
