@@ -166,7 +166,7 @@ def _own_note() -> bytes:
 def _boot_id() -> str:
     """Return a text that is different on every machine and after every start of it; empty where Linux is absent."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 

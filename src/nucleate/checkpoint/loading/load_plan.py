@@ -99,7 +99,7 @@ class LoadPlan:
 
     def _shared_memory(self) -> SharedMemory:
         # Several names may stand for the same bytes, thousands in a file made for that.
-        return SharedMemory(self.contents.tensors.values() if self.contents.format == "torch" else (), self._read)
+        return SharedMemory(self.contents.tensors.values() if self.contents.format == "torch" else ())
 
     @contextmanager
     def closed_after_error(self) -> Iterator[None]:
@@ -188,7 +188,7 @@ class LoadPlan:
                 return None
             stored = self.contents.tensors[key]
             if target is None:
-                return self._memory.tensor(stored)
+                return self._memory.tensor(stored, self._read)
             tensor = target(place, torch.Size(stored.shape), stored.dtype)
             self._read(stored, tensor)
             return tensor

@@ -40,11 +40,9 @@ class SharedMemory:
 
     Args:
         tensors: The tensors of the checkpoint.
-        read: Called with a stored tensor and a new tensor that is to be filled from it.
     """
 
-    def __init__(self, tensors: Iterable[StoredTensor], read: Callable[[StoredTensor, Tensor], None]) -> None:
-        self._read = read
+    def __init__(self, tensors: Iterable[StoredTensor]) -> None:
         self._made: dict[object, Tensor] = {}
         self._ranges: dict[object, _Range] = {}
         distinct = {stored.identity: stored for stored in tensors if len(stored.chunks) == 1 and stored.numel}
@@ -58,27 +56,32 @@ class SharedMemory:
                 last = _Range(chunk.file, chunk.offset, end)
             self._ranges[stored.identity] = last
 
-    def tensor(self, stored: StoredTensor) -> Tensor:
-        """Return a tensor on the CPU that is going to be filled; the same one for the same stored tensor."""
+    def tensor(self, stored: StoredTensor, read: Callable[[StoredTensor, Tensor], None]) -> Tensor:
+        """Return a tensor on the CPU that is going to be filled; the same one for the same stored tensor.
+
+        Args:
+            stored: The stored tensor.
+            read: Called with a stored tensor and a new tensor that is to be filled from it.
+        """
         if stored.identity not in self._made:
-            self._made[stored.identity] = self._new(stored)
+            self._made[stored.identity] = self._new(stored, read)
         return self._made[stored.identity]
 
-    def _new(self, stored: StoredTensor) -> Tensor:
+    def _new(self, stored: StoredTensor, read: Callable[[StoredTensor, Tensor], None]) -> Tensor:
         range_ = self._ranges.get(stored.identity)
         begin = 0 if range_ is None else stored.chunks[0].offset - range_.begin
         # Deferred tensors have no memory to share.
         is_alone = range_ is None or range_.num_tensors == 1 or is_recording()
         if range_ is None or is_alone or begin % stored.dtype.itemsize:
             made = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
-            self._read(stored, made)
+            read(stored, made)
             return made
         if range_.data is None:
             size_bytes = range_.end - range_.begin
             range_.data = torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
             name = f"bytes {range_.begin} to {range_.end} of {range_.file.name}"
             whole = StoredTensor.whole(name, torch.uint8, (size_bytes,), range_.file, range_.begin)
-            self._read(whole, range_.data)
+            read(whole, range_.data)
         stride = stored.chunks[0].stride or torch.empty(stored.shape, device="meta").stride()
         view = torch.empty(0, dtype=stored.dtype, device="cpu")
         return view.set_(range_.data.untyped_storage(), begin // stored.dtype.itemsize, stored.shape, stride)

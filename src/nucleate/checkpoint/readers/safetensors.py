@@ -78,7 +78,7 @@ class SafetensorsReader(Reader):
             return Contents.flat(path, self.name, tensors, found.metadata)
         notes = {key: value for key, value in found.metadata.items() if key != VALUES_ENTRY}
         try:
-            values = binascii.a2b_base64(found.metadata[VALUES_ENTRY].encode("ascii"), strict_mode=True)
+            values = binascii.a2b_base64(found.metadata[VALUES_ENTRY].encode("utf-8"), strict_mode=True)
         except ValueError as error:
             raise CheckpointError(
                 f"{path} is damaged: `{VALUES_ENTRY}` in its metadata is not base64 ({error}). Copy it again."
