@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nucleate.checkpoint.stored.chunk import Chunk
 from nucleate.checkpoint.stored.data_file import DataFile, HeldBytes
-from nucleate.checkpoint.stored.tensor import _BUFFER_BYTES, Chunk, StoredTensor
+from nucleate.checkpoint.stored.tensor import _BUFFER_BYTES, StoredTensor
 from nucleate.errors import CheckpointError
 
 

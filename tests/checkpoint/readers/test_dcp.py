@@ -17,9 +17,10 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from nucleate.checkpoint import save
+from nucleate.checkpoint import load, save, verify
 from nucleate.checkpoint.readers import open_checkpoint
 from nucleate.checkpoint.readers.dcp.dcp import DCPReader
+from nucleate.checkpoint.stored import DataFile
 from nucleate.cluster import Communicator
 from nucleate.errors import CheckpointError, CheckpointNotFoundError
 from tests.checkpoint.readers.reading import same_bits, tensor_at, whole
@@ -198,6 +199,130 @@ def test_an_index_that_is_something_else_is_refused_and_not_run(tmp_path: Path, 
     with pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
         open_checkpoint(tmp_path / "c")
     assert not Path("evil").exists()
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small folders are read as large ones are."""
+    monkeypatch.setattr("nucleate.checkpoint.readers.dcp.dcp.MOST_EAGER_CHUNKS", 0)
+
+
+def _pages_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that receives the name of the file of each read of a header."""
+    read: list[str] = []
+    pread = DataFile.read
+
+    def noted(self: DataFile, offset: int, size_bytes: int) -> bytes:
+        read.append(self.path.name)
+        return pread(self, offset, size_bytes)
+
+    monkeypatch.setattr(DataFile, "read", noted)
+    return read
+
+
+def test_opening_a_large_folder_reads_nothing_from_its_data_files(
+    tmp_path: Path, late: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"layers.{n}.weight": torch.randn(3, 4).t() for n in range(20)}
+    dcp.save(state, checkpoint_id=tmp_path / "c")
+    read = _pages_read(monkeypatch)
+    contents = open_checkpoint(tmp_path / "c")
+    assert contents.size_bytes == 20 * 48
+    assert {stored.describe() for stored in contents.tensors.values()}
+    assert [stored.order(0) for stored in contents.tensors.values()]
+    assert set(read) == {".metadata"}
+    del read[:]
+    for _ in range(2):
+        assert same_bits(tensor_at(contents, "layers.7.weight"), state["layers.7.weight"])
+    assert 0 < len(read) <= 2
+    assert all(same_bits(tensor_at(contents, key), tensor) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("kind", [SerializationFormat.TORCH_SAVE, SerializationFormat.SAFETENSORS])
+def test_two_keys_of_a_large_folder_are_not_tied(tmp_path: Path, late: None, kind: SerializationFormat) -> None:
+    state = {"a": torch.randn(3, 4), "b": torch.randn(3, 4)}
+    dcp.save(state, storage_writer=FileSystemWriter(tmp_path / "c", serialization_format=kind))
+    contents = open_checkpoint(tmp_path / "c")
+    assert len(contents.distinct()) == 2
+    assert all(same_bits(tensor_at(contents, key), tensor) for key, tensor in state.items())
+
+
+def _broken(folder: Path) -> None:
+    """Write other bytes where the archive of `b` begins."""
+    info = info_of(metadata(folder), "b")
+    with (folder / info.relative_path).open("r+b") as file:
+        file.seek(info.offset)
+        file.write(b"\xff" * info.length)
+
+
+def test_a_damaged_part_of_a_large_folder_is_found_before_a_tensor_changes(
+    tmp_path: Path, late: None, solo: Communicator
+) -> None:
+    dcp.save({"a": torch.ones(2, 2), "b": torch.zeros(2, 2)}, checkpoint_id=tmp_path / "c")
+    _broken(tmp_path / "c")
+    mine = {"a": torch.full((2, 2), 5.0), "b": torch.full((2, 2), 5.0)}
+    with pytest.raises(CheckpointError, match=r"b at bytes \d+ to .*__0_0\.distcp is damaged"):
+        load(tmp_path / "c", mine, solo)
+    assert all(torch.equal(tensor, torch.full((2, 2), 5.0)) for tensor in mine.values())
+    load(tmp_path / "c", {"a": mine["a"]}, solo, remainder=False)
+    assert torch.equal(mine["a"], torch.ones(2, 2))
+
+
+def test_verify_looks_at_every_part_of_a_large_folder(tmp_path: Path, late: None) -> None:
+    dcp.save({"a": torch.ones(2, 2), "b": torch.zeros(2, 2)}, checkpoint_id=tmp_path / "c")
+    assert verify(tmp_path / "c").is_good
+    _broken(tmp_path / "c")
+    assert [damage.key for damage in verify(tmp_path / "c").damage] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(info_of(m, "a"), "length", 1 << 40), "a lies at bytes"),
+        (lambda m: setattr(m.state_dict_metadata["a"], "size", torch.Size([2, 3])), "a is damaged: .* 6 elements"),
+        (lambda m: m.state_dict_metadata["a"].chunks.append(m.state_dict_metadata["a"].chunks[0]), "both hold"),
+    ],
+)
+def test_the_index_of_a_large_folder_is_checked_against_the_sizes_of_its_files(
+    tmp_path: Path, late: None, change: Any, message: str
+) -> None:
+    dcp.save({"a": torch.ones(2, 2), "b": torch.zeros(2, 2)}, checkpoint_id=tmp_path / "c")
+    changed = metadata(tmp_path / "c")
+    change(changed)
+    rewrite(tmp_path / "c", changed)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "c")
+
+
+@pytest.mark.long
+def test_a_tensor_in_a_folder_of_20000_parts_takes_a_few_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 20_000
+    values = torch.arange(2.0 * rows).view(rows, 2)
+    dcp.save({"real": values[:1]}, checkpoint_id=tmp_path / "c")
+    index = metadata(tmp_path / "c")
+    place, info = next((key, value) for key, value in index.storage_data.items() if key.fqn == "real")
+    entry = index.state_dict_metadata["real"]
+    entry.size = torch.Size([rows, 2])
+    # The other parts lie in a hole of a sparse file, so each of their archives is damaged.
+    for row in range(1, rows):
+        begin = torch.Size([row, 0])
+        entry.chunks.append(type(entry.chunks[0])(begin, torch.Size([1, 2])))
+        hole = type(info)(f"__{row % 64 + 1}_0.distcp", row * info.length, info.length)
+        index.storage_data[type(place)("real", begin, row)] = hole
+    for number in range(1, 65):
+        with (tmp_path / "c" / f"__{number}_0.distcp").open("wb") as file:
+            file.truncate(rows * info.length)
+    rewrite(tmp_path / "c", index)
+    read = _pages_read(monkeypatch)
+    stored = open_checkpoint(tmp_path / "c").tensors["real"]
+    assert set(read) == {".metadata"}
+    out = torch.empty(1, 2)
+    stored.read_box((0, 0), out)
+    assert torch.equal(out, values[:1])
+    assert [name for name in read if name != ".metadata"] == ["__0_0.distcp"] * (len(read) - read.count(".metadata"))
+    assert len(read) <= 6
+    with pytest.raises(CheckpointError, match="real at bytes"):
+        stored.read_box((7, 0), out)
 
 
 def test_thousands_of_parts_are_found_by_reading_little_of_them(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.deferred import ElementSource, bind_all, handle_of, record_of
 from nucleate.deferred.guards import refuse_stale
 from nucleate.errors import CheckpointError, CheckpointKeyError, ConversionError, ShapeMismatchError, name_list
+from nucleate.layout import boxes_of, is_sharded
 from nucleate.materialize.reading import read_into
 
 
@@ -239,11 +240,17 @@ class LoadPlan:
                 refuse_stale(tensor, handle)
 
     def _check_files(self) -> None:
-        """Raise an error if a file was cut short after its header was read, before any tensor changes."""
-        files = (file for _, given in self._real if isinstance(given, StoredTensor) for file in given.files)
-        for file in {id(file): file for file in files}.values():
+        """Raise an error if a file was cut short, or a chunk to read is damaged, before any tensor changes."""
+        stored = [(target, given) for target, given in self._real if isinstance(given, StoredTensor)]
+        for file in {id(file): file for _, given in stored for file in given.files}.values():
             if isinstance(file, DataFile):
                 file.check_length()
+        for target, given in stored:
+            if is_sharded(target):
+                for box in boxes_of(target):
+                    given.locate(box.begin, box.size)
+            else:
+                given.locate()
 
     def execute(self) -> None:
         """Bind deferred tensors to the files, and read the values of all other tensors.

@@ -17,10 +17,11 @@ from nucleate.checkpoint.readers.safetensors_file import MAX_HEADER_BYTES, Safet
 from nucleate.checkpoint.readers.saved import VALUES, check_marker, contents_of
 from nucleate.checkpoint.readers.shard_index import ShardIndex, indexes_among
 from nucleate.checkpoint.readers.strict_json import are_sizes, parse
+from nucleate.checkpoint.stored.chunk import Chunk
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.data_file import DataFile, first_bytes
 from nucleate.checkpoint.stored.open_folder import OpenFolder
-from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
+from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.errors import CheckpointError, name_list
 
 SUFFIX = ".safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,11 @@ class ComputedTensor(StoredTensor, Derived):
 
     def check(self) -> None:
         """Do nothing, because the tensors that it is computed from were checked."""
+
+    def locate(self, begin: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> None:
+        """Find the elements of all tensors that it is computed from."""
+        for stored in self.made_of:
+            stored.locate()
 
     def check_unchanged(self) -> None:
         self.given.check_unchanged()

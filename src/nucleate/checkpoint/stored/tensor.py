@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nucleate.checkpoint.stored.chunk import Chunk, meet, overlapping
 from nucleate.checkpoint.stored.data_file import Bytes, DataFile
 from nucleate.deferred import ElementSource
 from nucleate.deferred.replay import boxes
@@ -24,34 +24,6 @@ from nucleate.errors import CheckpointError, name_list
 _BUFFER_BYTES = 4 << 20
 # Reading this number of bytes takes only as long as the request itself, so it is quicker to read unwanted bytes, too.
 _QUICK_BYTES = 64 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A box of a tensor that lies in one file.
-
-    Attributes:
-        file: The file.
-        offset: The place of its first element in the file, in bytes.
-        begin: Its first index in the tensor, for each dim.
-        shape: Its size in each dim.
-        stride: Its strides in elements, if it does not lie row by row.
-    """
-
-    file: Bytes
-    offset: int
-    begin: tuple[int, ...]
-    shape: tuple[int, ...]
-    stride: tuple[int, ...] | None = None
-
-    def extent_bytes(self, dtype: torch.dtype) -> int:
-        """Return the number of bytes from its first to its last element in the file."""
-        if 0 in self.shape:
-            return 0
-        if self.stride is None:
-            return math.prod(self.shape) * dtype.itemsize
-        last = sum((length - 1) * stride for length, stride in zip(self.shape, self.stride, strict=True))
-        return (last + 1) * dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +61,7 @@ class StoredTensor(ElementSource):
     @property
     def is_plain(self) -> bool:
         """Whether it lies in one chunk, row by row."""
-        return len(self.chunks) == 1 and self.chunks[0].stride is None and self.chunks[0].shape == self.shape
+        return len(self.chunks) == 1 and self.chunks[0].shape == self.shape and self.chunks[0].stride is None
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -114,23 +86,14 @@ class StoredTensor(ElementSource):
         """
         covered = 0
         for chunk in self.chunks:
-            inside = len(chunk.begin) == len(chunk.shape) == len(self.shape) and all(
-                begin >= 0 and length >= 0 and begin + length <= whole
-                for begin, length, whole in zip(chunk.begin, chunk.shape, self.shape, strict=True)
-            )
-            if not inside:
+            if not chunk.is_inside(self.shape):
                 raise CheckpointError(
                     f"{self.key} in {chunk.file.name} is damaged: it has the shape {self.shape}, but one of its parts "
                     f"is said to begin at {chunk.begin} and to have the shape {chunk.shape}."
                 )
-            end = chunk.offset + chunk.extent_bytes(self.dtype)
-            if chunk.offset < 0 or end > chunk.file.size_bytes:
-                raise CheckpointError(
-                    f"{self.key} lies at bytes {chunk.offset} to {end} of {chunk.file.name}, which has "
-                    f"{chunk.file.size_bytes} bytes: the file is damaged or was cut short. Copy it again."
-                )
+            chunk.check_place(self.key, self.dtype)
             covered += math.prod(chunk.shape)
-        if (twice := _overlapping(self.chunks)) is not None:
+        if (twice := overlapping(self.chunks)) is not None:
             one, other = twice
             raise CheckpointError(
                 f"{self.key} is damaged: {one.file.name} and {other.file.name} both hold its part that begins at "
@@ -156,7 +119,7 @@ class StoredTensor(ElementSource):
         if not self.chunks:
             return (0, 0)
         first = self.chunks[0]
-        return (first.file.number, first.offset + start * self.dtype.itemsize)
+        return (first.file.number, first.mark + start * self.dtype.itemsize)
 
     def expect(self, numel: int) -> None:
         for chunk in self.chunks:
@@ -173,8 +136,21 @@ class StoredTensor(ElementSource):
 
     def describe(self) -> str:
         """Return a text that is equal on all ranks that read the same file, whatever its folder on each rank."""
-        parts = [(Path(c.file.name).name, c.offset, c.begin, c.shape, c.stride) for c in self.chunks]
-        return repr((self.key, self.dtype, self.shape, parts))
+        return repr((self.key, self.dtype, self.shape, [chunk.describe() for chunk in self.chunks]))
+
+    def locate(self, begin: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> None:
+        """Find the elements of a box in the files, so that damage shows before anything is read into its place.
+
+        Args:
+            begin: The first index of the box, for each dim. The default is the whole tensor.
+            shape: The shape of the box.
+
+        Raises:
+            CheckpointError: A file holds something else there, or the disk fails.
+        """
+        for chunk in self.chunks:
+            if begin is None or shape is None or meet(begin, shape, chunk.begin, chunk.shape):
+                chunk.locate()
 
     def read(self, start: int, out: Tensor) -> None:
         """Read a range of the elements in the order of their indices.
@@ -266,27 +242,4 @@ def _read_strided(file: Bytes, offset: int, strides: tuple[int, ...], target: Te
     _read_strided(file, offset, strides, target.narrow(dim, 0, half))
     _read_strided(
         file, offset + half * strides[dim] * itemsize, strides, target.narrow(dim, half, target.shape[dim] - half)
-    )
-
-
-def _overlapping(chunks: tuple[Chunk, ...]) -> tuple[Chunk, Chunk] | None:
-    """Return two chunks that overlap, or None."""
-    filled = [chunk for chunk in chunks if 0 not in chunk.shape]
-    if len(filled) < 2 or not filled[0].shape:
-        return (filled[0], filled[1]) if len(filled) > 1 else None
-    # In the dim with the most different first indices, only neighbours need a comparison, however many ranks wrote.
-    dim = max(range(len(filled[0].shape)), key=lambda dim: len({chunk.begin[dim] for chunk in filled}))
-    open_: list[Chunk] = []
-    for chunk in sorted(filled, key=lambda chunk: chunk.begin[dim]):
-        open_ = [other for other in open_ if other.begin[dim] + other.shape[dim] > chunk.begin[dim]]
-        for other in open_:
-            if _overlap(chunk, other):
-                return other, chunk
-        open_.append(chunk)
-    return None
-
-
-def _overlap(one: Chunk, other: Chunk) -> bool:
-    return all(
-        a < b + m and b < a + n for a, n, b, m in zip(one.begin, one.shape, other.begin, other.shape, strict=True)
     )

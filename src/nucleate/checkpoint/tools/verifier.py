@@ -177,6 +177,7 @@ def _examine(contents: Contents, report: VerifyReport, hashes: bool, comparison:
         digest = hashlib.sha256() if hashes else None
         others = [] if comparison is None else comparison.of(stored)
         try:
+            stored.locate()
             for start, values in sweep.ranges(stored):
                 _look(check, values)
                 if digest is not None:
@@ -254,6 +255,10 @@ def _overlaps(contents: Contents) -> list[Damage]:
         return []  # Tensors of a torch file may be views of one storage.
     places: dict[int, list[tuple[int, int, StoredTensor]]] = {}
     for stored in contents.tensors.values():
+        try:
+            stored.locate()
+        except CheckpointError:
+            continue  # `_examine` reports it.
         for chunk in stored.chunks:
             if (extent := chunk.extent_bytes(stored.dtype)) > 0:
                 places.setdefault(chunk.file.number, []).append((chunk.offset, chunk.offset + extent, stored))

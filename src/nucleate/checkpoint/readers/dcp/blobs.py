@@ -50,11 +50,7 @@ class BlobFile:
         Raises:
             CheckpointError: The file holds something else at this place, or is cut short.
         """
-        if offset + size_bytes > self.file.size_bytes:
-            raise CheckpointError(
-                f"{key} lies at bytes {offset} to {offset + size_bytes} of {self.file.name}, which has "
-                f"{self.file.size_bytes} bytes: the file is damaged or was cut short. Copy it again."
-            )
+        self.check_range(key, offset, size_bytes)
         head = self.file.read(offset, min(size_bytes, _HEAD_BYTES))
         if head[:2] != b"PK" and self.file.read(offset, min(9, self.file.size_bytes - offset))[8:] == b"{":
             return self._place_in_safetensors(key, dtype, shape, offset)
@@ -62,6 +58,18 @@ class BlobFile:
             return self._place_in_archive(key, dtype, shape, head, offset, size_bytes)
         except CheckpointError as error:
             raise CheckpointError(f"{key} at bytes {offset} to {offset + size_bytes}: {error}") from error
+
+    def check_range(self, key: str, offset: int, size_bytes: int) -> None:
+        """Make sure that the file is long enough for the archive of a tensor. This method reads nothing.
+
+        Raises:
+            CheckpointError: The file is too short.
+        """
+        if offset + size_bytes > self.file.size_bytes:
+            raise CheckpointError(
+                f"{key} lies at bytes {offset} to {offset + size_bytes} of {self.file.name}, which has "
+                f"{self.file.size_bytes} bytes: the file is damaged or was cut short. Copy it again."
+            )
 
     def archive(self, offset: int, size_bytes: int) -> TorchArchive:
         """Return the archive at some place in the file.

@@ -12,15 +12,21 @@ from nucleate.checkpoint.disk.folder import MARKER, METADATA
 from nucleate.checkpoint.readers.base import Reader
 from nucleate.checkpoint.readers.dcp.blobs import BlobFile
 from nucleate.checkpoint.readers.dcp.dcp_metadata import DCPMetadata, Described
+from nucleate.checkpoint.readers.dcp.late_chunk import LateChunk
 from nucleate.checkpoint.readers.saved import VALUES, check_marker, contents_of
 from nucleate.checkpoint.readers.torch.structure import Structure
 from nucleate.checkpoint.state.tree import KeyPath
+from nucleate.checkpoint.stored.chunk import Chunk
 from nucleate.checkpoint.stored.contents import Contents
 from nucleate.checkpoint.stored.open_folder import OpenFolder
-from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
+from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.errors import CheckpointError, CheckpointNotFoundError, name_list
+from nucleate.garbage import uncollected
 
 SUFFIX = ".distcp"
+
+#: In folders of more chunks, the numbers of a chunk are found when somebody reads it.
+MOST_EAGER_CHUNKS = 10_000
 
 
 @final
@@ -37,8 +43,8 @@ class DCPReader(Reader):
         return bool(names & {METADATA, MARKER}) or any(name.endswith(SUFFIX) for name in names)
 
     def read(self, path: Path) -> Contents:
-        """Read the index, and the header of each chunk, which says where the numbers begin."""
-        with OpenFolder(path) as folder:
+        """Read the index, and in a small folder the header of each chunk, which says where the numbers begin."""
+        with OpenFolder(path) as folder, uncollected():
             return self._read(path, folder)
 
     def _read(self, path: Path, folder: OpenFolder) -> Contents:
@@ -53,7 +59,8 @@ class DCPReader(Reader):
         for key, tensor in metadata.tensors.items():
             if not tensor.parts and 0 not in tensor.shape:
                 raise CheckpointError(f"{path / METADATA} is damaged: it names no part of {key}. Copy it again.")
-        tensors = {key: self._stored(key, tensor, files) for key, tensor in metadata.tensors.items()}
+        is_late = sum(len(tensor.parts) for tensor in metadata.tensors.values()) > MOST_EAGER_CHUNKS
+        tensors = {key: _stored(key, tensor, files, is_late) for key, tensor in metadata.tensors.items()}
         if not is_ours:
             return self._foreign(path, metadata, tensors, files)
         values = tensors.pop(VALUES, None)
@@ -61,16 +68,6 @@ class DCPReader(Reader):
             raise CheckpointError(f"the checkpoint at {path} is damaged: it has no {VALUES}. Copy it again.")
         chunk = values.chunks[0]
         return contents_of(path, self.name, tensors, chunk.file.read(chunk.offset, values.size_bytes))
-
-    def _stored(self, key: str, tensor: Described, files: dict[str, BlobFile]) -> StoredTensor:
-        chunks = []
-        for part in tensor.parts:
-            file = files[part.blob.file]
-            offset, stride = file.place(key, tensor.dtype, part.shape, part.blob.offset, part.blob.size_bytes)
-            chunks.append(Chunk(file.file, offset, part.begin, part.shape, stride))
-        stored = StoredTensor(key, tensor.dtype, tensor.shape, tuple(chunks))
-        stored.check()
-        return stored
 
     def _foreign(
         self, path: Path, metadata: DCPMetadata, tensors: dict[str, StoredTensor], files: dict[str, BlobFile]
@@ -94,6 +91,32 @@ class DCPReader(Reader):
         notes = {"not read": f"{name_list(skipped)}: {next(iter(skipped.values()))}"} if skipped else {}
         modules = ((),) if all(len(place) == 1 for place in keys) else ()
         return Contents(path, self.name, structure.tensors, skeleton, {**keys, **structure.keys}, modules, notes=notes)
+
+
+def _stored(key: str, tensor: Described, files: dict[str, BlobFile], is_late: bool) -> StoredTensor:
+    """Return a tensor whose chunks are checked.
+
+    Args:
+        key: The tensor's key.
+        tensor: The tensor as the index describes it.
+        files: The files of the folder.
+        is_late: Find the numbers of a chunk when somebody reads it, and check now only the index and the files' sizes.
+
+    Raises:
+        CheckpointError: The tensor is damaged.
+    """
+    chunks: list[Chunk] = []
+    for part in tensor.parts:
+        name, offset, size_bytes = part.blob
+        file = files[name]
+        if is_late:
+            chunks.append(LateChunk(key, tensor.dtype, part, file))
+        else:
+            begin, stride = file.place(key, tensor.dtype, part.shape, offset, size_bytes)
+            chunks.append(Chunk(file.file, begin, part.begin, part.shape, stride))
+    stored = StoredTensor(key, tensor.dtype, tensor.shape, tuple(chunks))
+    stored.check()
+    return stored
 
 
 def _open(folder: OpenFolder, metadata: DCPMetadata) -> dict[str, BlobFile]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,14 @@ _CLASSES = {
 
 # Fewer bytes than the index needs for each chunk, its place and its entry (torch 2.13).
 _CHUNK_BYTES = 8
+# More than any number, and any number of dims, in an index that torch writes.
+_LIMIT = 1 << 60
+_MOST_DIMS = 64
+
+# The unpickler has checked the numbers of a `torch.Size` (`tensor_notes.sizes`). These two names save a third of the
+# time of a large index: it has millions of numbers, and calls take most of the time.
+_Size = torch.Size
+_new = tuple.__new__
 
 
 class _Record:
@@ -48,8 +56,7 @@ class _Record:
         self.state = state
 
 
-@dataclass(frozen=True, slots=True)
-class Blob:
+class Blob(NamedTuple):
     """The place of one chunk of a tensor, or of one value.
 
     Attributes:
@@ -63,8 +70,7 @@ class Blob:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class DCPChunk:
+class DCPChunk(NamedTuple):
     """A chunk of a tensor.
 
     Attributes:
@@ -126,46 +132,63 @@ class DCPMetadata:
     def _of(cls, root: Any, most_chunks: int) -> DCPMetadata:
         if not isinstance(root, _Record) or root.name != "Metadata":
             raise ValueError("it holds no metadata")
-        blobs: dict[tuple[str, tuple[int, ...] | None], Blob] = {}
-        for index, info in _items(root.state["storage_data"]):
-            offset = index.state.get("offset")
-            place = (_text(index.state["fqn"]), None if offset is None else _sizes(offset))
-            if place in blobs:
-                raise ValueError(f"it holds {place[0]} twice")
-            if info.state.get("transform_descriptors"):
-                raise ValueError(
-                    f"{place[0]} was transformed by {reprlib.repr(info.state['transform_descriptors'])[:100]}"
-                )
-            offset_bytes, size_bytes = _sizes((info.state["offset"], info.state["length"]))
-            blobs[place] = Blob(_text(info.state["relative_path"]), offset_bytes, size_bytes)
+        blobs = _blobs(root.state["storage_data"])
         tensors: dict[str, Described] = {}
         values: dict[str, Blob] = {}
         for key, entry in _items(root.state["state_dict_metadata"]):
             _text(key)
             if entry.name == "BytesStorageMetadata":
-                if (key, None) not in blobs:
+                if None not in (places := blobs.get(key, {})):
                     raise ValueError(f"nothing says where {key} lies")
-                values[key] = blobs[key, None]
+                values[key] = places[None]
             else:
                 most_chunks -= len(entry.state["chunks"])
                 if most_chunks < 0:
                     raise ValueError("it names more chunks of tensors than it has room for")
-                tensors[key] = _described(key, entry, blobs)
+                tensors[key] = _described(key, entry, blobs.get(key, {}))
         paths = root.state.get("planner_data")
         return cls(tensors, values, dict(_paths(paths)) if isinstance(paths, dict) else {})
 
 
-def _described(key: str, entry: _Record, blobs: dict[tuple[str, tuple[int, ...] | None], Blob]) -> Described:
+def _blobs(storage_data: Any) -> dict[str, dict[tuple[int, ...] | None, Blob]]:
+    """Return the place of each chunk by the tensor's key and the chunk's first index, and of each value under None."""
+    blobs: dict[str, dict[tuple[int, ...] | None, Blob]] = {}
+    for index, info in _items(storage_data):
+        where, stored = index.state, info.state
+        key, name, offset, length = where["fqn"], stored["relative_path"], stored["offset"], stored["length"]
+        if type(key) is not str or type(name) is not str:
+            raise _unnamed()
+        begin = where.get("offset")
+        if begin is not None:
+            begin = tuple(begin) if type(begin) is _Size else _sizes(begin)
+        places = blobs.get(key)
+        if places is None:
+            places = blobs[key] = {}
+        elif begin in places:
+            raise ValueError(f"it holds {key} twice")
+        if stored.get("transform_descriptors"):
+            raise ValueError(f"{key} was transformed by {reprlib.repr(stored['transform_descriptors'])[:100]}")
+        if not (type(offset) is type(length) is int and 0 <= offset < _LIMIT and 0 <= length < _LIMIT):
+            _sizes((offset, length))
+        places[begin] = _new(Blob, (name, offset, length))
+    return blobs
+
+
+def _described(key: str, entry: _Record, places: dict[tuple[int, ...] | None, Blob]) -> Described:
     properties = entry.state["properties"].state
     dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{key} has no dtype")
     parts = []
     for chunk in entry.state["chunks"]:
-        begin, shape = _sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])
-        if (key, begin) not in blobs:
+        state = chunk.state
+        begin, shape = state["offsets"], state["sizes"]
+        begin = tuple(begin) if type(begin) is _Size else _sizes(begin)
+        blob = places.get(begin)
+        if blob is None:
             raise ValueError(f"nothing says where the part of {key} that begins at {begin} lies")
-        parts.append(DCPChunk(begin, shape, blobs[key, begin]))
+        shape = tuple(shape) if type(shape) is _Size else _sizes(shape)
+        parts.append(_new(DCPChunk, (begin, shape, blob)))
     return Described(dtype, _sizes(entry.state["size"]), parts)
 
 
@@ -191,12 +214,16 @@ def _paths(paths: dict[Any, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        raise ValueError("a name in it is not a string")
+        raise _unnamed()
     return value
+
+
+def _unnamed() -> ValueError:
+    return ValueError("a name in it is not a string")
 
 
 def _sizes(numbers: Any) -> tuple[int, ...]:
     sizes = tuple(numbers)
-    if not all(type(number) is int and 0 <= number < 1 << 60 for number in sizes) or len(sizes) > 64:
+    if not all(type(number) is int and 0 <= number < _LIMIT for number in sizes) or len(sizes) > _MOST_DIMS:
         raise ValueError(f"a shape, an offset or a length in it is {reprlib.repr(sizes)[:100]}")
     return sizes

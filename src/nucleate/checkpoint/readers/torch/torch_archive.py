@@ -18,9 +18,10 @@ from nucleate.checkpoint.readers.torch.pickled import Unpickler
 from nucleate.checkpoint.readers.torch.tensor_notes import PickledTensor, StorageRef, storage_of
 from nucleate.checkpoint.readers.torch.torch_pickle import Names
 from nucleate.checkpoint.readers.torch.zip_directory import ZipDirectory, ZipEntry
+from nucleate.checkpoint.stored.chunk import Chunk
 from nucleate.checkpoint.stored.data_file import Bytes, HeldBytes
 from nucleate.checkpoint.stored.swapped_bytes import SwappedBytes
-from nucleate.checkpoint.stored.tensor import Chunk, StoredTensor
+from nucleate.checkpoint.stored.tensor import StoredTensor
 from nucleate.errors import CheckpointError, CheckpointUnreadableError
 
 # The number at the start of files from before torch 1.6, as a pickle (torch/serialization.py, MAGIC_NUMBER).
