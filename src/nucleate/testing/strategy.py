@@ -41,6 +41,8 @@ class StrategySuite(ABC):
     accelerator: str | Accelerator = "cpu"
     rtol: float = 1e-5
     skipped_models: tuple[type[TinyModel], ...] = ()
+    # Some tests give all ranks the same batch on purpose.
+    pytestmark = pytest.mark.filterwarnings("ignore:all .* data parallel ranks gave:UserWarning")
 
     @abstractmethod
     def make_strategy(self) -> Strategy:

@@ -177,14 +177,14 @@ def a_file_that_only_some_ranks_have_is_an_error_on_all(path: Path) -> None:
     with runtime.init_module(empty_init=True):
         model = Model()
     # Rank 0's path counts; on another node there may be nothing.
-    plain = raw_loader.resolve
+    plain = raw_loader.open_saved
     if runtime.global_rank == 1:
-        raw_loader.resolve = lambda where: plain(path / "absent.safetensors")
+        raw_loader.open_saved = lambda _, *rest, **options: plain(path / "absent.safetensors", *rest, **options)
     try:
         with pytest.raises((CheckpointError, RankFailedError), match="there is no checkpoint at"):
             runtime.load_raw(path / "model.safetensors", model)
     finally:
-        raw_loader.resolve = plain
+        raw_loader.open_saved = plain
     runtime.load_raw(path / "model.safetensors", model)
     runtime.setup(model)
 
