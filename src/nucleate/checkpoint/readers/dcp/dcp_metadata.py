@@ -9,7 +9,8 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -43,14 +44,18 @@ _Size = torch.Size
 _new = tuple.__new__
 
 
+# The state of a record that the pickle gives none. All of them share it, so nobody may change it.
+_NO_STATE: Final[dict[str, Any]] = {}
+
+
 class _Record:
     """A pickled object of one of the classes above, with the name of its class."""
 
     __slots__ = ("name", "state")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *_: Any) -> None:
         self.name = name
-        self.state: Any = {}
+        self.state: Any = _NO_STATE
 
     def build(self, state: Any) -> None:
         self.state = state
@@ -194,7 +199,7 @@ def _described(key: str, entry: _Record, places: dict[tuple[int, ...] | None, Bl
 
 def _find(module: str, name: str) -> Any:
     if (module, name) in _CLASSES:
-        return Maker(lambda *_: _Record(name))
+        return Maker(partial(_Record, name))
     return find(module, name)
 
 

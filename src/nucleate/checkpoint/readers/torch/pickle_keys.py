@@ -14,7 +14,8 @@ _PLAIN: Final = frozenset({str, float, bool, bytes, complex, type(None)})
 _MAX_DEPTH = 20
 # Python refuses to write longer numbers as text (`sys.get_int_max_str_digits`), and a key is a part of a name.
 _MAX_BITS = 10_000
-_MAX_TEXT = 10_000
+#: The most characters of a text that is a key.
+MAX_TEXT: Final = 10_000
 # Numbers of up to 64 bits hardly share hashes. Larger ones may be chosen so that all of them do, and then each key is
 # compared with all others.
 _MAX_LARGE_NUMBERS = 5_000
@@ -43,8 +44,8 @@ class KeyBudget:
             refuse("its keys are tuples that hold one another over and over")
         kind = type(key)
         if kind in _PLAIN:
-            if kind in (str, bytes) and len(key) > _MAX_TEXT:
-                refuse(f"a text of {len(key)} characters is a key; at most {_MAX_TEXT} are read")
+            if kind in (str, bytes) and len(key) > MAX_TEXT:
+                refuse(f"a text of {len(key)} characters is a key; at most {MAX_TEXT} are read")
             return
         if kind is int:
             self._check_number(key)

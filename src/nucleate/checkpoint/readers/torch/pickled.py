@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from nucleate.checkpoint.readers.torch.pickle_bytes import EndOfPickleError, PickleBytes
-from nucleate.checkpoint.readers.torch.pickle_keys import KeyBudget
+from nucleate.checkpoint.readers.torch.pickle_keys import MAX_TEXT, KeyBudget
 from nucleate.checkpoint.readers.torch.pickle_notes import Maker as Maker
 from nucleate.checkpoint.readers.torch.pickle_notes import PickleRefusedError, Step, Unmade, is_note
 from nucleate.errors import CheckpointError, CheckpointUnreadableError
@@ -25,6 +25,17 @@ class Buildable(Protocol):
     def build(self, state: Any) -> None:
         """Take the state."""
         ...
+
+
+class SparseMemo(dict[int, Any]):
+    """The memo of a pickle that does not number its values 0, 1, 2 and so on. All others have a list, which is faster.
+
+    A number may be as large as 2**32, so a list must not reach to it.
+    """
+
+    def append(self, value: Any) -> None:
+        """Remember a value under the number of values, as MEMOIZE asks for."""
+        self[len(self)] = value
 
 
 class Unpickler(PickleBytes):
@@ -54,7 +65,7 @@ class Unpickler(PickleBytes):
         self._found: dict[tuple[str, str], Any] = {}
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
+        self._memo: list[Any] | SparseMemo = []
         # A call may copy its arguments, and many calls may copy the same long list.
         self._budget = 1000 + 16 * len(data)
         self._keys = KeyBudget(10_000 + 4 * len(data))
@@ -67,26 +78,167 @@ class Unpickler(PickleBytes):
             CheckpointUnreadableError: The pickle is not damaged, but holds something that cannot be read.
             CheckpointError: The pickle is damaged.
         """
-        data, handlers = self._data, _HANDLERS
         try:
-            while True:
-                opcode = data[self.position]
-                self.position += 1
-                if opcode == 0x2E:  # STOP
-                    return self._stack.pop()
-                handlers[opcode](self)
+            return self._run()
         except (EndOfPickleError, CheckpointUnreadableError):
             raise
         except PickleRefusedError as error:
             raise CheckpointUnreadableError(f"{self._name} cannot be read: {_short(error)}.") from error
         except Exception as error:
-            if self.position >= len(data) and isinstance(error, IndexError):
+            if self.position >= len(self._data) and isinstance(error, (IndexError, struct.error)):
                 raise self._cut_short() from error
             # Random bytes can cause any error.
             raise CheckpointError(
                 f"{self._name} is damaged: its pickle cannot be read at byte {self.position} "
                 f"({type(error).__name__}: {_short(error)}). Copy it again."
             ) from error
+
+    def _run(self) -> Any:
+        """Run the opcodes until the pickle stops, and return its value.
+
+        This loop is long on purpose. An index of a large checkpoint has millions of opcodes, and a call of a method
+        costs more than most opcodes do. So the loop itself does the frequent opcodes, with local variables, and the
+        table has the methods for all others. An `if` for the range of the code comes before the `if` for each code, and
+        in each range the most frequent code comes first. `position` moves before anything can fail, so that an error
+        at the end of the data is found there.
+        """
+        data, size, memo, marks, handlers = self._data, len(self._data), self._memo, self._marks, _HANDLERS
+        stack, position, no_args = self._stack, self.position, ()
+        buildable: type[Any] | None = None
+        call, persistent, check_key = self._called, self._persistent, self._keys.check
+        try:
+            while True:
+                opcode = data[position]
+                position += 1
+                if opcode >= 0x80:
+                    if opcode == 0x94:  # MEMOIZE
+                        memo.append(stack[-1])
+                        continue
+                    if opcode == 0x85:  # TUPLE1
+                        stack[-1] = (stack[-1],)
+                        continue
+                    if opcode == 0x86:  # TUPLE2
+                        second = stack.pop()
+                        stack[-1] = (stack[-1], second)
+                        continue
+                    if opcode == 0x81:  # NEWOBJ
+                        if stack[-1] is no_args and type(maker := stack[-2]) is Maker:
+                            del stack[-1]
+                            stack[-1] = maker.function()
+                            continue
+                    elif opcode == 0x89:  # NEWFALSE
+                        stack.append(False)
+                        continue
+                    elif opcode == 0x8C:  # SHORT_BINUNICODE
+                        begin = position + 1
+                        position = begin + data[position]
+                        if position > size:
+                            raise self._cut_short()
+                        stack.append(data[begin:position].decode("utf-8", "surrogatepass"))
+                        continue
+                    elif opcode == 0x8A:  # LONG1
+                        begin = position + 1
+                        position = begin + data[position]
+                        if position > size:
+                            raise self._cut_short()
+                        stack.append(int.from_bytes(data[begin:position], "little", signed=True))
+                        continue
+                    elif opcode == 0x87:  # TUPLE3
+                        third, second = stack.pop(), stack.pop()
+                        stack[-1] = (stack[-1], second, third)
+                        continue
+                elif opcode >= 0x60:
+                    if opcode == 0x6A:  # LONG_BINGET
+                        position += 4
+                        stack.append(memo[_read_4(data, position - 4)[0]])
+                        continue
+                    if opcode == 0x68:  # BINGET
+                        position += 1
+                        stack.append(memo[data[position - 1]])
+                        continue
+                    if opcode == 0x72:  # LONG_BINPUT
+                        position += 4
+                        if (number := _read_4(data, position - 4)[0]) == len(memo):
+                            memo.append(stack[-1])
+                        else:
+                            memo = self._remember(stack, number)
+                        continue
+                    if opcode == 0x75:  # SETITEMS
+                        if isinstance(holder := marks[-1][-1], dict) and not len(stack) % 2:
+                            pairs = iter(stack)
+                            stack = marks.pop()
+                            for key in pairs:
+                                # A string keeps its hash, and has more bytes in the pickle than parts for the budget.
+                                if type(key) is not str or len(key) > MAX_TEXT:
+                                    check_key(key)
+                                holder[key] = next(pairs)
+                            continue
+                    elif opcode == 0x62:  # BUILD
+                        state = stack.pop()
+                        target = stack[-1]
+                        if type(target) is not buildable:
+                            if not hasattr(target, "build"):
+                                raise ValueError(f"it gives a state to a {type(target).__name__}")
+                            buildable = type(target)
+                        target.build(state)
+                        continue
+                    elif opcode == 0x7D:  # EMPTY_DICT
+                        stack.append({})
+                        continue
+                    elif opcode == 0x74:  # TUPLE
+                        items = tuple(stack)
+                        stack = marks.pop()
+                        stack.append(items)
+                        continue
+                    elif opcode == 0x71:  # BINPUT
+                        position += 1
+                        if (number := data[position - 1]) == len(memo):
+                            memo.append(stack[-1])
+                        else:
+                            memo = self._remember(stack, number)
+                        continue
+                elif opcode == 0x4B:  # BININT1
+                    position += 1
+                    stack.append(data[position - 1])
+                    continue
+                elif opcode == 0x4D:  # BININT2
+                    position += 2
+                    stack.append(data[position - 2] | data[position - 1] << 8)
+                    continue
+                elif opcode == 0x28:  # MARK
+                    marks.append(stack)
+                    stack = []
+                    continue
+                elif opcode == 0x52:  # REDUCE
+                    args = stack.pop()
+                    stack[-1] = call(stack[-1], args)
+                    continue
+                elif opcode == 0x29:  # EMPTY_TUPLE
+                    stack.append(no_args)
+                    continue
+                elif opcode == 0x58:  # BINUNICODE
+                    begin = position + 4
+                    position = begin + int.from_bytes(data[position:begin], "little")
+                    if position > size:
+                        raise self._cut_short()
+                    stack.append(data[begin:position].decode("utf-8", "surrogatepass"))
+                    continue
+                elif opcode == 0x4A:  # BININT
+                    position += 4
+                    stack.append(_read_signed_4(data, position - 4)[0])
+                    continue
+                elif opcode == 0x51:  # BINPERSID
+                    if persistent is not None:
+                        stack[-1] = persistent(stack[-1])
+                        continue
+                elif opcode == 0x2E:  # STOP
+                    return stack.pop()
+                self._stack, self.position = stack, position
+                handlers[opcode](self)
+                stack, position = self._stack, self.position
+        finally:
+            # A method that failed may have moved the place on. No opcode moves it back.
+            self.position = max(self.position, position)
 
     # --- stack
 
@@ -96,10 +248,6 @@ class Unpickler(PickleBytes):
     def _since_mark(self) -> list[Any]:
         items, self._stack = self._stack, self._marks.pop()
         return items
-
-    def _mark(self) -> None:
-        self._marks.append(self._stack)
-        self._stack = []
 
     def _pop(self) -> None:
         if self._stack:
@@ -115,20 +263,12 @@ class Unpickler(PickleBytes):
 
     # --- memo
 
-    def _memoize(self) -> None:
-        self._memo[len(self._memo)] = self._stack[-1]
-
-    def _put(self) -> None:
-        self._memo[self._number(1)] = self._stack[-1]
-
-    def _long_put(self) -> None:
-        self._memo[self._number(4)] = self._stack[-1]
-
-    def _get(self) -> None:
-        self._stack.append(self._memo[self._number(1)])
-
-    def _long_get(self) -> None:
-        self._stack.append(self._memo[self._number(4)])
+    def _remember(self, stack: list[Any], number: int) -> list[Any] | SparseMemo:
+        """Remember the last value of the stack under a number that is not the next one, and return the memo."""
+        if isinstance(self._memo, list) and number > len(self._memo):
+            self._memo = SparseMemo(enumerate(self._memo))
+        self._memo[number] = stack[-1]
+        return self._memo
 
     # --- numbers and text
 
@@ -138,22 +278,6 @@ class Unpickler(PickleBytes):
     def _true(self) -> None:
         self._stack.append(True)
 
-    def _false(self) -> None:
-        self._stack.append(False)
-
-    def _int1(self) -> None:
-        self._stack.append(self._data[self.position])
-        self.position += 1
-
-    def _int2(self) -> None:
-        self._stack.append(self._number(2))
-
-    def _int4(self) -> None:
-        self._stack.append(int.from_bytes(self._take(4), "little", signed=True))
-
-    def _long1(self) -> None:
-        self._stack.append(int.from_bytes(self._take(self._number(1)), "little", signed=True))
-
     def _long4(self) -> None:
         self._stack.append(int.from_bytes(self._take(self._number(4)), "little", signed=True))
 
@@ -162,9 +286,6 @@ class Unpickler(PickleBytes):
 
     def _text1(self) -> None:
         self._stack.append(self._text(self._number(1)))
-
-    def _text4(self) -> None:
-        self._stack.append(self._text(self._number(4)))
 
     def _text8(self) -> None:
         self._stack.append(self._text(self._number(8)))
@@ -183,24 +304,6 @@ class Unpickler(PickleBytes):
 
     # --- containers
 
-    def _empty_tuple(self) -> None:
-        self._stack.append(())
-
-    def _tuple1(self) -> None:
-        self._stack[-1] = (self._stack[-1],)
-
-    def _tuple2(self) -> None:
-        second = self._stack.pop()
-        self._stack[-1] = (self._stack[-1], second)
-
-    def _tuple3(self) -> None:
-        third, second = self._stack.pop(), self._stack.pop()
-        self._stack[-1] = (self._stack[-1], second, third)
-
-    def _tuple(self) -> None:
-        items = self._since_mark()
-        self._stack.append(tuple(items))
-
     def _list(self) -> None:
         self._stack.append([])
 
@@ -211,9 +314,6 @@ class Unpickler(PickleBytes):
     def _appends(self) -> None:
         items = self._since_mark()
         self._put_into(list, Step.APPENDED, items)
-
-    def _dict(self) -> None:
-        self._stack.append({})
 
     def _set_item(self) -> None:
         value, key = self._stack.pop(), self._stack.pop()
@@ -267,46 +367,35 @@ class Unpickler(PickleBytes):
             self._found[module, name] = self._find(module, name)
         return self._found[module, name]
 
-    def _call(self) -> None:
-        self._make({}, is_new=False)
-
     def _new(self) -> None:
-        self._make({}, is_new=True)
+        args = self._stack.pop()
+        self._stack[-1] = self._called(self._stack[-1], args, is_new=True)
 
     def _new_with_keywords(self) -> None:
         keywords = self._stack.pop()
         if type(keywords) is not dict or not all(type(name) is str for name in keywords):
             raise ValueError("it makes a call with keywords that are not names")
-        self._make(keywords, is_new=True)
-
-    def _make(self, keywords: dict[str, Any], is_new: bool) -> None:
         args = self._stack.pop()
-        function = self._stack[-1]
+        self._stack[-1] = self._called(self._stack[-1], args, keywords, is_new=True)
+
+    def _called(self, function: Any, args: Any, keywords: dict[str, Any] | None = None, is_new: bool = False) -> Any:
+        """Return the result of a call, or a note of it."""
         if type(args) is not tuple:
             raise ValueError("it makes a call without arguments")
         if type(function) is not Maker or keywords:
-            self._stack[-1] = Unmade(function, args, keywords, is_new)
-            return
+            return Unmade(function, args, keywords, is_new)
         for arg in args:
-            if isinstance(arg, (str, bytes, bytearray, tuple, list, dict)):
+            if type(arg) is not int and isinstance(arg, _COPIED):
                 self._budget -= len(arg)
         if self._budget < 0:
             raise PickleRefusedError("it copies the same value over and over")
         try:
-            self._stack[-1] = function.function(*args)
+            return function.function(*args)
         except (ValueError, TypeError):
             if not any(map(_has_note, args)):
                 raise
             # An argument is an object that is not made yet, such as a number of NumPy in a size.
-            self._stack[-1] = Unmade(function, args, None, is_new)
-
-    def _build(self) -> None:
-        state = self._stack.pop()
-        target = self._stack[-1]
-        build = getattr(target, "build", None)
-        if build is None:
-            raise ValueError(f"it gives a state to a {type(target).__name__}")
-        build(state)
+            return Unmade(function, args, None, is_new)
 
     def _persistent_id(self) -> None:
         if self._persistent is None:
@@ -320,6 +409,12 @@ class Unpickler(PickleBytes):
         raise ValueError(f"it has the unknown code {code}")
 
 
+# The types of the arguments that a call may copy.
+_COPIED: Final = (tuple, str, dict, list, bytes, bytearray)
+
+_read_4: Final = struct.Struct("<I").unpack_from
+_read_signed_4: Final = struct.Struct("<i").unpack_from
+
 # The codes that only pickles of protocol 0 and 1 have. These begin without a number of their protocol.
 _OLD_CODES: Final = frozenset(b"FILSTVPiodgp")
 
@@ -327,50 +422,30 @@ _HANDLERS: Final[list[Callable[[Unpickler], None]]] = [Unpickler._unknown] * 256
 for _code, _handler in {
     b"\x80": Unpickler._skip_int,  # PROTO
     b"\x95": Unpickler._skip_frame,
-    b"(": Unpickler._mark,
     b"0": Unpickler._pop,
     b"1": Unpickler._since_mark,
-    b"\x94": Unpickler._memoize,
-    b"q": Unpickler._put,
-    b"r": Unpickler._long_put,
-    b"h": Unpickler._get,
-    b"j": Unpickler._long_get,
     b"N": Unpickler._none,
     b"\x88": Unpickler._true,
-    b"\x89": Unpickler._false,
-    b"K": Unpickler._int1,
-    b"M": Unpickler._int2,
-    b"J": Unpickler._int4,
-    b"\x8a": Unpickler._long1,
     b"\x8b": Unpickler._long4,
     b"G": Unpickler._float,
     b"\x8c": Unpickler._text1,
-    b"X": Unpickler._text4,
     b"\x8d": Unpickler._text8,
     b"U": Unpickler._text1,  # a Python 2 string
     b"C": Unpickler._bytes1,
     b"B": Unpickler._bytes4,
     b"\x8e": Unpickler._bytes8,
     b"\x96": Unpickler._bytearray8,
-    b")": Unpickler._empty_tuple,
-    b"\x85": Unpickler._tuple1,
-    b"\x86": Unpickler._tuple2,
-    b"\x87": Unpickler._tuple3,
-    b"t": Unpickler._tuple,
     b"]": Unpickler._list,
     b"a": Unpickler._append,
     b"e": Unpickler._appends,
-    b"}": Unpickler._dict,
     b"s": Unpickler._set_item,
     b"u": Unpickler._set_items,
     b"\x8f": Unpickler._set,
     b"\x90": Unpickler._add_items,
     b"c": Unpickler._global,
     b"\x93": Unpickler._stack_global,
-    b"R": Unpickler._call,
     b"\x81": Unpickler._new,
     b"\x92": Unpickler._new_with_keywords,
-    b"b": Unpickler._build,
     b"Q": Unpickler._persistent_id,
 }.items():
     _HANDLERS[_code[0]] = _handler  # type: ignore[assignment]

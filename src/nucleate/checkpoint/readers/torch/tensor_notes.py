@@ -131,6 +131,8 @@ def sizes(numbers: Any) -> tuple[int, ...]:
     """
     if not isinstance(numbers, (tuple, list)) or len(numbers) > 64:
         raise ValueError("a tensor has no shape or strides")
-    if not all(type(number) is int and 0 <= number < 1 << 60 for number in numbers):
-        raise ValueError("a tensor has a shape, strides or an offset that are not sizes")
+    # A loop, because a large index has millions of sizes. The shift leaves 0 of the numbers from 0 to 2**60 - 1 only.
+    for number in numbers:
+        if type(number) is not int or number >> 60:
+            raise ValueError("a tensor has a shape, strides or an offset that are not sizes")
     return tuple(numbers)
