@@ -7,9 +7,10 @@ here. This module calls nothing that the pickle names.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ _Size = torch.Size
 _new = tuple.__new__
 
 
-# The state of a record that the pickle gives none. All of them share it, so nobody may change it.
-_NO_STATE: Final[dict[str, Any]] = {}
+# The state of a record that the pickle gives none. All of them share it, and nobody can change it.
+_NO_STATE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class _Record:
