@@ -7,11 +7,10 @@ here. This module calls nothing that the pickle names.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,10 +44,6 @@ _Size = torch.Size
 _new = tuple.__new__
 
 
-# The state of a record that the pickle gives none. All of them share it, and nobody can change it.
-_NO_STATE: Final[Mapping[str, Any]] = MappingProxyType({})
-
-
 class _Record:
     """A pickled object of one of the classes above, with the name of its class."""
 
@@ -56,7 +51,7 @@ class _Record:
 
     def __init__(self, name: str, *_: Any) -> None:
         self.name = name
-        self.state: Any = _NO_STATE
+        self.state: Any = {}
 
     def build(self, state: Any) -> None:
         self.state = state
