@@ -26,7 +26,7 @@ from tests.fuzz.targets import TARGETS, folder, small_state
 each_target = pytest.mark.parametrize("name", TARGETS)
 #: What the objects of a header take beside the bytes that it is made of.
 OVERHEAD_BYTES, PER_BYTE = 8 << 20, 200
-SECONDS = 2.0
+SECONDS = 5.0
 
 
 @cache
