@@ -46,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The data: each process gets its share of every batch, on its own device.
     training_text, validation_text = read_standard_library()
     batch_size = args.batch_size // runtime.world_size
+    order = torch.Generator().manual_seed(args.seed)  # The same order, whatever the weights draw.
     batches, validation_batches = runtime.setup_dataloaders(
-        DataLoader(Windows(training_text, config.context), batch_size, shuffle=True, drop_last=True),
+        DataLoader(Windows(training_text, config.context), batch_size, shuffle=True, drop_last=True, generator=order),
         DataLoader(Windows(validation_text, config.context, at_most=8 * args.batch_size), batch_size),
     )
 

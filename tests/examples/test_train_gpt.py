@@ -151,8 +151,7 @@ def test_two_ranks_learn_in_every_precision(tmp_path: Path, strategy: str) -> No
     losses = {precision: losses_of(tmp_path / precision) for precision in PRECISIONS}
     for precision in PRECISIONS:
         assert losses[precision][-1] < losses[precision][0] - 0.3, precision
-        # The weights in another dtype take other numbers from the generator, which then gives the data another order.
-        assert losses[precision][0] == pytest.approx(losses["32-true"][0], abs=0.15), precision
+        assert losses[precision][0] == pytest.approx(losses["32-true"][0], abs=0.05), precision
 
 
 def test_a_batch_that_cannot_be_split_is_refused_with_what_to_do(tmp_path: Path) -> None:

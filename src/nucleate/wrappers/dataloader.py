@@ -164,9 +164,9 @@ class DataLoaderWrapper:
     def state_dict(self) -> dict[str, Any]:
         """Return the position: the epoch, the number of its delivered batches, and the states that it was drawn under.
 
-        For an iterable dataset of a loader that has a `state_dict` itself, such as torchdata's `StatefulDataLoader`,
-        the loader's own state is part of it. Then, and with `use_distributed_sampler=False`, every rank must call this
-        method, because each has its own state.
+        Some loaders have a `state_dict` themselves, such as torchdata's `StatefulDataLoader`. If such a loader has an
+        iterable dataset, the position contains the loader's state. Each rank then has a state of its own, as it has
+        with `use_distributed_sampler=False`. In both cases, every rank must call this method.
         """
         return self._position.written(self.loader, self._generators, self._passes, self._num_replicas)
 

@@ -164,7 +164,7 @@ def _own_note() -> bytes:
 
 
 def _boot_id() -> str:
-    """Return a text that is different on every machine and after every start of it; empty where Linux is absent."""
+    """Return the id of this start of the machine. No other machine or start has the same id. Empty without Linux."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:

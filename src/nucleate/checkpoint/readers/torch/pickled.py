@@ -379,7 +379,7 @@ class Unpickler(PickleBytes):
         self._stack[-1] = self._called(self._stack[-1], args, keywords, is_new=True)
 
     def _called(self, function: Any, args: Any, keywords: dict[str, Any] | None = None, is_new: bool = False) -> Any:
-        """Return the result of a call, or a note of it."""
+        """Make the call of a `Maker` and return its result. For any other function, return a note of the call."""
         if type(args) is not tuple:
             raise ValueError("it makes a call without arguments")
         if type(function) is not Maker or keywords:
