@@ -31,7 +31,7 @@ def load(name: str) -> Main:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    arguments = ["--out", str(tmp_path), "--steps", "40", "--learning-rate", "1e-2", "--sample-bytes", "4"]
+    arguments = ["--out", str(tmp_path), "--steps", "150", "--learning-rate", "1e-2", "--sample-bytes", "4"]
     load("01_train_gpt")([*TINY, *arguments])
     return tmp_path / "checkpoint"
 

@@ -30,7 +30,7 @@ def test_gradients_are_the_mean_over_the_ranks_rounded() -> None:
     runtime = Runtime(accelerator="cpu", strategy="compressed")
     model = runtime.setup(torch.nn.Linear(1, 1, bias=False))
     scales = [1.001 * (rank + 1) for rank in range(runtime.world_size)]
-    runtime.backward(model(torch.ones(1, 1)).sum() * scales[runtime.global_rank])
+    runtime.backward(model(torch.full((1, 1), scales[runtime.global_rank])).sum())
     mean = sum(scales) / len(scales)
     assert model.weight.grad is not None
     assert model.weight.grad.item() == pytest.approx(mean, rel=1e-2)
