@@ -16,6 +16,7 @@ from nucleate.cluster.numerics import Numerics
 from nucleate.composition import Components
 from nucleate.deferred import is_recording, resumed
 from nucleate.devices import made_current
+from nucleate.dimensions.sharding.gathering import follow_units
 from nucleate.errors import ConfigurationError, name_list
 from nucleate.integrations.active import Integrations
 from nucleate.layout import LiveLayout
@@ -28,7 +29,6 @@ from nucleate.materialize.verification import Verification
 from nucleate.report.meter import metered
 from nucleate.shells import apply_inside, inside, named_buffers, named_parameters, uncompiled
 from nucleate.strategies.base import Strategy
-from nucleate.strategies.gathering import follow_units
 from nucleate.wrappers.former import FormerParameters
 from nucleate.wrappers.free_parameters import FreeParameters, description, is_on, known_ids
 from nucleate.wrappers.looks import shown_by

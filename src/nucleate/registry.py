@@ -197,6 +197,18 @@ STRATEGIES = Registry(
     },
 )
 
+DIMENSIONS = Registry(
+    kind="dimension",
+    group="nucleate.dimensions",
+    base="nucleate.dimensions.base:Dimension",
+    builtins={
+        "fully_shard": "nucleate.dimensions.fully_shard:FullyShard",
+        "replicate": "nucleate.dimensions.replicate:Replicate",
+        "tensor_parallel": "nucleate.dimensions.tensor:TensorParallel",
+        "activation_checkpointing": "nucleate.dimensions.checkpointing:ActivationCheckpointing",
+        "compile": "nucleate.dimensions.compiling:Compile",
+    },
+)
 READERS = Registry(
     kind="reader",
     group="nucleate.readers",

@@ -28,10 +28,10 @@ def test_a_name_may_be_in_upper_case_and_none_is_auto(choice: Any, world_size: i
 
 
 def test_a_name_carries_an_option() -> None:
-    assert choose("ddp_find_unused_parameters_true", 2).find_unused_parameters  # type: ignore[attr-defined]
-    assert not choose("ddp_find_unused_parameters_false", 2).find_unused_parameters  # type: ignore[attr-defined]
-    assert choose("fsdp_cpu_offload", 2).cpu_offload  # type: ignore[attr-defined]
-    assert not choose("fsdp", 2).cpu_offload  # type: ignore[attr-defined]
+    assert choose("ddp_find_unused_parameters_true", 2).replicas.find_unused_parameters  # type: ignore[attr-defined]
+    assert not choose("ddp_find_unused_parameters_false", 2).replicas.find_unused_parameters  # type: ignore[attr-defined]
+    assert choose("fsdp_cpu_offload", 2).units.cpu_offload  # type: ignore[attr-defined]
+    assert not choose("fsdp", 2).units.cpu_offload  # type: ignore[attr-defined]
     assert "fsdp_cpu_offload" in repr(Runtime(accelerator="cpu", strategy="fsdp_cpu_offload"))
 
 

@@ -59,7 +59,7 @@ def on(strategy: FSDPStrategy, num_nodes: int, per_node: int) -> FSDPStrategy:
 )
 def test_a_sharding_strategy_stands_for_our_arguments(value: Any, reshard: Any, num_replicas: int) -> None:
     strategy = on(FSDPStrategy(sharding_strategy=value), num_nodes=2, per_node=4)
-    assert (strategy.reshard_after_forward, strategy.num_replicas) == (reshard, num_replicas)
+    assert (strategy.units.reshard_after_forward, strategy.num_replicas) == (reshard, num_replicas)
 
 
 def test_the_sizes_of_a_hybrid_mesh_are_checked_against_the_processes() -> None:
@@ -71,14 +71,14 @@ def test_the_sizes_of_a_hybrid_mesh_are_checked_against_the_processes() -> None:
 
 def test_other_spellings_of_the_same_options_are_taken() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    assert FSDPStrategy(mixed_precision=policy).mixed_precision is policy
+    assert FSDPStrategy(mixed_precision=policy).units.mixed_precision is policy
     for value in (True, CPUOffload(offload_params=True), CPUOffloadPolicy()):
-        assert FSDPStrategy(cpu_offload=value).cpu_offload
+        assert FSDPStrategy(cpu_offload=value).units.cpu_offload
     for value in (False, None, CPUOffload(), OffloadPolicy()):
-        assert not FSDPStrategy(cpu_offload=value).cpu_offload
-    assert FSDPStrategy(auto_wrap_policy={Block}).wrap == {Block}
+        assert not FSDPStrategy(cpu_offload=value).units.cpu_offload
+    assert FSDPStrategy(auto_wrap_policy={Block}).units.wrap == {Block}
     assert FSDPStrategy(state_dict_type="full").saves_one_file
-    assert not DDPStrategy(broadcast_buffers=False).sync_buffers
+    assert not DDPStrategy(broadcast_buffers=False).replicas.sync_buffers
     FSDPStrategy(
         use_orig_params=True,
         limit_all_gathers=True,
@@ -156,13 +156,13 @@ class Model(nn.Module):
 def test_torchs_policies_choose_the_modules_that_they_choose_for_fsdp1(
     policy: Callable[..., Any], expected: list[str]
 ) -> None:
-    from nucleate.strategies.wrap_policy import find_units
+    from nucleate.dimensions.sharding.wrap_policy import find_units
 
     assert sorted(name for name, _ in find_units(Model(), policy)) == expected
 
 
 def test_a_policy_with_arguments_for_single_modules_is_refused() -> None:
-    from nucleate.strategies.wrap_policy import find_units
+    from nucleate.dimensions.sharding.wrap_policy import find_units
 
     def choose(module: nn.Module) -> bool | dict[str, bool]:
         return {"cpu_offload": True} if getattr(module, "out_features", 0) == 40 else False

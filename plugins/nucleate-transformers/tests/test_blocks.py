@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 
-from nucleate.strategies.wrap_policy import find_units
+from nucleate.dimensions.sharding.wrap_policy import find_units
 from nucleate_transformers import TransformersIntegration
 
 

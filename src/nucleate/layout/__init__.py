@@ -8,7 +8,7 @@ from nucleate.layout.boxes import Box, merged, runs
 from nucleate.layout.holders import Dealer, is_writer
 from nucleate.layout.layout import Layout, TensorLayout
 from nucleate.layout.live import LiveLayout
-from nucleate.layout.mesh import Mesh
+from nucleate.layout.mesh import AXES, DATA_AXES, Mesh
 from nucleate.layout.placements import Partial, Placement, Replicate, Shard
 from nucleate.layout.reading import (
     boxes_of,
@@ -29,6 +29,8 @@ from nucleate.layout.reading import (
 )
 
 __all__ = [
+    "AXES",
+    "DATA_AXES",
     "Box",
     "Dealer",
     "Layout",

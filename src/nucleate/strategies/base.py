@@ -14,12 +14,11 @@ from torch.optim import Optimizer
 
 from nucleate.cluster.communicator import Communicator
 from nucleate.cluster.environment import Environment
+from nucleate.dimensions.sharding.gathering import abandon_backward, gatherings_in, shards_shown
 from nucleate.materialize import Plan
 from nucleate.plugin import Plugin
 from nucleate.strategies.clip import clip_by_norm, clip_by_value
 from nucleate.strategies.finish import finish
-from nucleate.strategies.gathering import abandon_backward, gatherings_in, shards_shown
-from nucleate.strategies.module_policy import ModulePolicy
 
 
 class Strategy(Plugin):
@@ -41,8 +40,6 @@ class Strategy(Plugin):
         environment: The rank of this process and the world size, set by `connect`.
         timeout: The time that a collective waits for the other ranks before it fails.
         process_group_backend: The torch.distributed backend of the ranks; None takes the accelerator's.
-        activation_checkpointing_policy: The modules whose activations `finish` lets backward compute again; see
-            `docs/how-to/train.md`. None keeps all activations.
         saves_one_file: Whether `Runtime.save` without a format refuses a path that stands for a folder.
         start_method: The way in which `Runtime(devices=N)` starts processes; see `docs/how-to/several-processes.md`.
             None chooses one.
@@ -53,13 +50,12 @@ class Strategy(Plugin):
     distributed: ClassVar[bool] = False
     #: Whether a model of `init_module()` without `empty_init` stays deferred until `setup`: True if no rank should hold
     #: the whole model.
-    shards: ClassVar[bool] = False
+    shards: bool = False
 
     device: torch.device = torch.device("cpu")
     environment: Environment = Environment()
     timeout: timedelta = timedelta(minutes=10)
     process_group_backend: str | None = None
-    activation_checkpointing_policy: ModulePolicy | None = None
     saves_one_file: bool = False
     start_method: str | None = None
 

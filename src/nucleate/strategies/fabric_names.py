@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from nucleate.dimensions.module_policy import ModulePolicy, check_policy
 from nucleate.errors import ConfigurationError, name_list
-from nucleate.strategies.module_policy import ModulePolicy, check_policy
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy

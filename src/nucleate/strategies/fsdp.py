@@ -1,25 +1,16 @@
-"""Shards: every rank holds a part of each parameter and gathers one unit at a time (torch's FSDP2).
-
-Parameters are sharded while they are still deferred; each rank then materializes its shards. Policies are passed as
-keywords. Models that FSDP2 cannot shard are refused by name before any change. Some parameters stay whole on every
-rank, such as a temperature without a dimension; this strategy averages their gradients.
-"""
+"""The strategy of shards: `Parallel` with the dimension `FullyShard`, under Lightning Fabric's name and keywords."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
-from torch import nn
-
-from nucleate.devices import hooks_of
+from nucleate.dimensions.base import Dimension
+from nucleate.dimensions.checkpointing import ActivationCheckpointing
+from nucleate.dimensions.fully_shard import FullyShard
+from nucleate.dimensions.module_policy import ModulePolicy
 from nucleate.errors import ConfigurationError
-from nucleate.layout import is_sharded
-from nucleate.strategies.averaging import Averaging
-from nucleate.strategies.base import Strategy
-from nucleate.strategies.explanation import explain_forward
+from nucleate.layout import Mesh
 from nucleate.strategies.fabric_names import (
     Sharding,
     checked_mixed_precision,
@@ -28,29 +19,15 @@ from nucleate.strategies.fabric_names import (
     offloads,
     refuse_for_fsdp,
 )
-from nucleate.strategies.gathering import gatherings_in
-from nucleate.strategies.group_options import checked_backend, checked_timeout
-from nucleate.strategies.module_policy import ModulePolicy, check_policy
-from nucleate.strategies.parts import parts_of
-from nucleate.strategies.sharded_class import make_root, make_shardable
-from nucleate.strategies.sharded_copy import ShardedCopy
-from nucleate.strategies.sharded_step import sharded_step
-from nucleate.strategies.start_method import checked_start_method
-from nucleate.strategies.unshardable import refuse_unshardable
-from nucleate.strategies.unsteppable import refuse_unsteppable
-from nucleate.strategies.wrap_policy import find_units, size_of, whole_parameters
+from nucleate.strategies.parallel import Parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import CPUOffload, MixedPrecisionPolicy, ShardingStrategy
-    from torch.optim import Optimizer
 
     from nucleate.plugin import Composition
 
 
-class FSDPStrategy(Strategy):
+class FSDPStrategy(Parallel):
     """A strategy that shards parameters, gradients and optimizer state by `torch.distributed.fsdp.fully_shard`.
 
     Args:
@@ -84,8 +61,6 @@ class FSDPStrategy(Strategy):
     """
 
     name = "fsdp"
-    distributed = True
-    shards = True
 
     def __init__(  # noqa: PLR0913 - our names and Fabric's
         self,
@@ -107,21 +82,26 @@ class FSDPStrategy(Strategy):
     ) -> None:
         refuse_for_fsdp(others)
         sharding = Sharding.of(reshard_after_forward, num_replicas, sharding_strategy, device_mesh)
+        #: The dimension that shards.
+        self.units = FullyShard(
+            wrap=joined_policy(wrap, auto_wrap_policy),
+            mixed_precision=checked_mixed_precision(mixed_precision),
+            cpu_offload=offloads(cpu_offload),
+            reshard_after_forward=sharding.reshard_after_forward,
+        )
+        dimensions: list[Dimension] = [self.units]
         if activation_checkpointing_policy is not None:
-            check_policy(activation_checkpointing_policy, "activation_checkpointing_policy")
-        self.wrap = joined_policy(wrap, auto_wrap_policy)
-        self.mixed_precision = checked_mixed_precision(mixed_precision)
-        self.cpu_offload = offloads(cpu_offload)
-        self.reshard_after_forward = sharding.reshard_after_forward
+            dimensions.append(ActivationCheckpointing(activation_checkpointing_policy))
         self.num_replicas = sharding.num_replicas or 1
-        self.activation_checkpointing_policy = activation_checkpointing_policy
-        self.process_group_backend = checked_backend(process_group_backend)
-        self.timeout = checked_timeout(timeout)
+        super().__init__(
+            mesh=self._mesh_of_replicas(),
+            dimensions=dimensions,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
         self.saves_one_file = checked_state_dict_type(state_dict_type) == "full"
-        self.start_method = checked_start_method(start_method)
         self._sharding = sharding
-        self._mesh: DeviceMesh | None = None
-        self._averaging = Averaging()
 
     @classmethod
     def from_name(cls, name: str) -> Self:
@@ -137,9 +117,11 @@ class FSDPStrategy(Strategy):
             ConfigurationError: `num_replicas` does not divide the number of processes, or `reshard_after_forward` does
                 not divide the number of shards.
         """
+        super().check(composition)
         world_size = composition.environment.world_size
         if self._sharding.num_replicas is None:
             self.num_replicas = composition.environment.num_nodes
+            self._asked = self._mesh_of_replicas()
         if self._sharding.num_shards is not None and world_size != self.num_replicas * self._sharding.num_shards:
             raise ConfigurationError(
                 f"device_mesh={(self.num_replicas, self._sharding.num_shards)} is for "
@@ -150,111 +132,8 @@ class FSDPStrategy(Strategy):
                 f"num_replicas={self.num_replicas} does not divide the {world_size} processes. Choose a divisor of "
                 f"{world_size}, or start another number of processes."
             )
-        size, num_shards = self.reshard_after_forward, world_size // self.num_replicas
-        if isinstance(size, int) and not isinstance(size, bool) and (size < 1 or num_shards % size):
-            raise ConfigurationError(
-                f"reshard_after_forward={size} does not divide the {num_shards} shards of a parameter. Choose a "
-                f"divisor of {num_shards}, or True, False or None."
-            )
+        self.units.check_shards(world_size // self.num_replicas)
 
-    @property
-    def mesh(self) -> DeviceMesh:
-        """The device mesh, with the axis `dp_shard`; with replicas, the axis `dp_replicate` comes first."""
-        if self._mesh is None:
-            from torch.distributed.device_mesh import init_device_mesh
-
-            world_size = self.environment.world_size
-            if self.num_replicas == 1:
-                shape, names = (world_size,), ("dp_shard",)
-            else:
-                shape, names = (self.num_replicas, world_size // self.num_replicas), ("dp_replicate", "dp_shard")  # type: ignore[assignment]
-            self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        return self._mesh
-
-    def module_init_context(self) -> AbstractContextManager[object]:
-        """Return a context without effect: construction is already cheap because it is deferred."""
-        return nullcontext()
-
-    @property
-    def storage_device(self) -> torch.device:
-        """The device that keeps the shards: the host with `cpu_offload`."""
-        return torch.device("cpu") if self.cpu_offload else self.device
-
-    def check_model(self, model: nn.Module) -> None:
-        """Refuse models that FSDP2 cannot shard.
-
-        Raises:
-            ConfigurationError: A parameter cannot be sharded. Nothing has been changed.
-        """
-        units = find_units(model, self.wrap)
-        refuse_unshardable(model, units, whole_parameters(model, units))
-
-    def lay_out(self, model: nn.Module) -> None:
-        """Shard the parameters of each unit and of the root, except those that stay whole."""
-        units = find_units(model, self.wrap)
-        self.shard(model, [unit for _, unit in units], whole_parameters(model, units))
-
-    def shard(self, model: nn.Module, units: Sequence[nn.Module], whole: set[nn.Parameter]) -> None:
-        """Shard a model whose units are known.
-
-        Args:
-            model: The model.
-            units: The modules that become units.
-            whole: The parameters that stay whole.
-        """
-        from torch.distributed.fsdp import fully_shard
-
-        # The module that users call; the parts of a model without a forward are called like roots.
-        roots = {id(model), *(id(part) for _, part in parts_of(model))}
-        make_root(model)
-        for module in (*sorted(units, key=size_of), model):
-            make_shardable(module)
-            fully_shard(module, **self._arguments(root=id(module) in roots), ignored_params=whole)
-
-    def enclose(self, model: nn.Module) -> nn.Module:
-        """Average the gradients of parameters that every rank keeps whole, and let units be copied."""
-        self._averaging.add(model, (parameter for parameter in model.parameters() if not is_sharded(parameter)))
-        for gathering in gatherings_in(model):
-            for unit in gathering.units.values():
-                vars(unit)["__deepcopy__"] = ShardedCopy(unit, self)
-        return model
-
-    @contextmanager
-    def no_backward_sync(self, module: nn.Module) -> Iterator[None]:
-        """Accumulate gradients; meanwhile every rank keeps them whole."""
-        module.set_requires_gradient_sync(False)  # type: ignore[operator]
-        try:
-            with self._averaging.paused(module):
-                yield
-        finally:
-            module.set_requires_gradient_sync(True)  # type: ignore[operator]
-
-    def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that cannot step shards.
-
-        Raises:
-            ConfigurationError: The optimizer cannot step shards. Nothing has been changed.
-        """
-        refuse_unsteppable(optimizer)
-
-    def optimizer_step_context(self, optimizer: Optimizer) -> AbstractContextManager[object]:
-        """Return the context in which an optimizer steps shards."""
-        return sharded_step(optimizer)
-
-    def explain(self, error: Exception, module: nn.Module, method: str) -> Exception | None:
-        """Say which sharded parameters a method has used outside of the forward that gathers them."""
-        return explain_forward(error, module, method)
-
-    def _arguments(self, root: bool) -> dict[str, Any]:
-        from dataclasses import replace
-
-        from torch.distributed.fsdp import CPUOffloadPolicy
-
-        arguments: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": self.reshard_after_forward}
-        if self.mixed_precision is not None:
-            # On a block, `output_dtype` would give the next block a dtype that it does not expect.
-            policy = self.mixed_precision
-            arguments["mp_policy"] = policy if root else replace(policy, output_dtype=None)
-        if self.cpu_offload:
-            arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=hooks_of(self.device).pins_memory)
-        return arguments
+    def _mesh_of_replicas(self) -> Mesh:
+        replicas = {"dp_replicate": self.num_replicas} if self.num_replicas > 1 else {}
+        return Mesh.of({**replicas, "dp_shard": -1})

@@ -5,11 +5,17 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from nucleate.dimensions.checkpointing import ActivationCheckpointing
+from nucleate.dimensions.module_policy import ModulePolicy
 from nucleate.errors import ConfigurationError
+from nucleate.layout import Mesh
 from nucleate.strategies.base import Strategy
-from nucleate.strategies.module_policy import ModulePolicy, check_policy
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from nucleate.cluster.environment import Environment
     from nucleate.plugin import Composition
 
 
@@ -28,9 +34,14 @@ class SingleDeviceStrategy(Strategy):
     name = "single_device"
 
     def __init__(self, *, activation_checkpointing_policy: ModulePolicy | None = None) -> None:
-        if activation_checkpointing_policy is not None:
-            check_policy(activation_checkpointing_policy, "activation_checkpointing_policy")
-        self.activation_checkpointing_policy = activation_checkpointing_policy
+        policy = activation_checkpointing_policy
+        self._checkpointing = None if policy is None else ActivationCheckpointing(policy)
+
+    def connect(self, device: torch.device, environment: Environment) -> None:
+        """Store the device and the rank of this process."""
+        super().connect(device, environment)
+        if self._checkpointing is not None:
+            self._checkpointing.connect(device, Mesh((), ()))
 
     def check(self, composition: Composition) -> None:
         """Refuse to run in several processes, because each would train its own model.
@@ -53,3 +64,13 @@ class SingleDeviceStrategy(Strategy):
     def module_init_context(self) -> AbstractContextManager[object]:
         """Return an empty context: construction needs nothing special."""
         return nullcontext()
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that the policy of activation checkpointing does not fit."""
+        if self._checkpointing is not None:
+            self._checkpointing.check_model(model, Mesh((), ()))
+
+    def lay_out(self, model: nn.Module) -> None:
+        """Let the chosen modules compute their activations twice. No tensor changes."""
+        if self._checkpointing is not None:
+            self._checkpointing.apply(model)

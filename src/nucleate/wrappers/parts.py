@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from nucleate.strategies.parts import parts_of
+from nucleate.dimensions.parts import parts_of
 from nucleate.wrappers.module import ModuleWrapper
 
 

@@ -343,7 +343,7 @@ def models_of_two_runtimes_share_an_optimizer(folder: Path) -> None:
     both = [start(make, actor_critic) for make in (FSDPStrategy, FSDPStrategy)]
     expected = [plain(actor_critic) for _ in both]
     (runtime, first), (_, second) = both
-    assert runtime.strategy.mesh is not both[1][0].strategy.mesh
+    assert runtime.strategy.device_mesh is not both[1][0].strategy.device_mesh
     for foreach in (False, True):
         optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()], lr=0.1, foreach=foreach)
         reference = torch.optim.AdamW([p for model in expected for p in model.parameters()], lr=0.1, foreach=foreach)

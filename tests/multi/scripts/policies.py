@@ -19,7 +19,7 @@ from tests.multi.device import accelerator, device
 
 
 class Block(abc.ABC, nn.Module):
-    """Has a first base with which torch's own `fully_shard` fails (`nucleate.strategies.sharded_class`)."""
+    """Has a first base with which torch's own `fully_shard` fails (`nucleate.dimensions.sharding.sharded_class`)."""
 
     def __init__(self) -> None:
         super().__init__()

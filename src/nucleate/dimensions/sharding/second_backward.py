@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nucleate.strategies.averaging import after_gradient
+from nucleate.dimensions.averaging import after_gradient
 
 
 class SecondBackward:

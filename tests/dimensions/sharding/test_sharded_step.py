@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import _muon
 
 from nucleate import Runtime
-from nucleate.strategies.sharded_step import sharded_step
+from nucleate.dimensions.sharding.sharded_step import sharded_step
 from tests.device import ACCELERATOR
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")

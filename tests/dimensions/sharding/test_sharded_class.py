@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fully_shard import get_cls_to_fsdp_cls
 
 from nucleate import Runtime
-from nucleate.strategies.sharded_class import make_shardable
+from nucleate.dimensions.sharding.sharded_class import make_shardable
 from tests.device import ACCELERATOR
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
@@ -94,11 +94,11 @@ def test_torch_cannot_assign_its_own_class_and_names_are_looked_up_in_its_order(
     runtime.launch()
     get_cls_to_fsdp_cls().pop(cls, None)
     with pytest.raises(TypeError, match="object layout differs"):
-        fully_shard(cls(), mesh=runtime.strategy.mesh)
+        fully_shard(cls(), mesh=runtime.strategy.device_mesh)
     refused = get_cls_to_fsdp_cls()[cls]
     module = cls()
     make_shardable(module)
-    fully_shard(module, mesh=runtime.strategy.mesh)
+    fully_shard(module, mesh=runtime.strategy.device_mesh)
     assert type(module).__name__ == refused.__name__
     assert type(module).__mro__[1:] == refused.__mro__[1:]
     module.double()

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nucleate.devices import default_generator
+from nucleate.dimensions.module_policy import ModulePolicy, select
+from nucleate.dimensions.parts import has_forward
 from nucleate.errors import ConfigurationError
 from nucleate.shells import inside, named_modules
-from nucleate.strategies.module_policy import ModulePolicy, select
-from nucleate.strategies.parts import has_forward
 
 #: The name of the strategies' argument.
 OPTION = "activation_checkpointing_policy"

@@ -17,9 +17,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations
 
 from nucleate import Runtime
+from nucleate.dimensions.recomputation import CheckpointedForward
 from nucleate.errors import ConfigurationError
 from nucleate.strategies import SingleDeviceStrategy
-from nucleate.strategies.activation_checkpointing import CheckpointedForward
 from tests.device import ACCELERATOR, cpu_only, device
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")

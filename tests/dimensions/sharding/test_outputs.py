@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nucleate.strategies.outputs import hidden_tensors, tensors_for_fsdp
+from nucleate.dimensions.sharding.outputs import hidden_tensors, tensors_for_fsdp
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 

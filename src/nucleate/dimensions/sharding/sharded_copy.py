@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
+from nucleate.dimensions.before import Before
+from nucleate.dimensions.sharding.gathering import (
+    KEY,
+    Gathering,
+    follow_units,
+    gathering_of,
+    shards_shown,
+    user_attributes,
+)
 from nucleate.errors import UsageError
 from nucleate.layout import is_sharded
 from nucleate.materialize.shards import allocate_shards
-from nucleate.strategies.finish import Before
-from nucleate.strategies.gathering import KEY, Gathering, follow_units, gathering_of, shards_shown, user_attributes
 
 #: The dicts of a module that hold hooks, each with the dicts that hold flags of these hooks.
 _HOOKS: dict[str, tuple[str, ...]] = {
@@ -33,17 +40,8 @@ _HOOKS: dict[str, tuple[str, ...]] = {
 _COPYING = "nucleate: a sharded model is being copied"
 
 
-class Sharding(Protocol):
-    """The part of a strategy that copies need."""
-
-    @property
-    def storage_device(self) -> torch.device: ...
-
-    def shard(self, model: nn.Module, units: Sequence[nn.Module], whole: set[nn.Parameter]) -> None: ...
-
-    def enclose(self, model: nn.Module) -> nn.Module: ...
-
-    def mark_forward_method(self, module: nn.Module, name: str) -> None: ...
+#: Makes known modules of a model units: the model, the modules, and the parameters that no unit takes.
+MakeUnits = Callable[[nn.Module, Sequence[nn.Module], set[nn.Parameter]], None]
 
 
 class ShardedCopy:
@@ -51,12 +49,22 @@ class ShardedCopy:
 
     Args:
         module: The unit or root.
-        strategy: The strategy that has sharded it.
+        make_units: Makes modules of the copy units.
+        complete: Prepares the copy for training.
+        device: The device that keeps the shards.
     """
 
-    def __init__(self, module: nn.Module, strategy: Sharding) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        make_units: MakeUnits,
+        complete: Callable[[nn.Module], None],
+        device: torch.device,
+    ) -> None:
         self._module = weakref.ref(module)
-        self._strategy = strategy
+        self._make_units = make_units
+        self._complete = complete
+        self._device = device
 
     def __call__(self, memo: dict[Any, Any]) -> nn.Module:
         """Return the copy.
@@ -90,18 +98,20 @@ class ShardedCopy:
         before = Before(clone)
         below = {id(part) for part in module.modules()} - {id(module)}
         units = [memo[id(unit)] for unit in gathering.units.values() if id(unit) in below]
-        self._strategy.shard(clone, units, {p for p in clone.parameters() if not p.is_meta})
-        allocate_shards(clone, self._strategy.storage_device, set())
+        self._make_units(clone, units, {p for p in clone.parameters() if not p.is_meta})
+        allocate_shards(clone, self._device, set())
         copies: dict[str, Any] = dict(clone.named_parameters())
         with torch.no_grad():
             for name, parameter in sharded.items():
                 copies[name].to_local().copy_(parameter.to_local())
         before.restore(clone)
         follow_units(clone)
-        enclosed = self._strategy.enclose(clone)
+        self._complete(clone)
+        of_clone = gathering_of(clone)
+        assert of_clone is not None
         for name in gathering.marked if module is gathering.root else ():
-            self._strategy.mark_forward_method(enclosed, name)
-        return enclosed
+            of_clone.mark(name)
+        return clone
 
 
 def _on_meta(parameter: Any, memo: dict[Any, Any]) -> nn.Parameter:

@@ -7,10 +7,10 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from nucleate.dimensions.sharding.explanation import sparse_gradients
 from nucleate.errors import ConfigurationError, name_list
 from nucleate.layout import is_sharded
 from nucleate.shells import named_modules, named_parameters
-from nucleate.strategies.explanation import sparse_gradients
 
 
 def refuse_unshardable(model: nn.Module, units: list[tuple[str, nn.Module]], whole: set[nn.Parameter]) -> None:

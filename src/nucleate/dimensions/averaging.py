@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class Averaging:
-    """The averages of gradients over all ranks, for any number of models.
+    """The averages of gradients over the ranks that split the data, for any number of models.
 
     Every rank must use the same parameters in a backward, as under DDP.
     """
@@ -27,12 +31,13 @@ class Averaging:
         # A strategy goes to another process without the models of this one.
         return Averaging, ()
 
-    def add(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    def add(self, model: nn.Module, parameters: Iterable[nn.Parameter], group: ProcessGroup | None = None) -> None:
         """Average the gradients of some parameters from now on, also of those that are trained only later.
 
         Args:
             model: The model that has the parameters, which `paused` takes.
-            parameters: Parameters that are equal on all ranks.
+            parameters: Parameters that are equal on all ranks of the group.
+            group: The ranks; None for all.
         """
         import torch.distributed as dist
 
@@ -41,8 +46,8 @@ class Averaging:
         def average(parameter: Tensor) -> None:
             # A gradient from an earlier exchange is equal on all ranks, so the average of the sum is right too.
             if owner() not in self._paused and parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad.div_(dist.get_world_size())
+                dist.all_reduce(parameter.grad, group=group)
+                parameter.grad.div_(dist.get_world_size(group))
 
         for parameter in parameters:
             after_gradient(parameter, average)

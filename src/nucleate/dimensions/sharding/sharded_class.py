@@ -17,30 +17,40 @@ from typing import Any
 
 from torch import nn
 
-from nucleate.strategies.parts import absent_forward
+from nucleate.dimensions.parts import absent_forward
 
 
-def make_shardable(module: nn.Module) -> None:
-    """Register a class that `fully_shard` can assign to this module, if torch's own class could not be assigned.
+def make_shardable(module: nn.Module, replicates: bool = False) -> None:
+    """Register a class that torch can assign to this module, if torch's own class could not be assigned.
 
-    The class inherits the module's memory layout, and looks up names in torch's order: `FSDPModule` comes first.
+    The class inherits the module's memory layout, and looks up names in torch's order: torch's class comes first.
+
+    Args:
+        module: The module.
+        replicates: Whether `replicate` makes it a unit, not `fully_shard`.
     """
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.fsdp._fully_shard._fully_shard import _unimplemented_deepcopy, get_cls_to_fsdp_cls
 
-    cls, known = type(module), get_cls_to_fsdp_cls()
+    first, known = [FSDPModule], get_cls_to_fsdp_cls()
+    if replicates:
+        from torch.distributed._composable.replicate_with_fsdp import ReplicateModule, cls_to_replicate_cls
+
+        first, known = [ReplicateModule, FSDPModule], cls_to_replicate_cls
+    cls = type(module)
     # After a failed `fully_shard`, torch's cache still has the class that could not be assigned.
     if _begins_at_object(cls) or (cls in known and known[cls].__base__ is cls):
         return
 
-    class FSDPFirst(type(cls)):  # type: ignore[misc]
-        """A metaclass that puts `FSDPModule` first among the bases, although the module's class gives the layout."""
+    class TorchFirst(type(cls)):  # type: ignore[misc]
+        """A metaclass that puts torch's class first among the bases, although the module's class gives the layout."""
 
         def mro(self) -> list[type]:
-            return [self, FSDPModule, *cls.__mro__]
+            return [self, *first, *cls.__mro__]
 
     namespace: dict[str, Any] = {"__deepcopy__": _unimplemented_deepcopy, "__module__": cls.__module__}
-    known[cls] = FSDPFirst(f"FSDP{cls.__name__}", (cls, FSDPModule), namespace)
+    prefix = "Replicate" if replicates else "FSDP"
+    known[cls] = TorchFirst(f"{prefix}{cls.__name__}", (cls, first[0]), namespace)
 
 
 def make_root(model: nn.Module) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from nucleate.strategies.parts import has_forward, parts_of
-from nucleate.strategies.sharded_class import make_root
+from nucleate.dimensions.parts import has_forward, parts_of
+from nucleate.dimensions.sharding.sharded_class import make_root
 
 
 class Namespace(nn.Module):

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nucleate.strategies.explanation import explain_backward
-from nucleate.strategies.outputs import hidden_tensors, tensors_for_fsdp
-from nucleate.strategies.second_backward import SecondBackward
+from nucleate.dimensions.sharding.explanation import explain_backward
+from nucleate.dimensions.sharding.outputs import hidden_tensors, tensors_for_fsdp
+from nucleate.dimensions.sharding.second_backward import SecondBackward
 
 #: The attribute of a unit that holds its gathering.
 KEY = "_nucleate_gathering"

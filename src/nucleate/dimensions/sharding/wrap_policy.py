@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from nucleate.dimensions.module_policy import ModulePolicy, select
+from nucleate.dimensions.parts import has_forward, parts_of
 from nucleate.shells import named_modules
-from nucleate.strategies.module_policy import ModulePolicy, select
-from nucleate.strategies.parts import has_forward, parts_of
 
 
 def find_units(model: nn.Module, policy: ModulePolicy) -> list[tuple[str, nn.Module]]:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from nucleate.dimensions.sharding.wrap_policy import find_units, whole_parameters
 from nucleate.errors import ConfigurationError
 from nucleate.strategies import FSDPStrategy, declare_units
-from nucleate.strategies.wrap_policy import find_units, whole_parameters
 from tests.device import ACCELERATOR
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from nucleate.dimensions.sharding.unsteppable import refuse_unsteppable
 from nucleate.errors import ConfigurationError
-from nucleate.strategies.unsteppable import refuse_unsteppable
 
 pytestmark = pytest.mark.usefixtures("factories_on_device")
 

@@ -1,0 +1,18 @@
+"""Dimensions of parallelism, for `nucleate.strategies.Parallel`. A new one implements `Dimension`, under this name."""
+
+from nucleate.dimensions.base import Dimension, Placements
+from nucleate.dimensions.checkpointing import ActivationCheckpointing
+from nucleate.dimensions.compiling import Compile
+from nucleate.dimensions.fully_shard import FullyShard
+from nucleate.dimensions.replicate import Replicate
+from nucleate.dimensions.tensor import TensorParallel
+
+__all__ = [
+    "ActivationCheckpointing",
+    "Compile",
+    "Dimension",
+    "FullyShard",
+    "Placements",
+    "Replicate",
+    "TensorParallel",
+]

@@ -1,0 +1,1 @@
+"""FSDP2's units: their choice, the classes, hooks and copies that `fully_shard` needs, and the step of shards."""

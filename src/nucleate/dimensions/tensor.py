@@ -1,0 +1,123 @@
+"""Tensor parallel: the matrices of a layer are split over an axis, and each rank computes with its part.
+
+The styles are torch's own (`torch.distributed.tensor.parallel`). A plan says by FQN which module gets which one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from nucleate.dimensions.base import Dimension, Placements
+from nucleate.dimensions.tensor_plan import Style, TensorPlan
+from nucleate.errors import ConfigurationError
+from nucleate.layout import Mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+
+class TensorParallel(Dimension):
+    """Matrices that are split over the axis `tp`.
+
+    Args:
+        plan: For patterns of FQNs of modules, the style of each. In a pattern, `*` stands for one part of a name:
+            `"layers.*.mlp.up"`. A style is one of these words, or an object of torch's `ParallelStyle`:
+
+            - `"colwise"`: each rank has some of the outputs of a linear layer, or of the columns of an embedding. The
+              output stays split, for a `"rowwise"` layer.
+            - `"rowwise"`: each rank has some of the inputs of a linear layer, or of the rows of an embedding. The
+              output is added up over the ranks.
+            - `"colwise_gathered"`: as `"colwise"`, and the output is gathered, as for a head.
+            - `"fused_3"`: as `"colwise"` for a weight that holds 3 matrices of equal size one below the other, such as
+              query, key and value. Each rank has a part of each. Other numbers are allowed.
+            - `"sequence"`: whole parameters, and an input that is split along dim 1, the sequence.
+            - `"replicated"`: whole parameters in a module whose input the layers before have split, such as a norm of
+              each head. Their gradients are added up over the ranks.
+
+            A module without a style stays whole, and sees whole inputs. `"auto"` takes the plan of the model itself,
+            `model.tp_plan`, which models of transformers have.
+        loss_parallel: Compute the cross entropy of logits that stay split over the vocabulary
+            (`torch.distributed.tensor.parallel.loss_parallel`). A `"colwise_gathered"` head then keeps its output
+            split, and the loss must be computed in `runtime.forward_backward`.
+
+    Raises:
+        ConfigurationError: The plan is not valid.
+
+    Example:
+        >>> print(TensorParallel({"layers.*.up": "colwise", "layers.*.down": "rowwise"}))
+        TensorParallel(2 patterns)
+    """
+
+    name = "tensor_parallel"
+    axes = ("tp",)
+    lays_out = True
+
+    def __init__(
+        self, plan: Mapping[str, Style | ParallelStyle] | str = "auto", *, loss_parallel: bool = False
+    ) -> None:
+        self._plan = None if plan == "auto" else TensorPlan.of(plan)
+        self.loss_parallel = loss_parallel
+
+    def plan_of(self, model: nn.Module) -> TensorPlan:
+        """Return the plan for a model.
+
+        Raises:
+            ConfigurationError: The plan is `"auto"`, and the model has none.
+        """
+        if self._plan is not None:
+            return self._plan
+        found = getattr(model, "tp_plan", None)
+        if not found:
+            raise ConfigurationError(
+                f"TensorParallel(plan='auto') reads the plan that a model brings in `tp_plan`, and "
+                f"{type(model).__name__} has none. Give a plan, such as {{'layers.*.up': 'colwise'}}."
+            )
+        return TensorPlan.of(found)
+
+    def check_model(self, model: nn.Module, mesh: Mesh) -> None:
+        """Refuse a plan that does not fit the model.
+
+        Raises:
+            ConfigurationError: A pattern matches nothing, a size is not a multiple of the number of ranks, or the plan
+                splits one of two tied parameters. The message gives the FQNs.
+        """
+        self.plan_of(model).check(model, mesh.size_of("tp"))
+
+    def placements(self, model: nn.Module, mesh: Mesh) -> Placements | None:
+        """Return the split of each parameter of the plan; None if the plan has an object of torch's."""
+        plan = self.plan_of(model)
+        if not plan.is_known:
+            return None
+        splits = plan.splits(model)
+        return {fqn: {} if split is None else {"tp": split} for fqn, split in splits.items()}
+
+    def apply(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Give each module of the plan its style."""
+        self.plan_of(model).apply(model, mesh["tp"], self.loss_parallel)
+
+    def step_context(self) -> AbstractContextManager[object]:
+        """Return the context in which the loss takes split logits, with `loss_parallel`."""
+        if not self.loss_parallel:
+            return nullcontext()
+        from torch.distributed.tensor.parallel import loss_parallel
+
+        return loss_parallel()
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Refuse an optimizer that cannot step DTensors.
+
+        Raises:
+            ConfigurationError: The optimizer cannot step DTensors. Nothing has been changed.
+        """
+        from nucleate.dimensions.sharding.unsteppable import refuse_unsteppable
+
+        refuse_unsteppable(optimizer)
+
+    def __repr__(self) -> str:
+        plan = "'auto'" if self._plan is None else f"{len(self._plan.styles)} patterns"
+        return f"TensorParallel({plan}{', loss_parallel=True' if self.loss_parallel else ''})"
