@@ -16,6 +16,7 @@ ALLOWED = {
     "plugins/nucleate-lightning/src/nucleate_lightning/sharding.py": {"device_mesh"},
     # The strategy's own property, whose name is Fabric's.
     "src/nucleate/compat/pieces/model_parallel.py": {"device_mesh"},
+    "src/nucleate/strategies/parallel.py": {"device_mesh"},
 }
 
 
