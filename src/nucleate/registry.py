@@ -193,6 +193,7 @@ STRATEGIES = Registry(
         "ddp_find_unused_parameters_true": "nucleate.strategies.ddp:DDPStrategy",
         "fsdp": "nucleate.strategies.fsdp:FSDPStrategy",
         "fsdp_cpu_offload": "nucleate.strategies.fsdp:FSDPStrategy",
+        "hsdp": "nucleate.strategies.fsdp:FSDPStrategy",
         **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), "nucleate.strategies.ddp:DDPStrategy"),
     },
 )

@@ -219,8 +219,8 @@ class Communicator(Ranks):
             if group is dist.GroupMember.NON_GROUP_MEMBER:
                 raise UsageError(f"{what}: rank {self.rank} is not in the group. Call it only on the group's ranks.")
             raise ConfigurationError(
-                f"{what}: group is {group!r}; it must be None, or a group that `torch.distributed.new_group` returned. "
-                "Pass other arguments by their names."
+                f"{what}: group is {group!r}; it must be None, a group that `torch.distributed.new_group` returned, "
+                "or the name of an axis of the strategy's mesh. Pass other arguments by their names."
             )
 
     def _reduce(self, tensor: Tensor, reduce_op: str, group: Group) -> Tensor:

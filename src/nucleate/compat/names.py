@@ -56,7 +56,7 @@ _ACCELERATORS = {
 _STRATEGIES = {
     "DDPStrategy": "nucleate.strategies:DDPStrategy",
     "FSDPStrategy": "nucleate.strategies:FSDPStrategy",
-    "ModelParallelStrategy": f"{_PIECES}.model_parallel:ModelParallelStrategy",
+    "ModelParallelStrategy": "nucleate.strategies:ModelParallelStrategy",
     "SingleDeviceStrategy": "nucleate.strategies:SingleDeviceStrategy",
     "Strategy": "nucleate.strategies:Strategy",
 }

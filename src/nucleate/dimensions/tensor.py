@@ -5,13 +5,15 @@ The styles are torch's own (`torch.distributed.tensor.parallel`). A plan says by
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from nucleate.dimensions.base import Dimension, Placements
+from nucleate.dimensions.common_stream import CommonStream
+from nucleate.dimensions.parts import has_forward, parts_of
 from nucleate.dimensions.tensor_plan import Style, TensorPlan
 from nucleate.errors import ConfigurationError
 from nucleate.layout import Mesh
@@ -62,6 +64,7 @@ class TensorParallel(Dimension):
     ) -> None:
         self._plan = None if plan == "auto" else TensorPlan.of(plan)
         self.loss_parallel = loss_parallel
+        self._is_in_step = False
 
     def plan_of(self, model: nn.Module) -> TensorPlan:
         """Return the plan for a model.
@@ -102,11 +105,26 @@ class TensorParallel(Dimension):
 
     def step_context(self) -> AbstractContextManager[object]:
         """Return the context in which the loss takes split logits, with `loss_parallel`."""
-        if not self.loss_parallel:
-            return nullcontext()
+        # torch's context ends for good when an inner one ends.
+        return nullcontext() if not self.loss_parallel or self._is_in_step else self._step()
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
         from torch.distributed.tensor.parallel import loss_parallel
 
-        return loss_parallel()
+        self._is_in_step = True
+        try:
+            with loss_parallel():
+                yield
+        finally:
+            self._is_in_step = False
+
+    def enclose(self, model: nn.Module) -> nn.Module:
+        """Let the ranks of a group draw the same random numbers in each forward that trains."""
+        stream = CommonStream(self.mesh.group(self.device.type, self.axes), self.device)
+        for module in [model] if has_forward(model) else [part for _, part in parts_of(model)]:
+            module.register_forward_pre_hook(stream.agree, prepend=True)
+        return model
 
     def check_optimizer(self, optimizer: Any) -> None:
         """Refuse an optimizer that cannot step DTensors.

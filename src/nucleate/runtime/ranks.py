@@ -44,9 +44,16 @@ class Ranks(Parts):
         return self._communicator.broadcast(obj, src)
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
-        """Return every rank's tensors stacked along a new leading axis; see `Communicator.all_gather`."""
+        """Return every rank's tensors stacked along a new leading axis; see `Communicator.all_gather`.
+
+        Args:
+            data: See `Communicator.all_gather`.
+            group: A process group, or the name of an axis of the strategy's mesh, such as `"tp"` or `"data"`. None
+                takes all ranks.
+            sync_grads: See `Communicator.all_gather`.
+        """
         self.launch()
-        return self._communicator.all_gather(data, sync_grads, group)
+        return self._communicator.all_gather(data, sync_grads, self._group(group))
 
     def gather_for_metrics(
         self, data: Any, *, loader: DataLoaderWrapper | None = None, use_gather_object: bool = False
@@ -82,9 +89,19 @@ class Ranks(Parts):
             )
 
     def all_reduce(self, data: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Return the combination of every rank's tensors; see `Communicator.all_reduce`."""
+        """Return the combination of every rank's tensors; see `Communicator.all_reduce`.
+
+        Args:
+            data: See `Communicator.all_reduce`.
+            group: A process group, or the name of an axis of the strategy's mesh, such as `"tp"` or `"data"`. None
+                takes all ranks.
+            reduce_op: See `Communicator.all_reduce`.
+        """
         self.launch()
-        return self._communicator.all_reduce(data, reduce_op, group)
+        return self._communicator.all_reduce(data, reduce_op, self._group(group))
+
+    def _group(self, group: Any) -> Any:
+        return self._strategy.group_of(group) if group in self._strategy.axes else group
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -112,6 +112,30 @@ class Training(Parts):
             LiveLayout.of(known).check_once()
         with self._exchange("backward"), backward_allowed(), self._strategy.step_context():
             self._strategy.backward(self._precision.scale(self._accumulation.divided(tensor)), *args, **kwargs)
+
+    def forward_backward(self, model: nn.Module, batch: Any, loss_fn: Callable[..., Tensor]) -> Tensor:
+        """Run forward, the loss and backward of one batch, under any strategy.
+
+        Args:
+            model: The model that `setup` returned.
+            batch: The pair of the inputs and the targets. The inputs are a tensor, a tuple of arguments of forward or a
+                dict of its keyword arguments.
+            loss_fn: Called as `loss_fn(output, targets)`; returns the loss, one number.
+
+        Returns:
+            The loss, without a graph.
+
+        Raises:
+            UsageError: `batch` is not a pair.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise UsageError(
+                f"forward_backward() takes a batch that is the pair (inputs, targets), not {type(batch).__name__}."
+            )
+        inputs, targets = batch
+        return self._strategy.forward_backward(
+            model, inputs, lambda output: loss_fn(output, targets), lambda loss: self.backward(loss)
+        )
 
     def clip_gradients(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, ClassVar, final
@@ -135,6 +135,42 @@ class Strategy(Plugin):
     def data_parallel_rank(self) -> int:
         """The number of this rank's part of the data."""
         return self.environment.global_rank if self.distributed else 0
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names that `group_of` knows: by default none."""
+        return ()
+
+    def group_of(self, axis: str) -> Any:
+        """Return the process group of this rank along an axis of the strategy's mesh. Every rank must call it.
+
+        Args:
+            axis: One of `axes`.
+        """
+        raise NotImplementedError(f"the strategy {self.name!r} has no axes.")
+
+    def forward_backward(
+        self, model: Any, inputs: Any, loss_of: Callable[[Any], Tensor], backward: Callable[[Tensor], None]
+    ) -> Tensor:
+        """Run forward, the loss and backward of one batch. A strategy with a schedule of its own replaces it.
+
+        Args:
+            model: The model that `Runtime.setup` returned.
+            inputs: The inputs of forward: a tensor, a tuple of arguments, or a dict of keyword arguments.
+            loss_of: Computes the loss from the model's output.
+            backward: Computes the gradients of a loss.
+
+        Returns:
+            The loss, without a graph.
+        """
+        with self.step_context():
+            if isinstance(inputs, Mapping):
+                output = model(**inputs)
+            else:
+                output = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+            loss = loss_of(output)
+            backward(loss)
+        return loss.detach()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients of `loss`.

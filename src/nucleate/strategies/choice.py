@@ -7,6 +7,7 @@ from typing import cast
 from nucleate.errors import PluginNotFoundError
 from nucleate.registry import STRATEGIES
 from nucleate.strategies.base import Strategy
+from nucleate.strategies.mesh_names import is_mesh_name, parse
 
 _NO_DEEPSPEED = (
     "needs a plugin for DeepSpeed, which does not exist yet. strategy='fsdp' shards parameters, gradients and "
@@ -45,6 +46,8 @@ def choose(choice: str | Strategy | None, world_size: int) -> Strategy:
             choice = choice.lower()
         if choice == "auto":
             choice = "ddp" if world_size > 1 else "single_device"
+        if choice not in STRATEGIES.names() and is_mesh_name(choice):
+            return parse(choice)
         if choice not in STRATEGIES.names():
             family = next((name for name in _ELSEWHERE if choice == name or choice.startswith(f"{name}_")), None)
             if family is not None:

@@ -105,8 +105,10 @@ class FSDPStrategy(Parallel):
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """Build the strategy `"fsdp"`, or `"fsdp_cpu_offload"`, which keeps shards in host memory."""
-        strategy = cls(cpu_offload=name == "fsdp_cpu_offload")
+        """Build `"fsdp"`, `"fsdp_cpu_offload"`, which keeps shards in host memory, or `"hsdp"`: a replica on each node."""
+        strategy = cls(
+            cpu_offload=name == "fsdp_cpu_offload", sharding_strategy="HYBRID_SHARD" if name == "hsdp" else None
+        )
         strategy.name = name
         return strategy
 

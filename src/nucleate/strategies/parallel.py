@@ -163,6 +163,15 @@ class Parallel(Strategy):
         return mesh.place(self.environment.global_rank, DATA_AXES)
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of the mesh, and `"data"` for the ranks that split the data."""
+        return (*self.mesh.axes, "data")
+
+    def group_of(self, axis: str) -> Any:
+        """Return the process group of this rank along one of `axes`. Every rank must call it."""
+        return self.mesh.group(self.device.type, DATA_AXES if axis == "data" else (axis,))
+
+    @property
     def storage_device(self) -> torch.device:
         """The device that keeps the tensors that the dimensions have laid out."""
         devices = [dimension.storage_device for dimension in self.dimensions]

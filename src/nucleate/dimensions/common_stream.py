@@ -1,0 +1,71 @@
+"""The random stream that the ranks of one group share: all of them draw the same numbers in forward.
+
+The ranks of a group of tensor parallel compute one model together. A dropout on values that all of them hold must drop
+the same ones everywhere, also where the script has given each rank a seed of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nucleate.devices import default_generator
+
+#: The numbers of a hash that are compared, so that an int64 holds each.
+_NUM_BYTES = 7
+
+
+class CommonStream:
+    """The agreement of a group of ranks on the states of their random generators.
+
+    Args:
+        group: The process group.
+        device: The device of this process.
+    """
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self._group = group
+        self._device = device
+
+    def agree(self, module: nn.Module, _: object = None) -> None:
+        """Give all ranks of the group the states of its first rank, if they differ. A hook before forward.
+
+        One small exchange shows whether they differ. A forward that does not train draws nothing, and is left alone.
+
+        Args:
+            module: The module whose forward begins.
+            _: The arguments of its forward.
+        """
+        if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() != -1:
+            return  # Checkpointing repeats a forward, under the states of the first one.
+        import torch.distributed as dist
+
+        generators = [torch.default_generator]
+        if self._device.type != "cpu":
+            generators.append(default_generator(self._device))  # type: ignore[arg-type]
+        states = [generator.get_state() for generator in generators]
+        mark = _mark(states)
+        # The largest of the marks and of their negatives: equal marks give a pair of equal size.
+        marks = torch.tensor([mark, -mark], device=self._device)
+        dist.all_reduce(marks, op=dist.ReduceOp.MAX, group=self._group)
+        largest, smallest = marks.tolist()
+        if largest == -smallest:
+            return
+        first = dist.get_global_rank(self._group, 0)
+        for generator, state in zip(generators, states, strict=True):
+            sent = state.to(self._device)
+            dist.broadcast(sent, src=first, group=self._group)
+            generator.set_state(sent.cpu())
+
+
+def _mark(states: list[Tensor]) -> int:
+    digest = hashlib.blake2b(digest_size=_NUM_BYTES)
+    for state in states:
+        digest.update(ctypes.string_at(state.data_ptr(), state.numel()))
+    return int.from_bytes(digest.digest(), "big")
