@@ -31,6 +31,10 @@ class CommonStream:
         self._group = group
         self._device = device
 
+    def __deepcopy__(self, memo: object) -> CommonStream:
+        """Return the same object: a copy of a model is on the same ranks."""
+        return self
+
     def agree(self, module: nn.Module, _: object = None) -> None:
         """Give all ranks of the group the states of its first rank, if they differ. A hook before forward.
 

@@ -173,13 +173,14 @@ class Mesh:
         """
         key = (device_type, tuple(axis for axis in self.axes if axis in axes))
         if key not in self._device_meshes:
-            whole = self.device_mesh(device_type)
-            if key[1] == self.axes:
-                import torch.distributed as dist
+            import torch.distributed as dist
 
-                made = dist.group.WORLD if self.ranks is None else whole._flatten().get_group()
+            if not key[1]:
+                made = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            elif key[1] == self.axes and self.ranks is None:
+                made = dist.group.WORLD
             else:
-                part = whole[key[1]]
+                part = self.device_mesh(device_type)[key[1]]
                 made = (part if len(key[1]) == 1 else part._flatten("_".join(key[1]))).get_group()
             self._device_meshes[key] = made
         return self._device_meshes[key]  # type: ignore[no-any-return]

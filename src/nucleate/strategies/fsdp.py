@@ -105,7 +105,7 @@ class FSDPStrategy(Parallel):
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """Build `"fsdp"`, `"fsdp_cpu_offload"`, which keeps shards in host memory, or `"hsdp"`: a replica on each node."""
+        """Build `"fsdp"`, `"fsdp_cpu_offload"` (shards in host memory) or `"hsdp"` (a replica on each node)."""
         strategy = cls(
             cpu_offload=name == "fsdp_cpu_offload", sharding_strategy="HYBRID_SHARD" if name == "hsdp" else None
         )

@@ -15,10 +15,11 @@ from nucleate.dimensions.before import Before
 from nucleate.dimensions.ordering import ordered
 from nucleate.dimensions.sharding.sharded_step import sharded_step
 from nucleate.errors import ConfigurationError, name_list
-from nucleate.layout import DATA_AXES, Mesh
+from nucleate.layout import DATA_AXES, Layout, Mesh
 from nucleate.registry import DIMENSIONS
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.group_options import checked_backend, checked_timeout
+from nucleate.strategies.planned_layout import planned_layout
 from nucleate.strategies.start_method import checked_start_method
 
 if TYPE_CHECKING:
@@ -131,6 +132,26 @@ class Parallel(Strategy):
             ConfigurationError: The sizes of the axes do not give the number of ranks.
         """
         return self._asked.fitted(world_size)
+
+    def planned_layout(self, model: nn.Module, world_size: int) -> Layout | None:
+        """Return the layout that `setup` will make, for any number of ranks. No process group is needed.
+
+        Args:
+            model: A model that was not set up. Its tensors may be deferred, or on the meta device.
+            world_size: The number of ranks.
+
+        Returns:
+            The layout, or None if a function of the user decides.
+
+        Raises:
+            ConfigurationError: The mesh does not fit the number of ranks, or a dimension refuses the model.
+        """
+        mesh = self.mesh_for(world_size)
+        acting = [dimension for dimension in self.dimensions if dimension.acts(mesh)]
+        with torch._C.DisableTorchFunctionSubclass():
+            for dimension in acting:
+                dimension.check_model(model, mesh)
+            return planned_layout(model, acting, mesh)
 
     @property
     def mesh(self) -> Mesh:

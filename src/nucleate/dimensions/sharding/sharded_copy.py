@@ -90,8 +90,9 @@ class ShardedCopy:
 
     def _copy(self, module: nn.Module, gathering: Gathering, memo: dict[Any, Any]) -> nn.Module:
         sharded: dict[str, Any] = {name: p for name, p in module.named_parameters() if is_sharded(p)}
+        inner = _inner_layouts(gathering)
         for parameter in sharded.values():
-            memo[id(parameter)] = _on_meta(parameter, memo)
+            memo[id(parameter)] = _on_meta(parameter, inner.get(id(parameter)), memo)
         clone = _plain_copy(module, gathering, memo)
         for part in clone.modules():
             _drop_hooks(vars(part))
@@ -114,9 +115,25 @@ class ShardedCopy:
         return clone
 
 
-def _on_meta(parameter: Any, memo: dict[Any, Any]) -> nn.Parameter:
-    """Return the whole parameter of a shard, on the meta device."""
+def _inner_layouts(gathering: Gathering) -> dict[int, Any]:
+    """Return torch's specification of each parameter that was a DTensor before it became a shard, by its id."""
+    params = [param for group in gathering.groups for param in group.fsdp_params]
+    return {id(param.sharded_param): param._unsharded_dtensor_spec for param in params if param.is_dtensor}
+
+
+def _on_meta(parameter: Any, inner: Any, memo: dict[Any, Any]) -> nn.Parameter:
+    """Return a parameter as it was before it became a shard, on the meta device.
+
+    Args:
+        parameter: The shard.
+        inner: The specification of the DTensor that it was, or None for a plain tensor.
+        memo: The memo of `copy.deepcopy`.
+    """
     whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    if inner is not None:
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = distribute_tensor(whole, inner.mesh, inner.placements, src_data_rank=None)
     result = nn.Parameter(whole, requires_grad=parameter.requires_grad)
     vars(result).update(copy.deepcopy(user_attributes(parameter), memo))
     return result
