@@ -4,6 +4,7 @@ from nucleate.dimensions.base import Dimension, Placements
 from nucleate.dimensions.checkpointing import ActivationCheckpointing
 from nucleate.dimensions.compiling import Compile
 from nucleate.dimensions.fully_shard import FullyShard
+from nucleate.dimensions.model_plan import ModelPlan, declare_plan
 from nucleate.dimensions.replicate import Replicate
 from nucleate.dimensions.tensor import TensorParallel
 
@@ -12,7 +13,9 @@ __all__ = [
     "Compile",
     "Dimension",
     "FullyShard",
+    "ModelPlan",
     "Placements",
     "Replicate",
     "TensorParallel",
+    "declare_plan",
 ]

@@ -14,6 +14,7 @@ from torch import nn
 from nucleate.dimensions.base import Dimension, Placements
 from nucleate.dimensions.common_stream import CommonStream
 from nucleate.dimensions.parts import has_forward, parts_of
+from nucleate.dimensions.model_plan import DeclaredPlans, missing_integration
 from nucleate.dimensions.tensor_plan import Style, TensorPlan
 from nucleate.errors import ConfigurationError
 from nucleate.layout import Mesh
@@ -41,8 +42,9 @@ class TensorParallel(Dimension):
             - `"replicated"`: whole parameters in a module whose input the layers before have split, such as a norm of
               each head. Their gradients are added up over the ranks.
 
-            A module without a style stays whole, and sees whole inputs. `"auto"` takes the plan of the model itself,
-            `model.tp_plan`, which models of transformers have.
+            A module without a style stays whole, and sees whole inputs. `"auto"` takes the plan of the model itself:
+            one that an integration has declared (`declare_plan`), as for models of transformers, or else the words in
+            `model.tp_plan`.
         loss_parallel: Compute the cross entropy of logits that stay split over the vocabulary
             (`torch.distributed.tensor.parallel.loss_parallel`). A `"colwise_gathered"` head then keeps its output
             split, and the loss must be computed in `runtime.forward_backward`.
@@ -66,21 +68,33 @@ class TensorParallel(Dimension):
         self.loss_parallel = loss_parallel
         self._is_in_step = False
 
-    def plan_of(self, model: nn.Module) -> TensorPlan:
+    def plan_of(self, model: nn.Module) -> TensorPlan | DeclaredPlans:
         """Return the plan for a model.
 
         Raises:
-            ConfigurationError: The plan is `"auto"`, and the model has none.
+            ConfigurationError: The plan is `"auto"`, and the model has none, or one that only an integration can apply.
         """
         if self._plan is not None:
             return self._plan
+        declared = DeclaredPlans.of(model)
+        if declared is not None:
+            return declared
         found = getattr(model, "tp_plan", None)
         if not found:
             raise ConfigurationError(
                 f"TensorParallel(plan='auto') reads the plan that a model brings in `tp_plan`, and "
                 f"{type(model).__name__} has none. Give a plan, such as {{'layers.*.up': 'colwise'}}."
             )
-        return TensorPlan.of(found)
+        try:
+            return TensorPlan.of(found)
+        except ConfigurationError as error:
+            advice = missing_integration(model)
+            raise ConfigurationError(f"`{type(model).__name__}.tp_plan`: {error} {advice}".rstrip()) from None
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the dimension takes the plan of the model."""
+        return self._plan is None
 
     def check_model(self, model: nn.Module, mesh: Mesh) -> None:
         """Refuse a plan that does not fit the model.
@@ -89,14 +103,20 @@ class TensorParallel(Dimension):
             ConfigurationError: A pattern matches nothing, a size is not a multiple of the number of ranks, or the plan
                 splits one of two tied parameters. The message gives the FQNs.
         """
-        self.plan_of(model).check(model, mesh.size_of("tp"))
+        plan = self.plan_of(model)
+        if self.loss_parallel and isinstance(plan, DeclaredPlans):
+            raise ConfigurationError(
+                f"loss_parallel=True needs logits that stay split, and the plan that {type(model).__name__} brings "
+                "gathers them. Leave loss_parallel out, or give TensorParallel a plan of words, such as "
+                "{'layers.*.up': 'colwise'}."
+            )
+        plan.check(model, mesh.size_of("tp"))
 
     def placements(self, model: nn.Module, mesh: Mesh) -> Placements | None:
         """Return the split of each parameter of the plan; None if the plan has an object of torch's."""
-        plan = self.plan_of(model)
-        if not plan.is_known:
+        splits = self.plan_of(model).splits(model)
+        if splits is None:
             return None
-        splits = plan.splits(model)
         return {fqn: {} if split is None else {"tp": split} for fqn, split in splits.items()}
 
     def apply(self, model: nn.Module, mesh: DeviceMesh) -> None:

@@ -93,11 +93,13 @@ class TensorPlan:
                 patterns[name] = pattern
         return found
 
-    def splits(self, model: nn.Module) -> dict[str, Shard | None]:
+    def splits(self, model: nn.Module) -> dict[str, Shard | None] | None:
         """Return the split of each parameter of the plan by FQN; None for one that each rank holds whole.
 
-        The plan consists of words, and `check` has accepted the model.
+        `check` has accepted the model. None for all if the plan has an object of torch's.
         """
+        if not self.is_known:
+            return None
         return {
             f"{name}.{key}" if name else key: split
             for name, (module, style) in self.modules(model).items()
@@ -148,9 +150,10 @@ class TensorPlan:
                 parameter.requires_grad_(trains[key])
 
     def _refuse_half_ties(self, model: nn.Module) -> None:
-        if not self.is_known:
+        known = self.splits(model)
+        if known is None:
             return  # The ties are compared after `apply`.
-        splits: dict[str, Any] = dict(self.splits(model))
+        splits: dict[str, Any] = dict(known)
         ties: dict[int, list[str]] = {}
         for fqn, parameter in named_parameters(model, remove_duplicate=False):
             ties.setdefault(id(parameter), []).append(fqn)

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 
 from nucleate import Integration, Precision, Strategy
 from nucleate.cluster import Communicator
+from nucleate.dimensions import declare_plan
 from nucleate.plugin import Composition
 from nucleate.precision import NoCastPrecision
 from nucleate.strategies import declare_units
 from nucleate_transformers.construction import construction
 from nucleate_transformers.folder import save_unsharded
+from nucleate_transformers.tensor_plan import TransformersPlan
 
 
 @final
@@ -27,6 +29,8 @@ class TransformersIntegration(Integration):
 
     def __init__(self) -> None:
         self._shards = False
+        # Whether the strategy may apply the plans of models.
+        self._splits_matrices = False
         # Until `check` gives the runtime's precision, a precision without layers for quantized checkpoints.
         self._precision: Precision = NoCastPrecision()
 
@@ -35,6 +39,7 @@ class TransformersIntegration(Integration):
         assert isinstance(composition.strategy, Strategy)
         assert isinstance(composition.precision, Precision)
         self._precision = composition.precision
+        self._splits_matrices = "tp" in composition.strategy.axes
         self._shards = composition.strategy.shards and composition.environment.world_size > 1
 
     def module_init_context(self) -> AbstractContextManager[object]:
@@ -47,6 +52,8 @@ class TransformersIntegration(Integration):
             if isinstance(part, PreTrainedModel):
                 names = set(part._no_split_modules or ())
                 declare_units(module for module in part.modules() if type(module).__name__ in names)
+                if self._splits_matrices:
+                    declare_plan(part, TransformersPlan())
                 if self._shards:
                     # transformers itself sets this if FSDP2 shards (transformers/distributed/fsdp.py, 5.23).
                     # `generate` then continues with empty steps until every rank has finished.
