@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
 import pytest
 
 from nucleate.errors import ConfigurationError
@@ -42,3 +45,34 @@ def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int], words: str) ->
 def test_equal_meshes_are_one_mesh() -> None:
     assert Mesh.over(4, {"dp_shard": -1}) == Mesh.over(4, {"dp_shard": 4})
     assert len({Mesh.over(4, {"dp_shard": -1}), Mesh.over(4, {"dp_shard": 4}), Mesh.over(4, {"tp": 4})}) == 2
+
+
+def test_a_mesh_may_be_open_until_the_number_of_ranks_is_known() -> None:
+    mesh = Mesh.of({"dp_replicate": 2, "dp_shard": -1, "tp": 4})
+    assert mesh.fitted(1024).sizes == (2, 128, 4)
+    assert mesh.fitted(8).sizes == (2, 1, 4)
+    assert mesh.sizes == (2, -1, 4)
+    for world_size in (4, 12):
+        with pytest.raises(ConfigurationError, match=rf"does not fit {world_size} ranks.*a multiple of 8 processes"):
+            mesh.fitted(world_size)
+
+
+def test_a_place_along_several_axes_counts_them_together() -> None:
+    mesh = Mesh.of({"dp_replicate": 2, "dp_shard": 3, "tp": 2})
+    assert [mesh.place(rank, ("dp_replicate", "dp_shard")) for rank in range(0, 12, 2)] == [(n, 6) for n in range(6)]
+    assert [mesh.place(rank, ("tp",)) for rank in (0, 1, 11)] == [(0, 2), (1, 2), (1, 2)]
+    assert mesh.place(7, ("cp",)) == (0, 1)
+    assert (mesh.size_of("tp"), mesh.size_of("cp")) == (2, 1)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"": 2}, {"dp shard": 2}, {3: 2}])
+def test_axes_need_names(sizes: Any) -> None:
+    with pytest.raises(ConfigurationError, match="a name for each axis"):
+        Mesh.of(sizes)
+
+
+def test_a_mesh_travels_without_its_groups() -> None:
+    mesh = Mesh.of({"tp": 2})
+    mesh._device_meshes["cpu"] = object()
+    assert pickle.loads(pickle.dumps(mesh)) == mesh
+    assert not pickle.loads(pickle.dumps(mesh))._device_meshes

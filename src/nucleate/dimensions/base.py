@@ -36,6 +36,7 @@ class Dimension(Named):
             before it may be absent.
         after: The names of the dimensions that are applied before this one, if they are there. It wraps around them:
             it lays out the tensors that they have left.
+        excludes: The names of dimensions that cannot stand beside this one.
         lays_out: Whether tensors become DTensors, so that optimizers and clipping meet them.
         exchanges_gradients: Whether the dimension averages gradients over the axes along which data are split. The
             strategy takes exactly one such dimension if the mesh has such axes.
@@ -46,6 +47,7 @@ class Dimension(Named):
     kind: ClassVar[str] = "dimension"
     axes: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
     lays_out: bool = False
     exchanges_gradients: bool = False
 
@@ -163,6 +165,9 @@ class Dimension(Named):
     def explain(self, error: Exception, module: nn.Module, method: str) -> Exception | None:
         """Return a better error for one that a method of the model has raised because of this dimension, or None."""
         return None
+
+    def before_step(self) -> None:
+        """Do what must happen before an optimizer steps. By default, do nothing. Every rank calls it."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer of a kind that cannot step with this dimension. By default, do nothing.

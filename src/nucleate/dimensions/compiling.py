@@ -35,7 +35,9 @@ class Compile(Dimension):
     """
 
     name = "compile"
-    after = ("tensor_parallel", "activation_checkpointing")
+    after = ("activation_checkpointing",)
+    # torch 2.13 returns wrong gradients, or fails, where an eager layer with a style meets a compiled block.
+    excludes = ("tensor_parallel",)
 
     def __init__(self, *, per_block: bool = True, blocks: ModulePolicy = "auto", **options: Any) -> None:
         check_policy(blocks, "blocks")

@@ -19,8 +19,8 @@ from nucleate.dimensions.sharding.unshardable import refuse_unshardable
 from nucleate.dimensions.sharding.unsteppable import refuse_unsteppable
 from nucleate.dimensions.sharding.wrap_policy import find_units, whole_parameters
 from nucleate.errors import ConfigurationError, name_list
-from nucleate.layout import Mesh
-from nucleate.shells import plain_name
+from nucleate.layout import Mesh, is_sharded
+from nucleate.shells import named_parameters, plain_name
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -103,6 +103,13 @@ class Replicate(Dimension):
                 f"{name_list(nested)} of this model is a DistributedDataParallel, and the strategy 'ddp' exchanges all "
                 "gradients itself. Two exchanges make wrong gradients where gradients accumulate. Give `setup` a model "
                 "that has the module inside (its attribute `module`) instead."
+            )
+        laid_out = [name for name, parameter in named_parameters(model) if is_sharded(parameter)]
+        if laid_out:
+            raise ConfigurationError(
+                f"{name_list(laid_out)} are DTensors, which DDP does not know. Give `setup` the model as it was "
+                "constructed, and nucleate.strategies.Parallel the dimensions Replicate() and TensorParallel(plan) "
+                "instead."
             )
         if not self._is_alone(mesh):
             units = find_units(model, self.wrap)

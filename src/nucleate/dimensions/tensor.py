@@ -13,11 +13,12 @@ from torch import nn
 
 from nucleate.dimensions.base import Dimension, Placements
 from nucleate.dimensions.common_stream import CommonStream
+from nucleate.dimensions.equal_gradients import EqualGradients
 from nucleate.dimensions.parts import has_forward, parts_of
 from nucleate.dimensions.model_plan import DeclaredPlans, missing_integration
 from nucleate.dimensions.tensor_plan import Style, TensorPlan
 from nucleate.errors import ConfigurationError
-from nucleate.layout import Mesh
+from nucleate.layout import Mesh, axes_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -67,6 +68,7 @@ class TensorParallel(Dimension):
         self._plan = None if plan == "auto" else TensorPlan.of(plan)
         self.loss_parallel = loss_parallel
         self._is_in_step = False
+        self._gradients = EqualGradients(_has_style)
 
     def plan_of(self, model: nn.Module) -> TensorPlan | DeclaredPlans:
         """Return the plan for a model.
@@ -140,11 +142,23 @@ class TensorParallel(Dimension):
             self._is_in_step = False
 
     def enclose(self, model: nn.Module) -> nn.Module:
-        """Let the ranks of a group draw the same random numbers in each forward that trains."""
+        """Let the ranks of a group draw the same random numbers in each forward that trains.
+
+        Their gradients of whole parameters are compared once, at the first step.
+        """
+        self._gradients.add(model)
         stream = CommonStream(self.mesh.group(self.device.type, self.axes), self.device)
         for module in [model] if has_forward(model) else [part for _, part in parts_of(model)]:
             module.register_forward_pre_hook(stream.agree, prepend=True)
         return model
+
+    def before_step(self) -> None:
+        """Compare the gradients of parameters that all ranks of a group hold whole, at the first step of each model.
+
+        Raises:
+            RankDisagreementError: They differ; the message gives the FQNs.
+        """
+        self._gradients.check(self.mesh.group(self.device.type, self.axes))
 
     def check_optimizer(self, optimizer: Any) -> None:
         """Refuse an optimizer that cannot step DTensors.
@@ -159,3 +173,8 @@ class TensorParallel(Dimension):
     def __repr__(self) -> str:
         plan = "'auto'" if self._plan is None else f"{len(self._plan.styles)} patterns"
         return f"TensorParallel({plan}{', loss_parallel=True' if self.loss_parallel else ''})"
+
+
+def _has_style(parameter: Any) -> bool:
+    """Return whether a parameter is a DTensor over the axis."""
+    return "tp" in axes_of(parameter)

@@ -11,6 +11,7 @@ from nucleate.layout.live import LiveLayout
 from nucleate.layout.mesh import AXES, DATA_AXES, Mesh
 from nucleate.layout.placements import Partial, Placement, Replicate, Shard
 from nucleate.layout.reading import (
+    axes_of,
     boxes_of,
     cut,
     flat_start,
@@ -41,6 +42,7 @@ __all__ = [
     "Replicate",
     "Shard",
     "TensorLayout",
+    "axes_of",
     "boxes_of",
     "cut",
     "flat_start",

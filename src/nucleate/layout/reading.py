@@ -57,6 +57,11 @@ def placements_of(tensor: Any) -> tuple[Placement, ...]:
     return tuple(map(_placement, tensor.placements))
 
 
+def axes_of(tensor: Any) -> tuple[str, ...]:
+    """Return the names of the axes of a DTensor's mesh; none for a plain tensor."""
+    return tuple(tensor.device_mesh.mesh_dim_names or ()) if is_sharded(tensor) else ()
+
+
 def is_partial(tensor: Any) -> bool:
     """Return whether a tensor is a DTensor that is not reduced over its ranks yet."""
     return is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements)

@@ -102,6 +102,13 @@ class Parallel(Strategy):
                 f"no dimension uses the axis {name_list(idle)} of the mesh {self._asked}. Give a dimension for it, "
                 f"such as {_DIMENSION_OF.get(idle[0], 'one of your own')}, or leave the axis out."
             )
+        names = {dimension.name for dimension in self.dimensions}
+        for dimension in self.dimensions:
+            if excluded := names.intersection(dimension.excludes):
+                raise ConfigurationError(
+                    f"the dimension {dimension!r} does not work beside {name_list(sorted(excluded))}. Leave one of "
+                    "them out."
+                )
         averaging = [dimension for dimension in self.dimensions if dimension.exchanges_gradients]
         if len(averaging) > 1:
             raise ConfigurationError(
@@ -261,6 +268,8 @@ class Parallel(Strategy):
 
     def optimizer_step_context(self, optimizer: Optimizer) -> AbstractContextManager[object]:
         """Return the context in which an optimizer steps DTensors."""
+        for dimension in self._overriding("before_step"):
+            dimension.before_step()
         return sharded_step(optimizer) if self.shards else nullcontext()
 
     def explain(self, error: Exception, module: nn.Module, method: str) -> Exception | None:

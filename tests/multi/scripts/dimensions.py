@@ -93,8 +93,8 @@ MESHES: dict[str, tuple[dict[str, int], Callable[[], list[Any]]]] = {
         lambda: [FullyShard(reshard_after_forward=False), ActivationCheckpointing({Block}), TensorParallel(PLAN)],
     ),
     "compiled": (
-        {"dp_shard": -1, "tp": 2},
-        lambda: [Compile(backend="aot_eager"), FullyShard(), TensorParallel(PLAN)],
+        {"dp_replicate": 2, "dp_shard": -1},
+        lambda: [Compile(backend="aot_eager"), FullyShard()],
     ),
 }
 
