@@ -48,6 +48,10 @@ class CommonStream:
             return
         if torch._C._current_graph_task_id() != -1:
             return  # Checkpointing repeats a forward, under the states of the first one.
+        self.share()
+
+    def share(self) -> None:
+        """Give all ranks of the group the states of its first rank, if they differ. Every rank must call it."""
         import torch.distributed as dist
 
         generators = [torch.default_generator]

@@ -14,8 +14,8 @@ from torch import nn
 from nucleate.dimensions.base import Dimension, Placements
 from nucleate.dimensions.common_stream import CommonStream
 from nucleate.dimensions.equal_gradients import EqualGradients
-from nucleate.dimensions.parts import has_forward, parts_of
 from nucleate.dimensions.model_plan import DeclaredPlans, missing_integration
+from nucleate.dimensions.parts import has_forward, parts_of
 from nucleate.dimensions.tensor_plan import Style, TensorPlan
 from nucleate.errors import ConfigurationError
 from nucleate.layout import Mesh, axes_of

@@ -14,7 +14,10 @@ _QUANTIZES = (
 )
 _REFUSED = {
     **dict.fromkeys(("device_map", "max_memory", "offload_folder", "offload_buffers"), _PLACES),
-    **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config"), _PLACES),
+    "device_mesh": (
+        "The runtime makes the mesh: leave it out, and name the axes in Runtime(strategy='tp=2') or 'fsdp+tp=2', or in "
+        "nucleate.strategies.Parallel(mesh={'dp_shard': 2, 'tp': 2}, dimensions=...)."
+    ),
     **dict.fromkeys(("quantization_config", "load_in_8bit", "load_in_4bit"), _QUANTIZES),
     "gguf_file": "GGUF files are read whole by transformers. Load them outside of init_module.",
 }

@@ -19,27 +19,31 @@ import torch
 from transformers import PreTrainedModel, core_model_loading, modeling_utils
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from nucleate import Precision
+from nucleate import Precision, Strategy
 from nucleate.cluster import Communicator
 from nucleate.deferred import is_recording, record_of
 from nucleate_transformers.arguments import refuse_arguments, refuse_distributed
+from nucleate_transformers.parallel_arguments import ParallelArguments, refuse_in_config
 from nucleate_transformers.quantized import mark_loaded, quantization_of, refuse_unknown, take_quantized
 
 
 @contextmanager
-def construction(communicator: Communicator, device: torch.device, precision: Precision) -> Iterator[None]:
+def construction(
+    communicator: Communicator, device: torch.device, precision: Precision, strategy: Strategy
+) -> Iterator[None]:
     """Let transformers construct models for a runtime. A nested context changes nothing.
 
     Args:
         communicator: The ranks that construct the model together.
         device: The device of the deferred tensors.
         precision: The precision. It decides the dtype of models, and may have layers for quantized checkpoints.
+        strategy: The strategy. Arguments that split a model are held against it.
     """
     if getattr(PreTrainedModel.from_pretrained, "__func__", None) in _ours:
         yield
         return
     with ExitStack() as stack:
-        together = _Together(communicator)
+        together = _Together(communicator, strategy)
         # Each auto class has a copy of the function (`auto_class_update`), and reads the configuration before the model
         # class does.
         for auto in (_BaseAutoModelClass, *_BaseAutoModelClass.__subclasses__()):
@@ -90,11 +94,18 @@ class _Together:
 
     Args:
         communicator: The ranks.
+        strategy: The strategy.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(self, communicator: Communicator, strategy: Strategy) -> None:
         self._communicator = communicator
+        self._strategy = strategy
         self._inside = False
+
+    def checked(self, kwargs: Mapping[str, Any]) -> ParallelArguments:
+        """Return the arguments of a call that split the model, after those that contradict the runtime are refused."""
+        refuse_arguments(kwargs)
+        return ParallelArguments(self._strategy, self._communicator.world_size, kwargs)
 
     @contextmanager
     def loading(self, cls: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
@@ -112,7 +123,7 @@ class _Together:
 
 
 def _from_auto(together: _Together, plain: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
-    refuse_arguments(kwargs)
+    together.checked(kwargs)
     with together.loading(cls, args, kwargs):
         return plain(cls, *args, **kwargs)
 
@@ -120,13 +131,18 @@ def _from_auto(together: _Together, plain: Callable[..., Any], cls: Any, *args: 
 def _from_pretrained(
     together: _Together, precision: Precision, plain: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    refuse_arguments(kwargs)
+    parallel = together.checked(kwargs)
+    parallel.remove(kwargs)
     _choose_dtype(precision, kwargs)
     with together.loading(cls, args, kwargs):
-        return plain(cls, *args, **kwargs)
+        loaded = plain(cls, *args, **kwargs)
+        # With `output_loading_info` the model is the first of a pair.
+        parallel.add_rules(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
 
 def _from_config(precision: Precision, plain: Callable[..., Any], cls: Any, config: Any, **kwargs: Any) -> Any:
+    refuse_in_config(kwargs)
     _choose_dtype(precision, kwargs)
     return plain(cls, config, **kwargs)
 

@@ -15,9 +15,10 @@ from nucleate.cluster import Communicator
 from nucleate.dimensions import declare_plan
 from nucleate.plugin import Composition
 from nucleate.precision import NoCastPrecision
-from nucleate.strategies import declare_units
+from nucleate.strategies import Parallel, SingleDeviceStrategy, declare_units
 from nucleate_transformers.construction import construction
 from nucleate_transformers.folder import save_unsharded
+from nucleate_transformers.generation import CommonGeneration
 from nucleate_transformers.tensor_plan import TransformersPlan
 
 
@@ -28,23 +29,23 @@ class TransformersIntegration(Integration):
     name = "transformers"
 
     def __init__(self) -> None:
-        self._shards = False
-        # Whether the strategy may apply the plans of models.
-        self._splits_matrices = False
-        # Until `check` gives the runtime's precision, a precision without layers for quantized checkpoints.
+        # Until `check` gives the runtime's own, parts that do nothing.
+        self._strategy: Strategy = SingleDeviceStrategy()
         self._precision: Precision = NoCastPrecision()
+        self._shards = False
 
     def check(self, composition: Composition) -> None:
         """Store the precision, and whether the strategy shards."""
         assert isinstance(composition.strategy, Strategy)
         assert isinstance(composition.precision, Precision)
         self._precision = composition.precision
-        self._splits_matrices = "tp" in composition.strategy.axes
+        self._strategy = composition.strategy
         self._shards = composition.strategy.shards and composition.environment.world_size > 1
 
     def module_init_context(self) -> AbstractContextManager[object]:
         """Return the context in which `from_pretrained` binds weights to their files instead of reading them."""
-        return construction(Communicator(self.environment, self.device), self.device, self._precision)
+        communicator = Communicator(self.environment, self.device)
+        return construction(communicator, self.device, self._precision, self._strategy)
 
     def setup(self, model: nn.Module) -> nn.Module:
         """Declare the blocks that transformers does not split as units; let sharded ranks generate equally long."""
@@ -54,12 +55,18 @@ class TransformersIntegration(Integration):
                 declare_units(module for module in part.modules() if type(module).__name__ in names)
                 if self._splits_matrices:
                     declare_plan(part, TransformersPlan())
+                    if part.can_generate():
+                        CommonGeneration(self._strategy).surround(part)
                 if self._shards:
                     # transformers itself sets this if FSDP2 shards (transformers/distributed/fsdp.py, 5.23).
                     # `generate` then continues with empty steps until every rank has finished.
                     part.__dict__["_is_fsdp_managed_module"] = True
                     part.__dict__["save_pretrained"] = partial(save_unsharded, part)
         return model
+
+    @property
+    def _splits_matrices(self) -> bool:
+        return isinstance(self._strategy, Parallel) and self._strategy.mesh.size_of("tp") > 1
 
     def inference_methods(self, model: nn.Module) -> Iterable[str]:
         """Return `generate` for a model that can generate."""

@@ -7,10 +7,12 @@ tensors only, so nothing is exchanged.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 _SUMMED = "replicated_with_grad_allreduce"
 #: The styles that make the parameters of a module DTensors that each rank holds whole.
 _WHOLE = ("sequence_parallel",)
-#: The styles that split a parameter: the dim, counted from the end, and the parts of that dim that are split one by one.
+#: The styles that split a parameter: the dim, counted from the end, and the number of its parts that are each split.
 _SPLITS = {
     "colwise": (-2, 1),
     "colwise_gather_output": (-2, 1),
@@ -39,7 +41,15 @@ _SPLITS = {
 #: The styles that split an embedding, and the dim.
 _EMBEDDINGS = {"embedding_rowwise": 0, "embedding_colwise": 1}
 #: The styles that split no parameter by themselves.
-_UNSPLIT = (_SUMMED, "mla_kv_a_proj", "all_reduce", "moe_tp_experts", "moe_identity_expert", "local_params", "replicate")
+_UNSPLIT = (
+    _SUMMED,
+    "mla_kv_a_proj",
+    "all_reduce",
+    "moe_tp_experts",
+    "moe_identity_expert",
+    "local_params",
+    "replicate",
+)
 #: The layers whose outputs contain the keys of attention.
 _KEYS = ("k_proj", "v_proj", "qkv_proj", "query_key_value")
 
@@ -73,11 +83,16 @@ class TransformersPlan(ModelPlan):
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
         styles = concrete_plan(model, mesh.size())
+        modules = dict(model.named_modules())
+        summed = [modules[fqn] for fqn, style in styles.items() if style == _SUMMED and fqn in modules]
         trains = {fqn: p.requires_grad for fqn, p in model.named_parameters(remove_duplicate=False)}
         ties = list(_ties(model))
         # transformers looks for a name among the parameters without duplicates.
         seconds = {fqn for names in ties for fqn in names[1:]}
-        apply_tensor_parallelism(model, mesh, {fqn: style for fqn, style in styles.items() if fqn not in seconds})
+        theirs = {fqn: style for fqn, style in styles.items() if fqn not in seconds and style != _SUMMED}
+        apply_tensor_parallelism(model, mesh, theirs)
+        for module in summed:
+            GradientSum(mesh).follow(module)
         for first, *others in ties:
             for fqn in others:
                 owner, _, key = fqn.rpartition(".")
@@ -87,6 +102,42 @@ class TransformersPlan(ModelPlan):
             parameter.requires_grad_(trains[fqn])
         # `generate` sizes a static cache by it.
         model._tp_size = mesh.size()  # type: ignore[assignment]
+
+
+class GradientSum:
+    """The sum of the gradients of whole parameters that see a part of the heads, over the ranks of an axis.
+
+    It replaces transformers' own style, which adds up what has been accumulated: with several backwards for one step,
+    that counts the earlier ones twice (transformers 5.23).
+
+    Args:
+        mesh: torch's mesh of the axis.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+        self._hooked: dict[str, weakref.ref[nn.Parameter]] = {}
+
+    def follow(self, module: nn.Module) -> None:
+        """Add up the gradients of a module's parameters from now on."""
+        module.register_forward_pre_hook(self._before_forward)
+
+    def _before_forward(self, module: nn.Module, _: object) -> None:
+        # Here, because `fully_shard` calls forward with parameters that it makes later than this object.
+        if not torch.is_grad_enabled():
+            return
+        for name, parameter in module.named_parameters(recurse=False):
+            known = self._hooked.get(name)
+            if parameter.requires_grad and (known is None or known() is not parameter):
+                parameter.register_hook(self._sum)
+                self._hooked[name] = weakref.ref(parameter)
+
+    def _sum(self, gradient: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self._mesh.get_group())
+        return total
 
 
 def concrete_plan(model: nn.Module, size: int, rules: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -106,8 +157,8 @@ def concrete_plan(model: nn.Module, size: int, rules: Mapping[str, str] | None =
         found, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=size, tp_plan=plan))
     except ValueError as error:
         raise ConfigurationError(
-            f"{type(model).__name__} has no plan of tensor parallel that can be applied: {error} Give TensorParallel a "
-            "plan of words, such as {'layers.*.up': 'colwise'}, or leave the axis tp out."
+            f"transformers cannot apply the tensor parallel plan of {type(model).__name__}: {error} TensorParallel "
+            "also takes a plan of words, such as {'layers.*.up': 'colwise'}."
         ) from None
     return dict(found)
 
@@ -173,9 +224,7 @@ def _refuse_heads(model: nn.Module, styles: Mapping[str, str], size: int) -> Non
                 )
 
 
-def _refuse_half_ties(
-    model: nn.Module, styles: Mapping[str, str], parameters: Mapping[str, nn.Parameter]
-) -> None:
+def _refuse_half_ties(model: nn.Module, styles: Mapping[str, str], parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse tied parameters of which the plan splits one, or splits them along different dims."""
     splits: Mapping[str, Any] = _splits(styles, parameters)
     for names in _ties(model):
@@ -183,10 +232,10 @@ def _refuse_half_ties(
         if len(set(forms.values())) > 1:
             listed = ", ".join(f"{fqn}: {form}" for fqn, form in forms.items())
             rules = {fqn.removesuffix(".weight"): "embedding_rowwise" for fqn in names if not splits.get(fqn)}
+            cure = f"Add the missing rule before setup, by `model.tp_plan.update({rules})`, or" if rules else "Instead,"
             raise ConfigurationError(
                 f"{name_list(names)} are tied, and the plan of {type(model).__name__} lays them out in different ways "
-                f"({listed}). Add the missing rule before setup, such as `model.tp_plan.update({rules or {}})`, or make "
-                "the model with `tie_word_embeddings=False`."
+                f"({listed}). {cure} make the model with `tie_word_embeddings=False`."
             )
 
 
