@@ -21,6 +21,9 @@ VISION: dict[str, Any] = {
     "patch_size": 8,
 }  # fmt: skip
 
+#: The token in whose place llava puts an image.
+IMAGE_TOKEN = 5
+
 
 def config_of(name: str) -> Any:
     match name:
@@ -40,6 +43,17 @@ def config_of(name: str) -> Any:
                 **SIZES, num_key_value_heads=4, n_routed_experts=4, moe_intermediate_size=24, first_k_dense_replace=1,
                 n_group=1, topk_group=1, num_experts_per_tok=2, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
                 qk_nope_head_dim=8, v_head_dim=8,
+            )  # fmt: skip
+        case "gpt-neox":
+            return hf.GPTNeoXConfig(**SIZES)
+        case "phi3":
+            return hf.Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        case "qwen3":
+            return hf.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)
+        case "llava":
+            return hf.LlavaConfig(
+                vision_config=hf.CLIPVisionConfig(**VISION), text_config=hf.LlamaConfig(**SIZES, num_key_value_heads=2),
+                image_token_index=IMAGE_TOKEN, vision_feature_layer=-1,
             )  # fmt: skip
         case "gemma2":
             return hf.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8)
@@ -88,12 +102,23 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     "clip": hf.CLIPModel,
     "mamba": hf.MambaForCausalLM,
 }
+#: Further models with a plan of tensor parallel.
+PLANNED: dict[str, type[PreTrainedModel]] = {
+    "gpt-neox": hf.GPTNeoXForCausalLM,
+    "phi3": hf.Phi3ForCausalLM,
+    "qwen3": hf.Qwen3ForCausalLM,
+    "llava": hf.LlavaForConditionalGeneration,
+}
+
+
+def construct(name: str) -> Any:
+    return {**CLASSES, **PLANNED}[name](config_of(name))
 
 
 def save(name: str, path: Path, **options: Any) -> None:
     """Write a model with numbers everywhere, also where its initialization has none."""
     torch.manual_seed(0)
-    model = CLASSES[name](config_of(name))
+    model = construct(name)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
