@@ -68,8 +68,8 @@ PUBLIC = {
     "nucleate.dimensions.sharding": "",
     "nucleate.layout": """
         AXES DATA_AXES Box Dealer Layout LiveLayout Mesh Partial Placement Replicate Shard TensorLayout axes_of
-        boxes_of cut flat_start gathered_from held_values is_partial is_sharded is_writer laid_out_like layout_of local_of merged offsets_of
-        reduced_gradient runs spread_of whole_of zeros_beside
+        boxes_of cut flat_start gathered_from held_values is_partial is_sharded is_writer laid_out_like layout_of
+        local_of merged offsets_of reduced_gradient runs spread_of whole_of zeros_beside
     """,
     "nucleate.loggers": "CSVLogger Logger MLFlowLogger TensorBoardLogger WandbLogger",
     "nucleate.materialize": "Plan execute materialize reset",
