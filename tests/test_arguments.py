@@ -279,3 +279,27 @@ def test_the_steps_of_a_lightning_module_go_through_precision_and_strategy(strat
         inside, out = getattr(model, name)(torch.ones(1, 2))
         assert inside
         assert out.dtype == torch.float32
+
+
+# -- forward_backward ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
+def test_one_call_runs_forward_the_loss_and_backward(runtime: Runtime, form: str) -> None:
+    model = runtime.setup(torch.nn.Linear(3, 2))
+    inputs, targets = torch.randn(4, 3), torch.randn(4, 2)
+    given = {"tensor": inputs, "tuple": (inputs,), "dict": {"input": inputs}}[form]
+    loss = runtime.forward_backward(model, (given, targets), torch.nn.functional.mse_loss)
+    gradient = model.weight.grad
+    assert gradient is not None
+    assert not loss.requires_grad
+    expected = torch.nn.functional.mse_loss(model(inputs), targets)
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradient, torch.autograd.grad(expected, model.weight)[0])
+
+
+def test_a_batch_is_a_pair(runtime: Runtime) -> None:
+    model = runtime.setup(torch.nn.Linear(3, 2))
+    for wrong in (torch.ones(2, 3), (torch.ones(2, 3),)):
+        with pytest.raises(UsageError, match=r"the pair \(inputs, targets\)"):
+            runtime.forward_backward(model, wrong, torch.nn.functional.mse_loss)

@@ -62,10 +62,14 @@ PUBLIC = {
         made_current move slabs take_device use_hooks
     """,
     "nucleate.integrations": "Integration declare_shell",
+    "nucleate.dimensions": """
+        ActivationCheckpointing Compile Dimension FullyShard Placements Replicate TensorParallel
+    """,
+    "nucleate.dimensions.sharding": "",
     "nucleate.layout": """
-        Box Dealer Layout LiveLayout Mesh Partial Placement Replicate Shard TensorLayout boxes_of cut flat_start
-        gathered_from held_values is_partial is_sharded is_writer laid_out_like layout_of local_of merged offsets_of
-        reduced_gradient runs spread_of whole_of zeros_beside
+        AXES DATA_AXES Box Dealer Layout LiveLayout Mesh Partial Placement Replicate Shard TensorLayout axes_of
+        boxes_of cut flat_start gathered_from held_values is_partial is_sharded is_writer laid_out_like layout_of
+        local_of merged offsets_of reduced_gradient runs spread_of whole_of zeros_beside
     """,
     "nucleate.loggers": "CSVLogger Logger MLFlowLogger TensorBoardLogger WandbLogger",
     "nucleate.materialize": "Plan execute materialize reset",
@@ -77,7 +81,9 @@ PUBLIC = {
         save_loss_curve
     """,
     "nucleate.runtime": "Runtime",
-    "nucleate.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy Strategy declare_units",
+    "nucleate.strategies": """
+        DDPStrategy FSDPStrategy ModelParallelStrategy Parallel SingleDeviceStrategy Strategy declare_units
+    """,
     "nucleate.testing": """
         AcceleratorSuite IntegrationSuite MODELS PeakMemory PrecisionSuite ReaderSuite StrategySuite TinyConvNet
         TinyModel TinyOdd TinyRecurrent TinyTransformer WriterSuite assert_peak_memory_below peak_memory

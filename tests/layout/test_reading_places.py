@@ -15,8 +15,11 @@ ALLOWED = {
     # It asks which kind of device a DTensor on the meta device stands for; `layout` is not public.
     "plugins/nucleate-lightning/src/nucleate_lightning/sharding.py": {"device_mesh"},
     # The strategy's own property, whose name is Fabric's.
-    "src/nucleate/compat/pieces/model_parallel.py": {"device_mesh"},
     "src/nucleate/strategies/parallel.py": {"device_mesh"},
+    # The method of a dimension.
+    "src/nucleate/strategies/planned_layout.py": {"placements"},
+    # torch's own specification of a DTensor, for another DTensor like it.
+    "src/nucleate/dimensions/sharding/sharded_copy.py": {"placements"},
 }
 
 

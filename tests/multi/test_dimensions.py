@@ -17,6 +17,7 @@ LONG = [
     (4, "tp x replicate", "tied"),
     (4, "hsdp,replicate", "tied,untied"),
     (4, "recomputed,compiled", "tied,untied"),
+    (8, "hsdp x tp", "tied"),
 ]
 
 

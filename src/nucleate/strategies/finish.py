@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from nucleate.cluster.communicator import Communicator
-from nucleate.dimensions.before import Before
 from nucleate.dimensions.sharding.gathering import follow_units
 from nucleate.layout.agreement import broadcast_real, verify_replicas
 from nucleate.materialize import Plan, execute
+from nucleate.materialize.handover import Before
 
 
 class Steps(Protocol):

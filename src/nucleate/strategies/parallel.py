@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from nucleate.dimensions.base import Dimension
-from nucleate.dimensions.before import Before
 from nucleate.dimensions.ordering import ordered
 from nucleate.dimensions.sharding.sharded_step import sharded_step
 from nucleate.errors import ConfigurationError, name_list
 from nucleate.layout import DATA_AXES, Layout, Mesh
+from nucleate.materialize.handover import Before
 from nucleate.registry import DIMENSIONS
 from nucleate.strategies.base import Strategy
 from nucleate.strategies.group_options import checked_backend, checked_timeout

@@ -87,6 +87,7 @@ MESHES: dict[str, tuple[dict[str, int], Callable[[], list[Any]]]] = {
     "tp x fsdp": ({"dp_shard": -1, "tp": 2}, lambda: [FullyShard(), TensorParallel(PLAN)]),
     "tp x replicate": ({"dp_replicate": -1, "tp": 2}, lambda: [Replicate(), TensorParallel(PLAN)]),
     "hsdp": ({"dp_replicate": 2, "dp_shard": -1}, lambda: [FullyShard()]),
+    "hsdp x tp": ({"dp_replicate": 2, "dp_shard": -1, "tp": 2}, lambda: [FullyShard(), TensorParallel(PLAN)]),
     "replicate": ({"dp_replicate": -1}, lambda: [Replicate()]),
     "recomputed": (
         {"dp_shard": -1, "tp": 2},

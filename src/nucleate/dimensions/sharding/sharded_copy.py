@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from nucleate.dimensions.before import Before
 from nucleate.dimensions.sharding.gathering import (
     KEY,
     Gathering,
@@ -26,6 +25,7 @@ from nucleate.dimensions.sharding.gathering import (
 )
 from nucleate.errors import UsageError
 from nucleate.layout import is_sharded
+from nucleate.materialize.handover import Before
 from nucleate.materialize.shards import allocate_shards
 
 #: The dicts of a module that hold hooks, each with the dicts that hold flags of these hooks.
