@@ -114,7 +114,8 @@ class Dimension(Named):
 
         Args:
             model: The model.
-            mesh: torch's mesh of all ranks, with the names of the axes.
+            mesh: torch's mesh of all ranks, with the names of the axes. Only a dimension with `lays_out` gets it: torch
+                makes process groups for it.
         """
 
     def enclose(self, model: nn.Module) -> nn.Module:

@@ -222,7 +222,7 @@ class Parallel(Strategy):
         """Apply the dimensions, the inner ones first. Tied parameters stay tied."""
         before = Before(model)
         for dimension in self._acting:
-            dimension.apply(model, self.device_mesh)
+            dimension.apply(model, cast(Any, self.device_mesh if dimension.lays_out else None))
             before.tie_again(model)
 
     def enclose(self, model: nn.Module) -> nn.Module:
