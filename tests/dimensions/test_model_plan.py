@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from nucleate.dimensions import ModelPlan, TensorParallel, declare_plan
@@ -72,6 +73,16 @@ def test_a_split_loss_needs_a_plan_of_words() -> None:
     declare_plan(model, Library())
     with pytest.raises(ConfigurationError, match="loss_parallel=True needs logits that stay split.*a plan of words"):
         TensorParallel(loss_parallel=True).check_model(model, TP)
+
+
+def test_a_quantized_weight_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ConfigurationError, match=r"0\.weight \(torch\.uint8\), and a quantized weight cannot be split"):
+        TensorParallel({"0": "rowwise"}).check_model(model, TP)
+    declare_plan(model[0], Library())
+    with pytest.raises(ConfigurationError, match=r"0\.weight \(torch\.uint8\).*strategy='fsdp'"):
+        TensorParallel().check_model(model, TP)
 
 
 class Words(nn.Module):
