@@ -63,7 +63,7 @@ PUBLIC = {
     """,
     "nucleate.integrations": "Integration declare_shell",
     "nucleate.dimensions": """
-        ActivationCheckpointing Compile Dimension FullyShard Placements Replicate TensorParallel
+        ActivationCheckpointing Compile Dimension FullyShard ModelPlan Placements Replicate TensorParallel declare_plan
     """,
     "nucleate.dimensions.sharding": "",
     "nucleate.layout": """

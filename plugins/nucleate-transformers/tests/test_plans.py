@@ -15,10 +15,11 @@ from torchrun import fork_ranks
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-from nucleate.dimensions import TensorParallel
+from nucleate.dimensions import FullyShard, TensorParallel
 from nucleate.errors import ConfigurationError
 from nucleate.layout import Mesh, Shard
-from nucleate_transformers import tensor_plan
+from nucleate.strategies import Parallel
+from nucleate_transformers import declare_plans, tensor_plan
 from nucleate_transformers.tensor_plan import TransformersPlan, concrete_plan
 
 
@@ -91,14 +92,22 @@ def test_the_plan_says_the_split_of_each_parameter() -> None:
     assert "model.norm.weight" not in splits
 
 
-def test_a_model_inside_of_another_module_keeps_its_plan(tmp_path: Path) -> None:
+def test_a_model_inside_of_another_module_keeps_its_plan() -> None:
     whole = torch.nn.ModuleDict({"text": tiny.construct("llama")})
-    from nucleate.dimensions import declare_plan
-
-    declare_plan(whole["text"], TransformersPlan())
+    declare_plans(whole)
     placements = TensorParallel().placements(whole, Mesh.of({"tp": 2}))
     assert placements is not None
     assert placements["text.lm_head.weight"] == {"tp": Shard(0)}
+
+
+def test_the_layout_for_many_ranks_is_asked_before_setup() -> None:
+    strategy = Parallel(mesh={"dp_shard": -1, "tp": 2}, dimensions=[FullyShard(), TensorParallel()])
+    model = llama()
+    declare_plans(model)
+    layout = strategy.planned_layout(model, 64)
+    assert layout is not None
+    assert layout["model.layers.0.mlp.up_proj.weight"].local_shape(0) == (1, 32)
+    assert sum(layout["lm_head.weight"].local_bytes(rank) for rank in range(64)) == 96 * 32 * 4
 
 
 # The names of transformers that only `tensor_plan.py` uses.

@@ -115,12 +115,12 @@ def declare_plan(model: nn.Module, plan: ModelPlan) -> None:
 
 
 def missing_integration(model: nn.Module) -> str:
-    """Return a sentence with the integration that knows a model's class, or an empty text if there is none."""
+    """Return a sentence with the integration that knows a model's class, or an empty text for a class of its own."""
     for library in dict.fromkeys(cls.__module__.partition(".")[0] for cls in type(model).__mro__):
         if library in INTEGRATIONS.known:
             return (
                 f"It is a plan of {library}, whose own functions apply it. Install the integration "
-                f"({INTEGRATIONS.known[library]}), and let the Runtime use it: `plugins` must not leave it out."
+                f"({INTEGRATIONS.known[library]}); `Runtime.setup` then takes its plan."
             )
     return ""
 

@@ -17,8 +17,9 @@ from nucleate.dimensions.equal_gradients import EqualGradients
 from nucleate.dimensions.model_plan import DeclaredPlans, missing_integration
 from nucleate.dimensions.parts import has_forward, parts_of
 from nucleate.dimensions.tensor_plan import Style, TensorPlan
-from nucleate.errors import ConfigurationError
-from nucleate.layout import Mesh, axes_of
+from nucleate.errors import ConfigurationError, name_list
+from nucleate.layout import Mesh, Shard, axes_of
+from nucleate.shells import named_parameters
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -103,7 +104,7 @@ class TensorParallel(Dimension):
 
         Raises:
             ConfigurationError: A pattern matches nothing, a size is not a multiple of the number of ranks, or the plan
-                splits one of two tied parameters. The message gives the FQNs.
+                splits one of two tied parameters, or a quantized weight. The message gives the FQNs.
         """
         plan = self.plan_of(model)
         if self.loss_parallel and isinstance(plan, DeclaredPlans):
@@ -112,6 +113,7 @@ class TensorParallel(Dimension):
                 "gathers them. Leave loss_parallel out, or give TensorParallel a plan of words, such as "
                 "{'layers.*.up': 'colwise'}."
             )
+        _refuse_quantized(model, plan.splits(model) or {})
         plan.check(model, mesh.size_of("tp"))
 
     def placements(self, model: nn.Module, mesh: Mesh) -> Placements | None:
@@ -173,6 +175,20 @@ class TensorParallel(Dimension):
     def __repr__(self) -> str:
         plan = "'auto'" if self._plan is None else f"{len(self._plan.styles)} patterns"
         return f"TensorParallel({plan}{', loss_parallel=True' if self.loss_parallel else ''})"
+
+
+def _refuse_quantized(model: nn.Module, splits: Mapping[str, Shard | None]) -> None:
+    """Refuse the split of a weight that is packed, so that its dims are not those of the layer."""
+    parameters = dict(named_parameters(model, remove_duplicate=False))
+    packed = {fqn: parameters[fqn].dtype for fqn, split in splits.items() if split is not None and fqn in parameters}
+    quantized = [
+        f"{fqn} ({dtype})" for fqn, dtype in packed.items() if not (dtype.is_floating_point or dtype.is_complex)
+    ]
+    if quantized:
+        raise ConfigurationError(
+            f"the plan splits {name_list(quantized)}, and a quantized weight cannot be split over tp. Choose a "
+            "precision that does not quantize, or strategy='fsdp', which shards quantized weights."
+        )
 
 
 def _has_style(parameter: Any) -> bool:

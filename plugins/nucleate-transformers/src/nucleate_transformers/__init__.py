@@ -7,5 +7,6 @@ up as a folder for `from_pretrained`.
 
 from nucleate_transformers.folder import save_pretrained
 from nucleate_transformers.integration import TransformersIntegration
+from nucleate_transformers.tensor_plan import declare_plans
 
-__all__ = ["TransformersIntegration", "save_pretrained"]
+__all__ = ["TransformersIntegration", "declare_plans", "save_pretrained"]

@@ -12,14 +12,13 @@ from transformers import PreTrainedModel
 
 from nucleate import Integration, Precision, Strategy
 from nucleate.cluster import Communicator
-from nucleate.dimensions import declare_plan
 from nucleate.plugin import Composition
 from nucleate.precision import NoCastPrecision
 from nucleate.strategies import Parallel, SingleDeviceStrategy, declare_units
 from nucleate_transformers.construction import construction
 from nucleate_transformers.folder import save_unsharded
 from nucleate_transformers.generation import CommonGeneration
-from nucleate_transformers.tensor_plan import TransformersPlan
+from nucleate_transformers.tensor_plan import declare_plans
 
 
 @final
@@ -48,15 +47,15 @@ class TransformersIntegration(Integration):
         return construction(communicator, self.device, self._precision, self._strategy)
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Declare the blocks that transformers does not split as units; let sharded ranks generate equally long."""
+        """Declare plans, and as units the blocks that transformers does not split; let ranks generate equally long."""
+        if self._splits_matrices:
+            declare_plans(model)
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
                 names = set(part._no_split_modules or ())
                 declare_units(module for module in part.modules() if type(module).__name__ in names)
-                if self._splits_matrices:
-                    declare_plan(part, TransformersPlan())
-                    if part.can_generate():
-                        CommonGeneration(self._strategy).surround(part)
+                if self._splits_matrices and part.can_generate():
+                    CommonGeneration(self._strategy).surround(part)
                 if self._shards:
                     # transformers itself sets this if FSDP2 shards (transformers/distributed/fsdp.py, 5.23).
                     # `generate` then continues with empty steps until every rank has finished.

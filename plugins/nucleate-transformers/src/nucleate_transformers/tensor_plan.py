@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from nucleate.dimensions import ModelPlan
+from nucleate.dimensions import ModelPlan, declare_plan
 from nucleate.errors import ConfigurationError, name_list
 from nucleate.layout import Shard
 
@@ -138,6 +138,19 @@ class GradientSum:
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self._mesh.get_group())
         return total
+
+
+def declare_plans(model: nn.Module) -> None:
+    """Declare the plans of the models of transformers in a model, as `Runtime.setup` does.
+
+    This is for questions before setup, such as `Parallel.planned_layout`.
+
+    Args:
+        model: The model. Parts of it may be models of transformers.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            declare_plan(part, TransformersPlan())
 
 
 def concrete_plan(model: nn.Module, size: int, rules: Mapping[str, str] | None = None) -> dict[str, str]:
