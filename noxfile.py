@@ -187,9 +187,10 @@ def plugins(session: nox.Session) -> None:
     tests = (python, "-m", "pytest", *session.posargs)
     session.chdir("examples/plugin")
     session.run(*tests, *TWO_AT_ONCE, env=variables, external=True)
-    # The same suite on two ranks: -x, or a rank that fails one test leaves the other waiting in it.
+    # The same suites on two ranks: -x, or a rank that fails one test leaves the other waiting in it.
     torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    session.run(*torchrun, "-m", "pytest", "-x", "-q", "tests/test_compressed.py", env=variables, external=True)
+    several = ("tests/test_compressed.py", "tests/test_vocabulary.py")
+    session.run(*torchrun, "-m", "pytest", "-x", "-q", *several, env=variables, external=True)
     session.chdir("../..")
     # Each from its own folder, whose pyproject.toml says how its tests are run.
     for path in ours:

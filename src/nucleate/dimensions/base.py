@@ -174,11 +174,17 @@ class Dimension(Named):
         """Do what must happen before an optimizer steps. By default, do nothing. Every rank calls it."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer of a kind that cannot step with this dimension. By default, do nothing.
+        """Refuse an optimizer of a kind that cannot step with this dimension.
+
+        By default, refuse those that cannot step DTensors, if the dimension lays tensors out.
 
         Raises:
-            ConfigurationError: The message says which optimizer can.
+            ConfigurationError: The message says which optimizer can. Nothing has been changed.
         """
+        if self.lays_out:
+            from nucleate.dimensions.sharding.unsteppable import refuse_unsteppable
+
+            refuse_unsteppable(optimizer)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -18,7 +18,6 @@ from nucleate.dimensions.module_policy import ModulePolicy, check_policy
 from nucleate.dimensions.sharding.explanation import explain_forward
 from nucleate.dimensions.sharding.units import Units
 from nucleate.dimensions.sharding.unshardable import refuse_unshardable
-from nucleate.dimensions.sharding.unsteppable import refuse_unsteppable
 from nucleate.dimensions.sharding.wrap_policy import find_units, whole_parameters
 from nucleate.errors import ConfigurationError
 from nucleate.layout import DATA_AXES, Mesh, Shard
@@ -27,7 +26,6 @@ from nucleate.shells import named_parameters
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
-    from torch.optim import Optimizer
 
 
 class FullyShard(Dimension):
@@ -134,14 +132,6 @@ class FullyShard(Dimension):
     def no_backward_sync(self, module: nn.Module) -> AbstractContextManager[object]:
         """Accumulate gradients; meanwhile every rank keeps them whole."""
         return self._units.no_backward_sync(module)
-
-    def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that cannot step shards.
-
-        Raises:
-            ConfigurationError: The optimizer cannot step shards. Nothing has been changed.
-        """
-        refuse_unsteppable(optimizer)
 
     def explain(self, error: Exception, module: nn.Module, method: str) -> Exception | None:
         """Say which sharded parameters a method has used outside of the forward that gathers them."""

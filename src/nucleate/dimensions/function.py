@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nucleate.dimensions.base import Dimension, Placements
-from nucleate.dimensions.sharding.unsteppable import refuse_unsteppable
 from nucleate.errors import ConfigurationError
 from nucleate.layout import Mesh
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.optim import Optimizer
 
 #: Lays a model out in place, and returns it or None.
 Parallelize = Callable[[Any, Any], Any]
@@ -81,10 +79,6 @@ class ParallelizeFunction(Dimension):
         finally:
             for unit in units:
                 unit.set_requires_gradient_sync(True, recurse=False)
-
-    def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that cannot step DTensors."""
-        refuse_unsteppable(optimizer)
 
     def _with_aliases(self, mesh: DeviceMesh) -> DeviceMesh:
         if not self._aliases:

@@ -16,7 +16,6 @@ from nucleate.dimensions.module_policy import ModulePolicy, check_policy
 from nucleate.dimensions.parts import has_forward, parts_of
 from nucleate.dimensions.sharding.units import Units
 from nucleate.dimensions.sharding.unshardable import refuse_unshardable
-from nucleate.dimensions.sharding.unsteppable import refuse_unsteppable
 from nucleate.dimensions.sharding.wrap_policy import find_units, whole_parameters
 from nucleate.errors import ConfigurationError, name_list
 from nucleate.layout import Mesh, is_sharded
@@ -24,7 +23,6 @@ from nucleate.shells import named_parameters, plain_name
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.optim import Optimizer
 
 
 class Replicate(Dimension):
@@ -192,15 +190,6 @@ class Replicate(Dimension):
     def guards_methods(self, module: nn.Module) -> bool:
         """Return True for a DDP module: its own forward prepares the exchange, so bypassing it loses gradients."""
         return isinstance(module, DistributedDataParallel)
-
-    def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that cannot step DTensors.
-
-        Raises:
-            ConfigurationError: The optimizer cannot step DTensors. Nothing has been changed.
-        """
-        if self.lays_out:
-            refuse_unsteppable(optimizer)
 
     def _is_alone(self, mesh: Mesh) -> bool:
         return mesh.size == mesh.size_of("dp_replicate")

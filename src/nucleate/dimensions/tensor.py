@@ -159,16 +159,6 @@ class TensorParallel(Dimension):
         """
         self._gradients.check(self.mesh.group(self.device.type, self.axes))
 
-    def check_optimizer(self, optimizer: Any) -> None:
-        """Refuse an optimizer that cannot step DTensors.
-
-        Raises:
-            ConfigurationError: The optimizer cannot step DTensors. Nothing has been changed.
-        """
-        from nucleate.dimensions.sharding.unsteppable import refuse_unsteppable
-
-        refuse_unsteppable(optimizer)
-
     def __repr__(self) -> str:
         plan = "'auto'" if self._plan is None else f"{len(self._plan.styles)} patterns"
         return f"TensorParallel({plan}{', loss_parallel=True' if self.loss_parallel else ''})"

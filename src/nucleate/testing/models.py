@@ -167,7 +167,7 @@ class TinyGPT(TinyModel):
         "blocks.*.down": "rowwise",
         "head": "colwise_gathered",
     }
-    vocabulary: ClassVar[int] = 48
+    vocabulary: ClassVar[int] = 40
     width: ClassVar[int] = 16
 
     def __init__(self, dropout: float = 0.0) -> None:
