@@ -121,14 +121,16 @@ def tests_long(session: nox.Session) -> None:
 SUITE = "test_a_strategy_passes_its_suite_on_several_ranks"
 # On the simulated device in the default run: each room once. `devices-long` runs all.
 QUICK_ON_DEVICES = (
-    *("tests/precision", "tests/strategies", "tests/wrappers", "tests/test_runtime.py", "tests/test_seed.py"),
+    *("tests/precision", "tests/strategies", "tests/dimensions", "tests/wrappers", "tests/test_runtime.py"),
+    "tests/test_seed.py",
     *(f"tests/materialize/test_{name}.py" for name in ("execute", "parts", "plan", "verification")),
     *(f"tests/checkpoint/test_{name}.py" for name in ("raw", "round_trip", "tensor_map", "training_state")),
     *(f"tests/multi/test_conformance.py::{SUITE}[{name}-2]" for name in ("TestDDP", "TestFSDP")),
     *("tests/multi/test_policies.py", "tests/gpu/test_exactness.py", "tests/gpu/test_devices.py"),
 )
 ALL_ON_DEVICES = (
-    *("tests/precision", "tests/strategies", "tests/wrappers", "tests/integrations", "tests/materialize"),
+    *("tests/precision", "tests/strategies", "tests/dimensions", "tests/wrappers", "tests/integrations"),
+    "tests/materialize",
     *("tests/checkpoint", "tests/deferred", "tests/architectures", "tests/multi", "tests/test_runtime.py"),
     "tests/test_seed.py",
 )

@@ -21,6 +21,7 @@ from nucleate.strategies.base import Strategy
 from nucleate.strategies.group_options import checked_backend, checked_timeout
 from nucleate.strategies.planned_layout import planned_layout
 from nucleate.strategies.start_method import checked_start_method
+from nucleate.strategies.zero_state import is_zero, zero_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -271,6 +272,12 @@ class Parallel(Strategy):
         for dimension in self._overriding("before_step"):
             dimension.before_step()
         return sharded_step(optimizer) if self.shards else nullcontext()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state of an optimizer to save; that of a `ZeroRedundancyOptimizer` from each rank's own part."""
+        if is_zero(optimizer):
+            return zero_state(optimizer, self.communicator)
+        return super().optimizer_state(optimizer)
 
     def explain(self, error: Exception, module: nn.Module, method: str) -> Exception | None:
         """Return the first explanation of a dimension, outer ones first."""

@@ -101,10 +101,9 @@ def a_function_lays_the_model_out() -> None:
 
 def train_beside(runtime: Runtime, model: Any, optimizer: Any, plain: nn.Module) -> None:
     """Train on the loader's batches, and the plain model on those of all data ranks."""
-    samples = torch.randn(16, 8, generator=torch.Generator().manual_seed(5)).to("cpu")
+    samples = torch.randn(16, 8, generator=torch.Generator("cpu").manual_seed(5), device="cpu")
     dataset = torch.utils.data.TensorDataset(samples)
-    generator = torch.Generator().manual_seed(6)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=2, shuffle=True, generator=generator)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2)
     own = runtime.setup_dataloaders(loader)
     of_plain = torch.optim.SGD(plain.parameters(), lr=0.1)
     rows = []

@@ -101,8 +101,8 @@ MESHES: dict[str, tuple[dict[str, int], Callable[[], list[Any]]]] = {
 
 
 def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(0, VOCABULARY, (steps, 4, LENGTH + 1), generator=generator).to(device())
+    generator = torch.Generator("cpu").manual_seed(3)
+    tokens = torch.randint(0, VOCABULARY, (steps, 4, LENGTH + 1), generator=generator, device="cpu").to(device())
     return [(each[:, :-1], each[:, 1:]) for each in tokens]
 
 

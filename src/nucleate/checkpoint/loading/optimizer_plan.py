@@ -69,8 +69,9 @@ def plan_optimizer(plan: LoadPlan, entry: Entry, names: ParameterNames) -> None:
         optimizer.load_state_dict({**top, "state": {**others, **numbered.state}, "param_groups": numbered.groups})
         for parameter, name, fields in numbered.restored:
             stored = plan.contents.tensors.get(name)
-            if stored is not None and stored.dtype == parameter.dtype:
-                _keep_dtypes(optimizer.state[parameter], fields)
+            now = optimizer.state.get(parameter)  # Under ZeRO another rank may have it.
+            if now is not None and stored is not None and stored.dtype == parameter.dtype:
+                _keep_dtypes(now, fields)
 
     plan.finish.append((entry.key, finish))
 

@@ -31,6 +31,8 @@ def refuse_unsteppable(optimizer: Optimizer) -> None:
     reason = next((reason for cls, reason in _REASONS.items() if isinstance(optimizer, cls)), None)
     if any(cls.__module__.partition(".")[0] == "bitsandbytes" for cls in type(optimizer).__mro__):
         reason = "the kernels of bitsandbytes do not take DTensors"
+    if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):
+        reason = "it deals whole parameters out to ranks, and `fully_shard` has split each of them already"
     if reason is not None:
         raise ConfigurationError(
             f"FSDP cannot step {type(optimizer).__name__}: {reason}. Use an optimizer that computes each element by "
