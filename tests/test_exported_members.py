@@ -64,6 +64,7 @@ PUBLIC = {
     "nucleate.integrations": "Integration declare_shell",
     "nucleate.dimensions": """
         ActivationCheckpointing Compile Dimension FullyShard ModelPlan Placements Replicate TensorParallel declare_plan
+        share_random_stream
     """,
     "nucleate.dimensions.sharding": "",
     "nucleate.layout": """
@@ -85,8 +86,8 @@ PUBLIC = {
         DDPStrategy FSDPStrategy ModelParallelStrategy Parallel SingleDeviceStrategy Strategy declare_units
     """,
     "nucleate.testing": """
-        AcceleratorSuite IntegrationSuite MODELS PeakMemory PrecisionSuite ReaderSuite StrategySuite TinyConvNet
-        TinyModel TinyOdd TinyRecurrent TinyTransformer WriterSuite assert_peak_memory_below peak_memory
+        AcceleratorSuite DimensionSuite IntegrationSuite MODELS PeakMemory PrecisionSuite ReaderSuite StrategySuite
+        TinyConvNet TinyGPT TinyModel TinyOdd TinyRecurrent TinyTransformer WriterSuite assert_peak_memory_below peak_memory
     """,
     "nucleate.wrappers": "DataLoaderWrapper ModuleWrapper OptimizerWrapper is_wrapped",
 }

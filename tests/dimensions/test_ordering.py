@@ -42,3 +42,13 @@ def test_a_circle_is_refused_by_name() -> None:
 def test_a_dimension_is_given_once() -> None:
     with pytest.raises(ConfigurationError, match="have fully_shard twice"):
         ordered([FullyShard(), FullyShard(cpu_offload=True)])
+
+
+def test_a_dimension_says_itself_which_known_ones_wrap_around_it() -> None:
+    class Inner(Named):
+        before = ("fully_shard", "other")
+
+    for given in ([FullyShard(), Inner("inner")], [Inner("inner"), FullyShard()]):
+        assert [dimension.name for dimension in ordered(given)] == ["inner", "fully_shard"]
+    with pytest.raises(ConfigurationError, match="'inner' comes after 'other' comes after 'inner'"):
+        ordered([Inner("inner", "other"), Named("other")])

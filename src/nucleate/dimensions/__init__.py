@@ -2,6 +2,7 @@
 
 from nucleate.dimensions.base import Dimension, Placements
 from nucleate.dimensions.checkpointing import ActivationCheckpointing
+from nucleate.dimensions.common_stream import share_random_stream
 from nucleate.dimensions.compiling import Compile
 from nucleate.dimensions.fully_shard import FullyShard
 from nucleate.dimensions.model_plan import ModelPlan, declare_plan
@@ -18,4 +19,5 @@ __all__ = [
     "Replicate",
     "TensorParallel",
     "declare_plan",
+    "share_random_stream",
 ]

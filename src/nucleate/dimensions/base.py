@@ -27,7 +27,7 @@ class Dimension(Named):
     """A plugin that lays a model out along some axes of a mesh. `Parallel` applies several of them, one after another.
 
     Required: `name` and `apply(model, mesh)`. A dimension that lays tensors out also has `axes` and `placements`.
-    It knows neither a strategy nor the other dimensions, except for their names in `after`.
+    It knows neither a strategy nor the other dimensions, except for their names in `after` and `before`.
 
     Everything else has a working default.
 
@@ -36,6 +36,8 @@ class Dimension(Named):
             before it may be absent.
         after: The names of the dimensions that are applied before this one, if they are there. It wraps around them:
             it lays out the tensors that they have left.
+        before: The names of the dimensions that are applied after this one, if they are there, such as
+            `"fully_shard"`: they wrap around it, and need not know it.
         excludes: The names of dimensions that cannot stand beside this one.
         lays_out: Whether tensors become DTensors, so that optimizers and clipping meet them.
         exchanges_gradients: Whether the dimension averages gradients over the axes along which data are split. The
@@ -47,6 +49,7 @@ class Dimension(Named):
     kind: ClassVar[str] = "dimension"
     axes: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
     lays_out: bool = False
     exchanges_gradients: bool = False

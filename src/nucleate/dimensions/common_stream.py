@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nucleate.devices import default_generator
+from nucleate.dimensions.parts import has_forward, parts_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: The numbers of a hash that are compared, so that an int64 holds each.
 _NUM_BYTES = 7
@@ -70,6 +74,22 @@ class CommonStream:
             sent = state.to(self._device)
             dist.broadcast(sent, src=first, group=self._group)
             generator.set_state(sent.cpu())
+
+
+def share_random_stream(model: nn.Module, group: ProcessGroup, device: torch.device) -> None:
+    """Let the ranks of a group draw the same random numbers in each forward that trains, as one process does.
+
+    A dimension whose ranks compute one model on the same data calls this function in `enclose`. Otherwise a dropout
+    drops other values on each rank if the script has given each rank a seed of its own.
+
+    Args:
+        model: The model that `enclose` got.
+        group: The ranks, such as `self.mesh.group(self.device.type, self.axes)`.
+        device: The device of this process.
+    """
+    stream = CommonStream(group, device)
+    for module in [model] if has_forward(model) else [part for _, part in parts_of(model)]:
+        module.register_forward_pre_hook(stream.agree, prepend=True)
 
 
 def _mark(states: list[Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""The order in which dimensions are applied to a model: inner ones first, by the names in their `after`."""
+"""The order in which dimensions are applied to a model: inner ones first, by the names in `after` and `before`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def ordered(dimensions: Sequence[Dimension]) -> tuple[Dimension, ...]:
         )
     left, found = list(dimensions), list[Dimension]()
     while left:
-        waiting = {dimension.name for dimension in left}
-        free = next((dimension for dimension in left if not waiting & set(dimension.after)), None)
+        free = next((dimension for dimension in left if not _inner(dimension, left)), None)
         if free is None:
-            raise ConfigurationError(f"the dimensions {_circle(left)}: nobody can be applied first. Change `after`.")
+            raise ConfigurationError(
+                f"the dimensions {_circle(left)}: nobody can be applied first. Change `after` or `before`."
+            )
         found.append(free)
         left.remove(free)
     return tuple(found)
@@ -41,6 +42,11 @@ def _circle(left: Sequence[Dimension]) -> str:
     by_name = {dimension.name: dimension for dimension in left}
     way = [left[0].name]
     while way.count(way[-1]) == 1:
-        way.append(next(name for name in by_name[way[-1]].after if name in by_name))
+        way.append(_inner(by_name[way[-1]], left)[0])
     circle = way[way.index(way[-1]) :]
     return " comes after ".join(map(repr, circle))
+
+
+def _inner(dimension: Dimension, others: Sequence[Dimension]) -> list[str]:
+    """Return the names of the dimensions that must be applied before a dimension: by its word, or by theirs."""
+    return [other.name for other in others if other.name in dimension.after or dimension.name in other.before]

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nucleate.dimensions.base import Dimension, Placements
-from nucleate.dimensions.common_stream import CommonStream
+from nucleate.dimensions.common_stream import share_random_stream
 from nucleate.dimensions.equal_gradients import EqualGradients
 from nucleate.dimensions.model_plan import DeclaredPlans, missing_integration
-from nucleate.dimensions.parts import has_forward, parts_of
 from nucleate.dimensions.tensor_plan import Style, TensorPlan
 from nucleate.errors import ConfigurationError, name_list
 from nucleate.layout import Mesh, Shard, axes_of, is_sharded
@@ -151,9 +150,7 @@ class TensorParallel(Dimension):
         Their gradients of whole parameters are compared once, at the first step.
         """
         self._gradients.add(model)
-        stream = CommonStream(self.mesh.group(self.device.type, self.axes), self.device)
-        for module in [model] if has_forward(model) else [part for _, part in parts_of(model)]:
-            module.register_forward_pre_hook(stream.agree, prepend=True)
+        share_random_stream(model, self.mesh.group(self.device.type, self.axes), self.device)
         return model
 
     def before_step(self) -> None:

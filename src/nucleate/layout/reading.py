@@ -7,6 +7,7 @@ constructing most models.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,7 +20,7 @@ from nucleate.errors import ConfigurationError
 from nucleate.layout.boxes import Box, merged
 from nucleate.layout.layout import TensorLayout
 from nucleate.layout.mesh import Mesh
-from nucleate.layout.placements import Partial, Placement, Replicate, Shard, boxes_at, local_shape_at
+from nucleate.layout.placements import Partial, Placement, Replicate, Shard, boxes_at, local_shape_at, order_of
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -43,8 +44,43 @@ def num_held(tensor: Any) -> int:
 
 
 def whole_of(tensor: Any) -> Tensor:
-    """Return the whole value of a tensor. Every rank of a DTensor's mesh must call it."""
-    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    """Return the whole value of a tensor. Every rank of a DTensor's mesh must call it.
+
+    The value has no graph where several axes split a fused dim.
+    """
+    if not is_sharded(tensor):
+        return tensor  # type: ignore[no-any-return]
+    orders = [order_of(dim, tensor.device_mesh.shape, placements_of(tensor)) for dim in range(tensor.dim())]
+    if any(len(order) > 1 and any(parts > 1 for _, parts in order) for order in orders):
+        return _joined(tensor)
+    return tensor.full_tensor()  # type: ignore[no-any-return]
+
+
+def _joined(tensor: Any) -> Tensor:
+    """Return the whole value of a DTensor, put together from the boxes of all ranks.
+
+    torch (2.13, torch/distributed/tensor/placement_types.py) puts the parts of `_StridedShard` into a wrong order if
+    several axes split a dim, and one of them splits each of several parts.
+    """
+    from torch.distributed.tensor import Replicate as TorchReplicate
+
+    if is_partial(tensor):
+        reduced = [TorchReplicate() if each.is_partial() else each for each in tensor.placements]
+        tensor = tensor.redistribute(placements=reduced)
+    shape, sizes, placements = tuple(tensor.shape), tuple(tensor.device_mesh.shape), placements_of(tensor)
+    splits = tuple(isinstance(placement, Shard) for placement in placements)
+    places = list(itertools.product(*(range(size if split else 1) for size, split in zip(sizes, splits, strict=True))))
+    shapes = [local_shape_at(shape, sizes, placements, place) for place in places]
+    local = local_of(tensor).flatten()
+    padded = local.new_zeros(max(map(math.prod, shapes)))
+    padded[: len(local)] = local
+    whole = local.new_empty(shape)
+    for values, place, local_shape in zip(
+        gathered_from(padded, tensor.device_mesh, splits), places, shapes, strict=True
+    ):
+        part = values[: math.prod(local_shape)].view(local_shape)
+        for box in boxes_at(shape, sizes, placements, place):
+            box.of_whole(whole).copy_(box.of_local(part))
     return whole
 
 

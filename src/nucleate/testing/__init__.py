@@ -24,6 +24,8 @@ except ImportError as error:
 # Before the suites are imported: their plain asserts then show the values, as in a test file.
 pytest.register_assert_rewrite(
     "nucleate.testing.accelerator",
+    "nucleate.testing.beside_eager",
+    "nucleate.testing.dimension",
     "nucleate.testing.integration",
     "nucleate.testing.precision",
     "nucleate.testing.reader",
@@ -32,9 +34,18 @@ pytest.register_assert_rewrite(
 )
 
 from nucleate.testing.accelerator import AcceleratorSuite  # noqa: E402
+from nucleate.testing.dimension import DimensionSuite  # noqa: E402
 from nucleate.testing.integration import IntegrationSuite  # noqa: E402
 from nucleate.testing.memory import PeakMemory, assert_peak_memory_below, peak_memory  # noqa: E402
-from nucleate.testing.models import MODELS, TinyConvNet, TinyModel, TinyOdd, TinyRecurrent, TinyTransformer  # noqa: E402
+from nucleate.testing.models import (  # noqa: E402
+    MODELS,
+    TinyConvNet,
+    TinyGPT,
+    TinyModel,
+    TinyOdd,
+    TinyRecurrent,
+    TinyTransformer,
+)
 from nucleate.testing.precision import PrecisionSuite  # noqa: E402
 from nucleate.testing.reader import ReaderSuite  # noqa: E402
 from nucleate.testing.strategy import StrategySuite  # noqa: E402
@@ -43,12 +54,14 @@ from nucleate.testing.writer import WriterSuite  # noqa: E402
 __all__ = [
     "MODELS",
     "AcceleratorSuite",
+    "DimensionSuite",
     "IntegrationSuite",
     "PeakMemory",
     "PrecisionSuite",
     "ReaderSuite",
     "StrategySuite",
     "TinyConvNet",
+    "TinyGPT",
     "TinyModel",
     "TinyOdd",
     "TinyRecurrent",

@@ -6,6 +6,7 @@ Each model runs a forward in milliseconds, is deterministic for a given input, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -146,5 +147,82 @@ class TinyOdd(TinyModel):
         return torch.randn(batch_size, 11, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
-#: All tiny models that the suites run.
+class TinyGPT(TinyModel):
+    """A causal transformer for strategies with a plan: all its matrices can be split over 2 or 4 ranks.
+
+    It has a fused weight for query, key and value, a norm of each head, tied embedding and head, a frozen weight and a
+    scalar. Its sizes are multiples of 4.
+
+    Args:
+        dropout: The probability of dropout.
+    """
+
+    #: The style of each module, for `nucleate.dimensions.TensorParallel`.
+    plan: ClassVar[dict[str, str]] = {
+        "embedding": "rowwise",
+        "blocks.*.qkv": "fused_3",
+        "blocks.*.head_norm": "replicated",
+        "blocks.*.out": "rowwise",
+        "blocks.*.up": "colwise",
+        "blocks.*.down": "rowwise",
+        "head": "colwise_gathered",
+    }
+    vocabulary: ClassVar[int] = 48
+    width: ClassVar[int] = 16
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(self.vocabulary, self.width)
+        self.blocks = nn.ModuleList(_AttentionBlock(self.width, dropout) for _ in range(2))
+        self.norm = nn.LayerNorm(self.width)
+        self.head = nn.Linear(self.width, self.vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("offset", torch.randn(self.vocabulary))
+        self.offset: Tensor
+        self.apply(self._init)
+        self.blocks[0].get_submodule("up").requires_grad_(False)
+
+    def _init(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens `(batch, length)` to logits `(batch, length, vocabulary)`."""
+        hidden = self.embedding(tokens)
+        for block in self.blocks:
+            hidden = block(hidden)
+        logits: Tensor = self.head(self.norm(hidden)) * self.scale + self.offset
+        return logits
+
+    def sample(self, batch_size: int = 4, seed: int = 0) -> Tensor:
+        """Return tokens `(batch_size, 8)`."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.vocabulary, (batch_size, 8), generator=generator)
+
+
+class _AttentionBlock(nn.Module):
+    def __init__(self, width: int, dropout: float, num_heads: int = 4) -> None:
+        super().__init__()
+        self.head_width = width // num_heads
+        self.first_norm, self.second_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.head_norm = nn.LayerNorm(self.head_width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows, length, _ = hidden.shape
+        # A rank may have some of the heads, so their number follows from the output.
+        parts = self.qkv(self.first_norm(hidden)).chunk(3, -1)
+        query, key, value = (part.reshape(rows, length, -1, self.head_width) for part in parts)
+        query, key, value = (part.transpose(1, 2) for part in (self.head_norm(query), self.head_norm(key), value))
+        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        seen = seen.transpose(1, 2).reshape(rows, length, -1)
+        hidden = hidden + self.dropout(self.out(seen))
+        out: Tensor = hidden + self.dropout(self.down(F.gelu(self.up(self.second_norm(hidden)))))
+        return out
+
+
+#: The tiny models that the suites run by default. `TinyGPT` is for strategies and dimensions with a plan.
 MODELS: tuple[type[TinyModel], ...] = (TinyTransformer, TinyConvNet, TinyRecurrent, TinyOdd)

@@ -2,68 +2,49 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nucleate.accelerators.base import Accelerator
-from nucleate.errors import NonFiniteGradientError, UsageError
-from nucleate.layout import whole_of
+from nucleate.checkpoint.loader import load
+from nucleate.checkpoint.saver import save
+from nucleate.cluster.communicator import Communicator
+from nucleate.cluster.environment import Environment
+from nucleate.errors import NonFiniteGradientError, RankDisagreementError, UsageError
+from nucleate.layout import local_of
 from nucleate.runtime import Runtime
-from nucleate.strategies.base import Strategy
-from nucleate.testing.models import MODELS, TinyConvNet, TinyModel, TinyOdd, TinyTransformer
-
-each_model = pytest.mark.parametrize("model_class", MODELS, ids=lambda cls: cls.__name__)
-
-SEED = 1234
+from nucleate.testing.beside_eager import SEED, BesideEager, factories_on, full, named_tensors, ties_of
+from nucleate.testing.models import TinyModel, TinyOdd
 
 
-class StrategySuite(ABC):
+class StrategySuite(BesideEager):
     """The suite of strategies. Inherit it, name the class `Test...`, and implement `make_strategy`.
 
     Plain pytest runs the suite in one process. For several processes, run the same class under torchrun:
 
         torchrun --nproc-per-node 2 -m pytest -x tests/test_my_strategy.py
 
+    A strategy with a plan gives the models that its plan fits. Some tests then run on fewer models:
+
+        class TestMyPlan(StrategySuite):
+            models = (TinyGPT,)
+
+            def make_strategy(self) -> Strategy:
+                return Parallel(mesh={"tp": -1}, dimensions=[TensorParallel(TinyGPT.plan)])
+
     Attributes:
         accelerator: The accelerator of the tests.
         rtol: The allowed relative difference of losses and gradient norms from those of a plain loop on the whole
             batch.
-        skipped_models: Tiny models that this strategy cannot support.
+        models: The tiny models of the tests. Each is built without arguments; your own `TinyModel` may be among them.
+        skipped_models: Models of `models` that this strategy cannot support.
+        splits: Whether the strategy splits tensors over the ranks of this run; the suite then wants that some tensors
+            of each model are split. None stands for `Strategy.shards`.
     """
-
-    accelerator: str | Accelerator = "cpu"
-    rtol: float = 1e-5
-    skipped_models: tuple[type[TinyModel], ...] = ()
-    # Some tests give all ranks the same batch on purpose.
-    pytestmark = pytest.mark.filterwarnings("ignore:all .* data parallel ranks gave:UserWarning")
-
-    @abstractmethod
-    def make_strategy(self) -> Strategy:
-        """Return a new strategy with the options to test."""
-
-    def make_runtime(self) -> Runtime:
-        """Return a runtime over all processes with a new strategy."""
-        return Runtime(accelerator=self.accelerator, strategy=self.make_strategy())
-
-    @pytest.fixture
-    def runtime(self) -> Runtime:
-        """A launched runtime with a new strategy."""
-        runtime = self.make_runtime()
-        runtime.launch()
-        return runtime
-
-    @pytest.fixture(autouse=True)
-    def _skip_models(self, request: pytest.FixtureRequest) -> None:
-        callspec = getattr(request.node, "callspec", None)
-        if callspec is not None and callspec.params.get("model_class") in self.skipped_models:
-            pytest.skip("this strategy does not support this model")
 
     # --- the contract
 
@@ -84,7 +65,6 @@ class StrategySuite(ABC):
 
     # --- exactness: every rank has another seed, and still gets the values of an eager model with rank 0's seed
 
-    @each_model
     @pytest.mark.parametrize("empty_init", [True, False, None])
     def test_a_model_equals_the_eager_one_bit_for_bit(
         self, runtime: Runtime, model_class: type[TinyModel], empty_init: bool | None
@@ -96,59 +76,74 @@ class StrategySuite(ABC):
         model = runtime.setup(model)
         actual_next = torch.rand(3)
         assert torch.equal(actual_next, expected_next), "the random stream ends at another position than the eager one"
-        values = _named_tensors(model)
+        values = named_tensors(model)
         assert list(values) == list(expected)
         for name, value in expected.items():
             assert values[name].dtype == value.dtype, name
             assert torch.equal(values[name], value), name
 
-    @each_model
     def test_ties_and_flags_are_kept(self, runtime: Runtime, model_class: type[TinyModel]) -> None:
         eager = model_class()
         model = self._model(runtime, model_class)
-        assert _ties(model) == _ties(eager)
+        assert ties_of(model) == ties_of(eager)
         flags = {name: p.requires_grad for name, p in eager.named_parameters()}
         assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
-    @each_model
+    def test_each_rank_holds_the_parts_that_its_layout_says(
+        self, runtime: Runtime, model_class: type[TinyModel]
+    ) -> None:
+        expected, _ = self._eager(model_class)
+        model = self._model(runtime, model_class)
+        layout = runtime.layout(model)
+        shown = runtime.strategy.shards_shown(model) or nullcontext()
+        with shown:
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                held = local_of(tensor)
+                boxes = layout[name].boxes(runtime.global_rank)
+                assert layout[name].local_shape(runtime.global_rank) == tuple(held.shape), name
+                assert sum(box.numel for box in boxes) == held.numel(), name
+                for box in boxes:
+                    assert torch.equal(box.of_local(held), box.of_whole(expected[name])), f"{name}: {box}"
+        if self._splits(runtime):
+            sizes = {name: (layout[name].local_bytes(runtime.global_rank), layout[name].size_bytes) for name in layout}
+            assert any(local < whole for local, whole in sizes.values()), f"no tensor is split: {sizes}"
+
     def test_nothing_is_left_without_memory(self, runtime: Runtime, model_class: type[TinyModel]) -> None:
         model = self._model(runtime, model_class)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             assert not tensor.is_meta, name
 
-    def test_a_real_model_keeps_its_values(self, runtime: Runtime) -> None:
-        model: nn.Module = TinyOdd()
+    def test_a_real_model_keeps_its_values(self, runtime: Runtime, small_class: type[TinyModel]) -> None:
+        model: nn.Module = small_class()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(0.25)
         model = runtime.setup(model)
-        values = _named_tensors(model)
+        values = named_tensors(model)
         assert all((values[name] == 0.25).all() for name, _ in model.named_parameters())
 
     # --- the module that is returned
 
-    @each_model
     def test_keys_of_the_state_have_no_prefix(self, runtime: Runtime, model_class: type[TinyModel]) -> None:
         assert list(self._model(runtime, model_class).state_dict()) == list(model_class().state_dict())
 
-    def test_the_users_module_stays_at_hand(self, runtime: Runtime) -> None:
+    def test_the_users_module_stays_at_hand(self, runtime: Runtime, small_class: type[TinyModel]) -> None:
         with runtime.init_module(empty_init=True):
-            model = TinyOdd()
+            model = small_class()
         wrapped = runtime.setup(model)
         assert wrapped.module is model
         assert wrapped.train().training
         assert not wrapped.eval().training
         assert not model.training
 
-    def test_setup_twice_is_refused(self, runtime: Runtime) -> None:
-        model = self._model(runtime, TinyOdd)
+    def test_setup_twice_is_refused(self, runtime: Runtime, small_class: type[TinyModel]) -> None:
+        model = self._model(runtime, small_class)
         for again in (model, model.module):
             with pytest.raises(UsageError, match="already"):
                 runtime.setup(again)
 
     # --- training
 
-    @each_model
     @pytest.mark.parametrize("joint", [True, False], ids=["setup(model, optimizer)", "setup_optimizers"])
     def test_losses_follow_those_of_a_plain_loop(
         self, runtime: Runtime, model_class: type[TinyModel], joint: bool
@@ -156,14 +151,42 @@ class StrategySuite(ABC):
         expected = self._plain_losses(runtime, model_class, torch.optim.Adam, num_steps=6)
         model, optimizer = self._trainable(runtime, model_class, torch.optim.Adam, joint=joint)
         actual = [self._step(runtime, model, optimizer, seed) for seed in range(6)]
-        torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=self.rtol, atol=1e-6)
+        self._compare_losses(actual, expected)
 
-    def test_an_optimizer_that_setup_did_not_get_trains_the_model_or_fails_by_name(self, runtime: Runtime) -> None:
+    def test_gradients_and_trained_weights_are_those_of_a_plain_loop(
+        self, runtime: Runtime, model_class: type[TinyModel]
+    ) -> None:
+        plain = self._plain(runtime, model_class)
+        before = named_tensors(plain)
+        plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.01)
+        model, optimizer = self._trainable(runtime, model_class, torch.optim.SGD)
+        for seed in range(3):
+            self._plain_step(runtime, plain, plain_optimizer, seed)
+            self._step(runtime, model, optimizer, seed)
+            self._compare_gradients(model, plain)
+        trained = named_tensors(model)
+        for name, parameter in plain.named_parameters():
+            assert parameter.requires_grad or torch.equal(trained[name], before[name]), f"{name} is frozen"
+
+    def test_a_parameter_that_comes_after_setup_is_noticed(
+        self, runtime: Runtime, small_class: type[TinyModel]
+    ) -> None:
+        model, optimizer = self._trainable(runtime, small_class, torch.optim.SGD)
+        self._step(runtime, model, optimizer, 0)
+        model.module.register_parameter("late", nn.Parameter(torch.zeros(2, device=runtime.device)))
+        with pytest.raises(UsageError, match="late came into the model after `setup`"):
+            runtime.layout(model)
+        with pytest.raises(UsageError, match="late came into the model after `setup`"):
+            self._step(runtime, model, optimizer, 1)
+
+    def test_an_optimizer_that_setup_did_not_get_trains_the_model_or_fails_by_name(
+        self, runtime: Runtime, small_class: type[TinyModel]
+    ) -> None:
         with runtime.init_module(empty_init=True):
-            model = TinyOdd()
+            model = small_class()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         wrapped = runtime.setup(model)
-        before = _named_tensors(wrapped)
+        before = named_tensors(wrapped)
         runtime.backward(wrapped.loss(wrapped(self._batch(runtime, model, 0))))
         message = None
         try:
@@ -173,30 +196,33 @@ class StrategySuite(ABC):
         if message is not None:
             assert any(name in message for name, _ in wrapped.named_parameters())
             return
-        after = _named_tensors(wrapped)
+        after = named_tensors(wrapped)
         trained = [name for name, parameter in wrapped.named_parameters() if parameter.grad is not None]
         assert trained
         assert not [name for name in trained if torch.equal(before[name], after[name])]
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_training_is_the_same_after_an_evaluation(
-        self, runtime: Runtime, mode: Callable[[], AbstractContextManager[None]]
+        self, runtime: Runtime, deep_class: type[TinyModel], mode: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        expected = self._plain_losses(runtime, TinyTransformer, torch.optim.Adam, num_steps=3)
-        model = self._model(runtime, TinyTransformer)
+        expected = self._plain_losses(runtime, deep_class, torch.optim.Adam, num_steps=3)
+        model = self._model(runtime, deep_class)
         with mode():
             model.eval()(self._batch(runtime, model.module, 0))
         # The parameters that are seen now must be those that train.
         optimizer = runtime.setup_optimizers(torch.optim.Adam(model.train().parameters(), lr=0.01))
         actual = [self._step(runtime, model, optimizer, seed) for seed in range(3)]
-        torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=self.rtol, atol=1e-6)
+        self._compare_losses(actual, expected)
 
     def test_a_model_without_a_forward_trains_by_its_parts(self, runtime: Runtime) -> None:
+        if TinyOdd not in self.models:
+            pytest.skip("a plan for the models of this suite does not fit the parts of this one")
+
         def build() -> nn.ModuleDict:
             torch.manual_seed(SEED)
             return nn.ModuleDict({"first": TinyOdd(), "second": nn.Linear(7, 7)})
 
-        with _factories_on(runtime.device):
+        with factories_on(runtime.device):
             eager = build()
         with runtime.init_module(empty_init=True):
             model = build()
@@ -206,13 +232,11 @@ class StrategySuite(ABC):
         eager["second"](eager["first"](whole)).square().mean().backward()
         batch = self._batch(runtime, first, 0)
         runtime.backward(model["second"](model["first"](batch)).square().mean())
-        for (name, parameter), other in zip(wrapped.named_parameters(), eager.parameters(), strict=True):
-            assert parameter.grad is not None, name
-            torch.testing.assert_close(_full(parameter.grad), other.grad, rtol=max(self.rtol, 1e-4), atol=1e-5)
+        self._compare_gradients(wrapped, eager)
 
-    def test_gradients_accumulate_without_being_exchanged(self, runtime: Runtime) -> None:
-        expected = self._plain_losses(runtime, TinyOdd, torch.optim.SGD, num_steps=2, repeats=2)
-        model, optimizer = self._trainable(runtime, TinyOdd, torch.optim.SGD)
+    def test_gradients_accumulate_without_being_exchanged(self, runtime: Runtime, small_class: type[TinyModel]) -> None:
+        expected = self._plain_losses(runtime, small_class, torch.optim.SGD, num_steps=2, repeats=2)
+        model, optimizer = self._trainable(runtime, small_class, torch.optim.SGD)
         actual = []
         for seed in range(2):
             optimizer.zero_grad()
@@ -223,51 +247,55 @@ class StrategySuite(ABC):
                     runtime.backward(loss)
             optimizer.step()
             actual.append(runtime.all_reduce(loss.detach()).item())
-        torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=self.rtol, atol=1e-6)
+        self._compare_losses(actual, expected)
 
     @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
-    @pytest.mark.parametrize("make", [TinyTransformer, TinyOdd])
     def test_gradients_are_clipped_by_their_norm_over_all_ranks(
-        self, runtime: Runtime, make: type[TinyModel], norm_type: float
+        self, runtime: Runtime, clipped_class: type[TinyModel], norm_type: float
     ) -> None:
-        torch.manual_seed(SEED)
-        with _factories_on(runtime.device):
-            eager = make()
+        eager = self._plain(runtime, clipped_class)
         eager.loss(eager(self._whole_batch(runtime, eager, 0))).backward()
         expected = torch.nn.utils.clip_grad_norm_(eager.parameters(), 1e-3, norm_type)
-        model, optimizer = self._trainable(runtime, make, torch.optim.SGD)
+        model, optimizer = self._trainable(runtime, clipped_class, torch.optim.SGD)
         runtime.backward(model.loss(model(self._whole_batch(runtime, model.module, 0))))
         norm = runtime.clip_gradients(model, optimizer, max_norm=1e-3, norm_type=norm_type)
         assert norm is not None
-        torch.testing.assert_close(_full(norm).cpu(), expected.cpu(), rtol=max(self.rtol, 1e-4), atol=1e-6)
+        torch.testing.assert_close(full(norm).cpu(), expected.cpu(), rtol=max(self.rtol, 1e-4), atol=1e-6)
         again = runtime.clip_gradients(model, optimizer, max_norm=1.0, norm_type=norm_type)
         assert again is not None
-        assert _full(again).item() <= 1.01e-3
+        assert full(again).item() <= 1.01e-3
 
-    def test_gradients_are_clipped_by_value(self, runtime: Runtime) -> None:
-        model, optimizer = self._trainable(runtime, TinyOdd, torch.optim.SGD)
-        runtime.backward(model.loss(model(self._batch(runtime, model.module, 0))) * 1e3)
-        assert runtime.clip_gradients(model, optimizer, clip_val=1e-3) is None
-        assert all(_full(p.grad).abs().max() <= 1e-3 for p in model.parameters() if p.grad is not None)
+    def test_gradients_are_clipped_by_value_as_eagers(self, runtime: Runtime, clipped_class: type[TinyModel]) -> None:
+        eager = self._plain(runtime, clipped_class)
+        eager.loss(eager(self._whole_batch(runtime, eager, 0))).backward()
+        elements = torch.cat([p.grad.abs().flatten() for p in eager.parameters() if p.grad is not None])
+        limit = elements.median().item()
+        torch.nn.utils.clip_grad_value_(eager.parameters(), limit)
+        model, optimizer = self._trainable(runtime, clipped_class, torch.optim.SGD)
+        runtime.backward(model.loss(model(self._batch(runtime, model.module, 0))))
+        assert runtime.clip_gradients(model, optimizer, clip_val=limit) is None
+        self._compare_gradients(model, eager)
 
-    def test_a_norm_that_is_not_finite_is_refused_before_gradients_change(self, runtime: Runtime) -> None:
-        model, optimizer = self._trainable(runtime, TinyOdd, torch.optim.SGD)
+    def test_a_norm_that_is_not_finite_is_refused_before_gradients_change(
+        self, runtime: Runtime, small_class: type[TinyModel]
+    ) -> None:
+        model, optimizer = self._trainable(runtime, small_class, torch.optim.SGD)
         runtime.backward(model.loss(model(self._batch(runtime, model.module, 0))) * float("inf"))
-        before = [_full(p.grad).clone() for p in model.parameters()]
+        before = [None if p.grad is None else full(p.grad).clone() for p in model.parameters()]
         with pytest.raises(NonFiniteGradientError):
             runtime.clip_gradients(model, optimizer, max_norm=1.0, error_if_nonfinite=True)
         for parameter, gradient in zip(model.parameters(), before, strict=True):
-            torch.testing.assert_close(_full(parameter.grad), gradient, rtol=0, atol=0, equal_nan=True)
+            if gradient is not None:
+                torch.testing.assert_close(full(parameter.grad), gradient, rtol=0, atol=0, equal_nan=True)
 
     # --- checkpoints
 
-    @pytest.mark.parametrize("model_class", [TinyTransformer, TinyConvNet], ids=lambda cls: cls.__name__)
     def test_a_resumed_run_goes_on_exactly(
-        self, runtime: Runtime, model_class: type[TinyModel], tmp_path: Path
+        self, runtime: Runtime, resumed_class: type[TinyModel], tmp_path: Path
     ) -> None:
         # Every rank of a test has its own temporary folder, but the ranks write one checkpoint in one folder.
         folder = Path(runtime.broadcast(str(tmp_path))) / "checkpoint"
-        model, optimizer = self._trainable(runtime, model_class, torch.optim.AdamW)
+        model, optimizer = self._trainable(runtime, resumed_class, torch.optim.AdamW)
         for seed in range(2):
             self._step(runtime, model, optimizer, seed)
         runtime.save(folder, {"model": model, "optimizer": optimizer, "step": 2})
@@ -275,107 +303,52 @@ class StrategySuite(ABC):
 
         fresh = self.make_runtime()
         torch.manual_seed(SEED + 99)
-        resumed, optimizer = self._trainable(fresh, model_class, torch.optim.AdamW, seed=SEED + 99)
+        resumed, optimizer = self._trainable(fresh, resumed_class, torch.optim.AdamW, seed=SEED + 99)
         state = {"model": resumed, "optimizer": optimizer, "step": 0}
         fresh.load(folder, state)
         assert state["step"] == 2
         assert [self._step(fresh, resumed, optimizer, seed) for seed in range(2, 5)] == expected
 
-    # --- helpers of the tests
+    def test_a_training_goes_on_in_one_process_and_comes_back(
+        self, runtime: Runtime, deep_class: type[TinyModel], tmp_path: Path
+    ) -> None:
+        folder = Path(runtime.broadcast(str(tmp_path)))
+        alone = Communicator(Environment(), runtime.device)
+        model, optimizer = self._trainable(runtime, deep_class, torch.optim.AdamW)
+        self._step(runtime, model, optimizer, 0)
+        runtime.save(folder / "ours", {"model": model, "optimizer": optimizer}, format="safetensors")
 
-    def _model(self, runtime: Runtime, model_class: type[TinyModel], seed: int = SEED) -> Any:
-        torch.manual_seed(seed)
-        with runtime.init_module(empty_init=True):
-            model = model_class()
-        return runtime.setup(model)
+        plain = self._plain(runtime, deep_class, seed=SEED + 99)
+        trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+        plain_optimizer = torch.optim.AdamW(trained, lr=0.01)
+        load(folder / "ours", {"model": plain, "optimizer": plain_optimizer}, alone)
+        values = named_tensors(plain)
+        for name, value in named_tensors(model).items():
+            assert torch.equal(value, values[name]), name
+        expected = [self._plain_step(runtime, plain, plain_optimizer, seed) for seed in (1, 2)]
+        self._compare_losses([self._step(runtime, model, optimizer, seed) for seed in (1, 2)], expected)
 
-    def _trainable(
-        self,
-        runtime: Runtime,
-        model_class: type[TinyModel],
-        optimizer_class: Callable[..., torch.optim.Optimizer],
-        joint: bool = True,
-        seed: int = SEED,
-    ) -> tuple[Any, Any]:
-        """Return a model and its optimizer. With `joint`, the optimizer is built on deferred parameters."""
-        if not joint:
-            model = self._model(runtime, model_class, seed)
-            optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=0.01)
-            return model, runtime.setup_optimizers(optimizer)
-        torch.manual_seed(seed)
-        with runtime.init_module(empty_init=True):
-            model = model_class()
-        optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        model, optimizer = runtime.setup(model, optimizer)
-        return model, optimizer
+        if runtime.is_global_zero:
+            save(folder / "plain", {"model": plain, "optimizer": plain_optimizer}, alone, format="safetensors")
+        runtime.barrier()
+        fresh = self.make_runtime()
+        model, optimizer = self._trainable(fresh, deep_class, torch.optim.AdamW, seed=SEED + 98)
+        fresh.load(folder / "plain", {"model": model, "optimizer": optimizer})
+        saved = named_tensors(plain)
+        for name, value in named_tensors(model).items():
+            assert torch.equal(value, saved[name]), name
+        self._compare_losses(
+            [self._step(fresh, model, optimizer, seed) for seed in (3, 4)],
+            [self._plain_step(runtime, plain, plain_optimizer, seed) for seed in (3, 4)],
+        )
 
-    def _step(self, runtime: Runtime, model: Any, optimizer: Any, seed: int) -> float:
-        """Train one step and return the loss of the whole batch."""
-        optimizer.zero_grad()
-        loss = model.loss(model(self._batch(runtime, model.module, seed)))
-        runtime.backward(loss)
-        optimizer.step()
-        mean: float = runtime.all_reduce(loss.detach()).item()
-        return mean
-
-    def _eager(self, model_class: type[TinyModel]) -> tuple[dict[str, Tensor], Tensor]:
-        torch.manual_seed(SEED)
-        with _factories_on(self.make_runtime().device):
-            model = model_class()
-        return _named_tensors(model), torch.rand(3)
-
-    def _plain_losses(
-        self,
-        runtime: Runtime,
-        model_class: type[TinyModel],
-        optimizer_class: Callable[..., torch.optim.Optimizer],
-        num_steps: int,
-        repeats: int = 1,
-    ) -> list[float]:
-        """Train a model on the whole batch without nucleate."""
-        torch.manual_seed(SEED)
-        with _factories_on(runtime.device):
-            model = model_class()
-        optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        losses = []
-        for seed in range(num_steps):
-            optimizer.zero_grad()
-            for _ in range(repeats):
-                loss = model.loss(model(self._whole_batch(runtime, model, seed)))
-                loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    def _whole_batch(self, runtime: Runtime, model: TinyModel, seed: int) -> Tensor:
-        return model.sample(4 * runtime.strategy.data_parallel_size, seed).to(runtime.device)
-
-    def _batch(self, runtime: Runtime, model: TinyModel, seed: int) -> Tensor:
-        """Return this rank's part of the batch, or the whole batch if samples depend on each other."""
-        whole = self._whole_batch(runtime, model, seed)
-        if not model.per_sample:
-            return whole
-        return whole[runtime.strategy.data_parallel_rank :: runtime.strategy.data_parallel_size]
-
-
-def _factories_on(device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which eager code makes tensors on a device."""
-    return nullcontext() if device.type == "cpu" else device
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """Return the whole tensor of a tensor that may be sharded. Every rank must call it."""
-    return whole_of(tensor).detach()
-
-
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: _full(tensor).clone() for name, tensor in named}
-
-
-def _ties(model: nn.Module) -> list[list[str]]:
-    """Return the list of names of each parameter object."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return list(groups.values())
+    def test_keys_that_differ_by_rank_are_refused(
+        self, runtime: Runtime, small_class: type[TinyModel], tmp_path: Path
+    ) -> None:
+        if runtime.world_size == 1:
+            pytest.skip("needs several ranks")
+        folder = Path(runtime.broadcast(str(tmp_path))) / "checkpoint"
+        state = {"model": self._model(runtime, small_class), f"only{runtime.global_rank}": torch.ones(2)}
+        with pytest.raises(RankDisagreementError, match="only"):
+            runtime.save(folder, state)
+        assert not folder.exists()

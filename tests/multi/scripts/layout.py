@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from nucleate import Runtime
 from nucleate.errors import UsageError, VerificationError
-from nucleate.layout import Layout, layout_of, placements, reading, second_look
+from nucleate.layout import Layout, layout_of, placements, reading, second_look, whole_of
 from nucleate.layout.boxes import Box
 from nucleate.strategies import DDPStrategy, FSDPStrategy, Strategy
 from tests.multi.device import ACCELERATOR, device, start_group
@@ -295,6 +295,8 @@ def fused(world_size: int) -> None:
             assert torch.equal(whole(model.get_parameter(name)).cpu(), parameter.detach().cpu()), name
         model.reshard()  # type: ignore[operator]
 
+    for name, parameter in eager.named_parameters():
+        assert torch.equal(whole_of(model.get_parameter(name)).cpu(), parameter.detach().cpu()), name
     assert_equal()
     for path in (folder / "one.safetensors", folder / "dcp"):
         runtime.save(path, {"model": wrapped})
