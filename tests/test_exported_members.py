@@ -87,7 +87,8 @@ PUBLIC = {
     """,
     "nucleate.testing": """
         AcceleratorSuite DimensionSuite IntegrationSuite MODELS PeakMemory PrecisionSuite ReaderSuite StrategySuite
-        TinyConvNet TinyGPT TinyModel TinyOdd TinyRecurrent TinyTransformer WriterSuite assert_peak_memory_below peak_memory
+        TinyConvNet TinyGPT TinyModel TinyOdd TinyRecurrent TinyTransformer WriterSuite assert_peak_memory_below
+        peak_memory
     """,
     "nucleate.wrappers": "DataLoaderWrapper ModuleWrapper OptimizerWrapper is_wrapped",
 }
