@@ -17,7 +17,7 @@ from nucleate.dimensions.equal_gradients import EqualGradients
 from nucleate.dimensions.model_plan import DeclaredPlans, missing_integration
 from nucleate.dimensions.tensor_plan import Style, TensorPlan
 from nucleate.errors import ConfigurationError, name_list
-from nucleate.layout import Mesh, Shard, axes_of
+from nucleate.layout import Mesh, Shard, axes_of, is_sharded
 from nucleate.shells import named_parameters
 
 if TYPE_CHECKING:
@@ -103,8 +103,10 @@ class TensorParallel(Dimension):
 
         Raises:
             ConfigurationError: A pattern matches nothing, a size is not a multiple of the number of ranks, or the plan
-                splits one of two tied parameters, or a quantized weight. The message gives the FQNs.
+                splits one of two tied parameters, or a quantized weight; or the model is split already. The message
+                gives the FQNs.
         """
+        _refuse_split(model)
         plan = self.plan_of(model)
         if self.loss_parallel and isinstance(plan, DeclaredPlans):
             raise ConfigurationError(
@@ -162,6 +164,16 @@ class TensorParallel(Dimension):
     def __repr__(self) -> str:
         plan = "'auto'" if self._plan is None else f"{len(self._plan.styles)} patterns"
         return f"TensorParallel({plan}{', loss_parallel=True' if self.loss_parallel else ''})"
+
+
+def _refuse_split(model: nn.Module) -> None:
+    """Refuse a model that something else has split before."""
+    split = [fqn for fqn, parameter in named_parameters(model) if is_sharded(parameter)]
+    if split:
+        raise ConfigurationError(
+            f"{name_list(split)} are DTensors already. Give `setup` the model as it was constructed, inside "
+            "`runtime.init_module()`: it splits the model itself."
+        )
 
 
 def _refuse_quantized(model: nn.Module, splits: Mapping[str, Shard | None]) -> None:

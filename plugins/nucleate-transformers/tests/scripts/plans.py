@@ -16,6 +16,7 @@ import transformers as hf
 from scripts.ranks import counted
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 
 from nucleate import Runtime
 from nucleate.dimensions import FullyShard, TensorParallel
@@ -140,7 +141,7 @@ def files_are_loaded_with_the_arguments_of_transformers(path: Path) -> None:
     sizes = {"fsdp_size": 2} if dist.get_world_size() == 4 else {}
     ways: list[dict[str, Any]] = [
         {"tp_plan": "auto"},
-        {"distributed_config": hf.distributed.DistributedConfig(tp_size=2, **sizes)},
+        {"distributed_config": DistributedConfig(tp_size=2, **sizes)},
         {"tp_size": 2, "tp_plan": {"lm_head": "colwise_gather_output", "model.layers.*.mlp.gate_proj": "colwise"}},
     ]
     for name, way in zip(("mixtral", "llama-tied", "llama"), ways, strict=True):
@@ -212,6 +213,11 @@ def a_model_that_does_not_fit_is_refused_on_every_rank(path: Path) -> None:
         with pytest.raises(ConfigurationError, match=message):
             runtime.setup(model)
         assert not any(isinstance(p, DTensor) for p in model.parameters())
+    # Outside of init_module transformers splits the model itself.
+    sizes = {"tp_size": 2, "fsdp_size": dist.get_world_size() // 2}
+    model = hf.AutoModelForCausalLM.from_pretrained(path / "llama", distributed_config=DistributedConfig(**sizes))
+    with pytest.raises(ConfigurationError, match=r"are DTensors already.*inside `runtime\.init_module"):
+        runtime_of(strategy_here()).setup(model)
 
 
 CHECKS = [
