@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tests.multi.ranks import fork_ranks
 
-SCRIPT = Path(__file__).parent / "scripts" / "faulty_dimensions.py"
+SCRIPT = Path(__file__).parent / "scripts" / "dimension_faults.py"
 
 
 def test_each_fault_of_a_dimension_is_found_by_the_test_for_it() -> None:

@@ -160,7 +160,7 @@ class DimensionSuite(StrategySuite):
             assert sum(math.prod(size) for _, size in boxes) == math.prod(tensor.shape), f"{name}: {tensor.where()}"
 
     def test_a_model_that_it_cannot_lay_out_is_refused_before_it_is_changed(self, runtime: Runtime) -> None:
-        model = nn.Sequential(nn.Linear(3, 5))
+        model = nn.Sequential(nn.Linear(3, 5)).to(runtime.device)
         before, refused = _objects(model), None
         try:
             runtime.setup(model)
