@@ -232,7 +232,7 @@ def zoo(session: nox.Session) -> None:
 
 @nox.session(default=False, tags=["long"])
 def libraries(session: nox.Session) -> None:
-    """Run the tests of timm's loading, of PEFT's adapters on quantized layers, and of litgpt's own programs."""
+    """Run the tests of timm's loading, PEFT's adapters on quantized layers, litgpt's own programs, and notebooks."""
     install(session, "-e", ".", "-e", "./plugins/nucleate-bitsandbytes", group="libraries")
     # What they import is there; they also ask for packages that they need for other things.
     session.install("-c", "constraints.txt", "--no-deps", "peft", "litgpt")

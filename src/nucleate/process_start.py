@@ -121,23 +121,27 @@ def start_function(
         start_script(runtime)
     _refuse_unguarded()
     num_threads = threads_per_rank(runtime.world_size)
-    method, work = _choose_method(runtime), (runtime, function, args, dict(kwargs))
+    method, work = _choose_method(runtime, function), (runtime, function, args, dict(kwargs))
     if method == "fork" and not forking.release_threads():
         num_threads = 1
     job = _Job(os.getpid(), method, num_threads, work if method == "fork" else _pickled(work))
     _prepare()
+    failure = None
     try:
         return pickle.loads(run_function(_run_rank, job, runtime.world_size, method, _terms(runtime)))
     except RanksFailed as error:
-        raise _error_of(error) from None
+        failure = _error_of(error)
     except Interrupted as error:
         number = error.signal
+    if failure is not None:
+        # Out of the block: the error that a notebook keeps has no context, whose frames hold the agent and its store.
+        raise failure
     # The handlers of this process are in place again: Ctrl-C is a KeyboardInterrupt here.
     signal.raise_signal(number)
     raise SystemExit(_SIGNALLED + number)
 
 
-def _choose_method(runtime: Startable) -> str:
+def _choose_method(runtime: Startable, function: Callable[..., Any]) -> str:
     """Return the start method for a function.
 
     Forking takes no time and sends nothing, but a fork cannot use an accelerator that this process has used.
@@ -161,6 +165,13 @@ def _choose_method(runtime: Startable) -> str:
         raise UsageError(
             f"`launch` cannot fork processes for this function: {reason}. Call `launch` before anything uses the "
             "device, or put the function into a script and use start_method='spawn'."
+        )
+    if method != "fork" and getattr(function, "__module__", None) == "__main__" and program_file() is None:
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        raise UsageError(
+            f"start_method={method!r} starts new processes, and they cannot find `{name}`: it was defined in an "
+            "interactive session, a notebook or a program from a pipe, which new processes cannot import. Use "
+            "start_method='fork', or put the function into a module and import it."
         )
     return method
 
@@ -198,12 +209,15 @@ def _pickled(work: Any) -> bytes:
 
 def _run_rank(job: _Job) -> bytes | None:
     """Run the function on this rank, and return rank 0's pickled result."""
-    from nucleate.cluster import forking, parent, process_group, started_rank
+    from nucleate.cluster import forking, parent, process_group, started_rank, watch
 
     is_fork = job.start_method == "fork"
     if is_fork:
         forking.begin()
-    parent.bind(os.getppid() if job.start_method == "forkserver" else job.supervisor)
+    if job.start_method == "forkserver":
+        # The server lives as long as a process that it made, also after the end of the first process.
+        parent.bind(os.getppid())
+    parent.bind(job.supervisor)
     started_rank.be_child()
     if job.num_threads is not None:
         torch.set_num_threads(job.num_threads)
@@ -215,6 +229,8 @@ def _run_rank(job: _Job) -> bytes | None:
     except BaseException as error:
         code = started_rank.report(error.with_traceback(_users_part(error.__traceback__)))
         if code:
+            # Before this process is gone, which the other ranks notice.
+            watch.end(error)
             sys.exit(code)
         answer = pickle.dumps(None)
     if is_fork:

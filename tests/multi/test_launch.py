@@ -20,7 +20,7 @@ KILLED = "rank 1 of 2 was killed first, by SIGKILL (signal 9). It left no traceb
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 
-@pytest.mark.parametrize("way", [*WAYS, "spawn"])
+@pytest.mark.parametrize("way", [*WAYS, "spawn", "forkserver"])
 def test_ranks_start_and_the_first_process_ends_with_them(way: str) -> None:
     done = run(SCRIPT, way, "none")
     assert done.returncode == 0, done.stderr
@@ -31,7 +31,7 @@ def test_ranks_start_and_the_first_process_ends_with_them(way: str) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("way", ["script", pytest.param("function", marks=pytest.mark.long)])
+@pytest.mark.parametrize("way", ["script", "forkserver", pytest.param("function", marks=pytest.mark.long)])
 def test_the_first_traceback_comes_at_once_and_as_the_last_lines(way: str) -> None:
     with started(SCRIPT, way, "error") as process:
         pids = wait_for_ranks(process)
@@ -41,6 +41,7 @@ def test_the_first_traceback_comes_at_once_and_as_the_last_lines(way: str) -> No
     assert shown.rstrip().splitlines()[-1] == "ValueError: out of cheese"
     assert len(re.findall("^(?:.rank1.: )?ValueError: out of cheese$", shown, re.MULTILINE)) == 2
     assert "rank 1 of 2 failed first:" in shown
+    assert "left no exception" not in shown
     # Neither the consequence on rank 0 nor what the agent says about it.
     assert shown.count("Traceback") == (2 if way == "script" else 3)
     assert "ChildFailedError" not in shown
@@ -75,6 +76,8 @@ def test_the_exit_code_of_the_first_rank_is_kept(way: str, fault: str, code: int
         ("script", signal.SIGKILL, -9),
         pytest.param("function", signal.SIGKILL, -9, marks=pytest.mark.long),
         pytest.param("spawn", signal.SIGKILL, -9, marks=pytest.mark.long),
+        ("forkserver", signal.SIGKILL, -9),
+        pytest.param("forkserver", signal.SIGINT, -2, marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_the_first_process_ends_all(way: str, number: int, code: int) -> None:
@@ -129,6 +132,43 @@ def test_a_program_from_a_pipe_can_only_run_functions() -> None:
     assert "runs the script again in each process, but the program was not read from a file" in done.stdout
     assert "runtime.launch(main)" in done.stdout
     assert done.stdout.rstrip().endswith("(0, 2, (5,))")
+
+
+def test_a_notebook_runs_functions_in_forks() -> None:
+    """A kernel has a prompt, a loop that runs, threads, a stream of its own, and no file of its program."""
+    program = """
+import asyncio, io, sys, threading
+class Stream(io.TextIOBase):
+    def write(self, text): return shown.write(text)
+shown, sys.stdout, sys.ps1 = sys.stdout, Stream(), "In : "
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+import torch
+from nucleate import Runtime
+from nucleate.errors import RankFailedError, UsageError
+torch.randn(500, 500) @ torch.randn(500, 500)
+CELL = '''
+def work(runtime, step):
+    if step == 2 and runtime.global_rank == 1: raise ValueError("out of cheese")
+    torch.randn(500, 500) @ torch.randn(500, 500)
+    return runtime.global_rank, int(runtime.all_reduce(step, reduce_op="sum"))
+runtime = Runtime(accelerator="cpu", devices=2)
+for step in range(3):
+    try: print(runtime.launch(work, step))
+    except RankFailedError as error: print(str(error).splitlines()[-1])
+try: Runtime(accelerator="cpu", devices=2).barrier()
+except UsageError as error: print(error)
+try: Runtime(accelerator="cpu", devices=2, strategy="ddp_spawn").launch(work, 0)
+except UsageError as error: print(error)
+'''
+async def cell(): exec(compile(CELL, "<ipython-input-1>", "exec"), globals())
+asyncio.run(cell())
+"""
+    done = run("-", stdin=program)
+    assert done.returncode == 0, done.stderr
+    first, second, error, again, spawned = done.stdout.rstrip().splitlines()
+    assert (first, second, error) == ("(0, 0)", "(0, 2)", "ValueError: out of cheese")
+    assert "but this is an interactive session" in again
+    assert spawned.startswith("start_method='spawn' starts new processes, and they cannot find `work`")
 
 
 def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:

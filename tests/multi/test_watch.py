@@ -96,6 +96,13 @@ def test_the_end_of_a_rank_ends_the_others(how: str, where: str, strategy: str, 
     assert expected in first.text
 
 
+def test_a_rank_that_is_gone_before_the_second_forward_is_named(tmp_path: Path) -> None:
+    (first,), stderr = outcomes("forward killed", "ddp", tmp_path)
+    assert first.error == "RankFailedError", stderr
+    assert "rank 1 has died" in first.text
+    assert "Rank 0 needs it in forward." in first.text
+
+
 def test_four_ranks_hear_of_one_that_is_gone(tmp_path: Path) -> None:
     found, stderr = outcomes("step killed", "fsdp", tmp_path, nproc=4)
     assert [(one.rank, one.error) for one in found] == [(rank, "RankFailedError") for rank in (0, 2, 3)], stderr

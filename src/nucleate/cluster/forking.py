@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import signal
 
 #: A value of OpenMP's `omp_pause_resource_t`: give everything back.
@@ -27,6 +28,9 @@ def release_threads() -> bool:
 
 def begin() -> None:
     """Let a new fork react to signals and end as a new process does, not as its parent."""
+    # A collection would destroy objects of the parent. The destructor of a store waits for a thread that the fork does
+    # not have (`~BackgroundThread` in torch/csrc/distributed/c10d/TCPStoreBackend.hpp, 2.13).
+    gc.freeze()
     # The agent's handlers do not end a process that waits inside of C++.
     for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
         if hasattr(signal, name):

@@ -114,7 +114,7 @@ def _run(
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nucleate-")))
-        stack.enter_context(_variables(folder, threads_per_rank(num), restart_count))
+        variables = stack.enter_context(_variables(folder, threads_per_rank(num), restart_count))
         stack.enter_context(_signals_kept())
         stack.enter_context(_quiet_agent())
         store = _make_store()
@@ -133,6 +133,8 @@ def _run(
             shutdown_timeout=None if _PATIENCE in os.environ else end_s,
         )
         try:
+            if callable(entry):
+                entry, arguments = _call, [variables, entry, *arguments]
             results: dict[int, Any] = elastic_launch(config, entry)(*arguments)
             return results
         except ChildFailedError as error:
@@ -140,6 +142,15 @@ def _run(
             raise RanksFailed(first_failure(codes, RankEnd.read(folder), num, END_S)) from None
         except SignalException as error:
             raise Interrupted(error.sigval) from None
+
+
+def _call(variables: dict[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a rank, with the variables of this run.
+
+    A fork server keeps the environment with which it began, in an earlier run or before the first one.
+    """
+    os.environ.update(variables)
+    return function(*arguments)
 
 
 def _make_store() -> Any:
@@ -150,14 +161,15 @@ def _make_store() -> Any:
 
 
 @contextmanager
-def _variables(folder: Path, num_threads: int | None, restart_count: int) -> Iterator[None]:
-    """Set the environment variables of the ranks, and restore those of this process afterwards."""
+def _variables(folder: Path, num_threads: int | None, restart_count: int) -> Iterator[dict[str, str]]:
+    """Set the environment variables of the ranks, give them, and restore those of this process afterwards."""
     before = dict(os.environ)
-    os.environ |= {FOLDER: str(folder), SUPERVISOR: str(os.getpid()), RESTARTS: str(restart_count)}
+    ours = {FOLDER: str(folder), SUPERVISOR: str(os.getpid()), RESTARTS: str(restart_count)}
     if num_threads is not None:
-        os.environ[_THREADS] = str(num_threads)
+        ours[_THREADS] = str(num_threads)
+    os.environ |= ours
     try:
-        yield
+        yield ours
     finally:
         for name in {*os.environ, *before}:
             if name not in before:

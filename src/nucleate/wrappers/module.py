@@ -177,9 +177,19 @@ class ModuleWrapper(Delegating):
         evaluates = not torch.is_grad_enabled() and not self.training
         with strategy.evaluation_context(module) if evaluates else nullcontext():
             if not strategy.exchanges("forward", module):
-                return self._run_here(function, args, kwargs)
+                return self._run_uncounted(function, args, kwargs)
             with CALLS.exchange("forward"):
                 return self._run_here(function, args, kwargs)
+
+    def _run_uncounted(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a forward that not every rank has to run. DDP exchanges the order of its buckets in the second one."""
+        try:
+            return self._run_here(function, args, kwargs)
+        except Exception as error:
+            explained = CALLS.explained(error, "forward")
+            if explained is None:
+                raise
+            raise explained from explained.__cause__
 
     def _run_here(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         precision: Precision = self._precision

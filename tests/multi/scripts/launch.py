@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import time
 from typing import Any
 
 from nucleate import Runtime
+from nucleate.strategies.ddp import DDPStrategy
 
 
 def say(text: str) -> None:
@@ -35,6 +37,12 @@ def work(runtime: Runtime, fault: str) -> int:
 
 def main(way: str, fault: str) -> None:
     options: dict[str, Any] = {} if way in ("script", "function") else {"strategy": f"ddp_{way}"}
+    if way == "forkserver":
+        options["strategy"] = DDPStrategy(start_method=way)
+        # The server may have begun before, for another purpose. It has the environment of that time.
+        process = multiprocessing.get_context(way).Process(target=abs, args=(-1,))
+        process.start()
+        process.join()
     runtime = Runtime(accelerator="cpu", devices=2, **options)
     if way == "script":
         # Without `launch`: the first method that needs the ranks starts them.

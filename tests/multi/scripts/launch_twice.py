@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nucleate import Runtime
 from nucleate.errors import RankExitError, RankFailedError, UsageError
@@ -52,6 +54,8 @@ def fail(runtime: Runtime, fault: str) -> Any:
         return torch.ones(1_000_000) * 7
     if fault == "end":
         sys.exit(0)
+    if fault == "garbage":
+        gc.collect()
     runtime.barrier()
     return None
 
@@ -85,6 +89,8 @@ def main() -> None:
     with pytest.raises(RankFailedError, match="(?s)^rank 1 of 2 failed first:.*ValueError: out of cheese$") as raised:
         runtime.launch(fail, "error")
     assert not isinstance(raised.value, SystemExit)
+    # A notebook keeps the error. The frames of its context would keep the store of the ranks.
+    assert raised.value.__context__ is None
     for fault, code, message in (("exit", 3, "with the exit code 3"), ("killed", 137, "by SIGKILL")):
         with pytest.raises(RankExitError, match=message) as ended:
             runtime.launch(fail, fault)
@@ -93,6 +99,13 @@ def main() -> None:
         runtime.launch(fail, "lambda")
     assert runtime.launch(fail, "end") is None
     assert runtime.launch(fail, "large").sum() == 7_000_000
+    # A fork that destroyed this store would wait for its thread forever.
+    gc.disable()
+    garbage: list[Any] = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    garbage.append(garbage)
+    del garbage
+    gc.enable()
+    assert runtime.launch(fail, "garbage") is None
     with pytest.raises(UsageError, match="inside of that function"):
         runtime.barrier()
     assert state() == before

@@ -132,6 +132,14 @@ def run() -> None:
         model, optimizer = trained()
         end_here(how)
         step(model, optimizer)
+    elif what == "forward":
+        # Without buffers DDP exchanges nothing in forward, but for the order of its buckets in the second one.
+        model = runtime.setup(nn.Linear(8, 2))
+        runtime.backward(model(torch.randn(4, 8)).sum())
+        end_here(how)
+        # The death of the other process takes a moment, and a forward that begins before waits like any other call.
+        time.sleep(0.5)
+        model(torch.randn(4, 8))
     elif what == "names":
         runtime.all_reduce(1) if IS_ODD else runtime.broadcast(1)
     elif what == "barrier":

@@ -96,6 +96,18 @@ class Calls:
         if self.watch is not None:
             self.watch.refuse()
 
+    def explained(self, error: Exception, name: str) -> Exception | None:
+        """Return the error for a communication that failed in a call that is not counted, or None for another error.
+
+        Args:
+            error: The error that the call has raised.
+            name: The name of the call.
+        """
+        if self.watch is None or self._is_inside:
+            return None
+        self.state = self.state._replace(name=name, since=time.monotonic())
+        return self.watch.explain(error)
+
     @contextmanager
     def waiting_for(self, prefix: str) -> Iterator[None]:
         """Surround a wait in the group's store that the watch can end.

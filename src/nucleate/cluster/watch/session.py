@@ -55,12 +55,16 @@ def begin(environment: Environment, backend: str, timeout: timedelta) -> None:
     _show_aborts()
 
 
-def end() -> None:
-    """Tell the other ranks that this process ends, with the exception that ends it."""
+def end(error: BaseException | None = None) -> None:
+    """Tell the other ranks that this process ends, with the exception that ends it.
+
+    Args:
+        error: The exception. None means the one that Python has printed already, if there is one.
+    """
     global _current
     watcher, _current = _current, None
     if watcher is not None:
-        watcher.end(_reason())
+        watcher.end(_reason(error))
     CALLS.forget()
 
 
@@ -99,9 +103,9 @@ def _hosts(environment: Environment) -> list[str]:
     return list(dict.fromkeys(host for host in hosts if host))
 
 
-def _reason() -> str:
-    """Return the exception that ends this process, which Python has printed already, in one line."""
-    error = getattr(sys, "last_value", None)
+def _reason(error: BaseException | None) -> str:
+    """Return the exception that ends this process in one line."""
+    error = error or getattr(sys, "last_value", None)
     if error is None:
         return ""
     lines = str(error).strip().splitlines()
